@@ -1,0 +1,223 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
+    JOB_STATE_QUEUED: _ClassVar[JobState]
+    JOB_STATE_RUNNING: _ClassVar[JobState]
+    JOB_STATE_SUCCEEDED: _ClassVar[JobState]
+    JOB_STATE_FAILED: _ClassVar[JobState]
+    JOB_STATE_CANCELLED: _ClassVar[JobState]
+    JOB_STATE_EVICTED: _ClassVar[JobState]
+
+class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_UNSPECIFIED: _ClassVar[Stage]
+    STAGE_DECODE: _ClassVar[Stage]
+    STAGE_VISION: _ClassVar[Stage]
+    STAGE_PREFILL: _ClassVar[Stage]
+JOB_STATE_UNSPECIFIED: JobState
+JOB_STATE_QUEUED: JobState
+JOB_STATE_RUNNING: JobState
+JOB_STATE_SUCCEEDED: JobState
+JOB_STATE_FAILED: JobState
+JOB_STATE_CANCELLED: JobState
+JOB_STATE_EVICTED: JobState
+STAGE_UNSPECIFIED: Stage
+STAGE_DECODE: Stage
+STAGE_VISION: Stage
+STAGE_PREFILL: Stage
+
+class FrameSampling(_message.Message):
+    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
+    FPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    CAP_PIXELS_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
+    fps: float
+    num_frames: int
+    max_pixels: int
+    min_pixels: int
+    cap_pixels_per_frame: bool
+    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: _Optional[bool] = ...) -> None: ...
+
+class PrefillSpec(_message.Message):
+    __slots__ = ("video_id", "sampling", "system_prompt")
+    VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    video_id: str
+    sampling: FrameSampling
+    system_prompt: str
+    def __init__(self, video_id: _Optional[str] = ..., sampling: _Optional[_Union[FrameSampling, _Mapping]] = ..., system_prompt: _Optional[str] = ...) -> None: ...
+
+class StageProgress(_message.Message):
+    __slots__ = ("stage", "rank", "done", "total", "elapsed")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_FIELD_NUMBER: _ClassVar[int]
+    stage: Stage
+    rank: int
+    done: int
+    total: int
+    elapsed: _duration_pb2.Duration
+    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., rank: _Optional[int] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class JobError(_message.Message):
+    __slots__ = ("reason", "message", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ShardRange(_message.Message):
+    __slots__ = ("start_token", "end_token", "rank")
+    START_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    start_token: int
+    end_token: int
+    rank: int
+    def __init__(self, start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class PrefillResult(_message.Message):
+    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json")
+    PREFIX_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    GRID_THW_FIELD_NUMBER: _ClassVar[int]
+    POSITION_DELTA_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSFER_PARAMS_JSON_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    prefix_id: str
+    prefix_tokens: int
+    video_tokens: int
+    frames: int
+    grid_thw: _containers.RepeatedScalarFieldContainer[int]
+    position_delta: int
+    shards: _containers.RepeatedCompositeFieldContainer[ShardRange]
+    kv_bytes: int
+    kv_transfer_params_json: str
+    manifest_json: str
+    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+
+class PrefillJob(_message.Message):
+    __slots__ = ("job_id", "spec", "state", "progress", "attempts", "queue_position", "error", "result", "create_time", "start_time", "end_time", "prefix_tokens")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    END_TIME_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    spec: PrefillSpec
+    state: JobState
+    progress: _containers.RepeatedCompositeFieldContainer[StageProgress]
+    attempts: int
+    queue_position: int
+    error: JobError
+    result: PrefillResult
+    create_time: _timestamp_pb2.Timestamp
+    start_time: _timestamp_pb2.Timestamp
+    end_time: _timestamp_pb2.Timestamp
+    prefix_tokens: int
+    def __init__(self, job_id: _Optional[str] = ..., spec: _Optional[_Union[PrefillSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., progress: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., attempts: _Optional[int] = ..., queue_position: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[PrefillResult, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
+
+class CreatePrefillJobRequest(_message.Message):
+    __slots__ = ("spec", "request_id")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    spec: PrefillSpec
+    request_id: str
+    def __init__(self, spec: _Optional[_Union[PrefillSpec, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class CreatePrefillJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: PrefillJob
+    def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ...) -> None: ...
+
+class GetPrefillJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class GetPrefillJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: PrefillJob
+    def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ...) -> None: ...
+
+class ListPrefillJobsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListPrefillJobsResponse(_message.Message):
+    __slots__ = ("jobs", "next_page_token")
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    jobs: _containers.RepeatedCompositeFieldContainer[PrefillJob]
+    next_page_token: str
+    def __init__(self, jobs: _Optional[_Iterable[_Union[PrefillJob, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class CancelPrefillJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class CancelPrefillJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: PrefillJob
+    def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ...) -> None: ...
+
+class WatchPrefillJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class WatchPrefillJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: PrefillJob
+    def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ...) -> None: ...

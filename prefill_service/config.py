@@ -1,0 +1,211 @@
+"""Configuration: dataclasses with defaults, filled from a TOML file and the command line.
+
+Precedence: command line, then file, then default. Unknown keys and bad values are refused
+with the offending name and what would be accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefill_service.errors import Reason, ServiceError
+
+
+def _opt(default: Any, text: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(slots=True)
+class ServerConfig:
+    """The gRPC front."""
+
+    host: str = _opt("127.0.0.1", "Address to bind. A non-loopback address needs TLS or --insecure.")
+    port: int = _opt(50051, "Port to bind; 0 picks a free one.")
+    insecure: bool = _opt(False, "Allow a non-loopback address without TLS.")
+    tls_cert: str = _opt("", "PEM certificate chain.")
+    tls_key: str = _opt("", "PEM private key.")
+    tls_client_ca: str = _opt("", "PEM of the CA that client certificates must come from (mTLS).")
+    auth_token_file: str = _opt("", "File with the bearer token that clients must send.")
+    reflection: bool = _opt(True, "Serve gRPC reflection.")
+    drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.")
+    max_concurrent_calls: int = _opt(256, "Calls at once; more get RESOURCE_EXHAUSTED.")
+
+
+@dataclass(slots=True)
+class StorageConfig:
+    """Where videos and the job queue live."""
+
+    data_dir: str = _opt("~/.local/share/prefill-service", "Videos, indexes and the job database.")
+    import_roots: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders ImportVideo may read from. None by default."},
+    )
+    max_upload_bytes: int = _opt(8 << 30, "Largest upload.")
+    min_free_bytes: int = _opt(256 << 20, "Space that uploads leave free on the disk.")
+    expire_hours: float = _opt(48.0, "Unused videos and unfinished uploads are removed after this.")
+
+
+@dataclass(slots=True)
+class VideoConfig:
+    """Limits of what is decoded, and how."""
+
+    reader: str = _opt("pyav", "Decoder: pyav (GOP plan) or opencv (sequential).")
+    max_frame_pixels: int = _opt(4096 * 2304, "Largest width x height.")
+    max_duration_s: float = _opt(6 * 3600.0, "Longest video.")
+    max_frames: int = _opt(2_000_000, "Most frames in the container.")
+    max_memory_bytes: int = _opt(4 << 30, "Address space of a decoder process (RLIMIT_AS).")
+    probe_timeout_s: float = _opt(120.0, "Wall clock for probing one file.")
+    stall_timeout_s: float = _opt(60.0, "Longest wait for the next frame.")
+
+
+@dataclass(slots=True)
+class EngineConfig:
+    """The rank group."""
+
+    model: str = _opt("", "Folder or hub id of the checkpoint.")
+    ranks: int = _opt(2, "Ranks of the sequence-parallel group.")
+    device: str = _opt("auto", "cpu, cuda or auto.")
+    dtype: str = _opt("auto", "float32, bfloat16, float16, or auto: the checkpoint's on CUDA, float32 on CPU.")
+    chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0 picks by device (512 CPU, 4096 CUDA).")
+    threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.")
+    page_tokens: int = _opt(64, "Tokens per KV page.")
+    kv_pool_bytes: int = _opt(2 << 30, "KV bytes kept for hand-off, over all ranks.")
+    heartbeat_timeout_s: float = _opt(10.0, "A rank that is silent for longer is killed.")
+    stall_timeout_s: float = _opt(300.0, "A busy rank without progress for longer is killed.")
+    collective_timeout_s: float = _opt(600.0, "Timeout of one collective.")
+    start_timeout_s: float = _opt(600.0, "Longest start of the group.")
+    lease_ttl_s: float = _opt(30.0, "Leases not renewed for this long expire.")
+    max_queued_jobs: int = _opt(64, "Jobs waiting at most; more get QUEUE_FULL.")
+
+
+@dataclass(slots=True)
+class DecoderConfig:
+    """vLLM."""
+
+    url: str = _opt("", "URL of a running vLLM; empty: the service starts its own.")
+    max_model_len: int = _opt(0, "Context in tokens; 0: the model's, at most 131072.")
+    block_size: int = _opt(0, "vLLM's block size; 0: vLLM's default.")
+    kv_cache_gib: float = _opt(1.0, "CPU KV space of the embedded vLLM, GiB.")
+    gpu_memory_utilization: float = _opt(0.45, "Share of GPU memory for the embedded vLLM.")
+    start_timeout_s: float = _opt(600.0, "Longest start of the embedded vLLM.")
+    request_timeout_s: float = _opt(600.0, "Longest silence of vLLM within one answer.")
+    extra_args: list[str] = field(
+        default_factory=list, metadata={"help": "More arguments for the embedded vLLM."}
+    )
+
+
+@dataclass(slots=True)
+class ServiceConfig:
+    """Everything. One section per field; see ``prefill-service serve --help``."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+def load_config(path: Path | None, overrides: dict[str, dict[str, Any]]) -> ServiceConfig:
+    """Defaults, then the TOML file, then ``overrides`` ({section: {name: value}}).
+
+    Raises:
+        ServiceError: CONFIG_INVALID, naming the key, the value and what is accepted.
+    """
+    config = ServiceConfig()
+    if path is not None:
+        try:
+            with path.open("rb") as file:
+                _apply(config, tomllib.load(file), str(path))
+        except OSError as error:
+            raise ServiceError(
+                Reason.CONFIG_INVALID, f"cannot read {path}: {error.strerror}", path=path
+            ) from error
+        except tomllib.TOMLDecodeError as error:
+            raise ServiceError(
+                Reason.CONFIG_INVALID, f"{path} is not valid TOML: {error}", path=path
+            ) from error
+    _apply(config, overrides, "command line")
+    validate(config)
+    return config
+
+
+def _apply(config: ServiceConfig, values: dict[str, Any], source: str) -> None:
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for section, entries in values.items():
+        if section not in sections:
+            raise _invalid(section, entries, f"a section of {', '.join(sections)}", source)
+        target = sections[section]
+        hints = typing.get_type_hints(type(target))
+        if not isinstance(entries, dict):
+            raise _invalid(section, entries, "a table", source)
+        for name, value in entries.items():
+            if name not in hints:
+                raise _invalid(f"{section}.{name}", value, f"one of {', '.join(hints)}", source)
+            setattr(target, name, _convert(f"{section}.{name}", value, hints[name], source))
+
+
+def _convert(name: str, value: Any, hint: Any, source: str) -> Any:
+    if isinstance(hint, types.GenericAlias):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        raise _invalid(name, value, "a list of strings", source)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise _invalid(name, value, f"a value of type {hint.__name__}", source)
+
+
+def _invalid(name: str, value: object, accepted: str, source: str) -> ServiceError:
+    return ServiceError(
+        Reason.CONFIG_INVALID,
+        f"{source}: {name} = {value!r} is not accepted; expected {accepted}",
+        name=name,
+        value=value,
+        accepted=accepted,
+    )
+
+
+def validate(config: ServiceConfig) -> None:
+    """Check ranges and combinations.
+
+    Raises:
+        ServiceError: CONFIG_INVALID.
+    """
+
+    def check(ok: bool, name: str, value: object, accepted: str) -> None:
+        if not ok:
+            raise _invalid(name, value, accepted, "configuration")
+
+    engine, decoder, video, server = config.engine, config.decoder, config.video, config.server
+    check(0 <= server.port <= 65535, "server.port", server.port, "0 to 65535")
+    check(bool(server.tls_cert) == bool(server.tls_key), "server.tls_key", server.tls_key,
+          "tls_cert and tls_key together")  # fmt: skip
+    check(1 <= engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
+    check(engine.device in ("auto", "cpu", "cuda"), "engine.device", engine.device,
+          "auto, cpu or cuda")  # fmt: skip
+    check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
+          "auto, float32, bfloat16 or float16")  # fmt: skip
+    check(engine.chunk_tokens >= 0, "engine.chunk_tokens", engine.chunk_tokens, "0 or more")
+    check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
+    check(engine.lease_ttl_s > 0, "engine.lease_ttl_s", engine.lease_ttl_s, "more than 0")
+    check(video.reader in ("pyav", "opencv"), "video.reader", video.reader, "pyav or opencv")
+    check(decoder.max_model_len >= 0, "decoder.max_model_len", decoder.max_model_len, "0 or more")
+    check(not decoder.url or decoder.url.startswith(("http://", "https://")), "decoder.url",
+          decoder.url, "an http:// or https:// URL")  # fmt: skip
+
+
+def resolve_threads(engine: EngineConfig) -> int:
+    """CPU threads per rank: the cores shared evenly, at least one."""
+    if engine.threads_per_rank:
+        return engine.threads_per_rank
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // engine.ranks)

@@ -1,0 +1,128 @@
+"""What the front end and the rank processes say to each other (pickled over a pipe)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from prefill_service.kv.manifest import KVLayout, Manifest
+from prefill_service.models.plan import PrefixPlan
+
+
+class Stage(StrEnum):
+    """Stages of the chunk pipeline (``prefill.v1.Stage``)."""
+
+    DECODE = "decode"
+    VISION = "vision"
+    PREFILL = "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTask:
+    """One prefix to compute."""
+
+    job_id: str
+    plan: PrefixPlan
+    manifest: Manifest
+    video_path: str
+    index_path: str
+
+
+# ---- front end to rank ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Start a task. Every rank gets the same one, in the same order."""
+
+    task: PrefillTask
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a task at the next synchronisation point."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Create or renew a lease on a prefix's pages for ``ttl_s`` seconds from now."""
+
+    prefix_id: str
+    lease_id: str
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """End a lease."""
+
+    prefix_id: str
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Free a prefix's pages."""
+
+    prefix_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Leave."""
+
+
+# ---- rank to front end ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and the group has formed."""
+
+    rank: int
+    pid: int
+    endpoint: str
+    layout: KVLayout
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent every second; ``ticks`` grows with every unit of work (layer, frame)."""
+
+    rank: int
+    ticks: int
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one rank is in one stage of a job."""
+
+    job_id: str
+    rank: int
+    stage: Stage
+    done: int
+    total: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankDone:
+    """A rank finished its part of a task."""
+
+    job_id: str
+    rank: int
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """A task ended on this rank with an error; the group lives on."""
+
+    job_id: str
+    rank: int
+    error: dict[str, object]

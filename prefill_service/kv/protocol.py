@@ -1,0 +1,78 @@
+"""Messages between a rank's page server and a consumer, and the hand-off parameters.
+
+One Unix stream socket per consumer and rank. Each message is one JSON object on one line.
+
+    -> {"op": "open", "prefix_id": ..., "generation": ..., "lease_id": ...}
+    <- {"ok": true, "segment_bytes": n}            and, as SCM_RIGHTS, the segment's memfd
+    -> {"op": "pages", "first": i, "count": n}
+    <- {"ok": true, "checksums": [xxh3_64 of each page's bytes, as integers]}
+
+``pages`` blocks until the pages are complete, so a consumer may ask while later chunks are
+being computed. Errors are ``{"ok": false, "reason": ..., "message": ..., "metadata": {}}``
+(``ServiceError.to_dict``) and end the connection. The consumer maps the segment read-only,
+copies pages out, and compares checksums before it publishes anything.
+
+When a load has ended, well or badly, the consumer sends one line to the service's report
+socket, so that the service can name the cause of a failed answer:
+
+    -> {"lease_id": ..., "ok": bool, "tokens": n, "bytes": n, "seconds": s, "error": {...} | null}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prefill_service.kv.manifest import Manifest
+
+PARAMS_KEY = "prefill_service"
+"""Key of our entry in vLLM's ``kv_transfer_params``."""
+
+MAX_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffParams:
+    """What the connector is told about one request."""
+
+    manifest: Manifest
+    lease_id: str
+    report_to: str
+    """``unix:/path`` of the service's report socket, or empty."""
+
+    def to_kv_transfer_params(self) -> dict[str, Any]:
+        """The value of vLLM's ``kv_transfer_params``."""
+        return {
+            PARAMS_KEY: {
+                "manifest": self.manifest.to_json(),
+                "lease_id": self.lease_id,
+                "report_to": self.report_to,
+            }
+        }
+
+    @classmethod
+    def from_kv_transfer_params(cls, params: dict[str, Any] | None) -> HandoffParams | None:
+        """The inverse; ``None`` if the request is not one of ours.
+
+        Raises:
+            ValueError: our entry is there and malformed.
+        """
+        entry = (params or {}).get(PARAMS_KEY)
+        if entry is None:
+            return None
+        try:
+            return cls(Manifest.from_json(entry["manifest"]), entry["lease_id"], entry["report_to"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"malformed {PARAMS_KEY} entry: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffReport:
+    """Outcome of one load, sent by a vLLM worker to the service."""
+
+    lease_id: str
+    ok: bool
+    tokens: int
+    bytes: int
+    seconds: float
+    error: dict[str, Any] | None = None
