@@ -1,0 +1,1 @@
+"""Developer tools: checkpoints, videos, stubs, environment, demo."""
