@@ -1,0 +1,101 @@
+"""Exact attention in pieces: partial results with their log-sum-exp, and the merge.
+
+A rank attends to its keys as they become available (past chunks, its own tokens, earlier ranks'
+tokens) and merges the partial results, which is exact: softmax over a union of key sets is the
+LSE-weighted mean of the softmaxes over the parts (Milakov & Gimelshein, arXiv 1805.02867;
+FlashAttention, arXiv 2205.14135, section 3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Attention over some of the keys.
+
+    Attributes:
+        out: [q_heads, queries, head_dim].
+        lse: [q_heads, queries] float32 (float64 for float64 inputs), natural log; -inf where a
+            query saw no key, and there ``out`` is 0.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Partial:
+    """Dense attention of ``q`` over ``k``, ``v``.
+
+    Args:
+        q: [q_heads, queries, head_dim].
+        k, v: [kv_heads, keys, head_dim]; any strides with a contiguous last dimension.
+            ``q_heads`` is a multiple of ``kv_heads`` (GQA; arXiv 2305.13245).
+        causal: query i sees keys 0..i; needs as many keys as queries. If not, all keys.
+        scale: factor on the scores.
+
+    Raises:
+        ValueError: head counts or lengths that do not fit.
+    """
+    q_heads, queries, head_dim = q.shape
+    kv_heads, keys, _ = k.shape
+    if q_heads % kv_heads:
+        raise ValueError(f"{q_heads} query heads are no multiple of {kv_heads} KV heads")
+    if causal and keys != queries:
+        raise ValueError(f"causal attention needs as many keys as queries, got {keys}, {queries}")
+    if keys == 0 or queries == 0:
+        return empty_partial(q)
+    group = q_heads // kv_heads
+    if causal:
+        # Packed rows would break the causal diagonal, so repeat K and V; this part is short.
+        k = k.repeat_interleave(group, 0)
+        v = v.repeat_interleave(group, 0)
+        out, lse = _flash(q[None], k[None], v[None], True, scale)
+        return Partial(out[0], lse[0])
+    packed = q.reshape(1, kv_heads, group * queries, head_dim)
+    out, lse = _flash(packed, k[None], v[None], False, scale)
+    return Partial(out.reshape(q_heads, queries, head_dim), lse.reshape(q_heads, queries))
+
+
+def empty_partial(q: Tensor) -> Partial:
+    """The partial result over no key: zero output, LSE -inf."""
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return Partial(torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype))
+
+
+def merge(partials: list[Partial]) -> Partial:
+    """Combine partial results over disjoint key sets. A row without any key stays 0, -inf."""
+    if len(partials) == 1:
+        return partials[0]
+    lse = torch.stack([p.lse for p in partials])  # [parts, q_heads, queries]
+    total = torch.logsumexp(lse, 0)
+    # -inf minus -inf is NaN: a row that saw no key at all keeps weight 0 in every part.
+    weights = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))
+    out = torch.zeros_like(partials[0].out, dtype=lse.dtype)
+    for partial, weight in zip(partials, weights, strict=True):
+        out += partial.out * weight[..., None]
+    return Partial(out.to(partials[0].out.dtype), total)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's own kernels that return the LSE. All of [1, heads, length, head_dim]."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, scale=scale
+        )
+        return out, lse.to(torch.float64) if q.dtype == torch.float64 else lse
+    if q.dtype in (torch.float16, torch.bfloat16):
+        heads = q.shape[1] // k.shape[1]
+        assert heads == 1, "GQA is packed or repeated before the kernel"
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    # The kernel pads the row count of the LSE.
+    return out, lse[..., : q.shape[2]]

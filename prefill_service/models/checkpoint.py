@@ -1,0 +1,178 @@
+"""A checkpoint on disk: found, checked for completeness, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.families import FAMILIES
+
+_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the service needs to know of a checkpoint without loading its weights.
+
+    Attributes:
+        path: local folder.
+        family: ``model_type``, one of ``FAMILIES``.
+        fingerprint: hash of configuration and weights (see ``_fingerprint``).
+        num_layers, num_kv_heads, head_dim: of the language model.
+        max_position_embeddings: longest context.
+        dtype: the dtype its configuration names, e.g. ``"bfloat16"``.
+    """
+
+    path: Path
+    family: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    dtype: str
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Find ``model`` (a folder, or a hub id, which is downloaded) and check it.
+
+    Raises:
+        ServiceError: MODEL_INVALID, naming the missing file or the unsupported family.
+    """
+    if not model:
+        raise ServiceError(Reason.MODEL_INVALID, "no model given: set engine.model or --model")
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        path = _download(model)
+    config = _read_json(path, "config.json", model)
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        raise ServiceError(
+            Reason.MODEL_INVALID,
+            f"{model}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}",
+            model=model,
+            model_type=family,
+        )
+    _require_any(path, model, "tokenizer.json", "vocab.json")
+    _require_any(
+        path, model, "processor_config.json", "video_preprocessor_config.json",
+        "preprocessor_config.json",
+    )  # fmt: skip
+    weights = _weight_files(path, model)
+    text = config.get("text_config") or config
+    heads = int(text["num_attention_heads"])
+    return Checkpoint(
+        path=path.resolve(),
+        family=family,
+        fingerprint=_fingerprint(path, weights),
+        num_layers=int(text["num_hidden_layers"]),
+        num_kv_heads=int(text.get("num_key_value_heads", heads)),
+        head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
+        max_position_embeddings=int(text["max_position_embeddings"]),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+    )
+
+
+def resolve_dtype(requested: str, checkpoint: Checkpoint, device: str) -> str:
+    """``auto`` is the checkpoint's dtype on CUDA and float32 on CPU, where bf16 GEMMs crawl."""
+    if requested != "auto":
+        return requested
+    return "float32" if device == "cpu" else checkpoint.dtype
+
+
+def resolve_device(requested: str) -> str:
+    """``auto`` is cuda where torch finds one."""
+    import torch
+
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ServiceError(
+            Reason.CONFIG_INVALID, "engine.device is cuda, but torch finds no CUDA device"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if requested == "auto" else requested
+
+
+def _download(model: str) -> Path:
+    if model.startswith(("/", ".", "~")):
+        raise ServiceError(Reason.MODEL_INVALID, f"{model}: no such folder", model=model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model))
+    except HFValidationError as error:
+        raise ServiceError(
+            Reason.MODEL_INVALID, f"{model}: neither a folder nor a hub id", model=model
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ServiceError(
+            Reason.MODEL_INVALID,
+            f"{model}: not a folder, and downloading it failed: {str(error).splitlines()[0]}",
+            model=model,
+        ) from error
+
+
+def _read_json(path: Path, name: str, model: str) -> dict[str, Any]:
+    try:
+        data = json.loads((path / name).read_text())
+    except FileNotFoundError:
+        raise _missing(model, name) from None
+    except (OSError, ValueError) as error:
+        raise ServiceError(
+            Reason.MODEL_INVALID, f"{model}: {name} cannot be read: {error}", model=model, file=name
+        ) from error
+    if not isinstance(data, dict):
+        raise ServiceError(
+            Reason.MODEL_INVALID, f"{model}: {name} is not a JSON object", model=model, file=name
+        )
+    return data
+
+
+def _missing(model: str, name: str) -> ServiceError:
+    return ServiceError(
+        Reason.MODEL_INVALID, f"{model}: file {name} is missing", model=model, file=name
+    )
+
+
+def _require_any(path: Path, model: str, *names: str) -> None:
+    if not any((path / name).is_file() for name in names):
+        raise _missing(model, " or ".join(names))
+
+
+def _weight_files(path: Path, model: str) -> list[Path]:
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if not (path / "model.safetensors.index.json").is_file():
+        raise _missing(model, "model.safetensors or model.safetensors.index.json")
+    index = _read_json(path, "model.safetensors.index.json", model)
+    names = sorted(set(index.get("weight_map", {}).values()))
+    for name in names:
+        if not (path / name).is_file():
+            raise _missing(model, name)
+    return [path / name for name in names]
+
+
+def _fingerprint(path: Path, weights: list[Path]) -> str:
+    """sha256 over config.json and, of each weight file, its size, head and 64 samples.
+
+    Hashing all bytes of a 16 GB checkpoint would cost every start tens of seconds; a fine-tune
+    changes every tensor, so samples spread over the file tell two checkpoints apart.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in weights:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for offset in _sample_offsets(size):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _sample_offsets(size: int) -> Iterator[int]:
+    step = max(_SAMPLE_BYTES, size // _SAMPLES)
+    yield from range(0, size, step)

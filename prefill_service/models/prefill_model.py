@@ -1,0 +1,179 @@
+"""transformers' own model classes, with attention and KV routed to the engine.
+
+No modelling file is copied: the family's vision tower and language model run as they are,
+attention goes through ``AttentionInterface``, keys and values through a ``Cache``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from prefill_service.compat import ensure_torchvision
+from prefill_service.models.checkpoint import Checkpoint
+from prefill_service.models.families import FAMILIES
+from prefill_service.models.pixels import FramePreprocessor
+from prefill_service.models.plan import PrefixPlan
+
+ensure_torchvision()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AttentionInterface, AutoModel, AutoVideoProcessor  # noqa: E402
+from transformers.cache_utils import Cache  # noqa: E402
+
+ATTENTION_NAME = "prefill_service"
+
+
+class LayerKV(Protocol):
+    """Where a layer's keys and values go, and who attends to them."""
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take [tokens, kv_heads, head_dim] keys (after rotary embedding) and values."""
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """[q_heads, tokens, head_dim] queries to the attention output of the same shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """What the vision tower made of some temporal patches.
+
+    Attributes:
+        embeds: [vision tokens, hidden].
+        deepstack: per early language layer, [vision tokens, hidden]; empty for Qwen2.5-VL.
+    """
+
+    embeds: Tensor
+    deepstack: list[Tensor]
+
+
+class PrefillModel:
+    """Vision tower and language model of one checkpoint on one rank.
+
+    Args:
+        checkpoint: which.
+        dtype: of weights and KV.
+        device: where.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self._family = FAMILIES[checkpoint.family]
+        AttentionInterface.register(ATTENTION_NAME, _attention)
+        self._model: Any = (
+            AutoModel.from_pretrained(
+                checkpoint.path,
+                dtype=dtype,
+                attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
+            )
+            .to(device)
+            .eval()
+        )
+        self._video_processor = AutoVideoProcessor.from_pretrained(checkpoint.path)
+
+    def preprocessor(self, plan: PrefixPlan) -> FramePreprocessor:
+        """Frames to patches, for this plan's size."""
+        return FramePreprocessor(self._video_processor, plan.resized_hw)
+
+    @torch.inference_mode()
+    def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionFeatures:
+        """Run the vision tower. Temporal patches are independent of each other in it.
+
+        Args:
+            pixel_values: [patches, patch_dim].
+            grid_thw: [1, 3].
+        """
+        output = self._model.get_video_features(
+            pixel_values.to(self.device), grid_thw.to(self.device)
+        )
+        deepstack = getattr(output, "deepstack_features", None) or []
+        return VisionFeatures(
+            torch.cat(output.pooler_output), [torch.cat(list(layer)) for layer in deepstack]
+        )
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        token_ids: np.ndarray,
+        position_ids: np.ndarray,
+        video_token_id: int,
+        features: Sequence[VisionFeatures],
+        kv: LayerKV,
+    ) -> None:
+        """Compute every layer's K and V of some tokens; ``kv`` gets them and attends.
+
+        After the last layer's keys and values nothing of the prefix is observable any more, so
+        its attention, MLP and the final norm are not computed.
+
+        Args:
+            token_ids: [tokens].
+            position_ids: [3, tokens].
+            video_token_id: marks the vision tokens among them.
+            features: their features, in order.
+            kv: sink and attention.
+        """
+        ids = torch.from_numpy(token_ids).to(self.device, torch.long)
+        mask = ids == video_token_id
+        language = self._model.language_model
+        embeds = language.embed_tokens(ids)  # [tokens, hidden]
+        deepstack: list[Tensor] = []
+        if features:
+            embeds[mask] = torch.cat([f.embeds for f in features]).to(embeds.dtype)
+            layers = zip(*(f.deepstack for f in features), strict=True)
+            deepstack = [torch.cat(layer) for layer in layers]
+        try:
+            language(
+                inputs_embeds=embeds[None],
+                position_ids=torch.from_numpy(position_ids).to(self.device)[:, None],
+                past_key_values=_KVBridge(kv, self.checkpoint.num_layers - 1),
+                use_cache=True,
+                layer_kv=kv,
+                **self._family.language_kwargs(mask, deepstack),
+            )
+        except _PrefixComplete:
+            return
+        raise AssertionError("the language model ended without its last layer's keys")
+
+
+class _PrefixComplete(Exception):
+    """Leaves the language model once the last layer's keys and values are stored."""
+
+
+class _KVBridge(Cache):
+    """A transformers cache that hands keys and values on and keeps nothing."""
+
+    def __init__(self, kv: LayerKV, last_layer: int) -> None:
+        super().__init__(layers=[])
+        self._kv = kv
+        self._last_layer = last_layer
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take [1, kv_heads, tokens, head_dim] keys and values of one layer."""
+        k, v = (x[0].transpose(0, 1) for x in (key_states, value_states))
+        self._kv.store(layer_idx, k, v)
+        if layer_idx == self._last_layer:
+            raise _PrefixComplete
+        return key_states, value_states
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    layer_kv: LayerKV,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """``AttentionInterface`` entry: query [1, q_heads, tokens, head_dim] to [1, tokens, q_heads, head_dim]."""
+    out = layer_kv.attend(module.layer_idx, query[0], scaling)
+    return out.transpose(0, 1)[None], None
