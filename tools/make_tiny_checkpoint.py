@@ -23,19 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-try:
-    from prefill_service.compat import ensure_torchvision
-
-    ensure_torchvision()
-except ImportError:  # until prefill_service.compat lands
-    _schemas = torch.library.Library("torchvision", "FRAGMENT")
-    for _op in ("nms", "qnms"):
-        _schemas.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from prefill_service.compat import ensure_torchvision
 from tools.tiny_tokenizer import (
     END_OF_TURN,
     PADDING,
@@ -279,6 +270,7 @@ def build(family: str, out: Path, seed: int = 0, **overrides: Any) -> Path:
             raise FileExistsError(f"{out} exists and is no checkpoint of this tool")
         if marker.read_text() == text:
             return out
+    ensure_torchvision()
     template = chat_template(default_system=family == "qwen2_5_vl")
     tokenizer = train_tokenizer(template)
     model, processor = FAMILIES[family](spec, tokenizer)

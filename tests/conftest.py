@@ -1,0 +1,71 @@
+"""Fixtures every test may use, and an environment that does not depend on the machine."""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy or torch start their thread pools. Child processes inherit all of it.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    OPENBLAS_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+)
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from filelock import FileLock
+
+from tools.make_video import write_video
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ROOT / "build" / "checkpoints"
+
+cv2.setNumThreads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Callable[..., Path]:
+    """``checkpoint(family, seed=0, **overrides)``: a tiny checkpoint, built once per checkout.
+
+    Overrides are the fields of ``tools.make_tiny_checkpoint.TinySpec``.
+    """
+
+    def get(family: str, **overrides: Any) -> Path:
+        from tools.make_tiny_checkpoint import build
+
+        name = family
+        if overrides:
+            key = json.dumps(overrides, sort_keys=True)
+            name += "-" + hashlib.sha256(key.encode()).hexdigest()[:10]
+        CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+        with FileLock(CHECKPOINTS / f".{name}.lock"):
+            return build(family, CHECKPOINTS / name, **overrides)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_video(seconds=2, ..., suffix=".mp4")``: a video, written once per session.
+
+    The arguments are those of ``tools.make_video.write_video``. Copy the file to change it.
+    """
+    folder = tmp_path_factory.mktemp("videos")
+
+    def get(suffix: str = ".mp4", **arguments: Any) -> Path:
+        key = json.dumps([suffix, arguments], sort_keys=True)
+        path = folder / (hashlib.sha256(key.encode()).hexdigest()[:16] + suffix)
+        return path if path.exists() else write_video(path, **arguments)
+
+    return get
