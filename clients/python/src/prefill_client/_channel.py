@@ -1,0 +1,101 @@
+"""Channel options, TLS and authentication, the same for both clients."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from prefill.v1.answer_service_pb2_grpc import AnswerServiceStub
+from prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from prefill.v1.video_service_pb2_grpc import VideoServiceStub
+
+# A prefill may be silent for minutes: pings keep the connection open through NATs and
+# notice a dead peer. A lost server is looked for soon, for an upload that waits to go on.
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A page of jobs carries their manifests, a few bytes for each block of KV.
+    ("grpc.max_receive_message_length", 64 << 20),
+]
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How to trust the server, and how to be known to it.
+
+    Args:
+        ca: PEM file of the CA to trust; the system's by default.
+        cert: PEM file of the client's certificate chain, for mTLS.
+        key: PEM file of the client's private key, for mTLS.
+        server_name: name in the server's certificate, if not the address's host.
+    """
+
+    ca: str | os.PathLike[str] | None = None
+    cert: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client certificate needs both cert and key")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files.
+
+        Raises:
+            OSError: one cannot be read.
+        """
+        ca, cert, key = (
+            None if path is None else Path(path).read_bytes()
+            for path in (self.ca, self.cert, self.key)
+        )
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is and how to talk to it."""
+
+    address: str
+    token: str | None
+    tls: TLS | None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Metadata of each call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def open(self, module: Any) -> Any:
+        """A channel of ``module``, which is ``grpc`` or ``grpc.aio``."""
+        options = list(CHANNEL_OPTIONS)
+        if self.tls is None:
+            return module.insecure_channel(self.address, options=options)
+        if self.tls.server_name:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return module.secure_channel(self.address, self.tls.credentials(), options=options)
+
+
+def make_endpoint(address: str, token: str | None, tls: TLS | bool | None) -> Endpoint:
+    """Check the arguments of a client.
+
+    Raises:
+        ValueError: the token cannot be a header.
+    """
+    if token is not None and (not token.isascii() or not token.isprintable()):
+        raise ValueError("token must be one line of ASCII characters")
+    if isinstance(tls, bool):
+        tls = TLS() if tls else None
+    return Endpoint(address, token, tls)
+
+
+def rpc_table(channel: Any) -> dict[str, Any]:
+    """The callables of all three services by the name of the RPC."""
+    stubs: tuple[Any, ...] = (VideoServiceStub, PrefillServiceStub, AnswerServiceStub)
+    return {name: rpc for stub in stubs for name, rpc in vars(stub(channel)).items()}

@@ -1,0 +1,150 @@
+"""From protobuf messages to the dataclasses of ``types``."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from prefill.v1 import answer_service_pb2 as answer_pb
+from prefill.v1 import prefill_service_pb2 as prefill_pb
+from prefill.v1 import video_service_pb2 as video_pb
+
+from prefill_client import types
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _time(message: Any, name: str) -> datetime | None:
+    if not message.HasField(name):
+        return None
+    timestamp: Timestamp = getattr(message, name)
+    return timestamp.ToDatetime(tzinfo=UTC)
+
+
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _enum(wrapper: Any, value: int, prefix: str, target: Any) -> Any:
+    """The dataclass enum of a protobuf enum value; UNSPECIFIED if a newer server sent it."""
+    name = wrapper.Name(value).removeprefix(prefix) if value in wrapper.values() else ""
+    return target(name) if name in target.__members__ else target.UNSPECIFIED
+
+
+def video(message: video_pb.Video) -> types.Video:
+    """Convert a Video."""
+    return types.Video(
+        video_id=message.video_id,
+        display_name=message.display_name,
+        state=_enum(video_pb.VideoState, message.state, "VIDEO_STATE_", types.VideoState),
+        size_bytes=message.size_bytes,
+        committed_bytes=message.committed_bytes,
+        sha256=message.sha256,
+        create_time=_time(message, "create_time"),
+        expire_time=_time(message, "expire_time"),
+        info=_video_info(message.info) if message.HasField("info") else None,
+        error_reason=message.error_reason,
+        error_message=message.error_message,
+    )
+
+
+def _video_info(message: video_pb.VideoInfo) -> types.VideoInfo:
+    return types.VideoInfo(
+        container=message.container,
+        codec=message.codec,
+        width=message.width,
+        height=message.height,
+        frame_count=message.frame_count,
+        fps=message.fps,
+        duration_s=_seconds(message.duration),
+        keyframe_count=message.keyframe_count,
+    )
+
+
+def job(message: prefill_pb.PrefillJob) -> types.Job:
+    """Convert a PrefillJob."""
+    error = message.error
+    return types.Job(
+        job_id=message.job_id,
+        spec=_spec(message.spec),
+        state=_enum(prefill_pb.JobState, message.state, "JOB_STATE_", types.JobState),
+        progress=tuple(_progress(entry) for entry in message.progress),
+        attempts=message.attempts,
+        queue_position=message.queue_position,
+        error=types.JobError(error.reason, error.message, dict(error.metadata))
+        if message.HasField("error")
+        else None,
+        result=_result(message.result) if message.HasField("result") else None,
+        create_time=_time(message, "create_time"),
+        start_time=_time(message, "start_time"),
+        end_time=_time(message, "end_time"),
+        prefix_tokens=message.prefix_tokens,
+    )
+
+
+def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
+    sampling = message.sampling
+    return types.PrefillSpec(
+        video_id=message.video_id,
+        fps=_optional(sampling, "fps"),
+        num_frames=_optional(sampling, "num_frames"),
+        max_pixels=_optional(sampling, "max_pixels"),
+        min_pixels=_optional(sampling, "min_pixels"),
+        cap_pixels_per_frame=_optional(sampling, "cap_pixels_per_frame"),
+        system_prompt=message.system_prompt,
+    )
+
+
+def _progress(message: prefill_pb.StageProgress) -> types.StageProgress:
+    return types.StageProgress(
+        stage=_enum(prefill_pb.Stage, message.stage, "STAGE_", types.Stage),
+        rank=message.rank,
+        done=message.done,
+        total=message.total,
+        elapsed_s=_seconds(message.elapsed),
+    )
+
+
+def _result(message: prefill_pb.PrefillResult) -> types.PrefillResult:
+    return types.PrefillResult(
+        prefix_id=message.prefix_id,
+        prefix_tokens=message.prefix_tokens,
+        video_tokens=message.video_tokens,
+        frames=message.frames,
+        grid_thw=tuple(message.grid_thw),
+        position_delta=message.position_delta,
+        shards=tuple(
+            types.ShardRange(shard.start_token, shard.end_token, shard.rank)
+            for shard in message.shards
+        ),
+        kv_bytes=message.kv_bytes,
+        kv_transfer_params_json=message.kv_transfer_params_json,
+        manifest_json=message.manifest_json,
+    )
+
+
+def timings(message: answer_pb.AskTimings) -> types.Timings:
+    """Convert AskTimings."""
+    return types.Timings(
+        prefill_wait_s=_seconds(message.prefill_wait),
+        decoder_first_token_s=_seconds(message.decoder_first_token),
+        first_token_s=_seconds(message.first_token),
+        total_s=_seconds(message.total),
+        handoff_s=_seconds(message.handoff),
+    )
+
+
+def usage(message: answer_pb.AskUsage) -> types.Usage:
+    """Convert AskUsage."""
+    return types.Usage(
+        prompt_tokens=message.prompt_tokens,
+        video_tokens=message.video_tokens,
+        completion_tokens=message.completion_tokens,
+        kv_tokens_moved=message.kv_tokens_moved,
+        kv_bytes_moved=message.kv_bytes_moved,
+        cached_tokens=message.cached_tokens,
+    )

@@ -1,0 +1,298 @@
+"""What each method of the clients does, written once for both. See ``_steps``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefill.v1 import answer_service_pb2 as answer_pb
+from prefill.v1 import prefill_service_pb2 as prefill_pb
+from prefill.v1 import video_service_pb2 as video_pb
+
+from prefill_client import _convert, _requests
+from prefill_client._retry import Backoff, RetryPolicy, is_unavailable
+from prefill_client._steps import Call, Emit, Flow, Next, Open, Sleep
+from prefill_client._upload import UploadCallback, upload
+from prefill_client.errors import NotFoundError, PrefillError, make_error
+from prefill_client.types import (
+    Answer,
+    AskOptions,
+    FrameOptions,
+    Job,
+    JobState,
+    QuestionLike,
+    Video,
+    VideoLike,
+)
+
+JobCallback = Callable[[Job], object]
+
+# The service has run such a prefill twice already; a third time is the user's decision.
+_RETRIED_BY_SERVER = frozenset({"RANK_DIED", "RANK_STALLED"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a client was made with."""
+
+    timeout: float = 60.0
+    finish_timeout: float = 600.0
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    upload_retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(attempts=10))
+
+    @classmethod
+    def of(
+        cls,
+        timeout: float,
+        finish_timeout: float,
+        retry: RetryPolicy | None,
+        upload_retry: RetryPolicy | None,
+    ) -> Settings:
+        """Settings with the defaults for what is None."""
+        default = cls()
+        return cls(
+            timeout, finish_timeout, retry or default.retry, upload_retry or default.upload_retry
+        )
+
+
+def call(settings: Settings, rpc: str, request: Any, timeout: float | None = None) -> Flow[Any]:
+    """An idempotent unary call, made again while the server is UNAVAILABLE."""
+    backoff = Backoff(settings.retry)
+    while True:
+        try:
+            return (yield Call(rpc, request, timeout or settings.timeout))
+        except PrefillError as error:
+            if not is_unavailable(error):
+                raise
+            yield Sleep(backoff.delay(error))
+
+
+def upload_video(
+    settings: Settings,
+    path: str,
+    progress: UploadCallback | None,
+    display_name: str | None,
+    sha256: str | None = None,
+) -> Flow[Video]:
+    """Upload a file, or find it on the server already."""
+
+    def unary(rpc: str, request: Any) -> Flow[Any]:
+        timeout = settings.finish_timeout if rpc == "FinishUpload" else None
+        return call(settings, rpc, request, timeout)
+
+    message = yield from upload(
+        unary, Backoff(settings.upload_retry), path, progress, display_name, sha256
+    )
+    return _convert.video(message)
+
+
+def resolve_video(
+    settings: Settings, video: VideoLike, progress: UploadCallback | None
+) -> Flow[str]:
+    """The id of a video; a path is uploaded first."""
+    video_id, path = _requests.video_id_or_path(video)
+    if path is not None:
+        video_id = (yield from upload_video(settings, path, progress, None)).video_id
+    assert video_id is not None
+    return video_id
+
+
+def import_video(settings: Settings, path: str, display_name: str | None) -> Flow[Video]:
+    """Let the server read one of its own files."""
+    request = video_pb.ImportVideoRequest(
+        path=path, display_name=display_name or "", request_id=_requests.new_request_id()
+    )
+    response = yield from call(settings, "ImportVideo", request, settings.finish_timeout)
+    return _convert.video(response.video)
+
+
+def get_video(settings: Settings, video_id: str) -> Flow[Video]:
+    """One video."""
+    request = video_pb.GetVideoRequest(video_id=video_id)
+    return _convert.video((yield from call(settings, "GetVideo", request)).video)
+
+
+def list_videos(settings: Settings, page_size: int) -> Flow[None]:
+    """All videos, newest first."""
+    token = ""
+    while True:
+        request = video_pb.ListVideosRequest(page_size=page_size, page_token=token)
+        page = yield from call(settings, "ListVideos", request)
+        for message in page.videos:
+            yield Emit(_convert.video(message))
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def delete_video(settings: Settings, video_id: str) -> Flow[None]:
+    """Delete; a repeated try that finds nothing means that the one before worked."""
+    backoff = Backoff(settings.retry)
+    tried = False
+    while True:
+        try:
+            request = video_pb.DeleteVideoRequest(video_id=video_id)
+            yield Call("DeleteVideo", request, settings.timeout)
+            return
+        except PrefillError as error:
+            if tried and isinstance(error, NotFoundError):
+                return
+            if not is_unavailable(error):
+                raise
+            tried = True
+            yield Sleep(backoff.delay(error))
+
+
+def prefill(
+    settings: Settings,
+    video: VideoLike,
+    options: FrameOptions,
+    wait: bool,
+    on_progress: JobCallback | None,
+    on_upload: UploadCallback | None,
+) -> Flow[Job]:
+    """Create a job, or get the one that holds the prefix; wait for it if asked to."""
+    _requests.build_spec("", options)  # refuse bad options before anything is uploaded
+    video_id = yield from resolve_video(settings, video, on_upload)
+    request = prefill_pb.CreatePrefillJobRequest(
+        spec=_requests.build_spec(video_id, options), request_id=_requests.new_request_id()
+    )
+    job = _convert.job((yield from call(settings, "CreatePrefillJob", request)).job)
+    if not wait:
+        return job
+    return (yield from wait_job(settings, job.job_id, on_progress))
+
+
+def get_job(settings: Settings, job_id: str) -> Flow[Job]:
+    """One job."""
+    request = prefill_pb.GetPrefillJobRequest(job_id=job_id)
+    return _convert.job((yield from call(settings, "GetPrefillJob", request)).job)
+
+
+def list_jobs(settings: Settings, page_size: int) -> Flow[None]:
+    """All jobs, newest first."""
+    token = ""
+    while True:
+        request = prefill_pb.ListPrefillJobsRequest(page_size=page_size, page_token=token)
+        page = yield from call(settings, "ListPrefillJobs", request)
+        for message in page.jobs:
+            yield Emit(_convert.job(message))
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def cancel_job(settings: Settings, job_id: str) -> Flow[Job]:
+    """Stop a job."""
+    request = prefill_pb.CancelPrefillJobRequest(job_id=job_id)
+    return _convert.job((yield from call(settings, "CancelPrefillJob", request)).job)
+
+
+def watch_job(
+    settings: Settings, job_id: str, on_progress: JobCallback | None = None, emit: bool = True
+) -> Flow[Job]:
+    """Emit the job now and at each change until it has ended; return its last state."""
+    backoff = Backoff(settings.retry)
+    request = prefill_pb.WatchPrefillJobRequest(job_id=job_id)
+    while True:
+        try:
+            stream = yield Open("WatchPrefillJob", request, None)
+            while (message := (yield Next(stream))) is not None:
+                backoff.reset()
+                job = _convert.job(message.job)
+                if on_progress is not None:
+                    on_progress(job)
+                if emit:
+                    yield Emit(job)
+                if job.state.ended:
+                    return job
+            raise make_error("STREAM_TRUNCATED", f"the server stopped reporting on {job_id}")
+        except PrefillError as error:
+            if not is_unavailable(error) and error.reason != "STREAM_TRUNCATED":
+                raise
+            yield Sleep(backoff.delay(error))
+
+
+def wait_job(settings: Settings, job_id: str, on_progress: JobCallback | None) -> Flow[Job]:
+    """Wait for the end of a job and raise if it is not a good one."""
+    job = yield from watch_job(settings, job_id, on_progress, emit=False)
+    if job.state is JobState.SUCCEEDED:
+        return job
+    if job.error is not None:
+        raise make_error(job.error.reason, job.error.message, metadata=job.error.metadata)
+    reason = "CANCELLED" if job.state is JobState.CANCELLED else str(job.state)
+    raise make_error(reason, f"job {job_id} ended {job.state}", metadata={"job_id": job_id})
+
+
+class AskState:
+    """What an answer has come to so far; filled by ``ask`` while it runs."""
+
+    def __init__(self, request_id: str | None) -> None:
+        self.request_id = request_id or _requests.new_request_id()
+        self.video_id = ""
+        self.pieces: list[str] = []
+        self.token_ids: list[int] = []
+        self.started = False
+        self.final: Answer | None = None
+
+    def add(self, delta: answer_pb.AskDelta) -> str:
+        """Take a piece of the answer; returns its text."""
+        self.started = True
+        self.pieces.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        return delta.text
+
+    def finish(self, final: answer_pb.AskFinal) -> None:
+        """Take the end of the answer."""
+        self.final = Answer(
+            text="".join(self.pieces),
+            token_ids=tuple(self.token_ids),
+            finish_reason=final.finish_reason,
+            timings=_convert.timings(final.timings),
+            usage=_convert.usage(final.usage),
+            job_id=final.job_id,
+            prefix_id=final.prefix_id,
+            video_id=self.video_id,
+            request_id=self.request_id,
+        )
+
+
+def ask(
+    settings: Settings,
+    state: AskState,
+    video: VideoLike,
+    question: QuestionLike,
+    options: AskOptions,
+    timeout: float | None,
+    on_progress: JobCallback | None,
+    on_upload: UploadCallback | None,
+) -> Flow[None]:
+    """Emit the pieces of an answer. Asked again only if it broke before the first token."""
+    request = _requests.build_ask("", question, options, state.request_id)
+    state.video_id = yield from resolve_video(settings, video, on_upload)
+    request.spec.video_id = state.video_id
+    backoff = Backoff(settings.retry)
+    while state.final is None:
+        try:
+            stream = yield Open("Ask", request, timeout)
+            while (message := (yield Next(stream))) is not None:
+                event = message.WhichOneof("event")
+                if event == "delta":
+                    text = state.add(message.delta)
+                    if text:
+                        yield Emit(text)
+                elif event == "final":
+                    state.finish(message.final)
+                elif event == "progress" and on_progress is not None:
+                    on_progress(_convert.job(message.progress.job))
+            if state.final is None:
+                raise make_error(
+                    "STREAM_TRUNCATED",
+                    "the answer ended without its final message",
+                    request_id=state.request_id,
+                )
+        except PrefillError as error:
+            if state.started or not is_unavailable(error) or error.reason in _RETRIED_BY_SERVER:
+                raise
+            yield Sleep(backoff.delay(error))

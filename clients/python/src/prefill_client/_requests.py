@@ -1,0 +1,127 @@
+"""From Python arguments to request messages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from prefill.v1 import answer_service_pb2 as answer_pb
+from prefill.v1 import prefill_service_pb2 as prefill_pb
+
+from prefill_client.types import AskOptions, FrameOptions, Message, QuestionLike, Video, VideoLike
+
+SAMPLING_NAMES = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
+DECODING_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repetition_penalty",
+                  "ignore_eos")  # fmt: skip
+FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt")
+ASK_NAMES = (*FRAME_NAMES, *DECODING_NAMES, "stop")
+
+_VIDEO_ID = re.compile(r"vid_[0-9A-Za-z]+")
+_ROLES = {"user": answer_pb.ROLE_USER, "assistant": answer_pb.ROLE_ASSISTANT}
+
+
+def new_request_id() -> str:
+    """A random UUID4."""
+    return str(uuid.uuid4())
+
+
+def upload_request_id(sha256: str, size: int) -> str:
+    """A valid UUID4 that is the same for the same file, in this process and in any later one.
+
+    CreateUpload returns the first result for a repeated request id, so this is how an upload
+    that an earlier process left unfinished is found again.
+    """
+    digest = hashlib.sha256(f"prefill-upload:{sha256}:{size}".encode()).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=4))
+
+
+def video_id_or_path(video: VideoLike) -> tuple[str | None, str | None]:
+    """``(id, None)`` or ``(None, path)``."""
+    if isinstance(video, Video):
+        return video.video_id, None
+    if isinstance(video, str) and _VIDEO_ID.fullmatch(video):
+        return video, None
+    return None, os.fspath(video)
+
+
+def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
+    """A PrefillSpec.
+
+    Raises:
+        TypeError: an option is unknown or has the wrong type.
+        ValueError: an option is out of the range of its field.
+    """
+    check_names(options, FRAME_NAMES)
+    spec = prefill_pb.PrefillSpec(video_id=video_id)
+    _assign(spec, options, ("system_prompt",))
+    _assign(spec.sampling, options, SAMPLING_NAMES)
+    return spec
+
+
+def build_ask(
+    video_id: str, question: QuestionLike, options: AskOptions, request_id: str
+) -> answer_pb.AskRequest:
+    """An AskRequest. A leading "system" message is the same as ``system_prompt``.
+
+    Raises:
+        TypeError: an option is unknown or something has the wrong type.
+        ValueError: a role is unknown, or a number is out of the range of its field.
+    """
+    check_names(options, ASK_NAMES)
+    frames: Any = {name: options[name] for name in FRAME_NAMES if name in options}  # type: ignore[literal-required]
+    turns = _turns(question)
+    if turns and turns[0].role == "system":
+        if frames.get("system_prompt"):
+            raise ValueError("give a system message or system_prompt, not both")
+        frames["system_prompt"] = turns.pop(0).content
+    request = answer_pb.AskRequest(spec=build_spec(video_id, frames), request_id=request_id)
+    for turn in turns:
+        if turn.role not in _ROLES:
+            raise ValueError(f"role must be user or assistant, not {turn.role!r}")
+        request.messages.add(role=_ROLES[turn.role], text=turn.content)
+    _assign(request.sampling_params, options, DECODING_NAMES)
+    stop = options.get("stop") or ()
+    request.sampling_params.stop.extend([stop] if isinstance(stop, str) else stop)
+    return request
+
+
+def _turns(question: QuestionLike) -> list[Message]:
+    if isinstance(question, str):
+        return [Message("user", question)]
+    turns = []
+    for item in question:
+        if isinstance(item, Mapping):
+            extra = sorted(set(item) - {"role", "content"})
+            if extra or "role" not in item or "content" not in item:
+                raise ValueError(f"a message has role and content, not {sorted(item)}")
+            item = Message(item["role"], item["content"])
+        if not isinstance(item, Message) or not isinstance(item.content, str):
+            raise TypeError(f"a message's content must be text: {item!r}")
+        turns.append(item)
+    return turns
+
+
+def check_names(options: Mapping[str, Any], accepted: tuple[str, ...]) -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        TypeError: naming the option and the accepted ones.
+    """
+    for name in options:
+        if name not in accepted:
+            raise TypeError(f"unknown option {name!r}; accepted: {', '.join(accepted)}")
+
+
+def _assign(message: Any, options: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        value = options.get(name)
+        if value is None:
+            continue
+        try:
+            setattr(message, name, value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} = {value!r} is not accepted: {error}") from error

@@ -1,0 +1,167 @@
+"""The resumable upload, as a flow: nothing here touches the network or blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from prefill.v1 import video_service_pb2 as video_pb
+
+from prefill_client._requests import new_request_id, upload_request_id
+from prefill_client._retry import Backoff, is_broken_stream
+from prefill_client._steps import Blocking, FileChunks, Flow, Send, Sleep
+from prefill_client.errors import NotFoundError, PrefillError, make_error
+from prefill_client.types import UploadProgress
+
+CHUNK_BYTES = 256 << 10
+_HASH_BYTES = 8 << 20
+
+UploadCallback = Callable[[UploadProgress], object]
+Unary = Callable[[str, Any], Flow[Any]]
+
+
+def hash_file(path: str, progress: UploadCallback | None = None) -> Flow[tuple[str, int]]:
+    """sha256 (lower-case hexadecimal) and size in bytes of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest, done = hashlib.sha256(), 0
+    with (yield Blocking(lambda: open(path, "rb"))) as file:
+        total = os.fstat(file.fileno()).st_size
+
+        def advance() -> int:
+            data = file.read(_HASH_BYTES)
+            digest.update(data)
+            return len(data)
+
+        while count := (yield Blocking(advance)):
+            done += count
+            if progress is not None:
+                progress(UploadProgress("hash", done, max(total, done)))
+    return digest.hexdigest(), done
+
+
+def upload(
+    unary: Unary,
+    backoff: Backoff,
+    path: str,
+    progress: UploadCallback | None,
+    display_name: str | None,
+    sha256: str | None = None,
+) -> Flow[video_pb.Video]:
+    """Upload ``path`` and finish; returns the READY video.
+
+    A READY video with the same digest is returned without sending anything, and an unfinished
+    upload of the same file, of this process or of an earlier one, is gone on with.
+
+    Args:
+        unary: makes a unary call, with retries.
+        backoff: allows that many failures in a row without any byte committed.
+        path: the file.
+        progress: called with each phase's progress.
+        display_name: name for people; the file's name by default.
+        sha256: digest of the file if known already; saves reading it twice.
+
+    Raises:
+        OSError: the file cannot be read.
+        PrefillError: UploadError, InvalidVideoError, CapacityError, UnavailableError...
+    """
+    if sha256 is None:
+        sha256, size = yield from hash_file(path, progress)
+    else:
+        size = os.stat(path).st_size
+    create = video_pb.CreateUploadRequest(
+        display_name=os.path.basename(path) if display_name is None else display_name,
+        size_bytes=size,
+        sha256=sha256,
+        request_id=upload_request_id(sha256, size),
+    )
+    created = yield from unary("CreateUpload", create)
+    # A repeated request id brings the first result, which may be out of date by now.
+    video = yield from _usable(unary, created.video.video_id)
+    resumed = video is not None and video.committed_bytes > 0
+    while True:
+        if video is None:
+            create.request_id = new_request_id()
+            created = yield from unary("CreateUpload", create)
+            video = created.video
+        if video.state == video_pb.VIDEO_STATE_READY:
+            _report(progress, "upload", size, size)
+            return video
+        chunk = min(CHUNK_BYTES, created.max_chunk_bytes or CHUNK_BYTES)
+        try:
+            return (
+                yield from _send_and_finish(
+                    unary, backoff, video.video_id, path, size, chunk, progress
+                )
+            )
+        except PrefillError as error:
+            # What an earlier process sent was not this file: once more, from the start.
+            if error.reason != "UPLOAD_DIGEST_MISMATCH" or not resumed:
+                raise
+            video, resumed = None, False
+
+
+def _usable(unary: Unary, video_id: str) -> Flow[video_pb.Video | None]:
+    """The video as it is now; None if it is gone or was refused."""
+    try:
+        response = yield from unary("GetVideo", video_pb.GetVideoRequest(video_id=video_id))
+    except NotFoundError:
+        return None
+    video: video_pb.Video = response.video
+    return None if video.state == video_pb.VIDEO_STATE_FAILED else video
+
+
+def _send_and_finish(
+    unary: Unary,
+    backoff: Backoff,
+    video_id: str,
+    path: str,
+    size: int,
+    chunk: int,
+    progress: UploadCallback | None,
+) -> Flow[video_pb.Video]:
+    best = -1
+    while True:
+        status = yield from unary(
+            "GetUploadStatus", video_pb.GetUploadStatusRequest(video_id=video_id)
+        )
+        committed = status.committed_bytes
+        _report(progress, "upload", committed, size)
+        if committed > best:
+            best = committed
+            backoff.reset()
+        try:
+            if committed < size:
+                response = yield Send(
+                    FileChunks(video_id, path, committed, size, chunk),
+                    lambda sent: _report(progress, "upload", sent, size),
+                )
+                if response.committed_bytes <= committed:
+                    raise _stalled(path, committed, size)
+                continue
+            _report(progress, "probe", 0, 0)
+            request = video_pb.FinishUploadRequest(video_id=video_id)
+            video: video_pb.Video = (yield from unary("FinishUpload", request)).video
+            return video
+        except PrefillError as error:
+            retriable = error.reason in ("UPLOAD_INCOMPLETE", "UPLOAD_STALLED")
+            if not retriable and (committed >= size or not is_broken_stream(error)):
+                raise
+            yield Sleep(backoff.delay(error))
+
+
+def _stalled(path: str, committed: int, size: int) -> PrefillError:
+    return make_error(
+        "UPLOAD_STALLED",
+        f"the server ended the upload of {path} at {committed} of {size} bytes",
+        metadata={"committed_bytes": str(committed), "size_bytes": str(size)},
+    )
+
+
+def _report(progress: UploadCallback | None, phase: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(UploadProgress(phase, done, total))

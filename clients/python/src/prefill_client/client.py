@@ -1,0 +1,274 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self, Unpack
+
+from prefill_client import _flows
+from prefill_client._channel import TLS, make_endpoint
+from prefill_client._flows import AskState, JobCallback, Settings
+from prefill_client._retry import RetryPolicy
+from prefill_client._sync import Cancellation, SyncDriver
+from prefill_client._upload import UploadCallback
+from prefill_client.errors import CancelledError
+from prefill_client.types import (
+    Answer,
+    AskOptions,
+    FrameOptions,
+    Job,
+    QuestionLike,
+    Video,
+    VideoLike,
+)
+
+
+class AnswerStream:
+    """An answer as it is made: iterate to get its pieces of text.
+
+    The work starts with the first iteration. Leaving the loop, ``cancel`` or the end of a
+    ``with`` block ends the call, and with it the work on the server.
+
+    Attributes of interest: ``text`` and ``token_ids`` so far; ``final``, the ``Answer`` once
+    the stream has ended; ``request_id``, for the server's logs.
+    """
+
+    def __init__(self, pieces: Iterator[str], state: AskState, cancellation: Cancellation) -> None:
+        self._pieces = pieces
+        self._state = state
+        self._cancellation = cancellation
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._state.pieces)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token ids so far."""
+        return tuple(self._state.token_ids)
+
+    @property
+    def final(self) -> Answer | None:
+        """The whole answer, once the stream has ended."""
+        return self._state.final
+
+    @property
+    def request_id(self) -> str:
+        """Id of the request in the server's logs."""
+        return self._state.request_id
+
+    def cancel(self) -> None:
+        """End the call; a thread that iterates gets CancelledError. Without effect at the end."""
+        self._cancellation.cancel()
+
+    def result(self) -> Answer:
+        """Wait for the end and return the whole answer."""
+        for _ in self:
+            pass
+        if self.final is None:
+            raise CancelledError(
+                "CANCELLED", "the answer was abandoned", request_id=self.request_id
+            )
+        return self.final
+
+
+class Client:
+    """Talks to a prefill-service. Safe to use from several threads; close it after use.
+
+    Args:
+        address: ``host:port`` of the server, or any gRPC target.
+        token: bearer token, if the server wants one.
+        tls: True for TLS with the system's CAs, a ``TLS`` for anything else, None for none.
+        timeout: seconds for each unary call. Probing an upload may take ``finish_timeout``,
+            and answers, job watching and the sending of bytes have no limit of their own.
+        finish_timeout: seconds for FinishUpload and ImportVideo, which probe the file.
+        retry: how often idempotent calls are made again while the server is UNAVAILABLE.
+        upload_retry: the same for an upload, counted since it last got any further.
+
+    Every method raises ``PrefillError``: its subclasses and ``reason`` say why.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        token: str | None = None,
+        tls: TLS | bool | None = None,
+        timeout: float = 60.0,
+        finish_timeout: float = 600.0,
+        retry: RetryPolicy | None = None,
+        upload_retry: RetryPolicy | None = None,
+    ) -> None:
+        self._settings = Settings.of(timeout, finish_timeout, retry, upload_retry)
+        self._driver = SyncDriver(make_endpoint(address, token, tls))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._driver.close()
+
+    def upload(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: UploadCallback | None = None,
+        display_name: str | None = None,
+        sha256: str | None = None,
+    ) -> Video:
+        """Upload a file and wait until it is READY.
+
+        A file the server has already is not sent again (by sha256), broken connections are
+        resumed, and so is an upload that an earlier process left unfinished.
+
+        Args:
+            path: the file.
+            progress: called now and then with an ``UploadProgress``.
+            display_name: name for people; the file's name by default.
+            sha256: the file's digest if known (lower-case hexadecimal); saves reading it twice.
+
+        Raises:
+            OSError: the file cannot be read.
+            InvalidVideoError: the server refused the file.
+        """
+        return self._driver.run(
+            _flows.upload_video(self._settings, os.fspath(path), progress, display_name, sha256)
+        )
+
+    def import_video(self, path: str, *, display_name: str | None = None) -> Video:
+        """Let the server read ``path``, a file of its own below one of its import roots."""
+        return self._driver.run(_flows.import_video(self._settings, path, display_name))
+
+    def video(self, video_id: str) -> Video:
+        """One video."""
+        return self._driver.run(_flows.get_video(self._settings, video_id))
+
+    def videos(self, *, page_size: int = 0) -> Iterator[Video]:
+        """All videos, newest first, fetched page by page (0: the server's page size)."""
+        return self._driver.iterate(_flows.list_videos(self._settings, page_size))
+
+    def delete_video(self, video_id: str) -> None:
+        """Remove a video and its file."""
+        self._driver.run(_flows.delete_video(self._settings, video_id))
+
+    def prefill(
+        self,
+        video: VideoLike,
+        *,
+        wait: bool = False,
+        on_progress: JobCallback | None = None,
+        on_upload: UploadCallback | None = None,
+        **options: Unpack[FrameOptions],
+    ) -> Job:
+        """Start the prefill of a video, so that later questions are quick.
+
+        Args:
+            video: a ``Video``, the id of one, or the path of a file to upload first.
+            wait: return when the job has succeeded, raise if it does not.
+            on_progress: called with the ``Job`` at each change, if waiting.
+            on_upload: called with ``UploadProgress`` while a path is uploaded.
+            options: which frames, and the system prompt.
+        """
+        return self._driver.run(
+            _flows.prefill(self._settings, video, options, wait, on_progress, on_upload)
+        )
+
+    def job(self, job_id: str) -> Job:
+        """One prefill job."""
+        return self._driver.run(_flows.get_job(self._settings, job_id))
+
+    def jobs(self, *, page_size: int = 0) -> Iterator[Job]:
+        """All jobs, newest first, fetched page by page (0: the server's page size)."""
+        return self._driver.iterate(_flows.list_jobs(self._settings, page_size))
+
+    def cancel_job(self, job_id: str) -> Job:
+        """Stop a job; returns it CANCELLED, or as it had ended before."""
+        return self._driver.run(_flows.cancel_job(self._settings, job_id))
+
+    def watch_job(self, job_id: str) -> Iterator[Job]:
+        """The job now and at each change, until it has ended. Survives broken connections."""
+        return self._driver.iterate(_flows.watch_job(self._settings, job_id))
+
+    def wait_job(self, job_id: str, *, on_progress: JobCallback | None = None) -> Job:
+        """Wait until a job has succeeded; raises the job's error if it does not."""
+        return self._driver.run(_flows.wait_job(self._settings, job_id, on_progress))
+
+    def ask(
+        self,
+        video: VideoLike,
+        question: QuestionLike,
+        *,
+        on_progress: JobCallback | None = None,
+        on_upload: UploadCallback | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[AskOptions],
+    ) -> AnswerStream:
+        """Ask about a video; iterate over the result to get the answer as it is made.
+
+        Args:
+            video: a ``Video``, the id of one, or the path of a file to upload first.
+            question: text, or a chat: ``Message``s or ``{"role": ..., "content": ...}``, user
+                and assistant in turn, first and last of the user.
+            on_progress: called with the ``Job`` while the video is prefilled.
+            on_upload: called with ``UploadProgress`` while a path is uploaded.
+            timeout: seconds for the answer, prefill included; no limit by default.
+            request_id: UUID4 for the server's logs; a random one by default.
+            options: which frames, and how to decode.
+        """
+        state, cancellation = AskState(request_id), Cancellation()
+        flow = _flows.ask(
+            self._settings, state, video, question, options, timeout, on_progress, on_upload
+        )
+        return AnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)
+
+    def ask_text(
+        self,
+        video: VideoLike,
+        question: QuestionLike,
+        *,
+        on_progress: JobCallback | None = None,
+        on_upload: UploadCallback | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[AskOptions],
+    ) -> Answer:
+        """Ask and wait for the whole answer. The arguments are those of ``ask``."""
+        return self.ask(
+            video,
+            question,
+            on_progress=on_progress,
+            on_upload=on_upload,
+            timeout=timeout,
+            request_id=request_id,
+            **options,
+        ).result()

@@ -1,0 +1,257 @@
+"""What calls return: plain frozen dataclasses. Times are aware datetimes, durations seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, TypeAlias, TypedDict
+
+
+class VideoState(StrEnum):
+    """The life of a video."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    UPLOADING = "UPLOADING"
+    PROBING = "PROBING"
+    READY = "READY"
+    FAILED = "FAILED"
+
+
+class JobState(StrEnum):
+    """The life of a prefill job."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    EVICTED = "EVICTED"
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more will happen."""
+        return self not in (JobState.UNSPECIFIED, JobState.QUEUED, JobState.RUNNING)
+
+
+class Stage(StrEnum):
+    """Stages of a prefill. They count frames, temporal patches and tokens."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    DECODE = "DECODE"
+    VISION = "VISION"
+    PREFILL = "PREFILL"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What probing found in the file."""
+
+    container: str
+    codec: str
+    width: int
+    height: int
+    frame_count: int
+    fps: float
+    duration_s: float
+    keyframe_count: int
+
+
+@dataclass(frozen=True)
+class Video:
+    """A stored video, or an upload on its way to be one."""
+
+    video_id: str
+    display_name: str
+    state: VideoState
+    size_bytes: int
+    committed_bytes: int
+    sha256: str
+    create_time: datetime | None
+    expire_time: datetime | None
+    info: VideoInfo | None
+    error_reason: str
+    error_message: str
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """How far one rank is in one stage."""
+
+    stage: Stage
+    rank: int
+    done: int
+    total: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed."""
+
+    reason: str
+    message: str
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """Tokens ``start_token <= i < end_token`` are held by ``rank``."""
+
+    start_token: int
+    end_token: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """What a finished job offers. See PrefillResult in the API reference."""
+
+    prefix_id: str
+    prefix_tokens: int
+    video_tokens: int
+    frames: int
+    grid_thw: tuple[int, ...]
+    position_delta: int
+    shards: tuple[ShardRange, ...]
+    kv_bytes: int
+    kv_transfer_params_json: str
+    manifest_json: str
+
+
+@dataclass(frozen=True)
+class PrefillSpec:
+    """The video prefix a job computes. None: the model family's own default."""
+
+    video_id: str
+    fps: float | None
+    num_frames: int | None
+    max_pixels: int | None
+    min_pixels: int | None
+    cap_pixels_per_frame: bool | None
+    system_prompt: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prefill."""
+
+    job_id: str
+    spec: PrefillSpec
+    state: JobState
+    progress: tuple[StageProgress, ...]
+    attempts: int
+    queue_position: int
+    error: JobError | None
+    result: PrefillResult | None
+    create_time: datetime | None
+    start_time: datetime | None
+    end_time: datetime | None
+    prefix_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Timings of one answer as the server saw them, seconds."""
+
+    prefill_wait_s: float
+    decoder_first_token_s: float
+    first_token_s: float
+    total_s: float
+    handoff_s: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one answer used."""
+
+    prompt_tokens: int
+    video_tokens: int
+    completion_tokens: int
+    kv_tokens_moved: int
+    kv_bytes_moved: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One complete answer. ``finish_reason`` is "stop", "length" or "abort"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    timings: Timings
+    usage: Usage
+    job_id: str
+    prefix_id: str
+    video_id: str
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat; ``role`` is "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class UploadProgress:
+    """How far an upload is: ``phase`` is "hash", "upload" or "probe"; the rest is bytes."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class FrameOptions(TypedDict, total=False):
+    """Which frames are looked at, how large, and the system prompt before them.
+
+    What is left out (or None) is the model family's own default. At most one of ``fps`` and
+    ``num_frames``. ``max_pixels`` and ``min_pixels`` are the processor's ``longest_edge`` and
+    ``shortest_edge``, in pixels; ``cap_pixels_per_frame`` applies the family's per-frame ceiling.
+    """
+
+    fps: float | None
+    num_frames: int | None
+    max_pixels: int | None
+    min_pixels: int | None
+    cap_pixels_per_frame: bool | None
+    system_prompt: str | None
+
+
+class AskOptions(FrameOptions, total=False):
+    """Frame options and how to decode: greedy and 256 tokens unless said otherwise."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    repetition_penalty: float | None
+    ignore_eos: bool | None
+
+
+# A video is given as a Video, as the id of one, or as the path of a file to upload. A string
+# is an id if it looks like one ("vid_" and letters or digits, no dot or slash).
+VideoLike: TypeAlias = "Video | str | os.PathLike[str]"
+QuestionLike: TypeAlias = "str | Sequence[Message | Mapping[str, Any]]"
+
+
+def to_dict(value: Any) -> Any:
+    """A result as JSON-ready data: datetimes become ISO 8601 text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return value
