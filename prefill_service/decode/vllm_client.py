@@ -1,0 +1,207 @@
+"""HTTP to a vLLM server: health, model length, and one streamed generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from prefill_service.decode.features import video_features
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.protocol import HandoffParams
+from prefill_service.models.plan import PrefixPlan
+
+_CHECK_SECONDS = 5.0
+_MAX_EVENT_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to decode; mirrors ``prefill.v1.SamplingParams``. ``None``: vLLM's default."""
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int = 256
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float | None = None
+    ignore_eos: bool = False
+
+    def to_vllm(self) -> dict[str, Any]:
+        """``sampling_params`` of vLLM."""
+        values: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "stop": list(self.stop) or None,
+            "repetition_penalty": self.repetition_penalty,
+            "ignore_eos": self.ignore_eos,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """One question over a prefix.
+
+    Attributes:
+        token_ids: the whole prompt; it begins with the plan's tokens.
+        plan: the prefix.
+        handoff: where its KV is. The lease id belongs to this request alone.
+        sampling: how to decode.
+        request_id: for vLLM's logs; unique.
+    """
+
+    token_ids: list[int]
+    plan: PrefixPlan
+    handoff: HandoffParams
+    sampling: Sampling
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeEvent:
+    """A piece of the answer; the last one has ``finish_reason`` and the counts."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class VllmClient:
+    """Requests to one vLLM server.
+
+    Args:
+        session: where its connections live; the caller closes it.
+        url: base URL of the server.
+        timeout_s: longest silence within one answer.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, timeout_s: float) -> None:
+        self._session = session
+        self.url = url.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=timeout_s)
+
+    async def check_health(self) -> None:
+        """Ask ``/health``.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE.
+        """
+        await self._get("/health")
+
+    async def max_model_len(self) -> int:
+        """Context of the served model in tokens, from ``/v1/models``.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE if it cannot be had.
+        """
+        body = await self._get("/v1/models")
+        try:
+            return int(json.loads(body)["data"][0]["max_model_len"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise _unavailable(f"{self.url}/v1/models answered {body[:200]!r}") from error
+
+    async def generate(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
+        """Stream an answer. Closing the iterator aborts the request in vLLM.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE if vLLM is unreachable, silent or dies;
+                DECODER_FAILED if it answers with an error. vLLM's text for a failed hand-off
+                is generic: the cause is in the hand-off report.
+        """
+        body = {
+            "request_id": request.request_id,
+            "token_ids": request.token_ids,
+            "features": video_features(request.plan),
+            "sampling_params": request.sampling.to_vllm(),
+            "kv_transfer_params": request.handoff.to_kv_transfer_params(),
+            "output_mode": "text",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        url = f"{self.url}/inference/v1/generate"
+        try:
+            async with self._session.post(url, json=body, timeout=self._timeout) as response:
+                if response.status != 200:
+                    raise _failed(response.status, await response.text())
+                async for event in _events(response):
+                    yield event
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unavailable(f"vLLM at {self.url} broke off: {_describe(error)}") from error
+
+    async def _get(self, path: str) -> str:
+        timeout = aiohttp.ClientTimeout(total=_CHECK_SECONDS)
+        try:
+            async with self._session.get(self.url + path, timeout=timeout) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unavailable(f"vLLM at {self.url}{path}: {_describe(error)}") from error
+        if response.status != 200:
+            raise _unavailable(f"vLLM at {self.url}{path} answered {response.status}: {text[:200]}")
+        return text
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[DecodeEvent]:
+    """Server-sent events to ``DecodeEvent``; the final one joins finish reason and usage."""
+    finish_reason, usage = "", None
+    async for chunk in _data_lines(response):
+        if "error" in chunk:
+            raise _failed(chunk["error"].get("code"), json.dumps(chunk))
+        usage = chunk.get("usage") or usage
+        for choice in chunk.get("choices", []):
+            finish_reason = choice.get("finish_reason") or finish_reason
+            text, token_ids = choice.get("text") or "", tuple(choice.get("token_ids") or ())
+            if text or token_ids:
+                yield DecodeEvent(text, token_ids)
+    if not finish_reason or usage is None:
+        raise _unavailable("vLLM ended the stream before the answer was complete")
+    details = usage.get("prompt_tokens_details") or {}
+    yield DecodeEvent(
+        finish_reason=finish_reason,
+        prompt_tokens=usage["prompt_tokens"],
+        completion_tokens=usage["completion_tokens"],
+        cached_tokens=details.get("cached_tokens") or 0,
+    )
+
+
+async def _data_lines(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    buffer = b""
+    async for data in response.content.iter_any():
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: ") and line != b"data: [DONE]":
+                yield json.loads(line.removeprefix(b"data: "))
+        if len(buffer) > _MAX_EVENT_BYTES:
+            raise _failed(response.status, f"an event of more than {_MAX_EVENT_BYTES} bytes")
+
+
+def _failed(status: object, text: str) -> ServiceError:
+    message = text
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    return ServiceError(
+        Reason.DECODER_FAILED,
+        f"vLLM answered {status}: {message[:1000]}",
+        http_status=status,
+        vllm_message=message[:1000],
+    )
+
+
+def _unavailable(message: str) -> ServiceError:
+    return ServiceError(Reason.DECODER_UNAVAILABLE, message)
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) or type(error).__name__
