@@ -27,7 +27,7 @@ def _opt(default: Any, text: str) -> Any:
 class ServerConfig:
     """The gRPC front."""
 
-    host: str = _opt("127.0.0.1", "Address to bind. A non-loopback address needs TLS or --insecure.")
+    host: str = _opt("127.0.0.1", "Address to bind; other than loopback it needs TLS or insecure.")
     port: int = _opt(50051, "Port to bind; 0 picks a free one.")
     insecure: bool = _opt(False, "Allow a non-loopback address without TLS.")
     tls_cert: str = _opt("", "PEM certificate chain.")
@@ -73,8 +73,8 @@ class EngineConfig:
     model: str = _opt("", "Folder or hub id of the checkpoint.")
     ranks: int = _opt(2, "Ranks of the sequence-parallel group.")
     device: str = _opt("auto", "cpu, cuda or auto.")
-    dtype: str = _opt("auto", "float32, bfloat16, float16, or auto: the checkpoint's on CUDA, float32 on CPU.")
-    chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0 picks by device (512 CPU, 4096 CUDA).")
+    dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
+    chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.")
     threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.")
     page_tokens: int = _opt(64, "Tokens per KV page.")
     kv_pool_bytes: int = _opt(2 << 30, "KV bytes kept for hand-off, over all ranks.")

@@ -1,0 +1,1 @@
+"""The rank group: processes, the chunk pipeline, and the front end's view of them."""

@@ -126,3 +126,11 @@ class RankFailed:
     job_id: str
     rank: int
     error: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class RankCrashed:
+    """The rank cannot go on; it leaves after this."""
+
+    rank: int
+    error: dict[str, object]

@@ -1,0 +1,1 @@
+"""What differs between checkpoints: planning prompts, and running transformers' own classes."""

@@ -27,6 +27,11 @@ class FramePreprocessor:
         self._processor = video_processor
         self._size = SizeDict(height=resized_hw[0], width=resized_hw[1])
 
+    @property
+    def temporal_patch_size(self) -> int:
+        """Frames of one temporal patch."""
+        return int(self._processor.temporal_patch_size)
+
     def __call__(self, frames: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Patches of some consecutive temporal patches.
 

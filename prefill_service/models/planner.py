@@ -46,7 +46,8 @@ class PromptPlanner:
         self.dtype = dtype
         self.profile = profile
         self._config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-        self._processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
+        processors: Any = transformers.AutoProcessor
+        self._processor = processors.from_pretrained(checkpoint.path)
         self._family = FAMILIES[checkpoint.family]
         self._processor_hash = _hash(
             transformers.__version__,
@@ -122,9 +123,7 @@ class PromptPlanner:
             merge_size=self._video_processor.merge_size,
         )  # fmt: skip
 
-    def prompt_token_ids(
-        self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]
-    ) -> list[int]:
+    def prompt_token_ids(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
         """The whole prompt: the plan's prefix, then the chat, ready for the answer.
 
         Args:
@@ -154,18 +153,18 @@ class PromptPlanner:
             return ""
         sizes = self._size_kwargs(sampling)["size"]
         options = []
-        fitting = _largest(
-            lambda n: self._estimate(index, n, sizes) <= limit_tokens, 2, frames
-        )
+        fitting = _largest(lambda n: self._estimate(index, n, sizes) <= limit_tokens, 2, frames)
         if fitting:
             fps = fitting * index.fps / index.frame_count
             options.append(f"num_frames={fitting} (fps={math.floor(fps * 1000) / 1000:g})")
         factor = self._video_processor.patch_size * self._video_processor.merge_size
         pixels = _largest(
-            lambda blocks: self._estimate(
-                index, frames, {"shortest_edge": 1, "longest_edge": blocks * factor**2}
-            )
-            <= limit_tokens,
+            lambda blocks: (
+                self._estimate(
+                    index, frames, {"shortest_edge": 1, "longest_edge": blocks * factor**2}
+                )
+                <= limit_tokens
+            ),
             1,
             max(1, sizes["longest_edge"] // factor**2),
         )
@@ -188,7 +187,7 @@ class PromptPlanner:
         if sampling.num_frames is not None and sampling.num_frames < temporal:
             raise ServiceError(
                 Reason.INVALID_REQUEST,
-                f"num_frames is {sampling.num_frames}, the least is {temporal} (one temporal patch)",
+                f"num_frames is {sampling.num_frames}; one temporal patch takes {temporal}",
                 num_frames=sampling.num_frames,
                 minimum=temporal,
             )
@@ -213,7 +212,8 @@ class PromptPlanner:
         # Fewer frames than one temporal patch: the processors refuse, so repeat the last
         # frame, which is what they do to fill a longer video's last patch.
         missing = max(0, temporal - len(indices))
-        return np.concatenate([indices, np.repeat(indices[-1:], missing)]).astype(np.int64)
+        padded: np.ndarray = np.concatenate([indices, np.repeat(indices[-1:], missing)])
+        return padded.astype(np.int64)
 
     def _size_kwargs(self, sampling: FrameSampling) -> dict[str, Any]:
         size = self._video_processor.size

@@ -75,7 +75,8 @@ class PrefillModel:
             .to(device)
             .eval()
         )
-        self._video_processor = AutoVideoProcessor.from_pretrained(checkpoint.path)
+        processors: Any = AutoVideoProcessor
+        self._video_processor = processors.from_pretrained(checkpoint.path)
 
     def preprocessor(self, plan: PrefixPlan) -> FramePreprocessor:
         """Frames to patches, for this plan's size."""
@@ -153,7 +154,7 @@ class _KVBridge(Cache):
         self._kv = kv
         self._last_layer = last_layer
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Take [1, kv_heads, tokens, head_dim] keys and values of one layer."""
@@ -174,6 +175,9 @@ def _attention(
     layer_kv: LayerKV,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """``AttentionInterface`` entry: query [1, q_heads, tokens, head_dim] to [1, tokens, q_heads, head_dim]."""
+    """``AttentionInterface`` entry.
+
+    Takes query [1, q_heads, tokens, head_dim], gives [1, tokens, q_heads, head_dim].
+    """
     out = layer_kv.attend(module.layer_idx, query[0], scaling)
     return out.transpose(0, 1)[None], None

@@ -1,0 +1,1 @@
+"""Sequence parallelism: who computes which tokens, and how keys and values travel."""

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,9 @@ class ChunkLayout:
         return (chunk[rank] for chunk in self.shares)
 
 
-def deal_patches(patch_ends: Sequence[int], ranks: int, chunk_tokens: int) -> ChunkLayout:
+def deal_patches(
+    patch_ends: Sequence[int] | np.ndarray, ranks: int, chunk_tokens: int
+) -> ChunkLayout:
     """Deal temporal patches to ranks.
 
     Args:
@@ -75,7 +80,5 @@ def deal_patches(patch_ends: Sequence[int], ranks: int, chunk_tokens: int) -> Ch
         count = min(per_rank * ranks, patches - first)
         # The first `count % ranks` ranks take one patch more: they have the least to attend to.
         cuts = [first + r * (count // ranks) + min(r, count % ranks) for r in range(ranks + 1)]
-        chunks.append(
-            tuple(Share(a, b, bounds[a], bounds[b]) for a, b in zip(cuts, cuts[1:], strict=False))
-        )
+        chunks.append(tuple(Share(a, b, bounds[a], bounds[b]) for a, b in pairwise(cuts)))
     return ChunkLayout(tuple(chunks))

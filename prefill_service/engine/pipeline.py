@@ -1,0 +1,266 @@
+"""The chunk pipeline on one rank: decode, encode, prefill, seal; chunk after chunk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prefill_service.config import VideoConfig
+from prefill_service.engine.feeder import ChunkFeeder
+from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
+from prefill_service.engine.shards import pages_of_rank
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.manifest import KVLayout
+from prefill_service.kv.segment import ShardStore, ShardWriter
+from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.parallel.gather import GatherExchange
+from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.layout import Share, deal_patches
+from prefill_service.video.frames import FrameStream
+
+_PROGRESS_INTERVAL_S = 0.2
+
+
+class Status(IntEnum):
+    """What ranks agree on at each synchronisation point; the largest wins."""
+
+    FINE = 0
+    CANCELLED = 1
+    FAILED = 2
+
+
+class TaskAborted(Exception):
+    """All ranks agreed to stop this task; ``error`` is set on the rank that caused it."""
+
+    def __init__(self, status: Status, error: ServiceError | None) -> None:
+        super().__init__(status.name)
+        self.status = status
+        self.error = error
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Progress and seconds per stage, reported at most five times a second."""
+
+    report: Callable[[Stage, int, int, float], None]
+    seconds: dict[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
+    _last: dict[Stage, float] = field(default_factory=dict)
+
+    def add(self, stage: Stage, done: int, total: int, start: float) -> None:
+        """Note that work since ``start`` (perf_counter) brought ``done`` of ``total`` units."""
+        self.set(stage, done, total, self.seconds[stage] + time.perf_counter() - start)
+
+    def set(self, stage: Stage, done: int, total: int, seconds: float) -> None:
+        """Note that ``done`` of ``total`` units took ``seconds`` so far."""
+        self.seconds[stage] = seconds
+        now = time.monotonic()
+        if done >= total or now - self._last.get(stage, 0.0) >= _PROGRESS_INTERVAL_S:
+            self._last[stage] = now
+            self.report(stage, done, total, seconds)
+
+
+class PrefillPipeline:
+    """Runs tasks on this rank, in step with the other ranks of its group.
+
+    Args:
+        model, group, store: this rank's.
+        kv_layout: of a page.
+        video: limits for decoding.
+        chunk_tokens: tokens per chunk and rank.
+        send: delivers progress messages.
+        tick: called after each unit of work; liveness for the heartbeat.
+    """
+
+    def __init__(
+        self,
+        model: PrefillModel,
+        group: SPGroup,
+        store: ShardStore,
+        kv_layout: KVLayout,
+        video: VideoConfig,
+        chunk_tokens: int,
+        send: Callable[[Progress], None],
+        tick: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._store = store
+        self._kv_layout = kv_layout
+        self._video = video
+        self._chunk_tokens = chunk_tokens
+        self._send = send
+        self._tick = tick
+
+    def run(self, task: PrefillTask, cancelled: threading.Event) -> RankDone:
+        """Compute this rank's share of the task.
+
+        Raises:
+            TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
+        """
+        manifest = task.manifest
+        rank = self._group.rank
+        # A rank without any share (fewer patches than ranks) holds one unused page.
+        pages = max(1, pages_of_rank(manifest.runs, rank, self._kv_layout))
+        writer = self._store.create(manifest.prefix_id, manifest.generation, pages)
+        bytes_before = self._group.meter.bytes_received
+        run = _TaskRun(self, task, writer, cancelled)
+        try:
+            run.execute()
+        except TaskAborted as aborted:
+            writer.fail(
+                aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped")
+            )
+            self._store.drop(manifest.prefix_id)
+            raise
+        finally:
+            run.close()
+        return RankDone(
+            task.job_id,
+            rank,
+            {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
+            self._group.meter.bytes_received - bytes_before,
+        )
+
+
+class _TaskRun:
+    """One task in progress; also the model's ``LayerKV``."""
+
+    def __init__(
+        self,
+        pipeline: PrefillPipeline,
+        task: PrefillTask,
+        writer: ShardWriter,
+        cancelled: threading.Event,
+    ) -> None:
+        self._p = pipeline
+        self._plan = task.plan
+        self._writer = writer
+        self._cancelled = cancelled
+        group, layout, model = pipeline._group, pipeline._kv_layout, pipeline._model
+        self.clock = StageClock(
+            lambda stage, done, total, seconds: pipeline._send(
+                Progress(task.job_id, group.rank, stage, done, total, seconds)
+            )
+        )
+        self._chunks = deal_patches(task.plan.patch_ends, group.size, pipeline._chunk_tokens)
+        self._shares = list(self._chunks.of_rank(group.rank))
+        self._last_layer = layout.num_layers - 1
+        self._exchange = GatherExchange(
+            group,
+            self._last_layer,
+            task.plan.num_tokens,
+            layout.num_kv_heads,
+            layout.head_dim,
+            model.dtype,
+            model.device,
+        )
+        self._page = 0  # next free page of this rank
+        self._patches_done = self._tokens_done = 0
+        preprocess = model.preprocessor(task.plan)
+        self._feeder = ChunkFeeder(
+            lambda indices: FrameStream(
+                Path(task.video_path), Path(task.index_path), indices, pipeline._video
+            ),
+            preprocess,
+            task.plan.frame_indices,
+            preprocess.temporal_patch_size,
+            self._shares,
+            self._on_frames,
+        )
+
+    def execute(self) -> None:
+        """All chunks, in order."""
+        tokens = sum(s.num_tokens for s in self._shares)
+        for chunk, share in zip(self._chunks.shares, self._shares, strict=True):
+            features = self._encode(share)
+            self._checkpoint()
+            start = time.perf_counter()
+            self._exchange.start_chunk([(s.start_token, s.end_token) for s in chunk])
+            if share.num_tokens:
+                self._prefill(share, features)
+            else:
+                self._stand_by()
+            self._tokens_done += share.num_tokens
+            self.clock.add(Stage.PREFILL, self._tokens_done, tokens, start)
+
+    def close(self) -> None:
+        """Stop decoding, and let what the exchange still has under way arrive."""
+        self._feeder.close()
+        self._exchange.finish()
+
+    # ---- LayerKV ---------------------------------------------------------------------------
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """This rank's keys and values of one layer: to its pages, and to the other ranks."""
+        if self._p._model.device.type == "cpu":
+            # On a GPU a layer is far shorter than a second; there, once per chunk is enough.
+            self._checkpoint()
+        if len(k):
+            self._writer.write(layer, self._page, k, v)
+        if layer < self._last_layer:
+            self._exchange.store(layer, k, v)
+        self._p._tick()
+
+    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
+        """Attention of this rank's queries over all tokens before them."""
+        return self._exchange.attend(layer, q, scale)
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def _encode(self, share: Share) -> list[VisionFeatures]:
+        if not share.num_patches:
+            return []
+        try:
+            pixels = self._feeder.next(self._cancelled)
+        except ServiceError as error:
+            self._checkpoint(error)
+            raise  # not reached: a checkpoint with an error raises on every rank
+        if pixels is None:
+            return []  # cancelled; the checkpoint that follows tells everybody
+        start = time.perf_counter()
+        features = self._p._model.encode(pixels.pixel_values, pixels.grid_thw)
+        self._p._tick()
+        self._patches_done += share.num_patches
+        patches = sum(s.num_patches for s in self._shares)
+        self.clock.add(Stage.VISION, self._patches_done, patches, start)
+        return [features]
+
+    def _prefill(self, share: Share, features: list[VisionFeatures]) -> None:
+        tokens = slice(share.start_token, share.end_token)
+        self._p._model.prefill(
+            self._plan.token_ids[tokens],
+            self._plan.position_ids[:, tokens],
+            self._plan.video_token_id,
+            features,
+            self,
+        )
+        pages = self._p._kv_layout.pages_for(share.num_tokens)
+        self._writer.seal_pages(self._page, pages)
+        self._page += pages
+
+    def _stand_by(self) -> None:
+        """A rank without a share in this chunk still receives the others' keys and values."""
+        layout, model = self._p._kv_layout, self._p._model
+        empty = torch.empty(
+            (0, layout.num_kv_heads, layout.head_dim), dtype=model.dtype, device=model.device
+        )
+        for layer in range(layout.num_layers):
+            self.store(layer, empty, empty)
+
+    def _checkpoint(self, error: ServiceError | None = None) -> None:
+        """Synchronisation point: all ranks go on, or all raise."""
+        mine = Status.CANCELLED if self._cancelled.is_set() else Status.FINE
+        status = Status(self._p._group.agree(Status.FAILED if error else mine))
+        if status is not Status.FINE:
+            raise TaskAborted(status, error)
+
+    def _on_frames(self, done: int, total: int, seconds: float) -> None:
+        self._p._tick()
+        self.clock.set(Stage.DECODE, done, total, seconds)
