@@ -36,7 +36,7 @@ from tools.tiny_tokenizer import (
 )
 
 RECIPE_FILE = "recipe.json"
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 GAIN = 1.6
 
 
@@ -188,10 +188,9 @@ def _qwen2_5_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
     processor = transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(**patches),
         tokenizer=tokenizer,
+        # Neither samples frames nor names a rate by default, like the published checkpoints.
         video_processor=transformers.Qwen2VLVideoProcessor(
             **patches,
-            do_sample_frames=True,
-            fps=2,
             cap_pixels_per_frame=False,
             # Pixels of a frame: a token covers 28 x 28 pixels.
             size={
