@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
 from prefill.v1.answer_service_pb2_grpc import AnswerServiceStub
 from prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from prefill.v1.video_service_pb2_grpc import VideoServiceStub

@@ -7,10 +7,10 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 from prefill.v1 import video_service_pb2 as video_pb
-
 from prefill_client import types
 
 

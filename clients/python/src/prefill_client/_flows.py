@@ -9,7 +9,6 @@ from typing import Any
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 from prefill.v1 import video_service_pb2 as video_pb
-
 from prefill_client import _convert, _requests
 from prefill_client._retry import Backoff, RetryPolicy, is_unavailable
 from prefill_client._steps import Call, Emit, Flow, Next, Open, Sleep

@@ -11,7 +11,6 @@ from typing import Any
 
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
-
 from prefill_client.types import AskOptions, FrameOptions, Message, QuestionLike, Video, VideoLike
 
 SAMPLING_NAMES = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 from prefill.v1.video_service_pb2 import UploadChunksRequest
-
 from prefill_client.errors import PrefillError, make_error
 
 T = TypeVar("T")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from prefill.v1 import video_service_pb2 as video_pb
-
 from prefill_client._requests import new_request_id, upload_request_id
 from prefill_client._retry import Backoff, is_broken_stream
 from prefill_client._steps import Blocking, FileChunks, Flow, Send, Sleep
