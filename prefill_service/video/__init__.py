@@ -1,0 +1,1 @@
+"""Videos: storage, probing in a sandbox, decoding of chosen frames."""

@@ -64,6 +64,14 @@ class VideoIndex:
             fps, duration_s = (float(v) for v in data["floats"])
             container, codec = (str(v) for v in data["names"])
             return cls(
-                container, codec, width, height, rotation, (num, den),
-                data["pts"], data["keyframe"], fps, duration_s,
+                container,
+                codec,
+                width,
+                height,
+                rotation,
+                (num, den),
+                data["pts"],
+                data["keyframe"],
+                fps,
+                duration_s,
             )

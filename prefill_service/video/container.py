@@ -1,0 +1,145 @@
+"""Opening an untrusted file with FFmpeg, behind whitelists."""
+
+from __future__ import annotations
+
+import logging
+
+import av
+import av.logging
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+
+# Demuxers that read one self-contained file. Left out on purpose: everything that names
+# other files (hls, dash, concat, sdp, image2, ...). FFmpeg hands both lists on to whatever a
+# demuxer opens itself.
+FORMATS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts",
+           "mpeg", "flv", "asf", "ogg")  # fmt: skip
+PROTOCOLS = ("file",)
+DECODERS = ("h264", "hevc", "vvc", "libdav1d", "vp8", "vp9", "mpeg4", "mpeg2video",
+            "mpeg1video", "msmpeg4", "msmpeg4v2", "h263", "flv", "vc1", "wmv3", "wmv2", "wmv1",
+            "theora", "mjpeg", "prores", "dnxhd", "ffv1", "rawvideo", "huffyuv",
+            "ffvhuff")  # fmt: skip
+
+_PIXELS_LOG = "exceeds specified max pixel count"
+
+
+def silence_ffmpeg() -> None:
+    """Keep FFmpeg's messages off stderr; ``open_container`` captures those it needs."""
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    logger = logging.getLogger("libav")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+
+
+def open_container(path: str, limits: VideoConfig, threads: int = 1) -> InputContainer:
+    """Open a video file.
+
+    Raises:
+        ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, VIDEO_LIMIT_EXCEEDED.
+    """
+    with av.logging.Capture() as logs:
+        try:
+            container = av.open(
+                path,
+                options={
+                    "max_pixels": str(limits.max_frame_pixels),
+                    "codec_whitelist": ",".join(DECODERS),
+                    "threads": str(threads),
+                },
+                container_options={
+                    "format_whitelist": ",".join(FORMATS),
+                    "protocol_whitelist": ",".join(PROTOCOLS),
+                },
+                metadata_errors="replace",
+            )
+        except av.FFmpegError as error:
+            raise _refusal(error, logs) from None
+    try:
+        check_logged_pixels(logs, limits)
+    except ServiceError:
+        container.close()
+        raise
+    return container
+
+
+def _refusal(error: av.FFmpegError, logs: list[tuple[int, str, str]]) -> ServiceError:
+    """Why FFmpeg would not open a file, from its log: the error number does not tell."""
+    for _, name, text in logs:
+        if "not on whitelist" in text or "m3u8/hls" in text:
+            kind = name if "not on whitelist" in text else "hls"
+            return ServiceError(
+                Reason.FORMAT_NOT_ALLOWED,
+                f"files of format {kind!r} are not accepted; accepted: {', '.join(FORMATS)}",
+                format=kind,
+                accepted=",".join(FORMATS),
+            )
+    if isinstance(error, av.error.MemoryError):
+        raise MemoryError from error
+    return ServiceError(Reason.NOT_A_VIDEO, f"not a video file: {error.strerror}")
+
+
+def check_logged_pixels(logs: list[tuple[int, str, str]], limits: VideoConfig) -> None:
+    """Raise VIDEO_LIMIT_EXCEEDED if FFmpeg's ``max_pixels`` stopped it, which only its log says.
+
+    The line is "Picture size 8192x8192 exceeds specified max pixel count 9437184, see ...".
+    """
+    for _, _, text in logs:
+        if _PIXELS_LOG in text:
+            size = next((word for word in text.split() if word[0].isdigit() and "x" in word), "0x0")
+            width, height = (int(part) for part in size.split("x"))
+            raise pixels_exceeded(width, height, limits)
+
+
+def pixels_exceeded(width: int, height: int, limits: VideoConfig) -> ServiceError:
+    """The error for a frame that is too large."""
+    return limit_exceeded(
+        "max_frame_pixels",
+        width * height,
+        limits.max_frame_pixels,
+        f"its frames are {width}x{height} = {width * height} pixels",
+    )
+
+
+def limit_exceeded(limit: str, value: float, maximum: float, what: str) -> ServiceError:
+    """VIDEO_LIMIT_EXCEEDED in the form every limit uses."""
+    return ServiceError(
+        Reason.VIDEO_LIMIT_EXCEEDED,
+        f"the video is refused: {what}; the limit {limit} is {maximum}",
+        limit=limit,
+        value=value,
+        maximum=maximum,
+    )
+
+
+def video_stream(container: InputContainer, limits: VideoConfig) -> VideoStream:
+    """The first stream of moving pictures (a cover image does not count), checked.
+
+    Raises:
+        ServiceError: NO_VIDEO_STREAM, FORMAT_NOT_ALLOWED (codec), VIDEO_LIMIT_EXCEEDED.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            break
+    else:
+        kinds = ",".join(s.type for s in container.streams) or "none"
+        raise ServiceError(
+            Reason.NO_VIDEO_STREAM,
+            f"the file has no stream of moving pictures; its streams: {kinds}",
+            streams=kinds,
+        )
+    context = stream.codec_context
+    if context is None or context.codec.name not in DECODERS:
+        name = "unknown" if context is None else context.codec.name
+        raise ServiceError(
+            Reason.FORMAT_NOT_ALLOWED,
+            f"video codec {name!r} is not accepted; accepted: {', '.join(DECODERS)}",
+            codec=name,
+            accepted=",".join(DECODERS),
+        )
+    if context.width * context.height > limits.max_frame_pixels:
+        raise pixels_exceeded(context.width, context.height, limits)
+    return stream

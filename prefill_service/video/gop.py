@@ -1,0 +1,56 @@
+"""The GOP plan: which frames to seek to, and how far to decode from each.
+
+A frame can only be decoded from its GOP's keyframe on, so the cost of reading some frames
+of a long video is the number of frames decoded on the way, not the number wanted. Reading
+serially decodes everything. Seeking for each frame decodes the head of a GOP once per frame
+wanted from it. The plan groups the wanted frames by GOP, seeks once per group, and decodes
+up to the group's last frame: no frame is decoded twice and none behind the last wanted one.
+Going on into the next GOP needs no seek at all, so neighbouring GOPs form one run.
+
+GOPs are cut in presentation order. A *leading* frame of an open GOP (shown before its
+keyframe, sent after it, and predicted from the GOP before) therefore falls into the earlier
+GOP, the only one it can be decoded from. Frames ahead of the first keyframe flag, as in a
+file cut or edited in mid-GOP, belong to GOP 0, which always starts at the file's beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Frames decoded after one seek.
+
+    Attributes:
+        gop: the GOP to start at; 0 means the beginning of the file.
+        targets: wanted frames, ascending, without repeats.
+    """
+
+    gop: int
+    targets: tuple[int, ...]
+
+
+def gop_starts(keyframe: np.ndarray) -> np.ndarray:
+    """[gops] int64: the first frame of each GOP; always starts with frame 0."""
+    starts = np.flatnonzero(keyframe)
+    return starts if len(starts) and starts[0] == 0 else np.concatenate(([0], starts))
+
+
+def plan_runs(starts: np.ndarray, targets: Sequence[int]) -> list[Run]:
+    """Group ascending, distinct ``targets`` into runs that each need one seek.
+
+    Args:
+        starts: [gops] int64, from ``gop_starts``.
+        targets: frames wanted.
+    """
+    gops = np.searchsorted(starts, np.asarray(targets, np.int64), side="right") - 1
+    cuts = np.flatnonzero(np.diff(gops) > 1) + 1
+    runs = []
+    for begin, end in zip([0, *cuts], [*cuts, len(targets)], strict=True):
+        if begin < end:
+            runs.append(Run(int(gops[begin]), tuple(int(t) for t in targets[begin:end])))
+    return runs

@@ -1,0 +1,64 @@
+"""Probing: is this file a video we can decode, and which frames has it?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.index import VideoIndex
+from prefill_service.video.sandbox import SandboxedChild
+from prefill_service.video.wire import index_from_message
+
+_BYTES_PER_FRAME = 9  # pts and keyframe flag
+
+
+async def probe_video(path: Path, limits: VideoConfig) -> VideoIndex:
+    """Index a video in a sandboxed child. Cancelling kills the child.
+
+    Raises:
+        ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, NO_FRAMES,
+            TRUNCATED_VIDEO, DECODE_FAILED, DECODE_TIMEOUT, VIDEO_LIMIT_EXCEEDED (metadata:
+            limit, value, maximum).
+    """
+    child = SandboxedChild(
+        path,
+        {"type": "index"},
+        b"",
+        limits=limits,
+        cpu_s=limits.probe_timeout_s + 1,
+        max_payload=_BYTES_PER_FRAME * limits.max_frames,
+    )
+    answer = asyncio.create_task(asyncio.to_thread(_index, child, limits))
+    try:
+        return await asyncio.shield(answer)
+    except asyncio.CancelledError:
+        child.kill()  # ends the thread's wait; it closes the child
+        await asyncio.wait([answer])
+        answer.exception()
+        raise
+
+
+def _index(child: SandboxedChild, limits: VideoConfig) -> VideoIndex:
+    started = time.monotonic()
+    with child:
+        message = child.receive(limits.probe_timeout_s)
+        if message is None:
+            raise ServiceError(
+                Reason.DECODE_TIMEOUT,
+                f"probing the video took longer than {limits.probe_timeout_s:g} s",
+                limit_s=limits.probe_timeout_s,
+                elapsed_s=f"{time.monotonic() - started:.1f}",
+            )
+    header, payload = message
+    try:
+        index, rest = index_from_message(header, bytes(payload))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ServiceError(
+            Reason.INTERNAL, f"decoder process sent an unsound index: {error}"
+        ) from error
+    if rest or index.width * index.height > limits.max_frame_pixels:
+        raise ServiceError(Reason.INTERNAL, "decoder process sent an unsound index")
+    return index

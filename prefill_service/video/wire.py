@@ -1,0 +1,94 @@
+"""What a decoder child and its parent say: messages of a JSON header and raw bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from prefill_service.video.index import VideoIndex
+
+PREFIX = struct.Struct("<IQ")  # bytes of the JSON header, bytes of the payload
+MAX_HEADER_BYTES = 64 << 10
+
+Header = dict[str, Any]
+
+
+def pack(header: Header, payload_bytes: int) -> bytes:
+    """Everything of a message that goes before its payload."""
+    text = json.dumps(header).encode()
+    return PREFIX.pack(len(text), payload_bytes) + text
+
+
+def write_message(fd: int, header: Header, payload: bytes | memoryview = b"") -> None:
+    """Write one message; blocks while the pipe is full, which is the back-pressure."""
+    for part in (pack(header, len(payload)), payload):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def read_message(file: BinaryIO) -> tuple[Header, bytes]:
+    """Read one whole message from a blocking file.
+
+    Raises:
+        EOFError: the file ends within the message.
+    """
+    header_bytes, payload_bytes = PREFIX.unpack(_read_exactly(file, PREFIX.size))
+    header: Header = json.loads(_read_exactly(file, header_bytes))
+    return header, _read_exactly(file, payload_bytes)
+
+
+def _read_exactly(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise EOFError(f"wanted {size} bytes, got {len(data)}")
+    return data
+
+
+def index_to_message(index: VideoIndex) -> tuple[Header, bytes]:
+    """An index as header and payload."""
+    header = {
+        "type": "index",
+        "container": index.container,
+        "codec": index.codec,
+        "width": index.width,
+        "height": index.height,
+        "rotation": index.rotation,
+        "time_base": list(index.time_base),
+        "fps": index.fps,
+        "duration_s": index.duration_s,
+        "frames": index.frame_count,
+    }
+    return header, index.pts.tobytes() + index.keyframe.astype(np.uint8).tobytes()
+
+
+def index_from_message(header: Header, payload: bytes) -> tuple[VideoIndex, bytes]:
+    """The inverse of ``index_to_message``, and what follows the index in the payload.
+
+    Raises:
+        ValueError: the message is not a sound index.
+    """
+    frames = int(header["frames"])
+    if frames < 1 or len(payload) < 9 * frames:
+        raise ValueError(f"{len(payload)} bytes for {frames} frames")
+    pts = np.frombuffer(payload, np.int64, frames)
+    if (np.diff(pts) <= 0).any():
+        raise ValueError("times do not ascend")
+    numerator, denominator = (int(part) for part in header["time_base"])
+    index = VideoIndex(
+        container=str(header["container"]),
+        codec=str(header["codec"]),
+        width=int(header["width"]),
+        height=int(header["height"]),
+        rotation=int(header["rotation"]),
+        time_base=(numerator, denominator),
+        pts=pts,
+        keyframe=np.frombuffer(payload, np.uint8, frames, offset=8 * frames).astype(bool),
+        fps=float(header["fps"]),
+        duration_s=float(header["duration_s"]),
+    )
+    return index, payload[9 * frames :]
