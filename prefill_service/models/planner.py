@@ -49,6 +49,8 @@ class PromptPlanner:
         processors: Any = transformers.AutoProcessor
         self._processor = processors.from_pretrained(checkpoint.path)
         self._family = FAMILIES[checkpoint.family]
+        added = self._processor.tokenizer.added_tokens_decoder.values()
+        self._control_tokens = [token.content for token in added if token.special]
         self._processor_hash = _hash(
             transformers.__version__,
             json.dumps(self._video_processor.to_dict(), sort_keys=True, default=str),
@@ -296,7 +298,7 @@ class PromptPlanner:
 
     def _check_text(self, name: str, text: str) -> None:
         """Refuse control tokens in text from outside: they would forge turns or video spans."""
-        for token in self._processor.tokenizer.all_special_tokens:
+        for token in self._control_tokens:
             if token in text:
                 raise ServiceError(
                     Reason.INVALID_REQUEST,

@@ -1,0 +1,100 @@
+"""A rank group outside the service: probe, plan, prefill, read the pages back."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prefill_service.config import EngineConfig, VideoConfig
+from prefill_service.engine.group import PrefillOutcome, RankGroup
+from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.kv.local_client import LocalClient
+from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.plan import FrameSampling, PrefixPlan
+from prefill_service.models.planner import PromptPlanner
+from prefill_service.video.frames import FrameStream
+from prefill_service.video.index import VideoIndex
+from prefill_service.video.probe import probe_video
+
+
+@dataclass
+class Harness:
+    """One group and what is needed to give it work."""
+
+    group: RankGroup
+    planner: PromptPlanner
+    folder: Path
+    progress: list[Progress] = field(default_factory=list)
+
+    async def plan(
+        self, video: Path, sampling: FrameSampling | None = None
+    ) -> tuple[PrefixPlan, VideoIndex]:
+        """Probe and plan; the index is saved beside the pages' sockets."""
+        index = await probe_video(video, VideoConfig())
+        index.save(self.index_path(video))
+        plan = self.planner.plan(index, video.name, sampling or FrameSampling(), "")
+        return plan, index
+
+    def index_path(self, video: Path) -> Path:
+        return self.folder / f"{video.stem}.npz"
+
+    def task(self, video: Path, plan: PrefixPlan) -> PrefillTask:
+        manifest = Manifest(
+            prefix_id=plan.prefix_id,
+            engine_id="test",
+            generation=self.group.generation,
+            model_fingerprint=self.planner.checkpoint.fingerprint,
+            layout=self.group.layout,
+            num_tokens=plan.num_tokens,
+            runs=self.group.shard_map(plan),
+            endpoints=self.group.endpoints,
+            token_ids_hash=hash_token_ids(plan.token_ids),
+            position_delta=plan.position_delta,
+        )
+        job_id = f"job_{uuid.uuid4().hex}"
+        return PrefillTask(job_id, plan, manifest, str(video), str(self.index_path(video)))
+
+    async def prefill(self, task: PrefillTask) -> PrefillOutcome:
+        self.group.grant(task.plan.prefix_id, "lease", 60.0)
+        return await self.group.prefill(task, self.progress.append)
+
+    def read_kv(self, task: PrefillTask) -> torch.Tensor:
+        """All pages back into [layers, 2, tokens, kv_heads, head_dim]."""
+        layout, plan = self.group.layout, task.plan
+        shape = (layout.num_layers, 2, plan.num_tokens, layout.num_kv_heads, layout.head_dim)
+        kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
+        with LocalClient(task.manifest, "lease", 30.0) as client:
+            for batch in client.fetch(0, plan.num_tokens):
+                for page, data in zip(batch.pages, batch.data, strict=True):
+                    end = page.start_token + page.num_tokens
+                    kv[:, :, page.start_token : end] = data[:, :, : page.num_tokens]
+        return kv
+
+    def frames(self, video: Path, plan: PrefixPlan) -> np.ndarray:
+        """The plan's frames, [frames, height, width, 3]."""
+        indices = plan.frame_indices.tolist()
+        with FrameStream(video, self.index_path(video), indices, VideoConfig()) as stream:
+            return np.stack(list(stream))
+
+
+@asynccontextmanager
+async def running_group(
+    model: Path, folder: Path, ranks: int, **engine: object
+) -> AsyncIterator[Harness]:
+    """A started group; stopped on the way out."""
+    checkpoint = open_checkpoint(str(model))
+    config = EngineConfig(model=str(model), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    group = RankGroup(config, VideoConfig(), checkpoint, dtype, "cpu", folder)
+    await group.start()
+    try:
+        yield Harness(group, PromptPlanner(checkpoint, dtype), folder)
+    finally:
+        await group.stop()

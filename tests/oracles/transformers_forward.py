@@ -1,0 +1,58 @@
+"""transformers' own forward and generate on one process, over the same frames."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
+
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.video.index import VideoIndex
+
+
+@cache
+def _load(model: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
+    return network, AutoProcessor.from_pretrained(model)
+
+
+def processor_inputs(
+    model: Path, frames: np.ndarray, plan: PrefixPlan, index: VideoIndex, text: str
+) -> dict[str, Any]:
+    """The family's processor on the whole video at once. frames: [frames, height, width, 3]."""
+    _, processor = _load(model, torch.float32)
+    metadata = VideoMetadata(
+        total_num_frames=index.frame_count,
+        fps=index.fps,
+        duration=index.duration_s,
+        frames_indices=plan.frame_indices.tolist(),
+    )
+    return dict(
+        processor(
+            text=[text],
+            videos=[frames],
+            videos_kwargs={"do_sample_frames": False, "video_metadata": [metadata]},
+            return_tensors="pt",
+        )
+    )
+
+
+@torch.no_grad()
+def prefix_kv(
+    model: Path, inputs: dict[str, Any], plan: PrefixPlan, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """K and V of the prefix with the plan's positions: [layers, 2, tokens, kv_heads, head_dim]."""
+    network, _ = _load(model, dtype)
+    known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
+    output = network(
+        **known, position_ids=torch.from_numpy(plan.position_ids)[:, None], use_cache=True
+    )
+    layers = output.past_key_values.layers
+    return torch.stack(
+        [torch.stack([x[0].transpose(0, 1) for x in (la.keys, la.values)]) for la in layers]
+    )
