@@ -1,0 +1,1 @@
+"""The gRPC front: servicers, errors, authentication, health, drain."""

@@ -1,0 +1,1 @@
+"""Queue of prefill jobs, resident prefixes, and the flow of an answer."""

@@ -1,0 +1,230 @@
+"""What happens around every call: admission, errors, one log line.
+
+One interceptor for all methods of ours, because the order matters: an error of the admission
+is reported and logged like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from prefill_service.api.errors import abort
+from prefill_service.api.types import Context
+from prefill_service.errors import Reason, ServiceError
+
+logger = logging.getLogger(__name__)
+
+_OURS = "/prefill.v1."
+_HEALTH = "/grpc.health.v1.Health/"
+_ID_FIELDS = ("request_id", "video_id", "job_id")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Admits, bounds, reports and logs calls.
+
+    Health checks pass untouched: probes carry no token, and must not fail under load.
+
+    Args:
+        max_calls: calls of ours at once.
+        token: bearer token that clients must send; empty for none.
+    """
+
+    def __init__(self, max_calls: int, token: str = "") -> None:
+        self.max_calls = max_calls
+        self.token = token
+        self.running = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Refuse new calls; True once none runs, False if some still do after ``timeout_s``."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def count(self, change: int) -> None:
+        """Note that a call of ours began (1) or ended (-1)."""
+        self.running += change
+        if self.running:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handler of a call."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(_HEALTH):
+            return handler
+        inner, make = _inner(handler)
+
+        async def unary(request: Any, context: Context) -> Any:
+            async with _Call(self, details, context) as call:
+                response = await inner(call.noting(request, handler), context)
+                call.note(response)
+                return response
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with _Call(self, details, context) as call:
+                responses = inner(call.noting(request, handler), context)
+                async with aclosing(responses):
+                    async for response in responses:
+                        yield response
+
+        return make(
+            stream if handler.response_streaming else unary,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _inner(handler: Any) -> tuple[Any, Any]:
+    kinds = {
+        (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
+        (False, True): (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
+        (True, False): (handler.stream_unary, grpc.stream_unary_rpc_method_handler),
+        (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
+    }
+    return kinds[handler.request_streaming, handler.response_streaming]
+
+
+class _Call:
+    """One call, from admission to its log line."""
+
+    def __init__(
+        self,
+        owner: CallInterceptor,
+        details: grpc.HandlerCallDetails,
+        context: Context,
+    ) -> None:
+        self._owner = owner
+        self._method: str = details.method
+        self._metadata = details.invocation_metadata
+        self._context = context
+        self._ours = self._method.startswith(_OURS)
+        self._ids: dict[str, str] = {}
+        self._started = time.monotonic()
+
+    async def __aenter__(self) -> _Call:
+        if self._ours:
+            self._owner.count(1)
+        try:
+            self._admit()
+        except ServiceError as error:
+            await self.__aexit__(type(error), error, None)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._ours:
+            self._owner.count(-1)
+        if error is None:
+            self._log("OK")
+        elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            remaining = self._context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            self._log("DEADLINE_EXCEEDED" if late else "CANCELLED")
+        else:
+            service_error = self._as_service_error(error)
+            self._log(service_error.status, str(service_error))
+            await abort(self._context, service_error, self._ids.get("request_id", ""))
+
+    def note(self, message: Any) -> None:
+        """Keep the ids in a message for the log; check the request's own.
+
+        Raises:
+            ServiceError: INVALID_REQUEST if ``request_id`` is not a UUID.
+        """
+        for part in (message, *(getattr(message, name, None) for name in ("spec", "job", "video"))):
+            for name in _ID_FIELDS:
+                value = getattr(part, name, "")
+                if value:
+                    self._ids.setdefault(name, value)
+        request_id = getattr(message, "request_id", "")
+        if request_id:
+            _check_uuid(request_id)
+
+    def noting(self, request: Any, handler: Any) -> Any:
+        """The request, or the stream of requests, with its ids noted on the way."""
+        if not handler.request_streaming:
+            self.note(request)
+            return request
+        return self._noting_stream(request)
+
+    async def _noting_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            self.note(request)
+            yield request
+
+    def _admit(self) -> None:
+        owner = self._owner
+        if owner.token:
+            sent = dict(self._metadata).get("authorization", "")
+            if not hmac.compare_digest(str(sent).encode(), f"Bearer {owner.token}".encode()):
+                raise ServiceError(
+                    Reason.UNAUTHENTICATED,
+                    "the call carries no valid token; send metadata 'authorization: Bearer TOKEN'",
+                )
+        if not self._ours:
+            return
+        if owner.draining:
+            raise ServiceError(Reason.SHUTTING_DOWN, "the service is shutting down")
+        if owner.running > owner.max_calls:
+            raise ServiceError(
+                Reason.QUEUE_FULL,
+                f"{owner.max_calls} calls are running, which is the limit",
+                limit=owner.max_calls,
+            )
+
+    def _as_service_error(self, error: BaseException) -> ServiceError:
+        if isinstance(error, ServiceError):
+            return error
+        error_id = uuid.uuid4().hex
+        logger.error("%s failed, error id %s", self._method, error_id, exc_info=error)
+        return ServiceError(
+            Reason.INTERNAL,
+            f"internal error; the server's log has it under id {error_id}",
+            error_id=error_id,
+        )
+
+    def _log(self, code: str, text: str = "") -> None:
+        if self._ours:
+            logger.info(
+                "%s %s %.3f s%s%s",
+                self._method.removeprefix(_OURS), code, time.monotonic() - self._started,
+                "".join(f" {name}={ascii(value[:64])[1:-1]}" for name, value in self._ids.items()),
+                f": {text}" if text else "",
+            )  # fmt: skip
+
+
+def _check_uuid(request_id: str) -> None:
+    try:
+        uuid.UUID(request_id)
+    except ValueError:
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"request_id {request_id!r} is not a UUID",
+            name="request_id",
+            value=request_id,
+        ) from None

@@ -1,0 +1,234 @@
+"""Durable jobs: SQLite in write-ahead mode, so that a restart resumes the queue.
+
+Each call is one short local transaction without fsync (``synchronous=NORMAL``: a power cut may
+lose the last ones, a crash of the process loses none), so it is made on the event loop, which
+also makes it atomic with respect to the scheduler's own state.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.scheduling.jobs import JobRecord, JobState, PrefillSpec
+
+SCHEMA_VERSION = 1
+KEEP_SECONDS = 30 * 24 * 3600.0
+"""Ended jobs and request ids are forgotten after this."""
+
+DEFAULT_PAGE, LARGEST_PAGE = 50, 1000
+
+_SCHEMA = f"""
+BEGIN;
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    create_time REAL NOT NULL,
+    record TEXT NOT NULL
+);
+CREATE INDEX jobs_state ON jobs (state);
+CREATE TABLE requests (
+    request_id TEXT PRIMARY KEY,
+    job_id TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    create_time REAL NOT NULL
+);
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;
+"""
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_job_id() -> str:
+    """``job_`` and 26 characters of Crockford's base 32, ordered by time to the millisecond."""
+    number = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    return "job_" + "".join(_ALPHABET[number >> 5 * i & 31] for i in reversed(range(26)))
+
+
+class JobStore:
+    """The job database.
+
+    Raises:
+        ServiceError: CONFIG_INVALID if the file is not a job database of this version;
+            STORAGE_FULL when a write finds the disk full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                self._db.executescript(_SCHEMA)
+                version = SCHEMA_VERSION
+        except sqlite3.Error as error:
+            raise ServiceError(
+                Reason.CONFIG_INVALID, f"cannot use the job database {path}: {error}", path=path
+            ) from error
+        if version != SCHEMA_VERSION:
+            raise ServiceError(
+                Reason.CONFIG_INVALID,
+                f"the job database {path} has version {version}, this build reads {SCHEMA_VERSION}",
+                path=path, version=version,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def insert(self, record: JobRecord) -> None:
+        """Add a new job."""
+        with _disk_errors():
+            self._db.execute(
+                "INSERT INTO jobs (job_id, state, create_time, record) VALUES (?, ?, ?, ?)",
+                (record.job_id, record.state, record.create_time, _dump(record)),
+            )
+
+    def update(self, record: JobRecord) -> None:
+        """Replace a job by its newer self."""
+        with _disk_errors():
+            self._db.execute(
+                "UPDATE jobs SET state = ?, record = ? WHERE job_id = ?",
+                (record.state, _dump(record), record.job_id),
+            )
+
+    def get(self, job_id: str) -> JobRecord:
+        """One job.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB.
+        """
+        row = self._db.execute("SELECT record FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise ServiceError(Reason.UNKNOWN_JOB, f"there is no job {job_id!r}", job_id=job_id)
+        return _load(row[0])
+
+    def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
+        """One page, newest first, each job with the token of the page after it.
+
+        Returns:
+            (token, job) pairs, and whether there are more.
+
+        Raises:
+            ServiceError: INVALID_REQUEST for a bad size or token.
+        """
+        if not 0 <= page_size <= LARGEST_PAGE:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"page_size is {page_size}; it must be 0 (for {DEFAULT_PAGE}) to {LARGEST_PAGE}",
+                page_size=page_size, limit=LARGEST_PAGE,
+            )  # fmt: skip
+        if page_token and not (page_token.isascii() and page_token.isdigit()):
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"page_token {page_token!r} is not one that ListPrefillJobs returned",
+                page_token=page_token,
+            )
+        size = page_size or DEFAULT_PAGE
+        before = min(int(page_token or 2**63 - 1), 2**63 - 1)
+        rows = self._db.execute(
+            "SELECT seq, record FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?",
+            (before, size + 1),
+        ).fetchall()
+        return [(str(seq), _load(text)) for seq, text in rows[:size]], len(rows) > size
+
+    def remember_request(self, request_id: str, spec: PrefillSpec, job_id: str) -> None:
+        """Bind a request id to the job it led to."""
+        with _disk_errors():
+            self._db.execute(
+                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?)",
+                (request_id, job_id, json.dumps(asdict(spec)), time.time()),
+            )
+
+    def find_request(self, request_id: str, spec: PrefillSpec) -> str | None:
+        """The job an earlier request with this id led to.
+
+        Raises:
+            ServiceError: INVALID_REQUEST if that request had another content.
+        """
+        row = self._db.execute(
+            "SELECT job_id, spec FROM requests WHERE request_id = ?", (request_id,)
+        ).fetchone()
+        if row is None:
+            return None
+        if row[1] != json.dumps(asdict(spec)):
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"request_id {request_id} was used before with another spec (job {row[0]})",
+                request_id=request_id, job_id=row[0],
+            )  # fmt: skip
+        return str(row[0])
+
+    def recover(self, max_attempts: int) -> list[JobRecord]:
+        """Settle what an earlier process left behind; returns the queue, oldest first.
+
+        Finished prefixes lived in that process's ranks: EVICTED. Jobs that only calls waited
+        for end with those calls: CANCELLED. A job that was running is queued again, unless it
+        has been started ``max_attempts`` times: it may be what brought the process down.
+        """
+        now = time.time()
+        with _disk_errors():
+            self._db.execute(
+                "DELETE FROM jobs WHERE state NOT IN ('QUEUED', 'RUNNING') AND create_time < ?",
+                (now - KEEP_SECONDS,),
+            )
+            self._db.execute("DELETE FROM requests WHERE create_time < ?", (now - KEEP_SECONDS,))
+        rows = self._db.execute(
+            "SELECT record FROM jobs WHERE state IN ('QUEUED', 'RUNNING', 'SUCCEEDED') ORDER BY seq"
+        ).fetchall()
+        queue = []
+        for record in (_load(text) for (text,) in rows):
+            settled = _settle(record, max_attempts, now)
+            self.update(settled)
+            if settled.state is JobState.QUEUED:
+                queue.append(settled)
+        return queue
+
+
+def _settle(record: JobRecord, max_attempts: int, now: float) -> JobRecord:
+    if record.state is JobState.SUCCEEDED:
+        return replace(record, state=JobState.EVICTED, result=None)
+    if not record.explicit:
+        error = ServiceError(
+            Reason.CANCELLED, "the service stopped, and with it the calls that waited for this job"
+        )
+        return replace(record, state=JobState.CANCELLED, end_time=now, error=error.to_dict())
+    if record.state is JobState.RUNNING and record.attempts >= max_attempts:
+        error = ServiceError(
+            Reason.PREFILL_FAILED,
+            f"the service stopped during attempt {record.attempts} of {max_attempts} at this job",
+            attempts=record.attempts,
+            max_attempts=max_attempts,
+        )
+        return replace(record, state=JobState.FAILED, end_time=now, error=error.to_dict())
+    return replace(record, state=JobState.QUEUED, progress=())
+
+
+def _dump(record: JobRecord) -> str:
+    return json.dumps(record.to_dict(), separators=(",", ":"))
+
+
+def _load(text: str) -> JobRecord:
+    return JobRecord.from_dict(json.loads(text))
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise ServiceError(
+                Reason.STORAGE_FULL, "no space left on the disk of the job database"
+            ) from error
+        raise

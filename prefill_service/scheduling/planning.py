@@ -1,0 +1,116 @@
+"""From a request's spec to a plan that fits the model: the checks made before any work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.plan import FrameSampling, PrefixPlan
+from prefill_service.scheduling.jobs import PrefillSpec
+from prefill_service.video.index import VideoIndex
+
+if TYPE_CHECKING:
+    from prefill_service.models.planner import PromptPlanner
+    from prefill_service.video.store import HeldVideo, VideoStore
+
+CACHED_PLANS = 16
+T = TypeVar("T")
+
+
+class Planning:
+    """Plans prefixes, off the event loop, one at a time (processors are not thread-safe).
+
+    Args:
+        context_limit: the decoder's context in tokens, or 0 as long as that is unknown.
+    """
+
+    def __init__(
+        self, videos: VideoStore, planner: PromptPlanner, context_limit: Callable[[], int]
+    ) -> None:
+        self._videos = videos
+        self._planner = planner
+        self._context_limit = context_limit
+        self._plans: OrderedDict[tuple[str, FrameSampling, str], PrefixPlan] = OrderedDict()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
+
+    def close(self) -> None:
+        """Let the planner's thread end."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def limit(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        model = self._planner.checkpoint.max_position_embeddings
+        return min(model, self._context_limit() or model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the model."""
+        return self._planner.checkpoint.fingerprint
+
+    @property
+    def profile(self) -> str:
+        """How attention is computed."""
+        return self._planner.profile
+
+    async def plan(self, spec: PrefillSpec) -> PrefixPlan:
+        """Plan a prefix.
+
+        Raises:
+            ServiceError: UNKNOWN_VIDEO, VIDEO_NOT_READY, INVALID_REQUEST (the sampling does not
+                suit the video), CONTEXT_EXCEEDED (naming what would fit).
+        """
+        async with self._videos.hold(spec.video_id) as video:
+            return await self.plan_held(spec, video)
+
+    async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:
+        """``plan`` for a caller that holds the video already."""
+        key = (video.record.sha256, spec.sampling, spec.system_prompt)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = await self._call(self._plan, video, spec)
+            self._plans[key] = plan
+        self._plans.move_to_end(key)
+        while len(self._plans) > CACHED_PLANS:
+            self._plans.popitem(last=False)
+        await self._check_context(plan, video, spec.sampling)
+        return plan
+
+    async def prompt(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of the whole prompt.
+
+        Raises:
+            ServiceError: QUESTION_EMPTY, INVALID_REQUEST.
+        """
+        return await self._call(self._planner.prompt_token_ids, plan, messages)
+
+    async def _check_context(
+        self, plan: PrefixPlan, video: HeldVideo, sampling: FrameSampling
+    ) -> None:
+        limit = self.limit
+        if plan.num_tokens < limit:
+            return
+        room = limit - min(512, limit // 4)  # for the question and its answer
+        advice = await self._call(self._suggest, video, sampling, room)
+        raise ServiceError(
+            Reason.CONTEXT_EXCEEDED,
+            f"the video makes a prompt of {plan.num_tokens} tokens, but the context holds {limit}, "
+            f"question and answer included. {advice}",
+            tokens=plan.num_tokens,
+            limit=limit,
+            advice=advice,
+        )
+
+    def _plan(self, video: HeldVideo, spec: PrefillSpec) -> PrefixPlan:
+        index = VideoIndex.load(video.index_path)
+        return self._planner.plan(index, video.record.sha256, spec.sampling, spec.system_prompt)
+
+    def _suggest(self, video: HeldVideo, sampling: FrameSampling, limit: int) -> str:
+        return self._planner.suggest_fit(VideoIndex.load(video.index_path), sampling, limit)
+
+    async def _call(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)

@@ -1,0 +1,110 @@
+"""One attempt at one prefix: room in the pool, the manifest, the ranks, the result."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.kv.protocol import HandoffParams
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.scheduling.jobs import PrefillResult
+from prefill_service.scheduling.planning import Planning
+from prefill_service.scheduling.prefixes import PrefixRegistry
+
+if TYPE_CHECKING:
+    from prefill_service.engine.group import RankGroup
+    from prefill_service.video.store import HeldVideo
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillRunner:
+    """Computes prefixes, one at a time, and enters them into the registry.
+
+    Args:
+        engine_id: uuid of this service run, part of every manifest.
+    """
+
+    def __init__(
+        self, group: RankGroup, prefixes: PrefixRegistry, engine_id: str, planning: Planning
+    ) -> None:
+        self._group = group
+        self._prefixes = prefixes
+        self._engine_id = engine_id
+        self._planning = planning
+
+    async def run(
+        self,
+        job_id: str,
+        plan: PrefixPlan,
+        video: HeldVideo,
+        on_start: Callable[[], None],
+        on_progress: Callable[[Progress], None],
+    ) -> PrefillResult:
+        """Compute a prefix; ``on_start`` is called when the ranks begin.
+
+        Cancelling this coroutine stops the ranks and frees the pages.
+
+        Raises:
+            ServiceError: KV_POOL_FULL, or why the ranks failed.
+        """
+        manifest, kv_bytes = await self._reserve(plan)
+        self._prefixes.add(manifest, kv_bytes)
+        on_start()
+        task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path))
+        try:
+            outcome = await self._group.prefill(task, on_progress)
+            prefix = self._prefixes.complete(plan.prefix_id)
+        except BaseException:
+            self._prefixes.discard(plan.prefix_id)
+            raise
+        stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
+        logger.info(
+            "%s: %d tokens in %.2f s, slowest rank's stages %s, %d bytes received from other ranks",
+            job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
+        )  # fmt: skip
+        return _result(plan, manifest, kv_bytes, prefix.standing)
+
+    async def _reserve(self, plan: PrefixPlan) -> tuple[Manifest, int]:
+        """Wait for the group and for room; nothing is awaited after the group was seen alive."""
+        while True:
+            await self._group.wait_ready()
+            layout, runs = self._group.layout, self._group.shard_map(plan)
+            pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
+            await self._prefixes.make_room(pages * layout.page_bytes)
+            if self._group.ready:
+                break
+        manifest = Manifest(
+            prefix_id=plan.prefix_id,
+            engine_id=self._engine_id,
+            generation=self._group.generation,
+            model_fingerprint=self._planning.fingerprint,
+            layout=layout,
+            num_tokens=plan.num_tokens,
+            runs=runs,
+            endpoints=self._group.endpoints,
+            token_ids_hash=hash_token_ids(plan.token_ids),
+            position_delta=plan.position_delta,
+            profile=self._planning.profile,
+        )
+        return manifest, pages * layout.page_bytes
+
+
+def _result(plan: PrefixPlan, manifest: Manifest, kv_bytes: int, lease_id: str) -> PrefillResult:
+    params = HandoffParams(manifest, lease_id, report_to="").to_kv_transfer_params()
+    return PrefillResult(
+        prefix_id=plan.prefix_id,
+        prefix_tokens=plan.num_tokens,
+        video_tokens=plan.num_video_tokens,
+        frames=len(plan.frame_indices),
+        grid_thw=plan.grid_thw,
+        position_delta=plan.position_delta,
+        shards=tuple((run.start_token, run.end_token, run.rank) for run in manifest.runs),
+        kv_bytes=kv_bytes,
+        kv_transfer_params_json=json.dumps(params, separators=(",", ":")),
+        manifest_json=manifest.to_json(),
+    )

@@ -1,0 +1,360 @@
+"""The queue: jobs go into the rank group one after the other, first come, first served."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from prefill_service.config import EngineConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.scheduling.job_store import JobStore, new_job_id
+from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillResult, PrefillSpec
+from prefill_service.scheduling.planning import Planning
+from prefill_service.scheduling.prefixes import PrefixRegistry
+from prefill_service.scheduling.runner import PrefillRunner
+
+if TYPE_CHECKING:
+    from prefill_service.engine.group import RankGroup
+    from prefill_service.video.store import VideoStore
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 2
+RESTARTABLE = frozenset({Reason.RANK_DIED, Reason.RANK_STALLED, Reason.STALE_GENERATION})
+"""The group has restarted itself; the job may be tried again."""
+
+
+class Scheduler:
+    """Owns the jobs that are queued, running or resident.
+
+    Args:
+        engine_id: uuid of this service run, part of every manifest.
+        config: size of the pool, time to live of leases, length of the queue.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        videos: VideoStore,
+        planning: Planning,
+        group: RankGroup,
+        engine_id: str,
+        config: EngineConfig,
+    ) -> None:
+        self._store = store
+        self._videos = videos
+        self._planning = planning
+        self._group = group
+        self._max_queued = config.max_queued_jobs
+        self.prefixes = PrefixRegistry(
+            group, config.kv_pool_bytes, config.lease_ttl_s, self._evicted
+        )
+        self._runner = PrefillRunner(group, self.prefixes, engine_id, planning)
+        self._jobs: dict[str, Job] = {}
+        self._by_prefix: dict[str, Job] = {}
+        self._queue: deque[Job] = deque()
+        self._active: Job | None = None
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ---- life ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Resume the queue of an earlier run and begin to work."""
+        for record in self._store.recover(MAX_ATTEMPTS):
+            logger.info("resuming %s, attempts so far: %d", record.job_id, record.attempts)
+            self._enqueue(Job(record))
+        self._group.on_lost = self._group_lost
+        self._tasks = [
+            asyncio.create_task(self._work(), name="scheduler"),
+            asyncio.create_task(self.prefixes.keep_alive(), name="lease-renewal"),
+        ]
+
+    def drain(self) -> None:
+        """Take no new jobs and end the watches; what calls wait for goes on."""
+        self._draining = True
+        for job in self._jobs.values():
+            job.touch()
+
+    async def stop(self) -> None:
+        """Stop the ranks' work. Jobs that clients created stay queued for the next start."""
+        self.drain()
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait({task})
+        for job in self._queue:
+            if not job.record.explicit:
+                self._end(job, JobState.CANCELLED, _shutting_down())
+        self._queue.clear()
+
+    # ---- for the API --------------------------------------------------------------------
+
+    async def create(self, spec: PrefillSpec, request_id: str = "") -> JobRecord:
+        """Queue a prefill, or return the job that has or makes the same prefix.
+
+        Raises:
+            ServiceError: whatever ``Planning.plan`` raises; QUEUE_FULL; SHUTTING_DOWN;
+                INVALID_REQUEST if ``request_id`` was used with another spec.
+        """
+        if request_id:
+            known = self._store.find_request(request_id, spec)
+            if known is not None:
+                return self.get(known)
+        plan = await self._planning.plan(spec)
+        if request_id:  # the same request may have come twice while this one was planned
+            known = self._store.find_request(request_id, spec)
+            if known is not None:
+                return self.get(known)
+        job = self._join(spec, plan, explicit=True)
+        if request_id:
+            self._store.remember_request(request_id, spec, job.record.job_id)
+        return self.get(job.record.job_id)
+
+    def get(self, job_id: str) -> JobRecord:
+        """The job as it is now.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB.
+        """
+        job = self._jobs.get(job_id)
+        return self.snapshot(job) if job else self._store.get(job_id)
+
+    def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
+        """``JobStore.page`` with live progress."""
+        rows, more = self._store.page(page_size, page_token)
+        live = self._jobs
+        return [
+            (token, self.snapshot(live[job.job_id]) if job.job_id in live else job)
+            for token, job in rows
+        ], more
+
+    async def cancel(self, job_id: str) -> JobRecord:
+        """Stop a job and wait until the ranks have; an ended one is returned as it is.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB.
+        """
+        job = self._jobs.get(job_id)
+        if job is not None and job.record.active:
+            self._cancel(job, ServiceError(Reason.CANCELLED, "a client cancelled the job"))
+            await job.ended()
+        return self.get(job_id)
+
+    async def watch(self, job_id: str) -> AsyncGenerator[JobRecord]:
+        """The job now and at each change, until it has ended.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB; SHUTTING_DOWN when the service drains.
+        """
+        job = self._jobs.get(job_id)
+        if job is None:
+            yield self._store.get(job_id)
+            return
+        while True:
+            version = job.version
+            yield self.snapshot(job)
+            if not job.record.active:
+                return
+            await job.changed(version)
+            if self._draining and job.record.active:
+                raise _shutting_down()
+
+    # ---- for answers --------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def interest(self, spec: PrefillSpec, plan: PrefixPlan) -> AsyncIterator[Job]:
+        """The job that has or makes the prefix, for a call that waits for it.
+
+        When the last such call leaves a job that nobody created explicitly, it is cancelled.
+
+        Raises:
+            ServiceError: QUEUE_FULL, SHUTTING_DOWN.
+        """
+        job = self._join(spec, plan, explicit=False)
+        job.waiters += 1
+        try:
+            yield job
+        finally:
+            job.waiters -= 1
+            if not job.waiters and not job.record.explicit and job.record.active:
+                self._cancel(
+                    job, ServiceError(Reason.CANCELLED, "all calls that waited for the job ended")
+                )
+
+    def snapshot(self, job: Job) -> JobRecord:
+        """A job's record with its progress and position in the queue."""
+        return job.snapshot(self._ahead(job))
+
+    # ---- the queue ----------------------------------------------------------------------
+
+    def _join(self, spec: PrefillSpec, plan: PrefixPlan, explicit: bool) -> Job:
+        job = self._by_prefix.get(plan.prefix_id)
+        if job is not None and not (job.record.active and job.cancelled_by):
+            if explicit and not job.record.explicit:
+                self._store.update(job.update(explicit=True))
+            return job
+        if self._draining:
+            raise _shutting_down()
+        if len(self._queue) >= self._max_queued:
+            raise ServiceError(
+                Reason.QUEUE_FULL,
+                f"{len(self._queue)} jobs are waiting; the limit is {self._max_queued}",
+                queued=len(self._queue), limit=self._max_queued,
+            )  # fmt: skip
+        job = Job(
+            JobRecord(
+                new_job_id(), spec, plan.prefix_id, plan.num_tokens, explicit,
+                create_time=time.time(),
+            )
+        )  # fmt: skip
+        self._store.insert(job.record)
+        self._enqueue(job)
+        logger.info("queued %s: %d tokens of %s", job.record.job_id, plan.num_tokens, spec.video_id)
+        return job
+
+    def _enqueue(self, job: Job) -> None:
+        self._jobs[job.record.job_id] = job
+        self._by_prefix[job.record.prefix_id] = job
+        self._queue.append(job)
+        self._wake.set()
+
+    def _cancel(self, job: Job, cause: ServiceError) -> None:
+        job.cancelled_by = job.cancelled_by or cause
+        if job.task is not None:
+            job.task.cancel()
+        elif job in self._queue:
+            self._queue.remove(job)
+            self._end(job, JobState.CANCELLED, cause)
+            self._queue_moved()
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            if not self._queue:
+                self._wake.clear()
+                continue
+            job = self._active = self._queue.popleft()
+            task = job.task = asyncio.create_task(self._prefill(job), name=job.record.job_id)
+            self._queue_moved()
+            try:
+                await asyncio.wait({task})
+            finally:  # also when the service stops
+                task.cancel()
+                await asyncio.wait({task})
+                self._active = job.task = None
+                self._settle(job, task)
+
+    def _settle(self, job: Job, task: asyncio.Task[None]) -> None:
+        """Give a job whose task has ended its state."""
+        if not job.record.active:
+            return
+        error = None if task.cancelled() else task.exception()
+        if job.cancelled_by is not None:
+            self._end(job, JobState.CANCELLED, job.cancelled_by)
+        elif isinstance(error, ServiceError):
+            self._end(job, JobState.FAILED, error)
+        elif error is not None:
+            logger.error("%s failed unexpectedly", job.record.job_id, exc_info=error)
+            self._end(job, JobState.FAILED, ServiceError(Reason.INTERNAL, f"{error!r}"))
+        elif job.record.explicit:  # the service stops: this start does not count
+            started = job.record.state is JobState.RUNNING
+            self._save(job.update(state=JobState.QUEUED, attempts=job.record.attempts - started))
+        else:
+            self._end(job, JobState.CANCELLED, _shutting_down())
+
+    async def _prefill(self, job: Job) -> None:
+        """Run a job to its success, on a second group if the first one dies."""
+        spec = job.record.spec
+        async with self._videos.hold(spec.video_id) as video:
+            plan = await self._planning.plan_held(spec, video)
+            self._rename(job, plan)
+            while True:
+                starts = job.record.attempts
+                try:
+                    result = await self._runner.run(
+                        job.record.job_id, plan, video, lambda: self._started(job), job.advance
+                    )
+                    self._end(job, JobState.SUCCEEDED, result=result)
+                    return
+                except ServiceError as error:
+                    started = job.record.attempts > starts  # else the group cannot even start
+                    retry = started and error.reason in RESTARTABLE
+                    if not retry or job.record.attempts >= MAX_ATTEMPTS or job.cancelled_by:
+                        raise
+                    logger.warning("%s: %s; trying again", job.record.job_id, error)
+                    self._save(job.update(state=JobState.QUEUED))
+
+    def _started(self, job: Job) -> None:
+        attempts = job.record.attempts + 1
+        self._save(job.update(state=JobState.RUNNING, attempts=attempts, start_time=time.time()))
+
+    def _rename(self, job: Job, plan: PrefixPlan) -> None:
+        """After a restart with another model the same spec is another prefix."""
+        old = job.record.prefix_id
+        if old != plan.prefix_id:
+            self._unindex(job)
+            self._by_prefix[plan.prefix_id] = job
+            self._save(job.update(prefix_id=plan.prefix_id, prefix_tokens=plan.num_tokens))
+
+    def _end(
+        self,
+        job: Job,
+        state: JobState,
+        error: ServiceError | None = None,
+        result: PrefillResult | None = None,
+    ) -> None:
+        if state is not JobState.SUCCEEDED:
+            self._unindex(job)
+            del self._jobs[job.record.job_id]
+        logger.info("%s: %s%s", job.record.job_id, state, f", {error}" if error else "")
+        self._save(
+            job.update(
+                state=state,
+                error=error.to_dict() if error else None,
+                result=result,
+                end_time=time.time(),
+            )
+        )
+
+    def _evicted(self, prefix_id: str) -> None:
+        job = self._by_prefix.get(prefix_id)
+        if job is not None and job.record.state is JobState.SUCCEEDED:
+            self._unindex(job)
+            del self._jobs[job.record.job_id]
+            self._save(job.update(state=JobState.EVICTED, result=None))
+
+    def _group_lost(self, generation: int) -> None:
+        logger.warning("generation %d of the rank group is gone, with its prefixes", generation)
+        self.prefixes.lose_generation(generation)
+
+    def _unindex(self, job: Job) -> None:
+        if self._by_prefix.get(job.record.prefix_id) is job:
+            del self._by_prefix[job.record.prefix_id]
+
+    def _queue_moved(self) -> None:
+        for job in self._queue:
+            job.touch()
+
+    def _ahead(self, job: Job) -> int:
+        if job not in self._queue:
+            return 0
+        return self._queue.index(job) + (self._active is not None)
+
+    def _save(self, record: JobRecord) -> None:
+        """Note a change of state; a database that fails must not stop the ranks."""
+        try:
+            self._store.update(record)
+        except (ServiceError, sqlite3.Error) as error:
+            logger.error("%s is now %s, but: %s", record.job_id, record.state, error)
+
+
+def _shutting_down() -> ServiceError:
+    return ServiceError(Reason.SHUTTING_DOWN, "the service is shutting down; ask again later")

@@ -1,0 +1,218 @@
+"""The service: everything wired, started, watched and stopped in the right order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefill_service.api.answer_servicer import AnswerServicer
+from prefill_service.api.prefill_servicer import PrefillServicer
+from prefill_service.api.server import ANSWER, PREFILL, VIDEO, ApiServer
+from prefill_service.api.video_servicer import VideoServicer
+from prefill_service.config import ServiceConfig
+from prefill_service.kv.reports import ReportServer
+from prefill_service.scheduling.answers import Answers
+from prefill_service.scheduling.job_store import JobStore
+from prefill_service.scheduling.planning import Planning
+from prefill_service.scheduling.scheduler import Scheduler
+from prefill_service.video.store import VideoStore
+
+if TYPE_CHECKING:
+    from prefill_service.decode.decoder import Decoder
+    from prefill_service.engine.group import RankGroup
+    from prefill_service.models.planner import PromptPlanner
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S = 600.0
+REMOTE_DECODER_WAIT_S = 30.0
+"""How long an answer waits for a vLLM that is not ours to restart."""
+
+_LONGEST_RUNTIME_DIR = 60
+"""Unix socket paths end at 107 characters."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """What does the work behind the API."""
+
+    planner: PromptPlanner
+    group: RankGroup
+    decoder: Decoder
+
+
+def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Parts:
+    """Make the real parts; blocking, loads torch and transformers but no weights.
+
+    Raises:
+        ServiceError: MODEL_INVALID, CONFIG_INVALID.
+    """
+    from prefill_service.decode.decoder import Decoder
+    from prefill_service.engine.group import RankGroup
+    from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
+    from prefill_service.models.planner import PromptPlanner
+
+    engine = config.engine
+    checkpoint = open_checkpoint(engine.model)
+    device = resolve_device(engine.device)
+    dtype = resolve_dtype(engine.dtype, checkpoint, device)
+    return Parts(
+        PromptPlanner(checkpoint, dtype),
+        RankGroup(engine, config.video, checkpoint, dtype, device, runtime_dir),
+        Decoder(config.decoder, str(checkpoint.path), dtype, data_dir),
+    )
+
+
+class Service:
+    """One service process.
+
+    Args:
+        config: validated configuration.
+        build: makes the parts; tests give their own.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        build: Callable[[ServiceConfig, Path, Path], Parts] = build_parts,
+    ) -> None:
+        self._config = config
+        self._build = build
+        self._stop = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self.started = asyncio.Event()
+        self.port = 0
+        self._server: ApiServer | None = None
+        self._scheduler: Scheduler | None = None
+
+    def shut_down(self) -> None:
+        """Drain and stop; called a second time: stop at once."""
+        (self._at_once if self._stop.is_set() else self._stop).set()
+
+    async def run(self, announce: Callable[[str], None] = logger.info) -> None:
+        """Serve until SIGTERM, SIGINT or ``shut_down``; nothing is left running afterwards.
+
+        Args:
+            announce: gets one line once everything is ready.
+
+        Raises:
+            ServiceError: why it could not start.
+        """
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.shut_down)
+                stack.callback(loop.remove_signal_handler, number)
+            starting = asyncio.create_task(self._start(stack))
+            stopping = asyncio.create_task(self._stop.wait())
+            stack.callback(stopping.cancel)
+            try:
+                await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                starting.cancel()
+                await asyncio.wait({starting})
+            if starting.cancelled():
+                return
+            announce(starting.result())
+            self.started.set()
+            await stopping
+            logger.info("shutting down")
+            assert self._scheduler is not None
+            assert self._server is not None
+            self._scheduler.drain()
+            await self._server.drain(self._config.server.drain_seconds, self._at_once)
+
+    async def _start(self, stack: AsyncExitStack) -> str:
+        """Start everything; ``stack`` stops it in the reverse order."""
+        config = self._config
+        data_dir = Path(config.storage.data_dir).expanduser()  # noqa: ASYNC240 (start-up)
+        videos = VideoStore(config.storage, config.video)  # locks the data directory
+        stack.push_async_callback(videos.close)
+        runtime_dir = _make_runtime_dir()
+        stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
+        parts = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
+        store = JobStore(data_dir / "jobs.db")
+        stack.callback(store.close)
+        reports = ReportServer(runtime_dir / "reports.sock")
+        await reports.start()
+        stack.push_async_callback(reports.stop)
+        planning = Planning(videos, parts.planner, lambda: parts.decoder.max_model_len)
+        stack.callback(planning.close)
+        scheduler = self._scheduler = Scheduler(
+            store, videos, planning, parts.group, uuid.uuid4().hex, config.engine
+        )
+        wait_s = REMOTE_DECODER_WAIT_S if config.decoder.url else config.decoder.start_timeout_s
+        answers = Answers(planning, scheduler, parts.decoder, reports, wait_s)
+        server = self._server = ApiServer(
+            config.server,
+            VideoServicer(videos),
+            PrefillServicer(scheduler),
+            AnswerServicer(answers),
+            lambda: {
+                VIDEO: True,
+                PREFILL: parts.group.ready,
+                ANSWER: parts.group.ready and parts.decoder.ready,
+            },
+        )
+        self.port = server.bind()
+        stack.push_async_callback(_stop_both, parts)
+        scheduler.start()
+        stack.push_async_callback(scheduler.stop)
+        await server.start()
+        stack.push_async_callback(server.stop)
+        sweeper = asyncio.create_task(_sweep(videos), name="sweeper")
+        stack.callback(sweeper.cancel)
+        await _start_both(parts)
+        tls = "TLS" if config.server.tls_cert else "plaintext"
+        return (
+            f"serving on {config.server.host}:{self.port} ({tls}): model {config.engine.model}, "
+            f"{config.engine.ranks} ranks, decoder {config.decoder.url or 'embedded vLLM'}, "
+            f"context {planning.limit} tokens"
+        )
+
+
+async def _start_both(parts: Parts) -> None:
+    """Start group and decoder at the same time; the first failure ends both starts."""
+    tasks = [asyncio.create_task(part.start()) for part in (parts.group, parts.decoder)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _stop_both(parts: Parts) -> None:
+    results = await asyncio.gather(parts.group.stop(), parts.decoder.stop(), return_exceptions=True)
+    for error in results:
+        if isinstance(error, BaseException):
+            logger.error("unclean stop", exc_info=error)
+
+
+async def _sweep(videos: VideoStore) -> None:
+    """Remove expired videos and abandoned uploads, now and then."""
+    while True:
+        try:
+            await videos.sweep()
+        except Exception:
+            logger.exception("sweeping expired videos failed")
+        await asyncio.sleep(SWEEP_S)
+
+
+def _make_runtime_dir() -> Path:
+    """A private directory for sockets, with a short path."""
+    base = tempfile.gettempdir()
+    return Path(
+        tempfile.mkdtemp(
+            prefix="prefill-", dir="/tmp" if len(base) > _LONGEST_RUNTIME_DIR else base
+        )
+    )
