@@ -1,0 +1,201 @@
+"""The bytes of stored videos. Blocking; callers hold the video's lock.
+
+Chunks are written without fsync: after a crash of the service nothing is lost (the kernel has
+the pages), and after a power cut the file is simply shorter, its length is what the client is
+told, and it resumes there. The one fsync is in ``settle``, before a video can become READY,
+and the sha256 over what the disk then holds is what decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.index import VideoIndex
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_SHARE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_COPY_BYTES = 1 << 20
+
+
+def claim(root: Path, folder: Path) -> int:
+    """Make the folders and lock them for this process; returns the lock's descriptor.
+
+    Raises:
+        ServiceError: CONFIG_INVALID.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(root / "videos.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ServiceError(
+            Reason.CONFIG_INVALID,
+            f"storage.data_dir {root} cannot be used: {error.strerror}",
+            name="storage.data_dir",
+            value=root,
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise ServiceError(
+            Reason.CONFIG_INVALID,
+            f"storage.data_dir {root} is in use by another prefill-service",
+            name="storage.data_dir",
+            value=root,
+        ) from error
+    return fd
+
+
+def committed(path: Path) -> int:
+    """Bytes of the file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def check_space(folder: Path, needed: int, min_free_bytes: int) -> None:
+    """Raise STORAGE_FULL if ``needed`` more bytes would leave less than ``min_free_bytes``."""
+    free = shutil.disk_usage(folder).free
+    if free - needed < min_free_bytes:
+        raise ServiceError(
+            Reason.STORAGE_FULL,
+            f"{needed} bytes do not fit: {free} bytes are free on the disk and "
+            f"{min_free_bytes} must stay free; what was received before is kept",
+            needed_bytes=needed,
+            free_bytes=free,
+            min_free_bytes=min_free_bytes,
+        )
+
+
+def append(path: Path, offset: int, data: bytes, size_bytes: int, min_free_bytes: int) -> int:
+    """Write ``data`` at the end of the file, whole or not at all; returns its new size.
+
+    Raises:
+        ServiceError: UPLOAD_OFFSET_MISMATCH, UPLOAD_SIZE_EXCEEDED, STORAGE_FULL.
+    """
+    size = committed(path)
+    if offset != size:
+        raise ServiceError(
+            Reason.UPLOAD_OFFSET_MISMATCH,
+            f"the chunk starts at offset {offset}, but {size} bytes are committed",
+            offset=offset,
+            committed_bytes=size,
+        )
+    if offset + len(data) > size_bytes:
+        raise ServiceError(
+            Reason.UPLOAD_SIZE_EXCEEDED,
+            f"the chunk ends at byte {offset + len(data)}, but {size_bytes} were announced",
+            end=offset + len(data),
+            size_bytes=size_bytes,
+        )
+    check_space(path.parent, len(data), min_free_bytes)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _write(fd, offset, data)
+    finally:
+        os.close(fd)
+    return offset + len(data)
+
+
+def _write(fd: int, offset: int, data: bytes) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            written = os.pwrite(fd, view, offset + len(data) - len(view))
+            view = view[written:]
+    except OSError as error:
+        os.ftruncate(fd, offset)  # half a chunk must not count as committed
+        raise _storage_error(error) from error
+
+
+def _storage_error(error: OSError) -> Exception:
+    if error.errno in _FULL:
+        return ServiceError(
+            Reason.STORAGE_FULL,
+            f"the disk is full ({error.strerror}); what was received before is kept",
+        )
+    return error
+
+
+def settle(path: Path) -> str:
+    """Bring the file safely to disk; returns its sha256, lower-case hexadecimal."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_index(index: VideoIndex, path: Path) -> None:
+    """Write an index and bring it safely to disk."""
+    index.save(path)
+    for target in (path, path.parent):
+        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def empty(path: Path) -> None:
+    """Throw the bytes away; the upload starts again at 0."""
+    os.truncate(path, 0)
+
+
+def open_import(path: Path, roots: list[Path]) -> int:
+    """Open a file for import, after all symlinks, below one of ``roots``.
+
+    Raises:
+        ServiceError: PATH_NOT_ALLOWED, NOT_A_VIDEO.
+    """
+    fd = -1
+    # O_NONBLOCK: opening a FIFO must not wait for its writer.
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # What was opened counts, not what the path meant a moment ago.
+    real = Path(os.readlink(f"/proc/self/fd/{fd}") if fd >= 0 else os.path.realpath(path))
+    if not any(real.is_relative_to(root.resolve()) for root in roots):
+        if fd >= 0:
+            os.close(fd)
+        allowed = ", ".join(map(str, roots)) or "none"
+        raise ServiceError(
+            Reason.PATH_NOT_ALLOWED,
+            f"{path} is not below a folder videos may be imported from ({allowed})",
+            path=path,
+            import_roots=allowed,
+        )
+    if fd < 0 or not os.path.isfile(f"/proc/self/fd/{fd}"):
+        if fd >= 0:
+            os.close(fd)
+        raise ServiceError(Reason.NOT_A_VIDEO, f"{path} is not a file that can be read", path=path)
+    return fd
+
+
+def copy_import(fd: int, target: Path, min_free_bytes: int) -> None:
+    """Copy the open file to ``target``; file systems that can share the blocks do.
+
+    Not a hard link: who owns the original could still write into it, and the stored bytes
+    would no longer be those of the digest.
+
+    Raises:
+        ServiceError: STORAGE_FULL.
+    """
+    check_space(target.parent, os.fstat(fd).st_size, min_free_bytes)
+    try:
+        with target.open("xb", buffering=0) as out:
+            try:
+                while os.copy_file_range(fd, out.fileno(), _COPY_BYTES):
+                    pass
+            except OSError as error:
+                if error.errno not in _CANNOT_SHARE:
+                    raise
+                while block := os.read(fd, _COPY_BYTES):
+                    out.write(block)
+    except OSError as error:
+        raise _storage_error(error) from error
