@@ -36,8 +36,10 @@ from tools.tiny_tokenizer import (
 )
 
 RECIPE_FILE = "recipe.json"
-RECIPE_VERSION = 2
-GAIN = 1.6
+RECIPE_VERSION = 3
+GAIN = {"qwen3_vl": 2.0, "qwen2_5_vl": 1.6}
+"""Scale of the random weights: sharp enough attention to tell thousands of tokens apart,
+little enough chaos that fp32 rounding does not show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,22 +212,19 @@ FAMILIES: dict[str, Callable[[TinySpec, Any], tuple[Any, Any]]] = {
 
 
 @torch.no_grad()
-def _initialise(model: torch.nn.Module, seed: int, spoken: torch.Tensor) -> None:
-    """Random weights with gain 1.6: attention sharp enough to tell thousands of tokens apart.
-
-    ``spoken`` [vocabulary] fp32 scales the output rows; greedy decoding never picks a 0.
-    """
+def _initialise(model: torch.nn.Module, seed: int, gain: float, spoken: torch.Tensor) -> None:
+    """Random weights; ``spoken`` [vocabulary] fp32 scales the output rows, 0 is never said."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.copy_(GAIN * (1 + 0.1 * noise))
+            parameter.copy_(gain * (1 + 0.1 * noise))
         elif parameter.dim() < 2:
             parameter.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise)
         elif name.endswith(("embed_tokens.weight", "pos_embed.weight")):
             parameter.copy_(noise)
         else:
-            parameter.copy_(noise * (GAIN / sqrt(parameter[0].numel())))
+            parameter.copy_(noise * (gain / sqrt(parameter[0].numel())))
     head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
     head.weight.mul_(spoken[:, None])
 
@@ -274,7 +273,7 @@ def build(family: str, out: Path, seed: int = 0, **overrides: Any) -> Path:
     tokenizer = train_tokenizer(template)
     model, processor = FAMILIES[family](spec, tokenizer)
     vocab_size = model.config.text_config.vocab_size
-    _initialise(model, seed, _spoken(tokenizer, vocab_size, spec.any_token))
+    _initialise(model, seed, GAIN[family], _spoken(tokenizer, vocab_size, spec.any_token))
     model.config.dtype = "float32"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
