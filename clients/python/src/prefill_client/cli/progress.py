@@ -1,0 +1,169 @@
+"""Progress on stderr: bars that redraw on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from prefill_client.types import Job, JobState, Stage, UploadProgress
+
+REDRAW_S = 0.1
+LINE_S = 5.0
+_UNITS = {Stage.DECODE: "frames", Stage.VISION: "patches", Stage.PREFILL: "tokens"}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line: ``done`` of ``total`` ``unit`` after ``elapsed_s`` seconds of work."""
+
+    label: str
+    done: float
+    total: float
+    unit: str
+    elapsed_s: float
+
+    @property
+    def complete(self) -> bool:
+        """True at the end."""
+        return self.done >= self.total > 0
+
+    @property
+    def rate(self) -> float:
+        """Units per second; 0 while unknown."""
+        return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    def numbers(self) -> str:
+        """``12/40 frames, 3.2/s, 9 s left``."""
+        share = f"{_short(self.done)}/{_short(self.total)} {self.unit}"
+        if not self.rate:
+            return share
+        left = "" if self.complete else f", {_clock((self.total - self.done) / self.rate)} left"
+        return f"{share}, {_short(self.rate)}/s{left}"
+
+    def draw(self, width: int) -> str:
+        """The line in at most ``width`` columns."""
+        text = f"{self.label:<8} {{}} {self.numbers()}"
+        room = min(30, width - len(text) - 1)
+        if room < 5:
+            return text.format("")[:width]
+        filled = round(room * min(1.0, self.done / self.total)) if self.total else 0
+        return text.format("━" * filled + "─" * (room - filled))
+
+
+def _short(value: float) -> str:
+    for size, suffix in ((1 << 30, "G"), (1 << 20, "M"), (10 << 10, "K")):
+        if value >= size:
+            return f"{value / (size if suffix != 'K' else 1 << 10):.1f}{suffix}"
+    return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def job_bars(job: Job) -> list[Bar]:
+    """One bar per stage, ranks summed. A stage has taken as long as its slowest rank."""
+    bars = []
+    for stage, unit in _UNITS.items():
+        ranks = [entry for entry in job.progress if entry.stage is stage]
+        if ranks:
+            done, total = sum(r.done for r in ranks), sum(r.total for r in ranks)
+            elapsed = max(r.elapsed_s for r in ranks)
+            bars.append(Bar(stage.lower(), done, total, unit, elapsed))
+    return bars
+
+
+class ProgressPrinter:
+    """Shows uploads and jobs. ``finish`` before anything else is written to the terminal."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._tty = stream.isatty()
+        self._clock = clock
+        self._bars: dict[str, Bar] = {}
+        self._note = ""
+        self._drawn = 0
+        self._last = float("-inf")
+        self._started: dict[str, tuple[float, float]] = {}
+        self._reported: set[str] = set()
+
+    def upload(self, progress: UploadProgress) -> None:
+        """Take an upload's progress."""
+        if progress.phase == "probe":
+            self._show([], "checking the file")
+            return
+        # What was there before (a resumed upload) says nothing about the rate.
+        start, first = self._started.setdefault(progress.phase, (self._clock(), progress.done))
+        elapsed = self._clock() - start
+        if first and progress.done > first:
+            elapsed *= progress.done / (progress.done - first)
+        bar = Bar(progress.phase, progress.done, progress.total, "bytes", elapsed)
+        self._show([bar], "")
+
+    def job(self, job: Job) -> None:
+        """Take a job's progress."""
+        note = ""
+        if job.state is JobState.QUEUED:
+            note = f"queued, {job.queue_position} ahead" if job.queue_position else "queued"
+        elif job.attempts > 1 and not job.state.ended:
+            note = f"attempt {job.attempts}"
+        self._show(job_bars(job), note, force=job.state.ended)
+
+    def counts(self, label: str, done: int, total: int, elapsed_s: float, note: str) -> None:
+        """Take a batch's progress."""
+        self._show([Bar(label, done, total, "lines", elapsed_s)], note)
+
+    def finish(self) -> None:
+        """Leave what is shown where it is and start afresh below it."""
+        if self._tty and self._bars and not self._quiet:
+            self._draw()
+        self._bars.clear()
+        self._started.clear()
+        self._reported.clear()
+        self._note, self._drawn, self._last = "", 0, float("-inf")
+
+    def _show(self, bars: list[Bar], note: str, force: bool = False) -> None:
+        if self._quiet:
+            return
+        self._bars.update({bar.label: bar for bar in bars})
+        changed, self._note = note != self._note, note
+        due = self._clock() - self._last >= (REDRAW_S if self._tty else LINE_S)
+        if self._tty:
+            if due or changed or force:
+                self._last = self._clock()
+                self._draw()
+            return
+        ended = [b for b in bars if b.complete and b.label not in self._reported]
+        for bar in ended or (bars if due else []):
+            self._last = self._clock()
+            self._stream.write(f"{bar.label}: {bar.numbers()}\n")
+        self._reported.update(bar.label for bar in ended)
+        if note and changed:
+            self._stream.write(note + "\n")
+        self._stream.flush()
+
+    def _draw(self) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        lines = [bar.draw(width) for bar in self._bars.values()]
+        if self._note:
+            lines.append(self._note[:width])
+        up = f"\x1b[{self._drawn}A" if self._drawn else ""
+        body = "".join(f"\x1b[2K{line}\n" for line in lines)
+        # Lines that are gone (a note) are wiped too, and the cursor goes back up.
+        gone = max(0, self._drawn - len(lines))
+        wipe = "\x1b[2K\n" * gone + (f"\x1b[{gone}A" if gone else "")
+        self._stream.write(up + body + wipe)
+        self._stream.flush()
+        self._drawn = len(lines)
