@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging as transformers_logging
 
 from prefill_service.compat import ensure_torchvision
 from tools.tiny_tokenizer import (
@@ -34,6 +33,8 @@ from tools.tiny_tokenizer import (
     chat_template,
     train_tokenizer,
 )
+
+hf: Any = transformers  # its classes are untyped
 
 RECIPE_FILE = "recipe.json"
 RECIPE_VERSION = 3
@@ -122,7 +123,7 @@ def _token_ids(tokenizer: Any) -> dict[str, Any]:
 def _qwen3_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
     pairs = spec.head_dim // 2
     side = pairs * 5 // 16
-    config = transformers.Qwen3VLConfig(
+    config = hf.Qwen3VLConfig(
         text_config={
             **_text_config(
                 spec,
@@ -147,10 +148,10 @@ def _qwen3_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
     )
     patches: dict[str, Any] = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    processor = transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**patches, **half),
+    processor = hf.Qwen3VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(**patches, **half),
         tokenizer=tokenizer,
-        video_processor=transformers.Qwen3VLVideoProcessor(
+        video_processor=hf.Qwen3VLVideoProcessor(
             **patches,
             do_sample_frames=True,
             fps=2,
@@ -163,13 +164,13 @@ def _qwen3_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
         ),
         chat_template=tokenizer.chat_template,
     )
-    return transformers.Qwen3VLForConditionalGeneration(config), processor
+    return hf.Qwen3VLForConditionalGeneration(config), processor
 
 
 def _qwen2_5_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
     pairs = spec.head_dim // 2
     side = pairs * 3 // 8
-    config = transformers.Qwen2_5_VLConfig(
+    config = hf.Qwen2_5_VLConfig(
         text_config=_text_config(
             spec,
             tokenizer,
@@ -187,11 +188,11 @@ def _qwen2_5_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
         **_token_ids(tokenizer),
     )
     patches: dict[str, Any] = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    processor = transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**patches),
+    processor = hf.Qwen2_5_VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(**patches),
         tokenizer=tokenizer,
         # Neither samples frames nor names a rate by default, like the published checkpoints.
-        video_processor=transformers.Qwen2VLVideoProcessor(
+        video_processor=hf.Qwen2VLVideoProcessor(
             **patches,
             cap_pixels_per_frame=False,
             # Pixels of a frame: a token covers 28 x 28 pixels.
@@ -202,7 +203,7 @@ def _qwen2_5_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
         ),
         chat_template=tokenizer.chat_template,
     )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
+    return hf.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 FAMILIES: dict[str, Callable[[TinySpec, Any], tuple[Any, Any]]] = {
@@ -278,7 +279,7 @@ def build(family: str, out: Path, seed: int = 0, **overrides: Any) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    transformers_logging.disable_progress_bar()
+    hf.utils.logging.disable_progress_bar()
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import cv2
@@ -90,7 +91,8 @@ def _write_pyav(
     path: Path, frames: Iterator[np.ndarray], fps: float, size: tuple[int, int], codec: str
 ) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=rate))
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -1,0 +1,33 @@
+# `make help` lists the targets. PYTHON may name any Python >= 3.11; it is only used to make .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format stubs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Create or update .venv (done by the other targets too)
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup ## A video, two ranks, vLLM, two questions: upload to answer
+	@$(BIN)/python -m tools.demo
+
+test: lint ## Lint, types and the whole test suite
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: setup ## Regenerate the gRPC stubs from protos/
+	$(BIN)/python tools/generate_stubs.py
+
+clean: ## Remove build outputs and caches (keeps .venv)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

