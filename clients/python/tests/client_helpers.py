@@ -68,16 +68,16 @@ class Cli:
 
     def __init__(self, server: FakeServer, folder: Path) -> None:
         self.folder = folder
-        self._env = {**os.environ, "PREFILL_ADDRESS": server.address}
+        self._address = server.address
 
-    def start(self, *args: object) -> subprocess.Popen[str]:
+    def start(self, *args: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [PREFILL, *map(str, args)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             stdin=subprocess.PIPE,
             text=True,
-            env=self._env,
+            env={**os.environ, "PREFILL_ADDRESS": self._address},
             cwd=self.folder,
         )
 

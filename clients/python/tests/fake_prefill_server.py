@@ -39,6 +39,7 @@ class Faults:
     retry_after_s: float = 0.0
     break_upload_after: list[int] = field(default_factory=list)  # bytes of each stream
     ack_short: int = 0  # uploads ended with OK after their first chunk
+    queue_full: int = 0  # Asks refused
     ask_break_before: int = 0  # Asks that die before their first token
     ask_break_after: int = 0  # tokens after which the next Ask dies; 0: never
     ask_truncate: bool = False  # Ask ends without a final message
@@ -346,6 +347,9 @@ class FakeService(
         state.ask_active += 1
         state.ask_peak = max(state.ask_peak, state.ask_active)
         try:
+            if faults.queue_full:
+                faults.queue_full -= 1
+                await fail(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "64 jobs")
             await self._check_question(request, context)
             await self._ready(request.spec, context)
             job = self._job(request.spec)

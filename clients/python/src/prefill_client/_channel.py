@@ -73,9 +73,16 @@ class Endpoint:
         """Metadata of each call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
+    def _is_loopback(self) -> bool:
+        host = self.address.rpartition("/")[2].rpartition(":")[0].strip("[]")
+        return host in ("localhost", "::1") or host.startswith("127.")
+
     def open(self, module: Any) -> Any:
         """A channel of ``module``, which is ``grpc`` or ``grpc.aio``."""
         options = list(CHANNEL_OPTIONS)
+        if self._is_loopback():
+            # gRPC would ask a proxy named in the environment for this very machine.
+            options.append(("grpc.enable_http_proxy", 0))
         if self.tls is None:
             return module.insecure_channel(self.address, options=options)
         if self.tls.server_name:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             return batch(args, arguments)
         with Client(**arguments) as client:
             return _COMMANDS[args.command](client, args)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         return _fail(error, USAGE)
     except BrokenPipeError:
         # The reader of our output has gone: there is nobody left to tell.

@@ -32,8 +32,8 @@ input, one JSON object per line:
    "body": {"video": "a.mp4", "question": "Who opens the door?", "max_tokens": 64}}
 "video" is a path (relative to the current folder), a file:// URL or an id. Instead of
 "question" there may be "messages": [{"role": "user", "content": "..."}]. The other keys of
-"body" are the options of "prefill ask" with underscores: fps, num_frames, max_pixels, system_prompt, max_tokens,
-temperature, top_p, top_k, seed, stop, ...
+"body" are the options of "prefill ask" with underscores: fps, num_frames, max_pixels,
+system_prompt, max_tokens, temperature, top_p, top_k, seed, stop, ...
 
 Each answer is appended to the output and synced to the disk at once. Run the same command
 again to go on after an interruption: lines that are in the output are skipped, lines that
@@ -81,7 +81,6 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is none")
     group.add_argument("--ignore-eos", action="store_true", default=None,
                        help="go on after the end of the answer (for measurements)")  # fmt: skip
-    return parser
 
 
 def make_parser() -> argparse.ArgumentParser:

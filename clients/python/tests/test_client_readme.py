@@ -1,0 +1,42 @@
+"""The examples of the README run as they are printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from client_helpers import write_clip
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!##).)*?```python\n(.*?)```", README.read_text(), re.S)
+PRINTED = {
+    "Ask": ["You asked: Who opens the door?", "stop Usage(", "You asked: Where does he go?"],
+    "Ask many at a time": ["How does it end? -> You asked: How does it end?"],
+    "Batch": ["2 answered, 0 failed, 0 done before"],
+    "Errors": ["refused: NOT_A_VIDEO", "gone: {'video_id': 'vid_0000"],
+    "Progress": ["upload", "rank 1 PREFILL: 400/400", "SUCCEEDED 800"],
+}
+
+
+def test_every_example_is_known():
+    assert [title for title, _ in EXAMPLES] == list(PRINTED)
+
+
+@pytest.mark.parametrize(("title", "code"), EXAMPLES)
+def test_example(title, code, server, tmp_path):
+    write_clip(tmp_path / "holiday.mp4", 1)
+    (tmp_path / "notes.txt").write_text("hello")
+    run = subprocess.run(
+        [sys.executable, "-c", code.replace("localhost:50051", server.address)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for text in PRINTED[title]:
+        assert text in run.stdout
