@@ -58,6 +58,7 @@ class State:
     videos: dict[str, vpb.Video] = field(default_factory=dict)
     data: dict[str, bytearray] = field(default_factory=dict)
     uploads: dict[str, str] = field(default_factory=dict)  # request_id -> video_id
+    upload_arguments: dict[str, bytes] = field(default_factory=dict)
     jobs: dict[str, ppb.PrefillJob] = field(default_factory=dict)
     prefixes: dict[bytes, str] = field(default_factory=dict)  # spec -> job_id
     job_requests: dict[str, str] = field(default_factory=dict)
@@ -132,6 +133,10 @@ class FakeService(
         state = self.state
         if request.request_id:
             assert uuid.UUID(request.request_id).version == 4
+            arguments = request.SerializeToString(deterministic=True)
+            if state.upload_arguments.setdefault(request.request_id, arguments) != arguments:
+                await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST",
+                           "request_id was used before with other arguments")  # fmt: skip
         video_id = state.uploads.get(request.request_id, "")
         if video_id not in state.videos:
             same = [v for v in state.videos.values()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import uuid
 
 import pytest
@@ -14,11 +15,12 @@ CHUNK = 256 << 10
 
 
 def test_upload_request_id_is_a_stable_uuid4():
-    first = upload_request_id("ab" * 32, 5)
+    first = upload_request_id("ab" * 32, 5, "a.mp4")
     assert uuid.UUID(first).version == 4
     assert uuid.UUID(first).variant == uuid.RFC_4122
-    assert first == upload_request_id("ab" * 32, 5)
-    assert len({first, upload_request_id("ab" * 32, 6), upload_request_id("cd" * 32, 5)}) == 3
+    assert first == upload_request_id("ab" * 32, 5, "a.mp4")
+    others = [("ab" * 32, 6, "a.mp4"), ("cd" * 32, 5, "a.mp4"), ("ab" * 32, 5, "b.mp4")]
+    assert len({first, *(upload_request_id(*other) for other in others)}) == 4
 
 
 async def test_upload(api: Api, server, clip):
@@ -169,6 +171,11 @@ async def test_two_clients_upload_the_same_file(kind, server, tmp_path):
     first, second = await asyncio.gather(*(api.call("upload", clip) for api in apis))
     assert first.video_id == second.video_id
     assert bytes(server.state.data[first.video_id]) == clip.read_bytes()
+
+
+async def test_name_that_is_not_utf8(api: Api, server, tmp_path):
+    clip = write_clip(tmp_path / os.fsdecode(b"caf\xe9.mp4"), 3, 100)
+    assert (await api.call("upload", clip)).display_name == "caf\ufffd.mp4"
 
 
 async def test_missing_file_and_known_digest(api: Api, server, clip):

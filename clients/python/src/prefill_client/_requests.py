@@ -28,13 +28,15 @@ def new_request_id() -> str:
     return str(uuid.uuid4())
 
 
-def upload_request_id(sha256: str, size: int) -> str:
+def upload_request_id(sha256: str, size: int, display_name: str) -> str:
     """A valid UUID4 that is the same for the same file, in this process and in any later one.
 
     CreateUpload returns the first result for a repeated request id, so this is how an upload
-    that an earlier process left unfinished is found again.
+    that an earlier process left unfinished is found again. It covers every argument of
+    CreateUpload: an id that comes again with others is an error.
     """
-    digest = hashlib.sha256(f"prefill-upload:{sha256}:{size}".encode()).digest()
+    key = f"prefill-upload:{sha256}:{size}:{display_name}"
+    digest = hashlib.sha256(key.encode()).digest()
     return str(uuid.UUID(bytes=digest[:16], version=4))
 
 

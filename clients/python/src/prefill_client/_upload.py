@@ -72,11 +72,12 @@ def upload(
         sha256, size = yield from hash_file(path, progress)
     else:
         size = os.stat(path).st_size
+    name = _text(os.path.basename(path)) if display_name is None else display_name
     create = video_pb.CreateUploadRequest(
-        display_name=os.path.basename(path) if display_name is None else display_name,
+        display_name=name,
         size_bytes=size,
         sha256=sha256,
-        request_id=upload_request_id(sha256, size),
+        request_id=upload_request_id(sha256, size, name),
     )
     created = yield from unary("CreateUpload", create)
     # A repeated request id brings the first result, which may be out of date by now.
@@ -151,6 +152,11 @@ def _send_and_finish(
             if not retriable and (committed >= size or not is_broken_stream(error)):
                 raise
             yield Sleep(backoff.delay(error))
+
+
+def _text(name: str) -> str:
+    """A file's name as valid text: names are bytes on Linux, and protobuf takes only UTF-8."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _stalled(path: str, committed: int, size: int) -> PrefillError:
