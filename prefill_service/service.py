@@ -172,6 +172,7 @@ class Service:
         sweeper = asyncio.create_task(_sweep(videos), name="sweeper")
         stack.callback(sweeper.cancel)
         await _start_both(parts)
+        await server.update_health()
         tls = "TLS" if config.server.tls_cert else "plaintext"
         return (
             f"serving on {config.server.host}:{self.port} ({tls}): model {config.engine.model}, "

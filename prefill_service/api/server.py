@@ -107,7 +107,7 @@ class ApiServer:
 
     async def start(self) -> None:
         """Begin to serve; health follows the services' readiness."""
-        await self._set_health()
+        await self.update_health()
         await self._server.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="health")
 
@@ -136,14 +136,15 @@ class ApiServer:
         await self._server.stop(grace=None)
         await self._calls.drained(_CANCEL_S)
 
-    async def _set_health(self) -> None:
+    async def update_health(self) -> None:
+        """Set the health now rather than at the next poll."""
         ready = self._ready()
         for name, value in {**ready, "": all(ready.values()), LIVENESS: True}.items():
             await self._health.set(name, _status(value))
 
     async def _follow_health(self) -> None:
         while True:
-            await self._set_health()
+            await self.update_health()
             await asyncio.sleep(_HEALTH_POLL_S)
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -164,14 +164,18 @@ class Answers:
             question.sampling, question.max_tokens, len(token_ids), self._planning.limit
         )
         run = _Run(question, plan, token_ids, sampling, started)
-        while True:
-            try:
-                async with aclosing(self._attempt(run)) as events:
-                    async for event in events:
-                        yield event
-                return
-            except ServiceError as error:
-                await self._prepare_retry(run, error)
+        # Left together at the end: a job must not be cancelled between two attempts.
+        async with AsyncExitStack() as interests:
+            while True:
+                interest = self._scheduler.interest(question.spec, plan)
+                job = await interests.enter_async_context(interest)
+                try:
+                    async with aclosing(self._attempt(run, job)) as events:
+                        async for event in events:
+                            yield event
+                    return
+                except ServiceError as error:
+                    await self._prepare_retry(run, error)
 
     async def _prepare_retry(self, run: _Run, error: ServiceError) -> None:
         """Return if the answer may be tried again after this error, else raise it."""
@@ -198,24 +202,23 @@ class Answers:
         while self._decoder.ready and time.monotonic() < deadline:  # noqa: ASYNC110 (it polls too)
             await asyncio.sleep(0.1)
 
-    async def _attempt(self, run: _Run) -> AsyncGenerator[AnswerEvent]:
-        async with self._scheduler.interest(run.question.spec, run.plan) as job:
-            while True:
-                version = job.version
-                yield AnswerProgress(self._scheduler.snapshot(job))
-                if job.record.state is not JobState.QUEUED:
-                    break
-                await job.changed(version)
-            _raise_unless_alive(job)
-            run.waited = run.waited or job.record.active
-            lease = self._prefixes.lease(run.plan.prefix_id)
-            run.manifest = lease.manifest
-            try:
-                async with aclosing(self._decode(run, job, lease)) as events:
-                    async for event in events:
-                        yield event
-            finally:
-                self._prefixes.release(lease)
+    async def _attempt(self, run: _Run, job: Job) -> AsyncGenerator[AnswerEvent]:
+        while True:
+            version = job.version
+            yield AnswerProgress(self._scheduler.snapshot(job))
+            if job.record.state is not JobState.QUEUED:
+                break
+            await job.changed(version)
+        _raise_unless_alive(job)
+        run.waited = run.waited or job.record.active
+        lease = self._prefixes.lease(run.plan.prefix_id)
+        run.manifest = lease.manifest
+        try:
+            async with aclosing(self._decode(run, job, lease)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._prefixes.release(lease)
 
     async def _decode(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[AnswerEvent]:
         try:

@@ -159,9 +159,9 @@ class Scheduler:
             yield self._store.get(job_id)
             return
         while True:
-            version = job.version
-            yield self.snapshot(job)
-            if not job.record.active:
+            version, snapshot = job.version, self.snapshot(job)
+            yield snapshot
+            if not snapshot.active:
                 return
             await job.changed(version)
             if self._draining and job.record.active:

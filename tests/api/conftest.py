@@ -1,0 +1,5 @@
+"""Fixtures of the service tests."""
+
+from tests.scheduling.fixtures import serve, template
+
+__all__ = ["serve", "template"]

@@ -1,0 +1,108 @@
+"""The ``prefill-service`` command as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefill_service import __version__
+from prefill_service.cli import main
+from tests.scheduling.parts import Decoder, Group
+
+Serve = Callable[..., Any]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prefill_service.cli", *arguments],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_version_needs_no_heavy_imports() -> None:
+    code = (
+        "import sys; from prefill_service.cli import main; main(['version']); "
+        "print('torch' in sys.modules, 'grpc' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == [f"prefill-service {__version__}", "False False"]
+
+
+def test_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--model TEXT, --engine-model TEXT",
+        "--ranks N, --engine-ranks N Ranks of the sequence-parallel group. (default: 2)",
+        "--vllm-url TEXT, --decoder-url TEXT",
+        "--storage-import-roots TEXT",
+        "The rank group.",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["serve"], "no model given"),
+        (["serve", "--model", "m", "--ranks", "two"], "invalid int value: 'two'"),
+        (["serve", "--model", "m", "--ranks", "0"], "engine.ranks = 0 is not accepted"),
+        (["serve", "--model", "m", "--port", "70000"], "server.port = 70000"),
+        (["serve", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+        (["serve", "--rank", "2"], "unrecognized arguments"),
+        (["healthcheck", "--tls-ca", "/nowhere.pem"], "cannot read /nowhere.pem"),
+        (["dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_configuration_errors_are_one_line_and_code_2(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_command_line_beats_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[engine]\nmodel = 'm'\nranks = 99\n[server]\nport = -1\n")
+    assert main(["serve", "--config", str(config), "--ranks", "3"]) == 2
+    assert "server.port = -1" in capsys.readouterr().err
+
+
+def test_missing_model_is_a_failure_in_one_line(tmp_path: Path) -> None:
+    done = run("serve", "--model", str(tmp_path / "none"), "--data-dir", str(tmp_path / "data"))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("prefill-service: ")
+    assert "[MODEL_INVALID]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_healthcheck(serve: Serve) -> None:
+    async def check(*arguments: str) -> tuple[int, str]:
+        done = await asyncio.to_thread(run, "healthcheck", *arguments)
+        return done.returncode, done.stdout + done.stderr
+
+    group = Group()
+    async with serve(group=group, decoder=Decoder(group)) as s:
+        assert await check("--address", s.address) == (0, "SERVING\n")
+        s.decoder.die()
+        await asyncio.sleep(0.5)
+        assert await check("--address", s.address) == (1, "NOT_SERVING\n")
+        assert (await check("--address", s.address, "--service", "liveness"))[0] == 0
+        code, text = await check("--address", s.address, "--service", "nothing")
+        assert (code, "NOT_FOUND" in text) == (1, True)
+    code, text = await check("--address", s.address, "--timeout", "1")
+    assert (code, "UNAVAILABLE" in text) == (1, True)

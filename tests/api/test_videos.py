@@ -1,0 +1,153 @@
+"""VideoService over a socket, with the real store."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prefill.v1 import video_service_pb2 as pb
+
+from prefill_service.api.video_servicer import MAX_CHUNK_BYTES
+from tests.scheduling.harness import Harness, error_of
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def clip(make_video: Callable[..., Path]) -> bytes:
+    """A video that is not in the template."""
+    return make_video(seconds=1).read_bytes()
+
+
+async def create(s: Harness, data: bytes, **fields: Any) -> pb.CreateUploadResponse:
+    digest = hashlib.sha256(data).hexdigest()
+    request = pb.CreateUploadRequest(
+        **{"display_name": "clip.mp4", "size_bytes": len(data), "sha256": digest, **fields}
+    )
+    return await s.videos.CreateUpload(request)
+
+
+async def send(s: Harness, video_id: str, chunks: Sequence[tuple[int, bytes]]) -> int:
+    async def requests() -> Any:
+        for number, (offset, data) in enumerate(chunks):
+            name = "" if number else video_id
+            yield pb.UploadChunksRequest(video_id=name, offset=offset, data=data)
+
+    return (await s.videos.UploadChunks(requests())).committed_bytes
+
+
+async def test_upload_in_pieces_finish_get_list_delete(serve: Serve, clip: bytes) -> None:
+    async with serve() as s:
+        created = await create(s, clip)
+        video_id = created.video.video_id
+        assert created.max_chunk_bytes == MAX_CHUNK_BYTES
+        assert created.video.state == pb.VIDEO_STATE_UPLOADING
+        half = len(clip) // 2
+        assert await send(s, video_id, [(0, clip[:100]), (100, clip[100:half])]) == half
+        status = await s.videos.GetUploadStatus(pb.GetUploadStatusRequest(video_id=video_id))
+        assert (status.committed_bytes, status.size_bytes) == (half, len(clip))
+        assert not status.complete
+        code, reason, metadata, _ = await error_of(send(s, video_id, [(half + 1, b"x")]))
+        assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_OFFSET_MISMATCH")
+        assert metadata["committed_bytes"] == str(half)
+        finish = pb.FinishUploadRequest(video_id=video_id)
+        assert (await error_of(s.videos.FinishUpload(finish)))[1] == "UPLOAD_INCOMPLETE"
+        await send(s, video_id, [(half, clip[half:])])
+        video = (await s.videos.FinishUpload(finish)).video
+        assert video.state == pb.VIDEO_STATE_READY
+        assert (video.display_name, video.info.codec != "") == ("clip.mp4", True)
+        assert video.info.frame_count > 0
+        assert video.expire_time.seconds > video.create_time.seconds
+        assert (await s.videos.GetVideo(pb.GetVideoRequest(video_id=video_id))).video == video
+        listed = await s.videos.ListVideos(pb.ListVideosRequest(page_size=1))
+        assert [v.video_id for v in listed.videos] == [video_id]
+        rest = pb.ListVideosRequest(page_token=listed.next_page_token)
+        assert [v.video_id for v in (await s.videos.ListVideos(rest)).videos] == [s.video_id]
+        assert (await create(s, clip)).video.video_id == video_id  # same bytes, same video
+        await s.videos.DeleteVideo(pb.DeleteVideoRequest(video_id=video_id))
+        code, reason, _, _ = await error_of(
+            s.videos.GetVideo(pb.GetVideoRequest(video_id=video_id))
+        )
+        assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_VIDEO")
+
+
+async def test_create_is_idempotent(serve: Serve, clip: bytes) -> None:
+    async with serve() as s:
+        key = str(uuid.uuid4())
+        first = await create(s, clip, request_id=key)
+        assert (await create(s, clip, request_id=key)).video.video_id == first.video.video_id
+        assert (await create(s, clip)).video.video_id != first.video.video_id
+        assert (await error_of(create(s, clip, request_id="17")))[1] == "INVALID_REQUEST"
+
+
+async def test_bad_streams(serve: Serve, clip: bytes) -> None:
+    async with serve() as s:
+        video_id = (await create(s, clip)).video.video_id
+        for chunks in ([], [(0, b"x" * (MAX_CHUNK_BYTES + 1))]):
+            assert (await error_of(send(s, video_id, chunks)))[1] == "INVALID_REQUEST"
+        assert (await error_of(send(s, "", [(0, b"x")])))[1] == "INVALID_REQUEST"
+        assert (await error_of(send(s, "vid_x", [(0, b"x")])))[1] == "UNKNOWN_VIDEO"
+
+        async def two_videos() -> Any:
+            yield pb.UploadChunksRequest(video_id=video_id, offset=0, data=b"x")
+            yield pb.UploadChunksRequest(video_id="vid_other", offset=1, data=b"x")
+
+        assert (await error_of(s.videos.UploadChunks(two_videos())))[1] == "INVALID_REQUEST"
+        status = await s.videos.GetUploadStatus(pb.GetUploadStatusRequest(video_id=video_id))
+        assert status.committed_bytes == 1  # what came before the bad message stays
+
+
+async def test_broken_stream_keeps_what_was_received(serve: Serve, clip: bytes) -> None:
+    async with serve() as s:
+        video_id = (await create(s, clip)).video.video_id
+        call = s.videos.UploadChunks()
+        await call.write(pb.UploadChunksRequest(video_id=video_id, offset=0, data=clip[:1000]))
+        request = pb.GetUploadStatusRequest(video_id=video_id)
+
+        async def committed() -> int:
+            return (await s.videos.GetUploadStatus(request)).committed_bytes
+
+        for _ in range(100):
+            if await committed() == 1000:
+                break
+        call.cancel()
+        assert await committed() == 1000
+        await send(s, video_id, [(1000, clip[1000:])])
+        finish = pb.FinishUploadRequest(video_id=video_id)
+        assert (await s.videos.FinishUpload(finish)).video.state == pb.VIDEO_STATE_READY
+
+
+async def test_refused_file_is_failed_with_its_reason(serve: Serve) -> None:
+    async with serve() as s:
+        data = b"#EXTM3U\nhttp://127.0.0.1/secret\n"
+        video_id = (await create(s, data)).video.video_id
+        await send(s, video_id, [(0, data)])
+        code, reason, _, _ = await error_of(
+            s.videos.FinishUpload(pb.FinishUploadRequest(video_id=video_id))
+        )
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        video = (await s.videos.GetVideo(pb.GetVideoRequest(video_id=video_id))).video
+        assert (video.state, video.error_reason) == (pb.VIDEO_STATE_FAILED, reason)
+        assert video.error_message
+        s.video_id = video_id
+        code, reason, _, _ = await error_of(s.create())
+        assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VIDEO_NOT_READY")
+
+
+async def test_import_below_an_allowed_root(serve: Serve, tmp_path: Path, clip: bytes) -> None:
+    root = tmp_path / "films"
+    root.mkdir()
+    (root / "a.mp4").write_bytes(clip)
+    (tmp_path / "b.mp4").write_bytes(clip)
+    async with serve(storage={"import_roots": [str(root)]}) as s:
+        request = pb.ImportVideoRequest(path=str(root / "a.mp4"))
+        video = (await s.videos.ImportVideo(request)).video
+        assert (video.state, video.display_name) == (pb.VIDEO_STATE_READY, "a.mp4")
+        outside = pb.ImportVideoRequest(path=str(tmp_path / "b.mp4"))
+        code, reason, _, _ = await error_of(s.videos.ImportVideo(outside))
+        assert (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED")

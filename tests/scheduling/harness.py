@@ -1,0 +1,168 @@
+"""The real service around the parts of ``parts.py``, on a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from prefill.v1 import (
+    answer_service_pb2 as answer_pb,
+)
+from prefill.v1 import (
+    answer_service_pb2_grpc,
+    prefill_service_pb2_grpc,
+    video_service_pb2_grpc,
+)
+from prefill.v1 import (
+    prefill_service_pb2 as prefill_pb,
+)
+
+from prefill_service.config import ServiceConfig, load_config
+from prefill_service.service import Parts, Service
+from tests.scheduling.parts import Decoder, Group, Planner
+
+
+class Harness:
+    """A running service, its parts, and a client of each of its three services."""
+
+    def __init__(self, service: Service, group: Group, decoder: Decoder, video_id: str) -> None:
+        self.service, self.group, self.decoder = service, group, decoder
+        self.video_id = video_id
+        self.task: asyncio.Task[None]
+        self.lines: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.service.port}"
+
+    def connect(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.videos = video_service_pb2_grpc.VideoServiceStub(channel)
+        self.prefills = prefill_service_pb2_grpc.PrefillServiceStub(channel)
+        self.answers = answer_service_pb2_grpc.AnswerServiceStub(channel)
+
+    def spec(self, frames: int = 8, system_prompt: str = "") -> prefill_pb.PrefillSpec:
+        return prefill_pb.PrefillSpec(
+            video_id=self.video_id,
+            sampling=prefill_pb.FrameSampling(num_frames=frames),
+            system_prompt=system_prompt,
+        )
+
+    async def create(self, frames: int = 8, request_id: str = "") -> prefill_pb.PrefillJob:
+        request = prefill_pb.CreatePrefillJobRequest(spec=self.spec(frames), request_id=request_id)
+        return (await self.prefills.CreatePrefillJob(request)).job
+
+    async def get(self, job_id: str) -> prefill_pb.PrefillJob:
+        request = prefill_pb.GetPrefillJobRequest(job_id=job_id)
+        return (await self.prefills.GetPrefillJob(request)).job
+
+    async def ended(self, job_id: str) -> list[prefill_pb.PrefillJob]:
+        """Watch a job to its end."""
+        request = prefill_pb.WatchPrefillJobRequest(job_id=job_id)
+        return [message.job async for message in self.prefills.WatchPrefillJob(request)]
+
+    def ask(self, frames: int = 8, text: str = "What?", timeout: float = 20, **params: Any) -> Any:
+        """The call; iterate it, or give it to ``answer``."""
+        request = answer_pb.AskRequest(
+            spec=self.spec(frames),
+            messages=[answer_pb.ChatMessage(role=answer_pb.ROLE_USER, text=text)],
+            sampling_params=answer_pb.SamplingParams(**params),
+        )
+        return self.answers.Ask(request, timeout=timeout)
+
+    async def until(self, condition: Callable[[], bool], timeout: float = 5) -> None:
+        async with asyncio.timeout(timeout):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+class Answer:
+    """A whole answer."""
+
+    def __init__(self, messages: list[answer_pb.AskResponse]) -> None:
+        self.kinds = [message.WhichOneof("event") for message in messages]
+        self.progress = [
+            message.progress.job for message in messages if message.HasField("progress")
+        ]
+        self.text = "".join(message.delta.text for message in messages)
+        self.token_ids = [i for message in messages for i in message.delta.token_ids]
+        self.final = messages[-1].final
+
+
+async def answer(call: Any) -> Answer:
+    return Answer([message async for message in call])
+
+
+async def error_of(awaitable: Any) -> tuple[grpc.StatusCode, str, dict[str, str], list[str]]:
+    """Status, reason, metadata and detail types of the error a call ends with."""
+    try:
+        result = await awaitable
+    except grpc.aio.AioRpcError as error:
+        status = rpc_status.from_call(error)
+        if status is None:
+            return error.code(), "", {}, []
+        info = error_details_pb2.ErrorInfo()
+        assert status.details[0].Unpack(info)
+        assert info.domain == "prefill-service"
+        kinds = [detail.TypeName().rpartition(".")[2] for detail in status.details]
+        return error.code(), info.reason, dict(info.metadata), kinds
+    raise AssertionError(f"no error, but {result!r}")
+
+
+Template = tuple[Path, str]
+
+
+@asynccontextmanager
+async def serving(
+    data_dir: Path,
+    template: Template,
+    group: Group | None = None,
+    decoder: Decoder | None = None,
+    connect: bool = True,
+    wait: bool = True,
+    **sections: dict[str, Any],
+) -> AsyncIterator[Harness]:
+    """Run a service on a copy of the template's data; sections are configuration."""
+    source, video_id = template
+    if not data_dir.exists():
+        shutil.copytree(source, data_dir)
+    sections["storage"] = {"data_dir": str(data_dir), **sections.get("storage", {})}
+    sections["server"] = {"port": 0, **sections.get("server", {})}
+    sections["engine"] = {"model": "sim", **sections.get("engine", {})}
+    group = group or Group()
+    decoder = decoder or Decoder(group)
+
+    def build(config: ServiceConfig, data: Path, runtime: Path) -> Parts:
+        return Parts(Planner(), group, decoder)  # type: ignore[arg-type]
+
+    service = Service(load_config(None, sections), build)
+    harness = Harness(service, group, decoder, video_id)
+    harness.task = asyncio.create_task(service.run(harness.lines.append))
+    started = asyncio.create_task(service.started.wait())
+    try:
+        if wait:
+            await asyncio.wait({harness.task, started}, return_when=asyncio.FIRST_COMPLETED)
+            if harness.task.done():
+                harness.task.result()
+        else:
+            await harness.until(lambda: service.port > 0)
+        if connect:
+            async with grpc.aio.insecure_channel(harness.address) as channel:
+                harness.connect(channel)
+                yield harness
+        else:
+            yield harness
+    finally:
+        started.cancel()
+        service.shut_down()
+        service.shut_down()
+        with suppress(Exception):
+            async with asyncio.timeout(10):
+                await harness.task

@@ -1,0 +1,258 @@
+"""A planner, a rank group and a decoder that behave like the real ones, small and in-process.
+
+They keep time, hold pages, know leases and generations, die and come back. The video store and
+the report socket beside them are the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from prefill_service.decode.vllm_client import DecodeEvent, DecodeRequest
+from prefill_service.engine.messages import PrefillTask, Progress, Stage
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.manifest import KVLayout, ShardRun
+from prefill_service.kv.protocol import HandoffReport
+from prefill_service.kv.reports import send_report
+from prefill_service.models.plan import FrameSampling, PrefixPlan
+from prefill_service.video.index import VideoIndex
+
+TOKENS_PER_FRAME = 16
+LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
+FRAME_BYTES = LAYOUT.page_bytes  # a frame is one page
+
+
+class Planner:
+    """``num_frames`` frames (8 by default) of 16 tokens each, and the characters as tokens."""
+
+    profile = "exact"
+
+    def __init__(self) -> None:
+        self.checkpoint = SimpleNamespace(fingerprint="model", max_position_embeddings=100_000)
+
+    def plan(
+        self, index: VideoIndex, video_sha256: str, sampling: FrameSampling, system_prompt: str
+    ) -> PrefixPlan:
+        frames = sampling.num_frames or 8
+        if frames > 2 * index.frame_count:
+            raise ServiceError(Reason.INVALID_REQUEST, f"{frames} frames of {index.frame_count}")
+        tokens = frames * TOKENS_PER_FRAME
+        key = f"{video_sha256} {sampling} {system_prompt}"
+        return PrefixPlan(
+            prefix_id=hashlib.sha256(key.encode()).hexdigest(),
+            family="qwen3_vl",
+            token_ids=np.arange(tokens, dtype=np.int32),
+            position_ids=np.zeros((3, tokens), np.int64),
+            position_delta=-3,
+            frame_indices=np.arange(frames),
+            grid_thw=(frames // 2, 8, 8),
+            resized_hw=(128, 128),
+            patch_ends=np.arange(1, frames // 2 + 1) * 2 * TOKENS_PER_FRAME,
+            placeholder=(0, tokens),
+            second_per_grid_ts=None,
+            system_prompt=system_prompt,
+            video_token_id=0,
+            merge_size=2,
+        )
+
+    def prompt_token_ids(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
+        if not messages or not messages[-1][1].strip():
+            raise ServiceError(Reason.QUESTION_EMPTY, "the question is empty")
+        return [*plan.token_ids.tolist(), *map(ord, "".join(text for _, text in messages))]
+
+    def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
+        return f"num_frames={limit_tokens // TOKENS_PER_FRAME} would fit."
+
+
+class Group:
+    """Two ranks. A task takes ``step_s`` per temporal patch."""
+
+    endpoints = ("unix:/r0", "unix:/r1")
+    layout = LAYOUT
+
+    def __init__(self, restart_s: float = 0.1, start_s: float = 0.0) -> None:
+        self.step_s = 0.0
+        self.restart_s, self.start_s = restart_s, start_s
+        self.generation = 0
+        self.ready = False
+        self.on_lost: Callable[[int], None] | None = None
+        self.failures: deque[ServiceError] = deque()
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.pages: dict[str, asyncio.Event] = {}
+        self.leases: dict[str, set[str]] = {}
+        self._up = asyncio.Event()
+        self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._restart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await asyncio.sleep(self.start_s)
+        self._come_up()
+
+    async def stop(self) -> None:
+        self.ready = False
+        if self._restart:
+            self._restart.cancel()
+
+    async def wait_ready(self) -> None:
+        await self._up.wait()
+
+    def _come_up(self) -> None:
+        self.ready = True
+        self._death = asyncio.get_running_loop().create_future()
+        self._up.set()
+
+    def die(self, reason: Reason = Reason.RANK_DIED) -> None:
+        lost, self.generation = self.generation, self.generation + 1
+        self.ready = False
+        self._up.clear()
+        self.pages.clear()
+        self.leases.clear()
+        self._death.set_exception(ServiceError(reason, "rank 1 was killed by SIGKILL", rank=1))
+        self._death.exception()
+        if self.on_lost:
+            self.on_lost(lost)
+
+        async def restart() -> None:
+            await asyncio.sleep(self.restart_s)
+            self._come_up()
+
+        self._restart = asyncio.create_task(restart())
+
+    def shard_map(self, plan: PrefixPlan) -> tuple[ShardRun, ...]:
+        half = plan.num_tokens // 2
+        return (ShardRun(0, half, 0, 0), ShardRun(half, plan.num_tokens, 1, 0))
+
+    async def prefill(
+        self, task: PrefillTask, on_progress: Callable[[Progress], None]
+    ) -> SimpleNamespace:
+        assert task.manifest.generation == self.generation
+        assert self.ready
+        assert Path(task.video_path).exists()
+        self.started.append(task.job_id)
+        ready = self.pages[task.plan.prefix_id] = asyncio.Event()
+        patches = len(task.plan.patch_ends)
+        death = self._death
+        try:
+            for done in range(1, patches + 1):
+                await asyncio.wait({death}, timeout=self.step_s)
+                if death.done():
+                    death.result()
+                if self.failures and done > patches // 2:
+                    raise self.failures.popleft()
+                for stage in Stage:
+                    for rank in (0, 1):
+                        on_progress(
+                            Progress(task.job_id, rank, stage, done, patches, done * self.step_s)
+                        )
+        except asyncio.CancelledError:
+            self.stopped.append(task.job_id)
+            raise
+        ready.set()
+        return SimpleNamespace(stage_seconds={"decode": 0.1}, bytes_received=1, seconds=0.1)
+
+    def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
+        assert ttl_s > 0
+        self.leases.setdefault(prefix_id, set()).add(lease_id)
+
+    def release(self, prefix_id: str, lease_id: str) -> None:
+        self.leases.get(prefix_id, set()).discard(lease_id)
+
+    def drop(self, prefix_id: str) -> None:
+        self.pages.pop(prefix_id, None)
+
+    @property
+    def open_leases(self) -> int:
+        return sum(map(len, self.leases.values()))
+
+
+class Decoder:
+    """Pulls pages from the group like the connector, then says ``answer`` token by token."""
+
+    def __init__(self, group: Group, max_model_len: int = 4096, start_s: float = 0.0) -> None:
+        self.group = group
+        self.max_model_len = max_model_len
+        self.start_s = start_s
+        self.ready = False
+        self.token_s = 0.0
+        self.answer = ["A", " red", " car", "."]
+        self.faults: deque[ServiceError] = deque()
+        """Hand-offs that fail, each reported like the connector does."""
+        self.requests: list[DecodeRequest] = []
+        self.aborted: list[str] = []
+        self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        await asyncio.sleep(self.start_s)
+        self.come_up()
+
+    async def stop(self) -> None:
+        self.ready = False
+
+    def come_up(self) -> None:
+        self.ready = True
+        self._death = asyncio.get_running_loop().create_future()
+
+    def die(self) -> None:
+        self.ready = False
+        self._death.set_exception(ServiceError(Reason.DECODER_UNAVAILABLE, "vLLM died"))
+        self._death.exception()
+
+    async def generate(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
+        if not self.ready:
+            raise ServiceError(Reason.DECODER_UNAVAILABLE, "vLLM is not ready")
+        self.requests.append(request)
+        finished = False
+        try:
+            await self._pull(request)
+            words = self.answer[: request.sampling.max_tokens]
+            for number, word in enumerate(words, start=1):
+                await self._wait(asyncio.sleep(self.token_s))
+                last = number == len(words)
+                reason = ("stop" if words == self.answer else "length") if last else ""
+                finished = last
+                yield DecodeEvent(
+                    word, (number,), reason, len(request.token_ids), number, cached_tokens=7
+                )
+        except ServiceError:
+            finished = True
+            raise
+        finally:
+            if not finished:
+                self.aborted.append(request.request_id)
+
+    async def _pull(self, request: DecodeRequest) -> None:
+        manifest, lease_id = request.handoff.manifest, request.handoff.lease_id
+        error = self.faults.popleft() if self.faults else None
+        pages = self.group.pages.get(manifest.prefix_id)
+        if manifest.generation != self.group.generation:
+            error = ServiceError(Reason.STALE_GENERATION, "stale generation")
+        elif pages is None:
+            error = ServiceError(Reason.UNKNOWN_PREFIX, "no such prefix")
+        elif lease_id not in self.group.leases.get(manifest.prefix_id, ()):
+            error = ServiceError(Reason.LEASE_EXPIRED, "no such lease")
+        elif error is None:
+            await self._wait(pages.wait())
+        report = HandoffReport(
+            lease_id, error is None, manifest.num_tokens, 1000, 0.25,
+            error.to_dict() if error else None,
+        )  # fmt: skip
+        await asyncio.to_thread(send_report, request.handoff.report_to, report)
+        if error is not None:
+            raise ServiceError(Reason.DECODER_FAILED, "vLLM answered 500")
+
+    async def _wait(self, what: object) -> None:
+        task = asyncio.ensure_future(what)  # type: ignore[arg-type]
+        try:
+            await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            task.cancel()
+        if self._death.done():
+            self._death.result()

@@ -1,0 +1,310 @@
+"""Ask, end to end over a socket: the flow, its retries, its cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from prefill.v1 import answer_service_pb2 as answer_pb
+from prefill.v1 import prefill_service_pb2 as prefill_pb
+
+from prefill_service.errors import Reason, ServiceError
+from tests.scheduling.harness import answer, error_of
+
+Serve = Callable[..., Any]
+
+
+async def test_progress_then_tokens_then_final(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.1
+        result = await answer(s.ask(frames=16))
+        first_delta = result.kinds.index("delta")
+        assert set(result.kinds[:first_delta]) == {"progress"}
+        assert set(result.kinds[first_delta:-1]) == {"delta"}
+        assert result.kinds[-1] == "final"
+        states = [prefill_pb.JobState.Name(job.state) for job in result.progress]
+        assert states[-1] == "JOB_STATE_SUCCEEDED"
+        assert "JOB_STATE_RUNNING" in states
+        dones = [sum(stage.done for stage in job.progress) for job in result.progress]
+        assert dones == sorted(dones)
+        assert dones[-1] == 3 * 2 * 8
+        assert result.text == "A red car."
+        assert result.token_ids == [1, 2, 3, 4]
+        final = result.final
+        assert final.finish_reason == "stop"
+        assert final.usage.prompt_tokens == 16 * 16 + len("What?")
+        assert final.usage.completion_tokens == 4
+        assert (final.usage.kv_tokens_moved, final.usage.kv_bytes_moved) == (256, 1000)
+        assert final.usage.cached_tokens == 7
+        assert final.timings.handoff.ToNanoseconds() == 250_000_000
+        assert 0.7 < final.timings.prefill_wait.ToNanoseconds() / 1e9 < 5
+        assert final.timings.first_token.ToNanoseconds() <= final.timings.total.ToNanoseconds()
+
+
+async def test_the_question_goes_to_vllm_while_the_ranks_work(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.1
+        call = s.ask(frames=16)
+        reading = asyncio.create_task(answer(call))
+        await s.until(lambda: bool(s.decoder.requests))
+        assert not s.group.pages[s.decoder.requests[0].handoff.manifest.prefix_id].is_set()
+        await reading
+        assert s.group.open_leases == 1  # the standing one
+
+
+async def test_two_asks_on_one_prefix_prefill_once(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.05
+        both = await asyncio.gather(answer(s.ask()), answer(s.ask(text="And then?")))
+        third = await answer(s.ask(text="Why?"))
+        assert len(s.group.started) == 1
+        assert {result.final.job_id for result in (*both, third)} == set(s.group.started)
+        assert third.final.timings.prefill_wait.ToNanoseconds() == 0
+        assert both[0].final.timings.prefill_wait.ToNanoseconds() > 0
+
+
+@pytest.mark.parametrize("stage", ["queued", "running", "handing over", "streaming"])
+async def test_client_gone_stops_everything_within_a_second(serve: Serve, stage: str) -> None:
+    async with serve() as s:
+        blocker = None
+        if stage == "queued":
+            s.group.step_s = 30
+            blocker = await s.create(frames=32)
+            await s.until(lambda: bool(s.group.started))
+        elif stage in ("running", "handing over"):
+            s.group.step_s = 30
+        else:
+            s.decoder.token_s, s.decoder.answer = 0.05, ["la "] * 1000
+        call = s.ask(max_tokens=1000)
+        async for message in call:
+            state = message.progress.job.state
+            if stage == "queued" and state == prefill_pb.JOB_STATE_QUEUED:
+                break
+            if stage == "running" and state == prefill_pb.JOB_STATE_RUNNING:
+                break
+            if stage == "handing over" and s.decoder.requests:
+                break
+            if stage == "streaming" and message.HasField("delta"):
+                break
+            if stage == "handing over" and state == prefill_pb.JOB_STATE_RUNNING:
+                await s.until(lambda: bool(s.decoder.requests))
+                break
+        jobs = (await s.prefills.ListPrefillJobs(prefill_pb.ListPrefillJobsRequest())).jobs
+        call.cancel()
+        resident = 1 if stage == "streaming" else 0
+        await s.until(
+            lambda: (
+                s.group.open_leases == resident
+                and len(s.decoder.aborted) == len(s.decoder.requests)
+                and len(s.group.stopped) == (stage in ("running", "handing over"))
+            ),
+            timeout=1,
+        )
+        job = await s.get(jobs[0].job_id)
+        assert job.state == (
+            prefill_pb.JOB_STATE_SUCCEEDED
+            if stage == "streaming"
+            else prefill_pb.JOB_STATE_CANCELLED
+        )
+        if blocker:
+            assert (await s.get(blocker.job_id)).state == prefill_pb.JOB_STATE_RUNNING
+
+
+async def test_the_work_goes_on_for_those_who_still_wait(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.15
+        leaving, staying = s.ask(), asyncio.create_task(answer(s.ask(text="Why?")))
+        await leaving.read()
+        await s.until(lambda: len(s.decoder.requests) == 2)
+        leaving.cancel()
+        assert (await staying).text == "A red car."
+        assert s.group.stopped == []
+        # and a job that somebody created explicitly survives all its callers
+        s.group.step_s = 0.1
+        call = s.ask(frames=10)
+        await call.read()
+        job = await s.create(frames=10)
+        call.cancel()
+        assert (await s.ended(job.job_id))[-1].state == prefill_pb.JOB_STATE_SUCCEEDED
+
+
+async def test_deadline_stops_the_ranks(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 30
+        code, *_ = await error_of(answer(s.ask(timeout=0.5)))
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        await s.until(lambda: len(s.group.stopped) == 1, timeout=1)
+        assert s.group.open_leases == 0
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [Reason.LEASE_EXPIRED, Reason.STALE_GENERATION, Reason.UNKNOWN_PREFIX, Reason.KV_CORRUPT,
+     Reason.HANDOFF_FAILED],
+)  # fmt: skip
+async def test_failed_handoff_is_tried_once_more(serve: Serve, reason: Reason) -> None:
+    async with serve() as s:
+        await answer(s.ask())
+        s.decoder.faults.append(ServiceError(reason, "broken"))
+        result = await answer(s.ask())
+        assert result.text == "A red car."
+        leases = [request.handoff.lease_id for request in s.decoder.requests]
+        assert len(set(leases)) == 3
+        again = reason not in (Reason.LEASE_EXPIRED, Reason.HANDOFF_FAILED)
+        assert len(s.group.started) == 1 + again
+        assert s.group.open_leases == 1
+        s.decoder.faults.extend([ServiceError(reason, "broken", page=3)] * 2)
+        code, found, metadata, _ = await error_of(answer(s.ask()))
+        assert (found, metadata) == (reason, {"page": "3"})
+        assert code.name == ServiceError(reason, "").status
+        assert s.group.open_leases == 1
+        assert (await answer(s.ask())).text == "A red car."
+
+
+async def test_mismatch_is_not_tried_again(serve: Serve) -> None:
+    async with serve() as s:
+        s.decoder.faults.append(ServiceError(Reason.KV_MISMATCH, "another dtype"))
+        _, found, _, _ = await error_of(answer(s.ask()))
+        assert found == Reason.KV_MISMATCH
+        assert len(s.decoder.requests) == 1
+
+
+async def test_rank_death_during_prefill_is_survived(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.1
+        reading = asyncio.create_task(answer(s.ask()))
+        await s.until(lambda: bool(s.decoder.requests))
+        s.group.die()
+        result = await reading
+        assert result.text == "A red car."
+        assert result.progress[-1].attempts == 2
+        generations = [request.handoff.manifest.generation for request in s.decoder.requests]
+        assert generations == [0, 1]
+        assert len(s.decoder.aborted) == 1
+
+
+async def test_second_rank_death_is_the_answers_error(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.1
+        reading = asyncio.create_task(error_of(answer(s.ask())))
+        await s.until(lambda: len(s.group.started) == 1)
+        s.group.die()
+        await s.until(lambda: len(s.group.started) == 2)
+        s.group.die(Reason.RANK_STALLED)
+        code, reason, metadata, details = await reading
+        assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_STALLED")
+        assert metadata == {"rank": "1"}
+        assert details == ["ErrorInfo", "RetryInfo"]
+        assert (await answer(s.ask())).text == "A red car."
+
+
+async def test_rank_death_after_the_handoff_does_not_matter(serve: Serve) -> None:
+    async with serve() as s:
+        s.decoder.token_s = 0.1
+        call = s.ask()
+        messages = []
+        async for message in call:
+            messages.append(message)
+            if message.HasField("delta") and s.group.ready and s.group.generation == 0:
+                s.group.die()
+        assert "".join(message.delta.text for message in messages) == "A red car."
+        job_id = messages[-1].final.job_id
+        assert (await s.get(job_id)).state == prefill_pb.JOB_STATE_EVICTED
+        assert (await answer(s.ask())).final.job_id != job_id
+
+
+async def test_decoder_death_before_the_first_token_is_survived(serve: Serve) -> None:
+    async with serve() as s:
+        s.decoder.token_s = 0.3
+        reading = asyncio.create_task(answer(s.ask()))
+        await s.until(lambda: bool(s.decoder.requests) and bool(s.group.pages))
+        s.decoder.die()
+        await asyncio.sleep(0.5)
+        s.decoder.come_up()
+        s.decoder.token_s = 0
+        assert (await reading).text == "A red car."
+        assert len(s.group.started) == 1
+        assert len(s.decoder.requests) == 2
+
+
+async def test_decoder_death_in_mid_answer_is_an_error(serve: Serve) -> None:
+    async with serve() as s:
+        s.decoder.token_s = 0.1
+        text = ""
+
+        async def read() -> None:
+            nonlocal text
+            async for message in s.ask():
+                text += message.delta.text
+                if message.HasField("delta") and s.decoder.ready:
+                    s.decoder.die()
+
+        code, reason, _, _ = await error_of(read())
+        assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "DECODER_UNAVAILABLE")
+        assert text == "A"
+        assert s.group.open_leases == 1
+
+
+async def test_bad_questions(serve: Serve) -> None:
+    async with serve() as s:
+
+        async def reason(**arguments: Any) -> tuple[str, dict[str, str]]:
+            return (await error_of(answer(s.ask(**arguments))))[1:3]
+
+        assert (await reason(text="  "))[0] == "QUESTION_EMPTY"
+        found, metadata = await reason(text="x" * 4000)
+        assert found == "QUESTION_TOO_LONG"
+        assert metadata == {"prompt_tokens": "4128", "max_tokens": "1", "limit": "4096"}
+        found, metadata = await reason(max_tokens=4000)
+        assert (found, metadata["max_tokens"]) == ("QUESTION_TOO_LONG", "4000")
+        found, metadata = await reason(frames=60, max_tokens=0)
+        assert (found, metadata["name"]) == ("INVALID_REQUEST", "max_tokens")
+        assert (await reason(temperature=-1))[0] == "INVALID_REQUEST"
+        assert (await reason(temperature=float("nan")))[0] == "INVALID_REQUEST"
+        assert (await reason(stop=[""]))[0] == "INVALID_REQUEST"
+        assert (await error_of(answer(s.answers.Ask(answer_pb.AskRequest()))))[1] == (
+            "INVALID_REQUEST"
+        )
+        no_role = answer_pb.AskRequest(
+            spec=s.spec(), messages=[answer_pb.ChatMessage(text="What?")]
+        )
+        assert (await error_of(answer(s.answers.Ask(no_role))))[2]["name"] == "messages[0].role"
+        s.video_id = "vid_nothing"
+        assert (await reason())[0] == "UNKNOWN_VIDEO"
+        assert s.group.started == []
+
+
+async def test_default_max_tokens_shrinks_to_the_room_there_is(serve: Serve) -> None:
+    async with serve() as s:
+        prompt = 8 * 16 + 3900
+        await answer(s.ask(text="x" * 3900))
+        await answer(s.ask())
+        given = [request.sampling.max_tokens for request in s.decoder.requests]
+        assert given == [4096 - prompt, 256]
+
+
+async def test_cancelling_the_job_ends_the_answers_that_wait_for_it(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 30
+        reading = asyncio.create_task(error_of(answer(s.ask())))
+        await s.until(lambda: bool(s.decoder.requests))
+        request = prefill_pb.CancelPrefillJobRequest(job_id=s.group.started[0])
+        job = (await s.prefills.CancelPrefillJob(request)).job
+        assert job.state == prefill_pb.JOB_STATE_CANCELLED
+        code, reason, _, _ = await reading
+        assert (code, reason) == (grpc.StatusCode.CANCELLED, "CANCELLED")
+        assert s.group.open_leases == 0
+
+
+async def test_client_that_does_not_read_holds_nothing_once_it_is_gone(serve: Serve) -> None:
+    async with serve() as s:
+        s.decoder.answer = ["x" * 60_000] * 1000
+        call = s.ask(max_tokens=1000)
+        await s.until(lambda: bool(s.decoder.requests))
+        await asyncio.sleep(0.5)  # the server is now blocked by flow control
+        assert s.decoder.aborted == []
+        call.cancel()
+        await s.until(lambda: s.group.open_leases == 1 and len(s.decoder.aborted) == 1, timeout=1)
