@@ -70,6 +70,7 @@ class Rank:
     def run(self) -> None:
         """Load, join the group, serve until told to leave."""
         import torch
+        import transformers
 
         from prefill_service.engine.pipeline import PrefillPipeline
         from prefill_service.kv.manifest import KVLayout
@@ -79,6 +80,7 @@ class Rank:
         from prefill_service.parallel.group import form_group, leave_group
 
         spec, checkpoint = self._spec, self._spec.checkpoint
+        transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(spec.threads)
         device = torch.device(f"cuda:{spec.rank}" if spec.device == "cuda" else "cpu")
         if device.type == "cuda":
@@ -186,6 +188,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
     spec: RankSpec = pipe.recv()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(
         level=os.environ.get("PREFILL_LOG_LEVEL", "INFO"),
         format=f"%(asctime)s %(levelname)s rank{spec.rank} %(name)s: %(message)s",

@@ -1,0 +1,206 @@
+"""Real rank processes: equal to transformers' forward, and what happens when they are hurt."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from prefill_service.engine.messages import Stage
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.plan import FrameSampling
+from tests.engine.harness import Harness, running_group
+from tests.oracles.transformers_forward import prefix_kv, processor_inputs
+
+VIDEOS = [
+    {"seconds": 0.2, "fps": 5, "width": 96, "height": 64},  # one frame
+    {"seconds": 1.0, "fps": 5, "width": 130, "height": 98},  # odd number of frames
+    {"seconds": 15.0, "fps": 10, "width": 160, "height": 120},  # several chunks
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+async def test_kv_equals_transformers(
+    checkpoint: Callable[..., Path],
+    make_video: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    ranks: int,
+) -> None:
+    model = checkpoint(family)
+    async with running_group(model, tmp_path, ranks, chunk_tokens=70) as harness:
+        for arguments in VIDEOS:
+            video = make_video(**arguments)
+            plan, index = await harness.plan(video, FrameSampling(fps=4.0))
+            task = harness.task(video, plan)
+            outcome = await harness.prefill(task)
+            text = harness.planner._prefix_text("")
+            inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
+            expected = prefix_kv(model, inputs, plan)
+            error = (harness.read_kv(task) - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5, f"{arguments}, {plan.num_tokens} tokens"
+            # every rank receives the others' K and V of all layers that attend, once
+            layout = harness.group.layout
+            moved = (layout.num_layers - 1) * layout.token_bytes // layout.num_layers
+            assert outcome.bytes_received == moved * plan.num_tokens * (ranks - 1)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Harness]:
+    folder = tmp_path_factory.mktemp("pair")
+    model = checkpoint("qwen3_vl")
+    async with running_group(
+        model, folder, 2, chunk_tokens=256, heartbeat_timeout_s=3.0
+    ) as harness:
+        yield harness
+
+
+@pytest.fixture(scope="module")
+def long_video(make_video: Callable[..., Path]) -> Path:
+    return make_video(seconds=90, fps=10, width=320, height=240)
+
+
+async def start_long(harness: Harness, video: Path) -> asyncio.Task[object]:
+    """A prefill that has begun to compute and is far from its end."""
+    plan, _ = await harness.plan(video)
+    harness.progress.clear()
+    job = asyncio.create_task(harness.prefill(harness.task(video, plan)))
+    async with asyncio.timeout(60):
+        while not any(p.stage is Stage.PREFILL for p in harness.progress):
+            await asyncio.sleep(0.02)
+    assert not job.done()
+    return job
+
+
+async def assert_works(harness: Harness, make_video: Callable[..., Path]) -> None:
+    video = make_video(**VIDEOS[1])
+    plan, _ = await harness.plan(video)
+    await harness.group.wait_ready()
+    task = harness.task(video, plan)
+    await harness.prefill(task)
+    assert not harness.read_kv(task).isnan().any()
+
+
+module_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@module_loop
+async def test_progress_per_stage_and_rank(pair: Harness, make_video: Callable[..., Path]) -> None:
+    video = make_video(**VIDEOS[2])
+    plan, _ = await pair.plan(video)
+    pair.progress.clear()
+    await pair.prefill(pair.task(video, plan))
+    last = {(p.stage, p.rank): p for p in pair.progress}
+    assert all(p.done == p.total for p in last.values())
+    totals = {stage: sum(last[stage, r].total for r in range(2)) for stage in Stage}
+    assert totals == {
+        Stage.DECODE: len(plan.frame_indices),
+        Stage.VISION: plan.grid_thw[0],
+        Stage.PREFILL: plan.num_tokens,
+    }
+
+
+@module_loop
+async def test_cancelling_stops_the_ranks_within_a_second(
+    pair: Harness, long_video: Path, make_video: Callable[..., Path]
+) -> None:
+    generation, pids = pair.group.generation, pair.group.pids
+    job = await start_long(pair, long_video)
+    start = time.monotonic()
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert time.monotonic() - start < 3.0  # one second on an idle machine
+    assert (pair.group.generation, pair.group.pids) == (generation, pids)
+    await assert_works(pair, make_video)
+
+
+@module_loop
+@pytest.mark.parametrize(
+    ("number", "reason", "named"),
+    [
+        (signal.SIGKILL, Reason.RANK_DIED, "rank 1 was killed by SIGKILL during job job_"),
+        (signal.SIGSTOP, Reason.RANK_STALLED, "rank 1 sent no heartbeat for 3 s"),
+    ],
+)
+async def test_a_hurt_rank_fails_the_job_and_the_group_restarts(
+    pair: Harness,
+    long_video: Path,
+    make_video: Callable[..., Path],
+    number: signal.Signals,
+    reason: Reason,
+    named: str,
+) -> None:
+    lost: list[int] = []
+    pair.group.on_lost = lost.append
+    generation, pids = pair.group.generation, pair.group.pids
+    job = await start_long(pair, long_video)
+    os.kill(pids[1], number)
+    with pytest.raises(ServiceError, match=named) as caught:
+        await job
+    assert caught.value.reason is reason
+    assert lost == [generation]
+    assert pair.group.generation == generation + 1
+    await assert_works(pair, make_video)
+    assert not set(pids) & set(pair.group.pids)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@module_loop
+async def test_a_frame_that_cannot_be_decoded_fails_the_job_only(
+    pair: Harness, long_video: Path, make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan, _ = await pair.plan(long_video)
+    task = pair.task(long_video, plan)
+    data = bytearray(long_video.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 200_000] = bytes(200_000)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(data)
+    from dataclasses import replace
+
+    generation = pair.group.generation
+    with pytest.raises(ServiceError, match="frame") as caught:
+        await pair.prefill(replace(task, video_path=str(broken)))
+    assert caught.value.reason is Reason.DECODE_FAILED
+    assert pair.group.generation == generation
+    await assert_works(pair, make_video)
+
+
+@module_loop
+async def test_a_manifest_of_an_earlier_generation_is_refused(
+    pair: Harness, make_video: Callable[..., Path]
+) -> None:
+    from dataclasses import replace
+
+    video = make_video(**VIDEOS[1])
+    plan, _ = await pair.plan(video)
+    task = pair.task(video, plan)
+    old = replace(task, manifest=replace(task.manifest, generation=task.manifest.generation + 7))
+    with pytest.raises(ServiceError) as caught:
+        await pair.prefill(old)
+    assert caught.value.reason is Reason.STALE_GENERATION
+
+
+async def test_a_checkpoint_that_does_not_load_fails_the_start(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    model = Path(shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "model"))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ServiceError, match="rank 0"):
+        async with running_group(model, tmp_path, 1):
+            pass
