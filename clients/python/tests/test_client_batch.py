@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import shutil
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from client_helpers import Cli, write_clip
+from client_helpers import FAST, Cli, until, write_clip
 
+from prefill_client import AsyncClient, RetryPolicy, UnavailableError
 from prefill_client._batch_files import ResultFile, read_input
+from prefill_client.batch import run_batch
 
 
 def line(custom_id: str, video: object, question: str = "Who?", **body: object) -> str:
@@ -131,10 +134,12 @@ def test_strict_asks_nothing(cli: Cli, server, clips, tmp_path):
 
 def test_failed_lines_are_asked_again(cli: Cli, server, clips, tmp_path):
     write(tmp_path / "in.jsonl", [line(str(n), clips[0], f"q{n}") for n in range(5)])
-    server.faults.ask_break_after = 2
+    server.faults.job_error = ("RANK_DIED", "rank 1 died")
     assert cli.run("batch", "in.jsonl", "-o", "out.jsonl").returncode == 3
     assert len(records(tmp_path / "out.errors.jsonl")) == 5
-    server.faults.ask_break_after = 0
+    server.faults.job_error = None
+    server.state.jobs.clear()
+    server.state.prefixes.clear()
     run = cli.run("batch", "in.jsonl", "-o", "out.jsonl")
     assert run.returncode == 0
     assert len(records(tmp_path / "out.jsonl")) == 5
@@ -150,6 +155,40 @@ def test_a_full_queue_is_waited_for(cli: Cli, server, clips, tmp_path):
     write(tmp_path / "in.jsonl", [line(str(n), clips[0], f"q{n}") for n in range(3)])
     assert cli.run("batch", "in.jsonl", "-o", "out.jsonl").returncode == 0
     assert len(server.state.asks) == 5
+
+
+async def test_absent_server_ends_the_batch(server, clips, tmp_path):
+    """Lines are neither failed nor lost when there is nobody to ask."""
+    write(tmp_path / "in.jsonl", [line(str(n), clips[0], f"q{n}") for n in range(20)])
+    paths = [tmp_path / name for name in ("in.jsonl", "out.jsonl", "err.jsonl")]
+    server.faults.token_delay_s = 0.05
+    async with AsyncClient(server.address, retry=FAST) as client:
+        patience = RetryPolicy(attempts=2, initial_delay_s=0.05)
+        batch = asyncio.ensure_future(run_batch(client, *paths, retry=patience))
+        await until(lambda: len(server.state.asks) > 8)
+        await asyncio.to_thread(server.stop)
+        try:
+            with pytest.raises(UnavailableError):
+                await batch
+        finally:
+            await asyncio.to_thread(server.start)
+        done = len(records(paths[1]))
+        assert 0 < done < 20
+        assert paths[2].read_text() == ""
+        result = await run_batch(client, *paths)
+    assert (result.skipped, result.answered, result.left) == (done, 20 - done, 0)
+
+
+async def test_broken_answers_are_asked_for_again(server, clips, tmp_path):
+    write(tmp_path / "in.jsonl", [line("a", clips[0]), line("b", clips[0])])
+    paths = [tmp_path / name for name in ("in.jsonl", "out.jsonl", "err.jsonl")]
+    server.faults.ask_break_after = 2
+    async with AsyncClient(server.address, retry=FAST) as client:
+        batch = asyncio.ensure_future(run_batch(client, *paths))
+        await until(lambda: len(server.state.asks) > 2)
+        server.faults.ask_break_after = 0
+        assert (await batch).answered == 2
+    assert records(paths[1])["a"]["response"]["body"]["text"] == "You asked: Who? "
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

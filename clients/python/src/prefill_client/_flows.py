@@ -28,7 +28,7 @@ from prefill_client.types import (
 JobCallback = Callable[[Job], object]
 
 # The service has run such a prefill twice already; a third time is the user's decision.
-_RETRIED_BY_SERVER = frozenset({"RANK_DIED", "RANK_STALLED"})
+RETRIED_BY_SERVER = frozenset({"RANK_DIED", "RANK_STALLED"})
 
 
 @dataclass(frozen=True)
@@ -292,6 +292,6 @@ def ask(
                     request_id=state.request_id,
                 )
         except PrefillError as error:
-            if state.started or not is_unavailable(error) or error.reason in _RETRIED_BY_SERVER:
+            if state.started or not is_unavailable(error) or error.reason in RETRIED_BY_SERVER:
                 raise
             yield Sleep(backoff.delay(error))

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from prefill_client._batch_files import BadLine, BatchItem, ResultFile, read_input
+from prefill_client._flows import RETRIED_BY_SERVER
 from prefill_client._requests import FRAME_NAMES, video_id_or_path
 from prefill_client._retry import Backoff, RetryPolicy
 from prefill_client.aio import AsyncClient
-from prefill_client.errors import CapacityError, PrefillError
+from prefill_client.errors import CapacityError, PrefillError, UnavailableError
 from prefill_client.types import Answer, UploadProgress, to_dict
 
-# A full queue or pool empties again as answers come in; a full disk does not.
-_CAPACITY = RetryPolicy(attempts=7, initial_delay_s=0.5, max_delay_s=30.0)
+# A full queue or pool empties again as answers come in, and a restarted server comes back; a
+# broken answer may be asked for again here, for nobody has seen its beginning.
+PATIENCE = RetryPolicy(attempts=7, initial_delay_s=0.5, max_delay_s=30.0)
+# What every other line would meet too: the batch ends, to be gone on with later.
+_FATAL = frozenset({"UNAVAILABLE", "UNAUTHENTICATED"})
 
 
 class BadInputError(ValueError):
@@ -58,6 +62,7 @@ async def run_batch(
     *,
     concurrency: int = 4,
     strict: bool = False,
+    retry: RetryPolicy = PATIENCE,
     stop: asyncio.Event | None = None,
     on_change: Callable[[BatchProgress], object] | None = None,
 ) -> BatchProgress:
@@ -71,6 +76,7 @@ async def run_batch(
             the lines it named are asked again.
         concurrency: questions at a time.
         strict: raise if any line is bad, before anything is asked.
+        retry: how often a line is asked again that met a full or an absent server.
         stop: when set, questions under way are cancelled and the batch returns.
         on_change: called at each change.
 
@@ -78,6 +84,7 @@ async def run_batch(
         BadInputError: ``strict``, and the input has bad lines.
         ValueError: the output holds something else, or two of the files are the same.
         OSError: a file cannot be read or written.
+        PrefillError: the server cannot be reached, or refuses the token.
     """
     paths = [path.resolve() for path in (input_path, output_path, errors_path)]
     if len(set(paths)) < len(paths):
@@ -95,7 +102,7 @@ async def run_batch(
         progress = BatchProgress(
             total=len(todo) + len(bad), skipped=len(items) - len(todo), failed=len(bad)
         )
-        runner = _Runner(client, todo, output, errors, progress, on_change or (lambda _: None))
+        runner = _Runner(client, todo, output, errors, progress, retry, on_change)
         await runner.run(min(concurrency, len(todo)), stop or asyncio.Event())
     return progress
 
@@ -117,19 +124,22 @@ class _Runner:
         output: ResultFile,
         errors: ResultFile,
         progress: BatchProgress,
-        on_change: Callable[[BatchProgress], object],
+        retry: RetryPolicy,
+        on_change: Callable[[BatchProgress], object] | None,
     ) -> None:
         self._client = client
         self._todo = todo
         self._output = output
         self._errors = errors
         self._progress = progress
+        self._retry = retry
         self._on_change = on_change
         self._paths: dict[str, asyncio.Task[str]] = {}
         self._digests: dict[str, asyncio.Task[str]] = {}
 
     def _changed(self) -> None:
-        self._on_change(self._progress)
+        if self._on_change is not None:
+            self._on_change(self._progress)
 
     async def run(self, workers: int, stop: asyncio.Event) -> None:
         self._changed()
@@ -159,6 +169,8 @@ class _Runner:
             try:
                 answer = await self._answer(item)
             except (PrefillError, OSError) as error:
+                if isinstance(error, PrefillError) and error.reason in _FATAL:
+                    raise
                 self._errors.append(_failure(item.custom_id, item.line, error))
                 self._progress.failed += 1
             else:
@@ -170,12 +182,14 @@ class _Runner:
 
     async def _answer(self, item: BatchItem) -> Answer:
         options: Any = item.options
-        backoff = Backoff(_CAPACITY)
+        backoff = Backoff(self._retry)
         video_id = await self._video_id(item.video)
         while True:
             try:
                 return await self._client.ask_text(video_id, item.question, **options)
-            except CapacityError as error:
+            except (CapacityError, UnavailableError) as error:
+                if error.reason in RETRIED_BY_SERVER:
+                    raise
                 await asyncio.sleep(backoff.delay(error))
 
     async def _video_id(self, video: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from prefill_client.aio import AsyncClient
 from prefill_client.batch import BadInputError, BatchProgress, run_batch
 from prefill_client.cli.progress import ProgressPrinter
+from prefill_client.errors import PrefillError
 
 FAILURE, SOME_FAILED, INTERRUPTED = 1, 3, 130
 _LISTED = 10
@@ -30,6 +31,10 @@ def batch(args: argparse.Namespace, client_arguments: dict[str, Any]) -> int:
         if len(error.lines) > _LISTED:
             print(f"prefill: ... all of them are in {errors}", file=sys.stderr)
         return FAILURE
+    except PrefillError:
+        kept = f"{args.output} keeps what was answered; run the same command again to go on"
+        print(f"prefill: {kept}", file=sys.stderr)
+        raise
     print(_summary(progress, args.output, errors, time.monotonic() - start), flush=True)
     if progress.interrupted:
         return INTERRUPTED

@@ -86,17 +86,16 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
 
 
 def _print_answer(stream: AnswerStream, progress: ProgressPrinter, silent: bool) -> types.Answer:
-    started = False
-    for piece in stream:
-        if not started:
+    try:
+        for piece in stream:
             progress.finish()
-            started = True
-        if not silent:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    progress.finish()
-    if not silent:
-        print(flush=True)
+            if not silent:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    finally:
+        progress.finish()
+        if stream.text and not silent:
+            print(flush=True)
     return stream.result()
 
 

@@ -106,9 +106,9 @@ class ProgressPrinter:
             return
         # What was there before (a resumed upload) says nothing about the rate.
         start, first = self._started.setdefault(progress.phase, (self._clock(), progress.done))
-        elapsed = self._clock() - start
-        if first and progress.done > first:
-            elapsed *= progress.done / (progress.done - first)
+        elapsed = 0.0
+        if progress.done > first:
+            elapsed = (self._clock() - start) * progress.done / (progress.done - first)
         bar = Bar(progress.phase, progress.done, progress.total, "bytes", elapsed)
         self._show([bar], "")
 
