@@ -110,6 +110,7 @@ class FakeService(
     async def _enter(self, rpc: str, context: Any) -> None:
         self.state.calls[rpc] += 1
         self.state.metadata = dict(context.invocation_metadata())
+        await asyncio.sleep(self.faults.unary_delay_s)
         if self.faults.unavailable[rpc] > 0:
             self.faults.unavailable[rpc] -= 1
             await fail(context, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN", "draining",
@@ -234,7 +235,6 @@ class FakeService(
 
     async def GetVideo(self, request, context):
         await self._enter("GetVideo", context)
-        await asyncio.sleep(self.faults.unary_delay_s)
         return vpb.GetVideoResponse(video=await self._video(request.video_id, context))
 
     async def ListVideos(self, request, context):

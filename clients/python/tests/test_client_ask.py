@@ -109,15 +109,26 @@ async def test_missing_final_message_is_an_error(api: Api, server, clip):
     assert caught.value.request_id == server.state.asks[0].request_id
 
 
-async def test_leaving_the_loop_ends_the_work(api: Api, server, clip):
+@pytest.mark.parametrize("how", ["cancel", "with", "drop"])
+async def test_leaving_the_stream_ends_the_work(api: Api, server, clip, how):
     server.faults.token_delay_s = 0.2
     stream = api.client.ask(clip, QUESTION)
     pieces, _ = await api.stream(stream, limit=2)
     assert pieces == ["You ", "asked: "]
-    stream.cancel()
+    if how == "drop":
+        del stream
+    elif how == "cancel":
+        stream.cancel()
+    elif api.is_async:
+        async with stream:
+            pass
+    else:
+        with stream:
+            pass
     await until(lambda: server.state.ask_cancelled == 1)
-    with pytest.raises(CancelledError):
-        await api.stream(stream)
+    if how != "drop":
+        with pytest.raises(CancelledError):
+            await api.stream(stream)
 
 
 async def test_cancel_from_elsewhere(api: Api, server, clip):

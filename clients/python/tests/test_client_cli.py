@@ -155,6 +155,17 @@ def test_interrupted_upload(cli: Cli, server, clip):
     assert (process.returncode, "Traceback" in stderr) == (130, False)
 
 
+def test_ctrl_c_in_a_unary_call(cli: Cli, server):
+    server.faults.unary_delay_s = 30.0
+    process = cli.start("jobs", "job_0")
+    wait_for(lambda: server.state.calls["GetPrefillJob"])
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "interrupted\n")
+    assert time.monotonic() - start < 5
+
+
 def test_bars_on_a_terminal(cli: Cli, server, clip):
     server.faults.prefill_delay_s = 0.15
     leader, follower = pty.openpty()

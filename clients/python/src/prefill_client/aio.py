@@ -28,8 +28,8 @@ from prefill_client.types import (
 class AsyncAnswerStream:
     """An answer as it is made: iterate to get its pieces of text.
 
-    The work starts with the first iteration. Leaving the loop, ``cancel`` or the end of a
-    ``async with`` block ends the call, and with it the work on the server.
+    The work starts with the first iteration. ``cancel``, the end of an ``async with`` block,
+    or dropping the stream ends the call, and with it the work on the server.
 
     Attributes of interest: ``text`` and ``token_ids`` so far; ``final``, the ``Answer`` once
     the stream has ended; ``request_id``, for the server's logs.
