@@ -18,7 +18,7 @@ os.environ.update(
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import cv2
 import pytest
 from filelock import FileLock
 
+from tests.vllm_server import VllmServer
 from tools.make_video import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,3 +70,21 @@ def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path if path.exists() else write_video(path, **arguments)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def vllm(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], VllmServer]]:
+    """``vllm(family)``: a running vLLM over the family's tiny checkpoint, one per session."""
+    servers: dict[str, VllmServer] = {}
+
+    def get(family: str) -> VllmServer:
+        if family not in servers:
+            folder = tmp_path_factory.mktemp(f"vllm-{family}")
+            servers[family] = VllmServer(checkpoint(family), folder)
+        return servers[family]
+
+    yield get
+    for server in servers.values():
+        server.close()

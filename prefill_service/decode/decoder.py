@@ -98,7 +98,7 @@ class Decoder:
 
     async def stop(self) -> None:
         """End the watcher, the embedded vLLM with all its processes, and all connections."""
-        self._down("vLLM has been stopped")
+        self._ready, self._trouble = False, "vLLM has been stopped"
         if self._watcher is not None:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):

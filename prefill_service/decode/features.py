@@ -23,11 +23,15 @@ def video_features(plan: PrefixPlan) -> dict[str, Any]:
 
     The item's hash is the prefix id, namespaced: vLLM's prefix cache keys the span's blocks
     by it, so that a second question finds them, and no real video can ever be taken for it.
+
+    The placeholder covers only the span's first token. vLLM refuses items that are longer
+    than its encoder cache, which nothing here uses; positions depend on the offset and the
+    grid, and the hashes of later blocks on those of earlier ones.
     """
-    offset, length = plan.placeholder
+    offset, _ = plan.placeholder
     return {
         "mm_hashes": {"video": [f"prefill-service/{plan.prefix_id}"]},
-        "mm_placeholders": {"video": [{"offset": offset, "length": length}]},
+        "mm_placeholders": {"video": [{"offset": offset, "length": 1}]},
         "kwargs_data": {"video": [_grid_only_item(plan)]},
     }
 

@@ -71,9 +71,7 @@ class VllmProcess:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise ServiceError(
-                Reason.DECODER_UNAVAILABLE, f"cannot start vLLM: {error}"
-            ) from error
+            raise ServiceError(Reason.DECODER_UNAVAILABLE, f"cannot start vLLM: {error}") from error
         logger.info("vLLM starts as process %d, log in %s", self._process.pid, self._log_path)
 
     @property

@@ -133,9 +133,7 @@ class _LoadThread(threading.Thread):
         super().__init__(name=f"kv-load-{load.request_id}", daemon=True)
         self._side = side
         self._load = load
-        self._client = (
-            None if load.manifest is None else LocalClient(load.manifest, load.lease_id)
-        )
+        self._client = None if load.manifest is None else LocalClient(load.manifest, load.lease_id)
         self._stream = side.stream()
         self._bytes = 0
 
@@ -178,7 +176,7 @@ class _LoadThread(threading.Thread):
         assert self._client is not None and load.manifest is not None
         block_ids = torch.tensor(load.block_ids)
         with self._client, self._stream:
-            for batch in self._client.fetch_batches(load.start_token, load.end_token):
+            for batch in self._client.fetch(load.start_token, load.end_token):
                 self._side.write(load, batch, block_ids)
                 self._bytes += batch.data.nbytes
             if isinstance(self._stream, torch.cuda.StreamContext):

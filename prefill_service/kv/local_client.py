@@ -83,14 +83,10 @@ class LocalClient:
             for source in self._sources:
                 source.stop()
 
-    def fetch(
-        self, start_token: int = 0, end_token: int | None = None
-    ) -> Iterator[tuple[Page, Tensor]]:
+    def fetch(self, start_token: int = 0, end_token: int | None = None) -> Iterator[PageBatch]:
         """Pages that hold any of the tokens, in token order, each checked.
 
-        Yields:
-            The page and its private copy,
-            [num_layers, 2, page_tokens, num_kv_heads, head_dim].
+        Several pages of a run come at a time (about 8 MiB).
 
         Raises:
             ServiceError: KV_CORRUPT (naming page, rank and both checksums), HANDOFF_FAILED
@@ -98,20 +94,11 @@ class LocalClient:
                 manifest says), CANCELLED, or what the rank answered: UNKNOWN_PREFIX,
                 STALE_GENERATION, LEASE_EXPIRED, the prefill's own error.
         """
-        for batch in self.fetch_batches(start_token, end_token):
-            yield from zip(batch.pages, batch.data, strict=True)
-
-    def fetch_batches(
-        self, start_token: int = 0, end_token: int | None = None
-    ) -> Iterator[PageBatch]:
-        """As ``fetch``, several pages of a run at a time (about 8 MiB)."""
         order = list(self._batches(start_token, end_token))
         sources: dict[int, _RankSource] = {}
         for rank in sorted({pages[0].rank for pages in order}):
             mine = [pages for pages in order if pages[0].rank == rank]
-            sources[rank] = _RankSource(
-                self._manifest, rank, mine, self._lease_id, self._timeout_s
-            )
+            sources[rank] = _RankSource(self._manifest, rank, mine, self._lease_id, self._timeout_s)
         with self._lock:
             self._sources = list(sources.values())
         try:
@@ -132,11 +119,15 @@ class LocalClient:
                 source.join()
 
     def _batches(self, start_token: int, end_token: int | None) -> Iterator[tuple[Page, ...]]:
-        size = max(1, _BATCH_BYTES // self._manifest.layout.page_bytes)
+        layout = self._manifest.layout
+        size = max(1, _BATCH_BYTES // layout.page_bytes)
         batch: list[Page] = []
         for page in self._manifest.pages(start_token, end_token):
-            last = batch[-1] if batch else None
-            follows = last is not None and (last.rank, last.index + 1) == (page.rank, page.index)
+            # The next run of a rank lies behind this one's last page, which may have a gap.
+            follows = bool(batch) and (
+                (page.rank, page.index) == (batch[-1].rank, batch[-1].index + 1)
+                and page.start_token == batch[-1].start_token + layout.page_tokens
+            )
             if batch and (not follows or len(batch) == size):
                 yield tuple(batch)
                 batch = []
@@ -197,13 +188,15 @@ class _RankSource(threading.Thread):
             memory = self._open(reader)
         finally:
             reader.close()
-        for pages in self._batches:
-            self._room.acquire()
-            if self._stopped.is_set():
-                raise _cancelled(self._lease_id)
-            message = {"op": "pages", "first": pages[0].index, "count": len(pages)}
-            checksums = self._ask(reader, message)["checksums"]
-            self._ready.put(self._copy(memory, pages, checksums))
+        # Unmapped by hand: a caught exception's traceback would keep the rank's memory alive.
+        with memory:
+            for pages in self._batches:
+                self._room.acquire()
+                if self._stopped.is_set():
+                    raise _cancelled(self._lease_id)
+                message = {"op": "pages", "first": pages[0].index, "count": len(pages)}
+                checksums = self._ask(reader, message)["checksums"]
+                self._ready.put(self._copy(memory, pages, checksums))
 
     def _open(self, reader: LineReader) -> mmap.mmap:
         """Connect, and map the rank's segment read-only."""
@@ -212,7 +205,9 @@ class _RankSource(threading.Thread):
         try:
             self._socket.connect(unix_path(endpoint))
         except OSError as error:
-            raise self._lost(f"cannot be reached at {endpoint}: {error.strerror or error}") from error
+            raise self._lost(
+                f"cannot be reached at {endpoint}: {error.strerror or error}"
+            ) from error
         if self._stopped.is_set():
             raise _cancelled(self._lease_id)
         self._socket.settimeout(self._timeout_s)
@@ -248,9 +243,7 @@ class _RankSource(threading.Thread):
             self._socket.sendall(encode_line(message))
             answer = reader.read()
         except TimeoutError as error:
-            raise self._lost(
-                f"did not answer {message} within {self._timeout_s:g} s"
-            ) from error
+            raise self._lost(f"did not answer {message} within {self._timeout_s:g} s") from error
         if answer is None:
             raise self._lost("closed the connection (process gone?)")
         if not answer.get("ok"):
@@ -259,14 +252,12 @@ class _RankSource(threading.Thread):
             raise refusal
         return answer
 
-    def _copy(
-        self, memory: mmap.mmap, pages: tuple[Page, ...], checksums: list[int]
-    ) -> PageBatch:
+    def _copy(self, memory: mmap.mmap, pages: tuple[Page, ...], checksums: list[int]) -> PageBatch:
         layout, first = self._manifest.layout, pages[0].index
-        shared = np.frombuffer(
+        private = np.frombuffer(
             memory, np.uint8, len(pages) * layout.page_bytes, first * layout.page_bytes
-        )
-        private = shared.copy().reshape(len(pages), layout.page_bytes)
+        ).copy()
+        private = private.reshape(len(pages), layout.page_bytes)
         for page, row, expected in zip(pages, private, checksums, strict=True):
             actual = xxhash.xxh3_64_intdigest(row)
             if actual != expected:

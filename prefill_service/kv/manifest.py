@@ -134,9 +134,7 @@ class Manifest:
             last = (min(run.end_token, end_token) - run.start_token - 1) // size
             for i in range(first, last + 1):
                 begin = run.start_token + i * size
-                yield Page(
-                    begin, min(size, run.end_token - begin), run.rank, run.first_page + i
-                )
+                yield Page(begin, min(size, run.end_token - begin), run.rank, run.first_page + i)
 
     def to_json(self) -> str:
         """Compact JSON; ``from_json`` is the inverse."""

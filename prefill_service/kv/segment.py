@@ -346,6 +346,4 @@ def _stale(prefix_id: str, asked: int, current: int) -> ServiceError:
 
 
 def _unknown(prefix_id: str, state: str) -> ServiceError:
-    return ServiceError(
-        Reason.UNKNOWN_PREFIX, f"prefix {prefix_id} {state}", prefix_id=prefix_id
-    )
+    return ServiceError(Reason.UNKNOWN_PREFIX, f"prefix {prefix_id} {state}", prefix_id=prefix_id)

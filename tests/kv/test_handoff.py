@@ -1,0 +1,404 @@
+"""Pages from rank processes to a consumer: the whole local transport, and its faults."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.local_client import LocalClient
+from prefill_service.kv.manifest import KVLayout, Manifest
+from prefill_service.kv.page_server import PageServer
+from prefill_service.kv.segment import ShardStore
+from prefill_service.kv.sockets import LineReader, encode_line
+from tests.kv.rank_process import (
+    GENERATION,
+    RankProcess,
+    create,
+    deal,
+    make_manifest,
+    publish,
+    publish_run,
+    random_kv,
+    rank_processes,
+)
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RankProcess]]:
+    with rank_processes(LAYOUT, 3, tmp_path_factory.mktemp("kv")) as processes:
+        yield processes
+
+
+@pytest.fixture
+def manifest(ranks: list[RankProcess], request: pytest.FixtureRequest) -> Iterator[Manifest]:
+    """45 tokens on three ranks, runs of 10 with partly filled last pages; not yet created."""
+    runs = deal(45, 3, 10, LAYOUT)
+    endpoints = [rank.endpoint for rank in ranks]
+    yield make_manifest(LAYOUT, runs, endpoints, prefix_id=request.node.name)
+    for rank in ranks:
+        rank.store("drop", request.node.name)
+
+
+def fetch_tokens(manifest: Manifest, lease: str, start: int = 0, end: int = -1) -> torch.Tensor:
+    """[layers, 2, tokens, heads, head_dim] of the pages, joined."""
+    end = manifest.num_tokens if end < 0 else end
+    parts = []
+    with LocalClient(manifest, lease, timeout_s=20) as client:
+        for batch in client.fetch(start, end):
+            size = manifest.layout.page_tokens
+            for i, page in enumerate(batch.pages):  # no gap within a batch
+                assert page.start_token == batch.pages[0].start_token + i * size
+            for page, data in zip(batch.pages, batch.data, strict=True):
+                parts.append(data[:, :, : page.num_tokens])
+                assert not data[:, :, page.num_tokens :].any(), "the tail of a page must be zero"
+    return torch.cat(parts, 2)
+
+
+def error_of(manifest: Manifest, lease: str = "lease") -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        fetch_tokens(manifest, lease)
+    return caught.value
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("page_tokens", [1, 4, 64])
+def test_every_token_arrives_in_order(tmp_path: Path, dtype: str, page_tokens: int) -> None:
+    layout = replace(LAYOUT, dtype=dtype, page_tokens=page_tokens)
+    store = ShardStore(layout, GENERATION)
+    server = PageServer(store, tmp_path / "r.sock")
+    kv = random_kv(layout, 45)
+    manifest = make_manifest(layout, deal(45, 1, 10, layout), [server.endpoint])
+    writer = store.create("prefix", GENERATION, manifest.runs[-1].first_page + 5)
+    store.grant("prefix", "lease", 30)
+    for run in manifest.runs:
+        for layer in range(layout.num_layers):
+            part = kv[layer, :, run.start_token : run.end_token]
+            writer.write(layer, run.first_page, part[0], part[1])
+        writer.seal_pages(run.first_page, layout.pages_for(run.end_token - run.start_token))
+    assert torch.equal(fetch_tokens(manifest, "lease"), kv)
+    server.close()
+
+
+def test_three_ranks_interleave(ranks: list[RankProcess], manifest: Manifest) -> None:
+    kv = random_kv(LAYOUT, 45)
+    publish(manifest, ranks, kv, "lease")
+    assert torch.equal(fetch_tokens(manifest, "lease"), kv)
+    # Whole pages that hold a token of [13, 27): from 10 (run start) to 28 (page end).
+    assert torch.equal(fetch_tokens(manifest, "lease", 13, 27), kv[:, :, 10:28])
+
+
+def test_early_pages_are_used_while_later_ones_are_computed(
+    ranks: list[RankProcess], manifest: Manifest
+) -> None:
+    kv = random_kv(LAYOUT, 45)
+    create(manifest, ranks, "lease")
+    publish_run(manifest, manifest.runs[0], ranks, kv)
+    with LocalClient(manifest, "lease", timeout_s=20) as client:
+        batches = client.fetch()
+        first = next(batches)  # all of run 0
+        assert [page.start_token for page in first.pages] == [0, 4, 8]
+        results: list[int] = []
+        reader = threading.Thread(
+            target=lambda: results.extend(b.pages[-1].start_token for b in batches)
+        )
+        reader.start()
+        time.sleep(0.3)
+        assert results == []  # run 1 is not there yet
+        for run in manifest.runs[1:]:
+            publish_run(manifest, run, ranks, kv)
+        reader.join(10)
+        assert results == [18, 28, 38, 44]
+
+
+def test_lease_may_come_before_the_prefix(ranks: list[RankProcess], manifest: Manifest) -> None:
+    for rank in ranks:
+        rank.store("grant", manifest.prefix_id, "lease", 20)
+    result: list[torch.Tensor] = []
+    reader = threading.Thread(target=lambda: result.append(fetch_tokens(manifest, "lease")))
+    reader.start()
+    time.sleep(0.3)
+    kv = random_kv(LAYOUT, 45)
+    publish(manifest, ranks, kv, "lease")
+    reader.join(10)
+    assert torch.equal(result[0], kv)
+
+
+def test_unknown_prefix(manifest: Manifest) -> None:
+    error = error_of(manifest)
+    assert error.reason == Reason.UNKNOWN_PREFIX
+    assert manifest.prefix_id in error.message
+
+
+def test_stale_generation(ranks: list[RankProcess], manifest: Manifest) -> None:
+    newer = replace(manifest, generation=GENERATION + 1)
+    publish(newer, ranks, random_kv(LAYOUT, 45), "lease")
+    error = error_of(manifest)
+    assert error.reason == Reason.STALE_GENERATION
+    assert error.metadata["generation"] == str(GENERATION)
+    assert error.metadata["current_generation"] == str(GENERATION + 1)
+
+
+def test_manifest_of_an_earlier_group_is_stale_even_if_the_prefix_is_gone(
+    manifest: Manifest,
+) -> None:
+    assert error_of(replace(manifest, generation=1)).reason == Reason.STALE_GENERATION
+
+
+def test_lease_that_was_never_granted(ranks: list[RankProcess], manifest: Manifest) -> None:
+    publish(manifest, ranks, random_kv(LAYOUT, 45), "lease")
+    error = error_of(manifest, "other")
+    assert error.reason == Reason.LEASE_EXPIRED
+    assert error.metadata["lease_id"] == "other"
+
+
+def test_lease_expires_while_waiting_although_connected(
+    ranks: list[RankProcess], manifest: Manifest
+) -> None:
+    create(manifest, ranks, "lease", ttl_s=0.4)
+    begin = time.monotonic()
+    assert error_of(manifest).reason == Reason.LEASE_EXPIRED
+    assert 0.2 < time.monotonic() - begin < 5
+
+
+def test_renewed_lease_lives_on(ranks: list[RankProcess], manifest: Manifest) -> None:
+    create(manifest, ranks, "lease", ttl_s=0.5)
+    kv, result = random_kv(LAYOUT, 45), []
+    reader = threading.Thread(target=lambda: result.append(fetch_tokens(manifest, "lease")))
+    reader.start()
+    for _ in range(5):
+        time.sleep(0.2)
+        for rank in ranks:
+            rank.store("grant", manifest.prefix_id, "lease", 0.5)
+    for rank in ranks:
+        rank.store("grant", manifest.prefix_id, "lease", 20)
+    for run in manifest.runs:
+        publish_run(manifest, run, ranks, kv)
+    reader.join(10)
+    assert torch.equal(result[0], kv)
+
+
+@pytest.mark.parametrize("how", ["release", "drop", "fail", "replace"])
+def test_waiting_reader_is_told_at_once(
+    ranks: list[RankProcess], manifest: Manifest, how: str
+) -> None:
+    create(manifest, ranks, "lease")
+    caught: list[ServiceError] = []
+    reader = threading.Thread(target=lambda: caught.append(error_of(manifest)))
+    reader.start()
+    time.sleep(0.3)
+    rank, prefix_id = ranks[0], manifest.prefix_id
+    begin = time.monotonic()
+    if how == "release":
+        rank.store("release", prefix_id, "lease")
+    elif how == "drop":
+        rank.store("drop", prefix_id)
+    elif how == "fail":
+        rank.writer(prefix_id, "fail", ServiceError(Reason.RANK_DIED, "rank 2 died", rank=2))
+    else:
+        rank.store("create", prefix_id, GENERATION + 1, 8)
+    reader.join(10)
+    assert time.monotonic() - begin < 2
+    expected = {
+        "release": Reason.LEASE_EXPIRED,
+        "drop": Reason.UNKNOWN_PREFIX,
+        "fail": Reason.RANK_DIED,
+        "replace": Reason.STALE_GENERATION,
+    }
+    assert caught[0].reason == expected[how]
+
+
+def test_flipped_byte_names_page_rank_and_checksums(
+    ranks: list[RankProcess], manifest: Manifest
+) -> None:
+    publish(manifest, ranks, random_kv(LAYOUT, 45), "lease")
+    ranks[1].writer(manifest.prefix_id, "corrupt", 2, 77)
+    error = error_of(manifest)
+    assert error.reason == Reason.KV_CORRUPT
+    assert (error.metadata["page"], error.metadata["rank"]) == ("2", "1")
+    assert error.metadata["actual"] != error.metadata["expected"]
+    assert error.metadata["actual"] in error.message
+    assert error.metadata["expected"] in error.message
+
+
+def test_source_killed_in_mid_transfer(tmp_path: Path) -> None:
+    with rank_processes(LAYOUT, 2, tmp_path) as processes:
+        manifest = make_manifest(LAYOUT, deal(45, 2, 10, LAYOUT), [r.endpoint for r in processes])
+        create(manifest, processes, "lease")
+        publish_run(manifest, manifest.runs[0], processes, random_kv(LAYOUT, 45))
+        with LocalClient(manifest, "lease", timeout_s=20) as client:
+            pages = client.fetch()
+            next(pages)
+            processes[1].kill()
+            with pytest.raises(ServiceError) as caught:
+                list(pages)
+        assert caught.value.reason == Reason.HANDOFF_FAILED
+        assert caught.value.metadata["rank"] == "1"
+        # Its socket file is still there, and nobody listens.
+        error = error_of(manifest)
+        assert error.reason == Reason.HANDOFF_FAILED
+        assert "rank 1 cannot be reached" in error.message
+
+
+def test_silent_source_times_out(ranks: list[RankProcess], manifest: Manifest) -> None:
+    create(manifest, ranks, "lease")
+    with LocalClient(manifest, "lease", timeout_s=0.3) as client:
+        with pytest.raises(ServiceError) as caught:
+            list(client.fetch())
+    assert caught.value.reason == Reason.HANDOFF_FAILED
+    assert "within 0.3 s" in caught.value.message
+
+
+def test_cancel_from_another_thread(ranks: list[RankProcess], manifest: Manifest) -> None:
+    create(manifest, ranks, "lease")
+    client = LocalClient(manifest, "lease", timeout_s=20)
+    threading.Timer(0.2, client.cancel).start()
+    begin = time.monotonic()
+    with pytest.raises(ServiceError) as caught:
+        list(client.fetch())
+    assert caught.value.reason == Reason.CANCELLED
+    assert time.monotonic() - begin < 2
+    with pytest.raises(ServiceError, match="cancelled"):
+        list(client.fetch())
+
+
+def test_dropped_prefix_is_freed_once_nobody_maps_it(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, page_tokens=1024)  # 256 KiB a page
+    store = ShardStore(layout, GENERATION)
+    server = PageServer(store, tmp_path / "r.sock")
+    kv = random_kv(layout, 64 * 1024)
+    manifest = make_manifest(layout, deal(64 * 1024, 1, 64 * 1024, layout), [server.endpoint])
+    before = _shared_memory()
+    publish_into(store, manifest, kv)
+    size = 64 * layout.page_bytes
+    assert store.bytes_used == size
+    client = LocalClient(manifest, "lease", timeout_s=20)
+    pages = client.fetch()
+    next(pages)  # mapped now
+    store.drop("prefix")
+    assert store.bytes_used == 0
+    with pytest.raises(ServiceError) as caught:
+        list(pages)
+    assert caught.value.reason == Reason.UNKNOWN_PREFIX
+    client.cancel()
+    deadline = time.monotonic() + 5
+    while _shared_memory() - before > size // 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _shared_memory() - before < size // 8
+    server.close()
+
+
+def publish_into(store: ShardStore, manifest: Manifest, kv: torch.Tensor) -> None:
+    (run,) = manifest.runs
+    pages = manifest.layout.pages_for(run.end_token)
+    writer = store.create(manifest.prefix_id, manifest.generation, pages)
+    store.grant(manifest.prefix_id, "lease", 30)
+    for layer in range(manifest.layout.num_layers):
+        writer.write(layer, 0, kv[layer, 0], kv[layer, 1])
+    writer.seal_pages(0, pages)
+    assert writer.complete
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that this process has mapped and touched."""
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("RssShmem")]
+    return int(line.split()[1]) * 1024
+
+
+def test_consumer_can_only_read_the_segment(tmp_path: Path) -> None:
+    store = ShardStore(LAYOUT, GENERATION)
+    server = PageServer(store, tmp_path / "r.sock")
+    store.create("prefix", GENERATION, 2)
+    store.grant("prefix", "lease", 30)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(tmp_path / "r.sock"))
+        reader = LineReader(connection)
+        message = {"op": "open", "prefix_id": "prefix", "generation": GENERATION}
+        connection.sendall(encode_line({**message, "lease_id": "lease"}))
+        answer = reader.read()
+        assert answer == {"ok": True, "segment_bytes": 2 * LAYOUT.page_bytes}
+        (fd,) = reader.fds
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, LAYOUT.page_bytes)  # writable
+        with pytest.raises(PermissionError):
+            os.write(fd, b"x")
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        reader.close()
+    server.close()
+
+
+def test_socket_is_private_replaces_a_stale_one_and_goes_on_close(tmp_path: Path) -> None:
+    path = tmp_path / "r.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    server = PageServer(ShardStore(LAYOUT), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    server.close()
+    assert not path.exists()
+
+
+def test_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "r.sock"
+    path.write_text("precious")
+    with pytest.raises(ServiceError) as caught:
+        PageServer(ShardStore(LAYOUT), path)
+    assert caught.value.reason == Reason.CONFIG_INVALID
+    assert path.read_text() == "precious"
+
+
+def test_path_too_long_for_a_socket(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="at most 107"):
+        PageServer(ShardStore(LAYOUT), tmp_path / ("x" * 120))
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}\n", b"nonsense\n", b'{"op": "pages", "first": 0, "count": 1}\n', b"[]\n"]
+)
+def test_malformed_message_is_refused(tmp_path: Path, line: bytes) -> None:
+    server = PageServer(ShardStore(LAYOUT), tmp_path / "r.sock")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(tmp_path / "r.sock"))
+        connection.sendall(line)
+        answer = LineReader(connection).read()
+    assert answer is not None
+    assert answer["reason"] == "INVALID_REQUEST"
+    server.close()
+
+
+def test_writer_refuses_what_does_not_fit() -> None:
+    writer = ShardStore(LAYOUT).create("prefix", 0, 3)
+    good = torch.zeros(5, 2, 8)
+    writer.write(0, 0, good, good)
+    with pytest.raises(ServiceError, match=r"\(5, 2, 7\)"):
+        writer.write(0, 0, good[..., :7], good)
+    with pytest.raises(ServiceError, match="float64"):
+        writer.write(0, 0, good, good.double())
+    with pytest.raises(ServiceError, match="it has 3 pages"):
+        writer.write(0, 2, good, good)
+    writer.seal_pages(0, 2)
+    assert not writer.complete
+    with pytest.raises(ServiceError, match="2 of these sealed"):
+        writer.write(1, 0, good, good)
+    writer.fail(ServiceError(Reason.CANCELLED, "job cancelled"))
+    with pytest.raises(ServiceError, match="job cancelled"):
+        writer.seal_pages(2, 1)
+
+
+def test_segment_larger_than_memory_is_refused() -> None:
+    with pytest.raises(ServiceError) as caught:
+        ShardStore(LAYOUT).create("prefix", 0, 1 << 50)
+    assert caught.value.reason == Reason.KV_POOL_FULL

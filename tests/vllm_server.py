@@ -1,0 +1,36 @@
+"""One embedded vLLM per model and test session, in an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefill_service.config import DecoderConfig
+from prefill_service.decode.decoder import Decoder
+
+T = TypeVar("T")
+
+
+class VllmServer:
+    """A ``Decoder`` that outlives single tests; they reach it by ``url`` or ``run``."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model = model
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.decoder = Decoder(DecoderConfig(), str(model), "float32", folder)
+        self.run(self.decoder.start())
+
+    @property
+    def url(self) -> str:
+        return self.decoder.url
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(300)
+
+    def close(self) -> None:
+        self.run(self.decoder.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
