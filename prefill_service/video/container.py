@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import mmap
 
 import av
 import av.logging
 from av.container import InputContainer
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from prefill_service.config import VideoConfig
@@ -24,6 +28,7 @@ DECODERS = ("h264", "hevc", "vvc", "libdav1d", "vp8", "vp9", "mpeg4", "mpeg2vide
             "ffvhuff")  # fmt: skip
 
 _PIXELS_LOG = "exceeds specified max pixel count"
+_FRAME_BYTES_PER_PIXEL = 8  # a decoded frame and a decoder's tables, amply
 
 
 def silence_ffmpeg() -> None:
@@ -41,12 +46,12 @@ def open_container(path: str, limits: VideoConfig, threads: int = 1) -> InputCon
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, VIDEO_LIMIT_EXCEEDED.
     """
-    with av.logging.Capture() as logs:
+    with av.logging.Capture(local=False) as logs:
         try:
             container = av.open(
                 path,
                 options={
-                    "max_pixels": str(limits.max_frame_pixels),
+                    "max_pixels": str(_guard_pixels(limits)),
                     "codec_whitelist": ",".join(DECODERS),
                     "threads": str(threads),
                 },
@@ -64,6 +69,43 @@ def open_container(path: str, limits: VideoConfig, threads: int = 1) -> InputCon
         container.close()
         raise
     return container
+
+
+def _guard_pixels(limits: VideoConfig) -> int:
+    """FFmpeg's own limit, which stops a bomb before its memory is allocated.
+
+    It counts decoders' padding, so it must be wider than ours, which is checked exactly where
+    a size is known.
+    """
+    return 2 * limits.max_frame_pixels + (1 << 16)
+
+
+def decode_packet(packet: Packet[VideoStream], limits: VideoConfig) -> list[VideoFrame]:
+    """The frames that come out for a packet; none for a damaged one, as in any serial reader.
+
+    Raises:
+        ServiceError: VIDEO_LIMIT_EXCEEDED.
+        MemoryError: there was no memory for the frame.
+    """
+    with av.logging.Capture(local=False) as logs:
+        try:
+            return packet.decode()
+        except av.FFmpegError as error:
+            _check_memory(packet.stream.codec_context, error)
+            if isinstance(error, (av.error.InvalidDataError, av.error.EOFError)):
+                return []
+            raise
+        finally:
+            check_logged_pixels(logs, limits)
+
+
+def _check_memory(context: VideoCodecContext, error: Exception) -> None:
+    """Raise MemoryError if there is no room for a frame: FFmpeg calls such frames damaged."""
+    size = context.width * context.height * _FRAME_BYTES_PER_PIXEL
+    try:
+        mmap.mmap(-1, max(size, mmap.PAGESIZE)).close()
+    except OSError:
+        raise MemoryError from error
 
 
 def _refusal(error: av.FFmpegError, logs: list[tuple[int, str, str]]) -> ServiceError:

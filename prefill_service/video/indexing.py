@@ -23,9 +23,9 @@ from av.video.stream import VideoStream
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.container import (
-    check_logged_pixels,
     limit_exceeded,
     open_container,
+    pixels_exceeded,
     video_stream,
 )
 from prefill_service.video.gop import gop_starts
@@ -140,6 +140,8 @@ class _Described:
             )
         rotation = round(first.rotation / 90) * 90 % 360
         size = (first.width, first.height)
+        if first.width * first.height > limits.max_frame_pixels:
+            raise pixels_exceeded(first.width, first.height, limits)
         width, height = size if rotation in (0, 180) else size[::-1]
         return VideoIndex(
             container=self.container,
@@ -174,9 +176,9 @@ def _frames(
             pts, keyframe = pts[lead:], keyframe[lead:]
             if ended:
                 return first, pts[: len(head)], keyframe[: len(head)]
-            missing = _missing_tail(path, limits, pts, keyframe)
-            if missing is not None:
-                return first, pts[: len(pts) - missing], keyframe[: len(pts) - missing]
+            decodable = _decodable_tail(path, limits, pts, keyframe)
+            if decodable is not None:
+                return first, pts[decodable], keyframe[decodable]
         if not ended:
             first, head, ended = _decode(path, limits, None, None)
             assert first is not None
@@ -195,33 +197,37 @@ def _decode(
         stream = video_stream(container, limits)
         if seek_pts is not None:
             container.seek(seek_pts, stream=stream)
-        with av.logging.Capture() as logs:
-            for frame in decoded_frames(container.demux(stream)):
-                first = first or frame
-                times.append(frame.pts)
-                logs.clear()
-                if len(times) > limits.max_frames:
-                    raise _too_many_frames(len(times), limits)
-                if len(times) == count:
-                    return first, times, False
-            if first is None:
-                check_logged_pixels(logs, limits)
+        for frame in decoded_frames(container.demux(stream), limits):
+            first = first or frame
+            times.append(frame.pts)
+            if len(times) > limits.max_frames:
+                raise _too_many_frames(len(times), limits)
+            if len(times) == count:
+                return first, times, False
     return first, times, True
 
 
-def _missing_tail(
+def _decodable_tail(
     path: str, limits: VideoConfig, pts: np.ndarray, keyframe: np.ndarray
-) -> int | None:
-    """Frames at the end that do not come out; ``None`` if frames before them do not either."""
+) -> np.ndarray | None:
+    """[frames] bool: False for frames of the last GOP that do not come out of the decoder.
+
+    ``None`` if frames come that are not in ``pts``.
+    """
     start = int(gop_starts(keyframe)[-1])
+    decodable = np.ones(len(pts), bool)
     if len(pts) - start > _TAIL_FRAMES:
-        return 0
+        return decodable
     _, times, _ = _decode(path, limits, int(pts[start]), None)
-    tail = [time for time in times if time is None or time >= pts[start]]
-    if not tail:  # the seek went past the last keyframe; some containers do not seek well
-        return 0
-    lead = _offset(pts, tail)
-    return None if lead is None else len(pts) - lead - len(tail)
+    tail = np.array([time for time in times if time is not None and time >= pts[start]], np.int64)
+    if not len(tail):  # the seek went past the last keyframe; some containers do not seek well
+        return decodable
+    if None in times or not np.isin(tail, pts).all() or (np.diff(tail) <= 0).any():
+        return None
+    # Frames before the first that came may only need an earlier start.
+    decodable[np.searchsorted(pts, tail[0]) :] = False
+    decodable[np.searchsorted(pts, tail)] = True
+    return decodable
 
 
 def _offset(pts: np.ndarray, times: list[int | None]) -> int | None:

@@ -54,7 +54,9 @@ class OpenCVReader:
                 if self.decoded == 0:
                     start_ms = self._capture.get(cv2.CAP_PROP_POS_MSEC)
                 self.decoded += 1
-            self._check_time(target, self._capture.get(cv2.CAP_PROP_POS_MSEC) - start_ms)
+            time_ms = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+            if time_ms:  # 0: unknown, as for the last frames of some AVI files
+                self._check_time(target, time_ms - start_ms)
             done, image = self._capture.retrieve()
             if not done:
                 raise decode_failed(index, target)

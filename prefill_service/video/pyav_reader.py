@@ -12,7 +12,7 @@ from av.video.stream import VideoStream
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.container import open_container, video_stream
+from prefill_service.video.container import decode_packet, open_container, video_stream
 from prefill_service.video.gop import Run, gop_starts, plan_runs
 from prefill_service.video.index import VideoIndex
 
@@ -21,13 +21,12 @@ from prefill_service.video.index import VideoIndex
 _STEPS_BACK = 2
 
 
-def decoded_frames(packets: Iterable[Packet[VideoStream]]) -> Iterator[VideoFrame]:
-    """Decode; packets that do not decode are skipped, as every serial reader does."""
+def decoded_frames(
+    packets: Iterable[Packet[VideoStream]], limits: VideoConfig
+) -> Iterator[VideoFrame]:
+    """Decode packets one by one."""
     for packet in packets:
-        try:
-            yield from packet.decode()
-        except av.error.InvalidDataError:
-            continue
+        yield from decode_packet(packet, limits)
 
 
 def to_rgb(frame: VideoFrame, index: VideoIndex) -> np.ndarray:
@@ -70,7 +69,9 @@ class PyAVReader:
         """By counting: for files whose timestamps do not name their frames."""
         wanted = iter(targets)
         target = next(wanted, None)
-        for number, frame in enumerate(decoded_frames(self._container.demux(self._stream))):
+        for number, frame in enumerate(
+            decoded_frames(self._container.demux(self._stream), self._limits)
+        ):
             self.decoded += 1
             if number == target:
                 yield to_rgb(frame, self._index)
@@ -114,7 +115,7 @@ class PyAVReader:
             self._open()
         self._at_start = False
         packets = self._container.demux(self._stream) if gop == 0 else self._seek(gop)
-        for frame in decoded_frames(packets):
+        for frame in decoded_frames(packets, self._limits):
             self.decoded += 1
             yield frame
 

@@ -121,6 +121,8 @@ class SandboxedChild:
         self._stdout = self._process.stdout
         with contextlib.suppress(OSError):  # above the system's limit for pipes
             fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._readable = select.poll()  # not select(): a server has descriptors above 1024
+        self._readable.register(self._stdout, select.POLLIN)
         self._last_sign = time.monotonic()
 
     @property
@@ -142,7 +144,7 @@ class SandboxedChild:
         deadline = time.monotonic() + timeout_s
         while True:
             wait_s = max(0.0, deadline - time.monotonic())
-            if not select.select([self._stdout], [], [], wait_s)[0]:
+            if not self._readable.poll(wait_s * 1000):
                 return None
             message = self._advance()
             if message is not None:

@@ -67,8 +67,7 @@ class VideoStore:
 
     def _recover(self) -> None:
         """Take up what a former process left: unfinished probes and half-deleted folders."""
-        rows = {row.video_id: row for row in self._catalog.all()}
-        for row in rows.values():
+        for row in self._catalog.all():
             if row.state is VideoState.PROBING:
                 self._catalog.set_state(row.video_id, VideoState.UPLOADING)
             elif row.state is VideoState.READY and not (
@@ -76,8 +75,9 @@ class VideoStore:
             ):
                 log.error("the files of video %s are gone; the video is removed", row.video_id)
                 self._catalog.delete(row.video_id)
+        known = {row.video_id for row in self._catalog.all()}
         for folder in self._folder.iterdir():
-            if folder.name not in rows:
+            if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def close(self) -> None:
@@ -291,6 +291,7 @@ class VideoStore:
             await asyncio.to_thread(files.save_index, index, self._index(video_id))
             info = VideoInfo.of(index)
             await asyncio.to_thread(self._catalog.set_state, video_id, VideoState.READY, info=info)
+            await asyncio.to_thread(self._catalog.set_expiry, video_id, self._expiry())
             log.info("video %s is ready: %s", video_id, info)
         except ServiceError as error:
             await asyncio.to_thread(self._refuse, video_id, error)

@@ -1,0 +1,220 @@
+"""The frame stream: waiting, back-pressure, stalls, deaths, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.frames import FrameStream
+from prefill_service.video.probe import probe_video
+from tests.video.make import make_video, read_number
+
+
+@pytest.fixture(scope="module")
+def big_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("big")
+    path = make_video(folder / "v.mp4", "mpeg4", 120, size=(960, 540), options={"g": "12"})
+    asyncio.run(probe_video(path, VideoConfig())).save(folder / "index.npz")
+    return path
+
+
+def stream_of(path: Path, wanted: list[int], limits: VideoConfig | None = None) -> FrameStream:
+    return FrameStream(path, path.with_name("index.npz"), wanted, limits or VideoConfig())
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition, timeout_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def rss_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_poll_returns_none_until_a_frame_is_there(big_video: Path) -> None:
+    with stream_of(big_video, [5, 6]) as stream:
+        started = time.monotonic()
+        assert stream.poll(0.0) is None  # the child has hardly been born
+        assert time.monotonic() - started < 0.2
+        frames = []
+        assert wait_until(lambda: (f := stream.poll(0.05)) is not None and frames.append(f) is None)
+        assert [read_number(f) for f in [*frames, *stream]] == [5, 6]
+        assert stream.remaining == 0
+        assert stream.poll(0.0) is None
+
+
+def test_child_waits_for_its_reader_in_bounded_memory(big_video: Path) -> None:
+    with stream_of(big_video, list(range(120))) as stream:
+        assert stream.poll(30) is not None
+        pid = stream._child.pid
+        time.sleep(1.0)
+        before = cpu_s(pid)
+        time.sleep(1.0)
+        assert cpu_s(pid) - before < 0.2  # blocked, not decoding ahead
+        held = rss_bytes(pid)
+        for _ in range(100):
+            assert stream.poll(30) is not None
+        assert rss_bytes(pid) < held + 40e6  # 100 frames are 155 MB
+
+
+def test_close_kills_the_child_and_can_be_repeated(big_video: Path) -> None:
+    stream = stream_of(big_video, [0, 119])
+    pid, folder = stream._child.pid, Path(stream._child._cwd.name)
+    assert alive(pid)
+    assert not any(folder.iterdir())
+    stream.close()
+    stream.close()
+    assert not alive(pid)
+    assert not folder.exists()
+
+
+def test_child_dies_with_its_parent(big_video: Path) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from prefill_service.config import VideoConfig
+from prefill_service.video.frames import FrameStream
+path = Path({str(big_video)!r})
+stream = FrameStream(path, path.with_name("index.npz"), range(120), VideoConfig())
+assert stream.poll(30) is not None
+print(stream._child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pid = int(done.stdout)
+    assert wait_until(lambda: not alive(pid))
+
+
+def test_stopped_child_is_a_timeout(big_video: Path) -> None:
+    limits = VideoConfig(stall_timeout_s=2.0)
+    with stream_of(big_video, [0, 100], limits) as stream:
+        pid = stream._child.pid
+        assert wait_until(lambda: stream.poll(0.5) is not None)
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(ServiceError) as caught:
+            list(stream)
+        assert caught.value.reason is Reason.DECODE_TIMEOUT
+        assert caught.value.metadata["frame_index"] == "100"
+        assert 0.5 < time.monotonic() - started < 4
+        assert not alive(pid)
+
+
+def test_frame_that_waited_for_a_busy_reader_is_no_stall(big_video: Path) -> None:
+    limits = VideoConfig(stall_timeout_s=1.5)
+    with stream_of(big_video, [0, 1, 2], limits) as stream:
+        assert wait_until(lambda: stream.poll(0.5) is not None)
+        time.sleep(2.0)
+        assert [read_number(frame) for frame in stream] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGXCPU, Reason.DECODE_TIMEOUT), (signal.SIGSEGV, Reason.DECODE_FAILED)],
+)
+def test_death_of_the_child_is_explained(big_video: Path, number: int, reason: Reason) -> None:
+    with stream_of(big_video, list(range(120))) as stream:
+        assert stream.poll(30) is not None
+        os.kill(stream._child.pid, number)
+        with pytest.raises(ServiceError) as caught:
+            list(stream)
+        assert caught.value.reason is reason
+
+
+async def test_probe_times_out(big_video: Path) -> None:
+    with pytest.raises(ServiceError) as caught:
+        await probe_video(big_video, VideoConfig(probe_timeout_s=0.05))
+    assert caught.value.reason is Reason.DECODE_TIMEOUT
+    assert children() == set()
+
+
+async def test_cancelled_probe_kills_its_child(big_video: Path) -> None:
+    task = asyncio.create_task(probe_video(big_video, VideoConfig()))
+    await asyncio.sleep(0.05)
+    assert len(children()) == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert children() == set()
+
+
+def children() -> set[int]:
+    """Decoder children of this process."""
+    found = set()
+    for thread in Path("/proc/self/task").iterdir():
+        for pid in (thread / "children").read_text().split():
+            command = Path(f"/proc/{pid}/cmdline")
+            if command.exists() and b"decoder_child" in command.read_bytes():
+                found.add(int(pid))
+    return found
+
+
+@pytest.mark.parametrize("wanted", [[3, 2], [-1], [0, 120]])
+def test_indices_must_ascend_within_the_video(big_video: Path, wanted: list[int]) -> None:
+    with pytest.raises(ServiceError) as caught:
+        stream_of(big_video, wanted)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+
+
+def test_no_frames_wanted_gives_none(big_video: Path) -> None:
+    with stream_of(big_video, []) as stream:
+        assert list(stream) == []
+
+
+def test_environment_and_folder_of_the_child_are_empty(big_video: Path, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-pass-on")
+    with stream_of(big_video, list(range(10))) as stream:
+        assert stream.poll(30) is not None
+        process = Path(f"/proc/{stream._child.pid}")
+        assert b"do-not-pass-on" not in (process / "environ").read_bytes()
+        limits = (process / "limits").read_text()
+        assert "Max core file size        0" in limits
+        assert str(VideoConfig().max_memory_bytes) in limits
+        # a few standard descriptors, the video, and the copy FFmpeg opened of it
+        videos = [fd for fd in (process / "fd").iterdir() if fd.resolve() == big_video]
+        assert len(videos) == 2
+        assert len(list((process / "fd").iterdir())) <= 8
+
+
+def test_importing_the_child_does_not_import_torch() -> None:
+    script = "import sys, prefill_service.video.decoder_child; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    modules = set(done.stdout.split())
+    assert "av" in modules, done.stderr
+    assert not modules & {"torch", "cv2", "grpc", "transformers"}
+
+
+def test_frames_are_independent_arrays(big_video: Path) -> None:
+    with stream_of(big_video, [1, 2]) as stream:
+        first, second = list(stream)
+    copy = second.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(second, copy)
