@@ -34,6 +34,7 @@ from prefill_service.video.pyav_reader import decoded_frames
 from prefill_service.video.truncation import find_truncation
 
 _HEAD_FRAMES = 64
+_MAX_REORDER = 64  # places a frame is shown away from where it is sent; codecs allow 16
 _TAIL_FRAMES = 600  # a longer last GOP is not checked: it would be decoded whole
 
 
@@ -63,7 +64,7 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
             if stream.frames > limits.max_frames:
                 raise _too_many_frames(stream.frames, limits)
             packets = _demux(container, stream, limits)
-            truncation = truncation or _missing_samples(container, stream, path)
+            truncation = truncation or _missing_samples(container, stream)
             described = _Described(container, stream)
     except ServiceError as error:
         if truncation and error.reason in (Reason.NOT_A_VIDEO, Reason.NO_VIDEO_STREAM):
@@ -100,7 +101,7 @@ def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) 
     return packets
 
 
-def _missing_samples(container: InputContainer, stream: VideoStream, path: str) -> str | None:
+def _missing_samples(container: InputContainer, stream: VideoStream) -> str | None:
     """Frames that an MP4's sample table places behind the end of the file."""
     if not container.format.name.startswith("mov"):
         return None
@@ -164,7 +165,12 @@ def _frames(
     order = np.argsort(np.array(packets.pts, np.int64), kind="stable")
     pts = np.array(packets.pts, np.int64)[order]
     keyframe = np.array(packets.keyframe, bool)[order]
-    trusted = packets.without_pts == 0 and bool((np.diff(pts) > 0).all())
+    moved = np.abs(order - np.arange(len(order))).max(initial=0)
+    trusted = (
+        packets.without_pts == 0
+        and bool((np.diff(pts) > 0).all())
+        and moved <= _MAX_REORDER  # more: the clock was set back, as in joined recordings
+    )
     first, head, ended = _decode(path, limits, None, _HEAD_FRAMES if trusted else None)
     if first is None:
         raise ServiceError(

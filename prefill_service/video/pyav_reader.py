@@ -16,9 +16,9 @@ from prefill_service.video.container import decode_packet, open_container, video
 from prefill_service.video.gop import Run, gop_starts, plan_runs
 from prefill_service.video.index import VideoIndex
 
-# Starts earlier than the planned GOP before a frame that does not come counts as damaged.
-# Two are enough for streams that recover over a GOP (intra refresh).
-_STEPS_BACK = 2
+# A frame that does not come although decoding began so many GOPs before its own is damaged.
+# Streams without real keyframes (intra refresh) need one or two to recover.
+_LEAD_GOPS = 3
 
 
 def decoded_frames(
@@ -83,7 +83,7 @@ class PyAVReader:
 
     def _run(self, run: Run) -> Iterator[np.ndarray]:
         """One run of the plan, from an earlier GOP if its own proves not to be a start."""
-        gop, step, tries, done = run.gop, 1, 0, 0
+        gop, step, done = run.gop, 1, 0
         while True:
             landed_late = True
             for frame in self._decode_from(gop):
@@ -101,9 +101,10 @@ class PyAVReader:
                         return
             # The frame did not come: the seek went past it (timestamps of some containers
             # are those of decoding), the stream recovers only slowly, or it is damaged.
-            tries += not landed_late
-            if gop == 0 or tries > _STEPS_BACK:
-                raise decode_failed(self._index, run.targets[done])
+            missing = run.targets[done]
+            own = int(np.searchsorted(self._starts, missing, side="right")) - 1
+            if gop == 0 or (own - gop >= _LEAD_GOPS and not landed_late):
+                raise decode_failed(self._index, missing)
             gop, step = max(0, gop - step), step * 2
 
     def _decode_from(self, gop: int) -> Iterator[VideoFrame]:

@@ -102,3 +102,13 @@ def serial_pts(path: Path) -> list[int | None]:
     """What a serial reader of the file sees: the times of its frames, in the order they come."""
     with av.open(str(path)) as file:
         return [frame.pts for frame in file.decode(file.streams.video[0])]
+
+
+def damage_frames(path: Path, first: int, last: int) -> None:
+    """Overwrite the bytes of some frames, counted in presentation order."""
+    with av.open(str(path)) as file:
+        packets = [(p.pts, p.pos, p.size) for p in file.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    for _, pos, size in sorted(packets)[first : last + 1]:
+        data[pos + 4 : pos + size] = b"\xff" * (size - 4)
+    path.write_bytes(bytes(data))

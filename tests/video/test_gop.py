@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from prefill_service.config import VideoConfig
+from prefill_service.errors import ServiceError
 from prefill_service.video.gop import Run, gop_starts, plan_runs
 from prefill_service.video.indexing import build_index
 from prefill_service.video.pyav_reader import PyAVReader
-from tests.video.make import H264, make_video, read_number
+from tests.video.make import H264, damage_frames, make_video, read_number
 
 
 def flags(frames: int, *keys: int) -> np.ndarray:
@@ -46,3 +48,16 @@ def test_reader_decodes_only_the_gops_it_needs(tmp_path: Path) -> None:
     # 0-2, then 60-81 in one go (GOPs 3 and 4), then 180-199
     assert reader.seeks == 2
     assert reader.decoded == 3 + 22 + 20
+
+
+def test_damage_deep_in_a_run_is_reported_without_decoding_again(tmp_path: Path) -> None:
+    options = {**H264, "g": "20", "bf": "0", "sc_threshold": "0"}
+    path = make_video(tmp_path / "long.mp4", frames=200, options=options)
+    limits = VideoConfig()
+    index = build_index(str(path), limits)
+    damage_frames(path, 140, 159)
+    reader = PyAVReader(str(path), index, limits, 1)
+    frames = reader.frames(range(0, 200, 15))
+    with pytest.raises(ServiceError, match=r"frame 150 at 15\.000 s"):
+        list(frames)
+    assert reader.decoded <= 200

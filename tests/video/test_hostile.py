@@ -17,7 +17,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
-from tests.video.make import H264, make_audio, make_video
+from tests.video.make import H264, damage_frames, make_audio, make_video
 
 LIMITS = VideoConfig()
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n"
@@ -306,13 +306,7 @@ async def test_damaged_frame_is_named_by_both_readers(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", frames=200, options=options)
     index = await probe_video(path, LIMITS)
     index.save(tmp_path / "index.npz")
-    with av.open(str(path)) as file:
-        places = [(p.pts, p.pos, p.size) for p in file.demux(video=0) if p.size]
-    data = bytearray(path.read_bytes())
-    for pts, pos, size in places:
-        if 100 <= np.searchsorted(index.pts, pts) < 110:
-            data[pos + 4 : pos + size] = b"\xff" * (size - 4)
-    path.write_bytes(bytes(data))
+    damage_frames(path, 100, 109)
     for reader in ("pyav", "opencv"):
         limits = VideoConfig(reader=reader)
         with FrameStream(path, tmp_path / "index.npz", [95, 105, 150], limits) as stream:

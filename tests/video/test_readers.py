@@ -12,7 +12,7 @@ from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
 from tests.video.conftest import SAMPLES, VFR_TIMES
-from tests.video.make import read_number, serial_pts
+from tests.video.make import make_video, read_number, serial_pts
 
 TURNS = {"h264_turned_left": 1, "h264_turned_right": -1, "h264_upside_down": 2}
 # Frames are numbered from 0 except where the file hides the first ones.
@@ -123,3 +123,17 @@ async def test_transport_stream_cut_at_its_end_keeps_every_whole_frame(
     for reader in ("pyav", "opencv"):
         frames = read(cut, index, wanted, reader)
         assert [read_number(f) for f in frames] == [numbers[index.pts[i]] for i in wanted], reader
+
+
+async def test_joined_recordings_are_read_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """The clock of the second one starts again, between the times of the first one's frames."""
+    one = make_video(tmp_path / "one.ts", frames=150)
+    two = make_video(tmp_path / "two.ts", frames=100, shift_ms=50)
+    both = tmp_path / "both.ts"
+    both.write_bytes(one.read_bytes() + two.read_bytes())
+    index = await probe_video(both, VideoConfig())
+    assert index.frame_count == len(serial_pts(both))
+    wanted = [0, 149, index.frame_count - 100, index.frame_count - 1]
+    for reader in ("pyav", "opencv"):
+        frames = read(both, index, wanted, reader)
+        assert [read_number(frame) for frame in frames] == [0, 149, 0, 99], reader
