@@ -22,10 +22,19 @@ def _load(model: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def processor_inputs(
-    model: Path, frames: np.ndarray, plan: PrefixPlan, index: VideoIndex, text: str
+    model: Path,
+    frames: np.ndarray,
+    plan: PrefixPlan,
+    index: VideoIndex,
+    text: str,
+    max_pixels: int | None = None,
 ) -> dict[str, Any]:
     """The family's processor on the whole video at once. frames: [frames, height, width, 3]."""
     _, processor = _load(model, torch.float32)
+    kwargs: dict[str, Any] = {}
+    if max_pixels is not None:
+        shortest = min(processor.video_processor.size["shortest_edge"], max_pixels)
+        kwargs["size"] = {"shortest_edge": shortest, "longest_edge": max_pixels}
     metadata = VideoMetadata(
         total_num_frames=index.frame_count,
         fps=index.fps,
@@ -36,7 +45,7 @@ def processor_inputs(
         processor(
             text=[text],
             videos=[frames],
-            videos_kwargs={"do_sample_frames": False, "video_metadata": [metadata]},
+            videos_kwargs={"do_sample_frames": False, "video_metadata": [metadata], **kwargs},
             return_tensors="pt",
         )
     )

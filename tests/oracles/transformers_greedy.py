@@ -1,0 +1,50 @@
+"""transformers' own greedy answers over a prefix, with the decoder's positions.
+
+``generate`` itself cannot be used for Qwen2.5-VL: its positions after a long video differ from
+vLLM's (models/positions.py), so decoding goes token by token with the plan's positions. For
+Qwen3-VL the two agree, and a test checks that this loop equals ``generate``.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefill_service.models.plan import PrefixPlan
+from tests.oracles.transformers_forward import _load
+
+
+@torch.no_grad()
+def prefix_cache(model: Path, inputs: dict[str, Any], plan: PrefixPlan) -> Any:
+    """transformers' cache of the prefix; ``inputs`` are ``processor_inputs``."""
+    network, _ = _load(model, torch.float32)
+    known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
+    positions = torch.from_numpy(plan.position_ids)[:, None]  # [3, 1, tokens]
+    return network(**known, position_ids=positions, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def greedy(
+    model: Path, cache: Any, prompt: list[int], plan: PrefixPlan, new_tokens: int
+) -> list[int]:
+    """Answer ``prompt``, whose prefix is in ``cache``; ends at the end-of-sequence token."""
+    network, _ = _load(model, torch.float32)
+    cache = copy.deepcopy(cache)
+    tokens, start, answer = prompt[plan.num_tokens :], plan.num_tokens, []
+    while len(answer) < new_tokens:
+        positions = torch.arange(start, start + len(tokens)) + plan.position_delta
+        output = network(
+            input_ids=torch.tensor([tokens]),
+            position_ids=positions.expand(3, 1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        start += len(tokens)
+        tokens = [int(output.logits[0, -1].argmax())]
+        answer += tokens
+        if tokens[0] == network.generation_config.eos_token_id:
+            break
+    return answer

@@ -1,0 +1,84 @@
+"""``prefill-service serve`` as a user runs it: a process, a port, a data directory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from prefill_client import Client
+
+READY = re.compile(r"serving on (\S+:\d+)")
+
+
+@dataclass
+class RunningService:
+    """A service process and where it listens."""
+
+    process: subprocess.Popen[str]
+    address: str
+    log: Path
+
+    def client(self) -> Client:
+        return Client(self.address, timeout=30)
+
+    def children(self, word: str) -> list[psutil.Process]:
+        """Processes below the service whose command line contains ``word``."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(word in part for part in child.cmdline()):
+                    found.append(child)
+        return found
+
+
+@contextmanager
+def running_service(
+    model: Path, folder: Path, *arguments: str, start_s: float = 240.0
+) -> Iterator[RunningService]:
+    """Start, wait until it serves, stop by SIGTERM; nothing may be left running."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "service.log"
+    command = [
+        sys.executable, "-m", "prefill_service.cli", "serve",
+        "--model", str(model), "--port", "0", "--data-dir", str(folder / "data"), *arguments,
+    ]  # fmt: skip
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    try:
+        service = RunningService(process, _wait_ready(process, log, start_s), log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield service
+        family += psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()[-2000:]
+        _, alive = psutil.wait_procs(set(family), timeout=5)
+        assert not alive, f"left running: {alive}"
+    except BaseException:
+        print(log.read_text()[-8000:])
+        raise
+    finally:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.kill()
+
+
+def _wait_ready(process: subprocess.Popen[str], log: Path, start_s: float) -> str:
+    deadline = time.monotonic() + start_s
+    while time.monotonic() < deadline:
+        if found := READY.search(log.read_text()):
+            return found[1]
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise AssertionError(f"the service did not start:\n{log.read_text()[-4000:]}")

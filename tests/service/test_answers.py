@@ -1,0 +1,145 @@
+"""The main promise: through the service, token for token, what vLLM alone answers.
+
+mp4 → gRPC → rank processes → pages → vLLM without a vision tower, against a vLLM with its vision
+tower on the same frames and against transformers, for both families and 1 to 3 ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from prefill_service.config import VideoConfig
+from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.plan import FrameSampling
+from prefill_service.models.planner import PromptPlanner
+from prefill_service.video.frames import FrameStream
+from prefill_service.video.probe import probe_video
+from tests.oracles.transformers_forward import processor_inputs
+from tests.oracles.transformers_greedy import greedy, prefix_cache
+from tests.service.running import running_service
+from tests.vllm_server import VllmServer
+from tools.vllm_alone import Question, Reference, answer
+
+FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
+NEW_TOKENS = 16
+VLLM_BLOCK = 128
+QUESTIONS = ("What is happening in the video?", "Which colours does the last scene have?")
+SIZES = {  # about 200 and at least 8,000 video tokens
+    "short": {"seconds": 5, "fps": 8, "width": 256, "height": 160, "seed": 11},
+    "long": {"seconds": 64, "fps": 8, "width": 416, "height": 320, "seed": 12},
+}
+SAMPLING = {
+    ("qwen3_vl", "short"): {"fps": 2.0},
+    ("qwen3_vl", "long"): {"fps": 2.0, "max_pixels": 416 * 320 * 128},
+    ("qwen2_5_vl", "short"): {"num_frames": 10},
+    ("qwen2_5_vl", "long"): {"fps": 2.0, "max_pixels": 416 * 320},
+}
+
+
+def chats() -> list[list[tuple[str, str]]]:
+    """Two questions, and a chat of two turns that takes the first one up again."""
+    first, second = QUESTIONS
+    return [
+        [("user", first)],
+        [("user", second)],
+        [("user", first), ("assistant", "A disc moves."), ("user", "Where to?")],
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path]
+) -> Callable[[str], dict[str, list[Reference]]]:
+    """``alone(family)[size]``: vLLM's own answers, one per chat; one process per family."""
+    known: dict[str, dict[str, list[Reference]]] = {}
+
+    def get(family: str) -> dict[str, list[Reference]]:
+        if family not in known:
+            questions = [
+                Question(
+                    str(make_video(**SIZES[size])), chat, NEW_TOKENS,
+                    sampling=SAMPLING[family, size],
+                )
+                for size in SIZES
+                for chat in chats()
+            ]  # fmt: skip
+            references = iter(answer(checkpoint(family), questions))
+            known[family] = {size: [next(references) for _ in chats()] for size in SIZES}
+        return known[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_tokens_equal_vllm_alone(
+    checkpoint: Callable[..., Path],
+    make_video: Callable[..., Path],
+    vllm: Callable[[str], VllmServer],
+    alone: Callable[[str], dict[str, list[Reference]]],
+    tmp_path: Path,
+    family: str,
+    ranks: int,
+) -> None:
+    url = vllm(family).url
+    # What an earlier service handed over must not answer for this one.
+    assert httpx.post(f"{url}/reset_prefix_cache").is_success
+    arguments = ("--ranks", str(ranks), "--vllm-url", url)
+    with (
+        running_service(checkpoint(family), tmp_path, *arguments) as service,
+        service.client() as client,
+    ):
+        for size, references in alone(family).items():
+            video = client.upload(make_video(**SIZES[size]))
+            prefix_tokens = 0
+            for number, (chat, reference) in enumerate(zip(chats(), references, strict=True)):
+                got = client.ask_text(
+                    video,
+                    messages=chat,
+                    max_tokens=NEW_TOKENS,
+                    timeout=240,
+                    **SAMPLING[family, size],  # type: ignore[arg-type]
+                )
+                assert list(got.token_ids) == reference.token_ids, f"{size}, chat {number}"
+                assert got.text == reference.text
+                usage = got.usage
+                assert usage.prompt_tokens == len(reference.prompt_token_ids)
+                if number == 0:
+                    prefix_tokens = client.job(got.job_id).prefix_tokens
+                    assert usage.kv_tokens_moved == prefix_tokens
+                    assert 150 < usage.video_tokens < 450 or usage.video_tokens >= 8000
+                else:  # vLLM holds the full blocks; the span's partial last block comes again
+                    assert usage.kv_tokens_moved == prefix_tokens % VLLM_BLOCK
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_vllm_alone_equals_transformers(
+    checkpoint: Callable[..., Path],
+    make_video: Callable[..., Path],
+    alone: Callable[[str], dict[str, list[Reference]]],
+    tmp_path: Path,
+    family: str,
+) -> None:
+    model = checkpoint(family)
+    planner = PromptPlanner(open_checkpoint(str(model)), "float32")
+    for size, references in alone(family).items():
+        video = make_video(**SIZES[size])
+        index = await probe_video(video, VideoConfig())
+        index.save(tmp_path / "index.npz")
+        plan = planner.plan(index, "", FrameSampling(**SAMPLING[family, size]), "")  # type: ignore[arg-type]
+        indices = plan.frame_indices.tolist()
+        with FrameStream(video, tmp_path / "index.npz", indices, VideoConfig()) as stream:
+            frames = np.stack(list(stream))
+        text = planner._prefix_text("")
+        max_pixels = SAMPLING[family, size].get("max_pixels")
+        inputs = processor_inputs(model, frames, plan, index, text, max_pixels)  # type: ignore[arg-type]
+        cache = prefix_cache(model, inputs, plan)
+        for chat, reference in zip(chats(), references, strict=True):
+            prompt = planner.prompt_token_ids(plan, chat)
+            assert prompt == reference.prompt_token_ids
+            assert greedy(model, cache, prompt, plan, NEW_TOKENS) == reference.token_ids

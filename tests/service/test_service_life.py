@@ -1,0 +1,86 @@
+"""Start-up and shutdown of the whole service, its own vLLM included."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.service.running import running_service
+from tests.vllm_server import VllmServer
+
+
+def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    video = make_video(seconds=4, fps=5, width=160, height=120)
+    with running_service(checkpoint("qwen3_vl"), tmp_path, "--ranks", "1") as service:
+        with service.client() as client:
+            before = client.ask_text(video, "What happens?", max_tokens=8)
+            for process in service.children("vllm_server")[:1]:
+                process.kill()
+            after = client.ask_text(video, "What happens?", max_tokens=8, timeout=240)
+        assert after.token_ids == before.token_ids
+        vllm = [p.cmdline() for p in service.children("vllm_server")]
+        assert any("--language-model-only" in line for line in vllm), "vLLM holds a vision tower"
+
+
+def test_a_service_killed_outright_takes_its_ranks_along(
+    checkpoint: Callable[..., Path], vllm: Callable[[str], VllmServer], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "prefill_service.cli", "serve", "--ranks", "2",
+                "--model", str(checkpoint("qwen3_vl")), "--port", "0",
+                "--data-dir", str(tmp_path / "data"), "--vllm-url", vllm("qwen3_vl").url,
+            ],
+            stdout=stream, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while "serving on" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not alive
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prefill_service.cli", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_port_in_use_is_named(
+    checkpoint: Callable[..., Path], vllm: Callable[[str], VllmServer], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = serve(
+            *("--model", str(checkpoint("qwen3_vl")), "--port", str(port)),
+            *("--data-dir", str(tmp_path), "--vllm-url", vllm("qwen3_vl").url),
+        )
+    assert result.returncode == 1
+    assert str(port) in result.stderr.splitlines()[-1]
+    assert "PORT_IN_USE" in result.stderr.splitlines()[-1]
+
+
+def test_a_model_folder_without_a_file_is_named(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "model"))
+    (model / "tokenizer.json").unlink()
+    result = serve("--model", str(model), "--data-dir", str(tmp_path / "data"))
+    assert result.returncode == 1
+    assert "tokenizer.json" in result.stderr.splitlines()[-1]
