@@ -130,6 +130,7 @@ class Service:
             assert self._server is not None
             self._scheduler.drain()
             await self._server.drain(self._config.server.drain_seconds, self._at_once)
+        logger.info("stopped")
 
     async def _start(self, stack: AsyncExitStack) -> str:
         """Start everything; ``stack`` stops it in the reverse order."""
@@ -145,7 +146,11 @@ class Service:
         reports = ReportServer(runtime_dir / "reports.sock")
         await reports.start()
         stack.push_async_callback(reports.stop)
-        planning = Planning(videos, parts.planner, lambda: parts.decoder.max_model_len)
+        planning = Planning(
+            videos,
+            parts.planner,
+            lambda: parts.decoder.max_model_len or config.decoder.max_model_len,
+        )
         stack.callback(planning.close)
         scheduler = self._scheduler = Scheduler(
             store, videos, planning, parts.group, uuid.uuid4().hex, config.engine
@@ -165,13 +170,14 @@ class Service:
         )
         self.port = server.bind()
         stack.push_async_callback(_stop_both, parts)
-        scheduler.start()
+        scheduler.recover()
         stack.push_async_callback(scheduler.stop)
         await server.start()
         stack.push_async_callback(server.stop)
         sweeper = asyncio.create_task(_sweep(videos), name="sweeper")
         stack.callback(sweeper.cancel)
         await _start_both(parts)
+        scheduler.start()
         await server.update_health()
         tls = "TLS" if config.server.tls_cert else "plaintext"
         return (

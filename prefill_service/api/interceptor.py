@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _OURS = "/prefill.v1."
 _HEALTH = "/grpc.health.v1.Health/"
 _ID_FIELDS = ("request_id", "video_id", "job_id")
+_HOLDERS = ("spec", "job", "video")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -84,8 +85,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with _Call(self, details, context) as call:
                 responses = inner(call.noting(request, handler), context)
+                first = True
                 async with aclosing(responses):
                     async for response in responses:
+                        if first:
+                            call.note(response)
+                        first = False
                         yield response
 
         return make(
@@ -156,9 +161,11 @@ class _Call:
         Raises:
             ServiceError: INVALID_REQUEST if ``request_id`` is not a UUID.
         """
-        for part in (message, *(getattr(message, name, None) for name in ("spec", "job", "video"))):
+        places = [message, getattr(message, "progress", None)]  # an AskResponse has its job there
+        places += [getattr(place, name, None) for place in places[:] for name in _HOLDERS]
+        for place in places:
             for name in _ID_FIELDS:
-                value = getattr(part, name, "")
+                value = getattr(place, name, "")
                 if value:
                     self._ids.setdefault(name, value)
         request_id = getattr(message, "request_id", "")

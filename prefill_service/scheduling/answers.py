@@ -20,7 +20,7 @@ from prefill_service.kv.manifest import Manifest
 from prefill_service.kv.protocol import HandoffParams, HandoffReport
 from prefill_service.kv.reports import ReportServer
 from prefill_service.models.plan import PrefixPlan
-from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillSpec
+from prefill_service.scheduling.jobs import ACTIVE, Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import Lease
 from prefill_service.scheduling.sampling import fit_sampling
@@ -169,16 +169,20 @@ class Answers:
             while True:
                 interest = self._scheduler.interest(question.spec, plan)
                 job = await interests.enter_async_context(interest)
+                run.waited = run.waited or job.record.active
                 try:
                     async with aclosing(self._attempt(run, job)) as events:
                         async for event in events:
                             yield event
                     return
                 except ServiceError as error:
-                    await self._prepare_retry(run, error)
+                    await self._prepare_retry(run, job, error)
 
-    async def _prepare_retry(self, run: _Run, error: ServiceError) -> None:
-        """Return if the answer may be tried again after this error, else raise it."""
+    async def _prepare_retry(self, run: _Run, job: Job, error: ServiceError) -> None:
+        """Return if the answer may be tried again after this error, else raise it.
+
+        Where the job has failed too, that is why, and its error is raised.
+        """
         if error.reason in HANDOFF_REASONS:
             kind = "hand-off"
         elif error.reason is Reason.DECODER_UNAVAILABLE:
@@ -186,6 +190,7 @@ class Answers:
         else:
             raise error
         if run.first_token or kind in run.retried:
+            _raise_if_failed(job)
             raise error
         run.retried.add(kind)
         logger.warning("answer on %s: %s; trying again", run.plan.prefix_id, error)
@@ -203,14 +208,16 @@ class Answers:
             await asyncio.sleep(0.1)
 
     async def _attempt(self, run: _Run, job: Job) -> AsyncGenerator[AnswerEvent]:
+        # A hand-off that failed while the ranks worked may have failed because the job is about
+        # to: the second one waits for the job's end.
+        waited_for = ACTIVE if "hand-off" in run.retried else {JobState.QUEUED}
         while True:
             version = job.version
             yield AnswerProgress(self._scheduler.snapshot(job))
-            if job.record.state is not JobState.QUEUED:
+            if job.record.state not in waited_for:
                 break
             await job.changed(version)
-        _raise_unless_alive(job)
-        run.waited = run.waited or job.record.active
+        _raise_if_failed(job)
         lease = self._prefixes.lease(run.plan.prefix_id)
         run.manifest = lease.manifest
         try:
@@ -313,11 +320,7 @@ async def _loss(job: Job, attempt: int) -> ServiceError:
     )  # fmt: skip
 
 
-def _raise_unless_alive(job: Job) -> None:
-    if job.record.state is JobState.EVICTED:
-        raise ServiceError(
-            Reason.UNKNOWN_PREFIX, "the prefix was evicted", prefix_id=job.record.prefix_id
-        )
+def _raise_if_failed(job: Job) -> None:
     if job.record.error is not None:
         raise ServiceError.from_dict(dict(job.record.error))
 

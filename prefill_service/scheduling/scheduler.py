@@ -67,11 +67,15 @@ class Scheduler:
 
     # ---- life ---------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Resume the queue of an earlier run and begin to work."""
+    def recover(self) -> None:
+        """Take over the queue of an earlier run; comes before any other call."""
         for record in self._store.recover(MAX_ATTEMPTS):
             logger.info("resuming %s, attempts so far: %d", record.job_id, record.attempts)
             self._enqueue(Job(record))
+
+    def start(self) -> None:
+        """Begin to work. Not before the group has started once: a service that cannot start
+        must not fail the jobs it found."""
         self._group.on_lost = self._group_lost
         self._tasks = [
             asyncio.create_task(self._work(), name="scheduler"),

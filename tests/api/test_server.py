@@ -220,9 +220,17 @@ async def test_data_dir_in_use(serve: Serve) -> None:
 
 
 async def test_failed_start_of_a_part_ends_the_service(tmp_path: Path, template: Any) -> None:
+    async with serving(tmp_path / "data", template) as s:
+        s.group.step_s = 30
+        job_id = (await s.create()).job_id
+        await s.until(lambda: bool(s.group.started))
+
     class Broken(Group):
         async def start(self) -> None:
             raise ServiceError(Reason.MODEL_INVALID, "config.json is missing")
+
+        async def wait_ready(self) -> None:
+            await self.start()
 
     group = Broken()
     decoder = Decoder(group, start_s=60)
@@ -231,6 +239,8 @@ async def test_failed_start_of_a_part_ends_the_service(tmp_path: Path, template:
         async with serving(tmp_path / "data", template, group, decoder):
             pass
     assert time.monotonic() - begin < 5
+    async with serving(tmp_path / "data", template) as s:  # and the queue is as it was
+        assert (await s.ended(job_id))[-1].state == pb.JOB_STATE_SUCCEEDED
 
 
 async def test_silent_call_survives_client_keepalive(serve: Serve) -> None:
@@ -354,12 +364,12 @@ async def test_internal_errors_are_logged_under_an_id(
 async def test_one_log_line_per_call(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="prefill_service.api.interceptor")
     async with serve() as s:
-        await answer(s.ask())
+        job_id = (await answer(s.ask())).final.job_id
         await error_of(s.get("job_x\nforged"))
     lines = [r.getMessage() for r in caplog.records if r.name.endswith("interceptor")]
     assert len(lines) == 2
     assert lines[0].startswith("AnswerService/Ask OK ")
-    assert f"video_id={s.video_id}" in lines[0]
+    assert f"video_id={s.video_id} job_id={job_id}" in lines[0]
     assert lines[1].startswith("PrefillService/GetPrefillJob NOT_FOUND ")
     assert all("\n" not in line for line in lines)
 

@@ -172,6 +172,16 @@ async def test_mismatch_is_not_tried_again(serve: Serve) -> None:
         assert len(s.decoder.requests) == 1
 
 
+async def test_failed_job_explains_the_failed_handoff(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s = 0.3
+        s.group.failures.append(ServiceError(Reason.DECODE_FAILED, "frame 7 is broken"))
+        s.decoder.faults.append(ServiceError(Reason.HANDOFF_FAILED, "the ranks hung up"))
+        code, reason, _, _ = await error_of(answer(s.ask()))
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DECODE_FAILED")
+        assert len(s.group.started) == 1
+
+
 async def test_rank_death_during_prefill_is_survived(serve: Serve) -> None:
     async with serve() as s:
         s.group.step_s = 0.1
