@@ -19,7 +19,8 @@ class VideoIndex:
         rotation: degrees (0, 90, 180, 270) a decoded frame must be turned counter-clockwise.
         time_base: seconds per unit of ``pts``, as (numerator, denominator).
         pts: [frames] int64, ascending; frame ``i`` is the i-th in presentation order.
-        keyframe: [frames] bool.
+        keyframe: [frames] bool. All False if the file can only be read serially, by counting:
+            its timestamps do not name its frames.
         fps: average frame rate, frames per second.
         duration_s: duration of the stream, seconds.
     """
