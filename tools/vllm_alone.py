@@ -98,8 +98,11 @@ def answer(
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise RuntimeError(f"vLLM alone exited with code {code}; its last lines:\n{tail}")
+            tail = log.read_text(errors="replace").rstrip().splitlines()[-15:]
+            last = tail[-1] if tail else "it logged nothing"
+            raise RuntimeError(
+                f"vLLM alone exited with code {code}: {last}\n" + "\n".join(tail[:-1])
+            )
         return [Reference(**entry) for entry in json.loads(result.read_text())]
 
 
