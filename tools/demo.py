@@ -190,18 +190,19 @@ def _print_answers(asked: Sequence[Asked]) -> None:
 
 def _table(asked: Sequence[Asked], job: Job, upload_s: float) -> Table:
     first, second = (one.answer for one in asked)
+    usages, timings = [first.usage, second.usage], [first.timings, second.timings]
     table = Table("", "question 1", "question 2")
-    table.row("prompt tokens", *(f"{a.usage.prompt_tokens:,}" for a in (first, second)))
-    table.row("video tokens", *(f"{a.usage.video_tokens:,}" for a in (first, second)))
+    table.row("prompt tokens", *(f"{u.prompt_tokens:,}" for u in usages))
+    table.row("video tokens", *(f"{u.video_tokens:,}" for u in usages))
     table.row("upload", f"{upload_s:.2f} s", "-")
     for stage in STAGES:
         seconds = f"{_stage_seconds(job, stage):.2f} s"
         table.row(f"{stage.value.lower()} (slowest rank, stages overlap)", seconds, "-")
     table.row(
-        "hand-off (chunks move as they are computed)",
-        *(f"{a.timings.handoff_s:.3f} s" for a in (first, second)),
+        "hand-off (chunks move as computed)",
+        *(f"{t.handoff_s:.3f} s" for t in timings),
     )
-    table.row("KV tokens moved to vLLM", *(f"{a.usage.kv_tokens_moved:,}" for a in (first, second)))
+    table.row("KV tokens moved to vLLM", *(f"{u.kv_tokens_moved:,}" for u in usages))
     table.row("time to first token", *(f"{one.first_token_s:.2f} s" for one in asked))
     return table
 

