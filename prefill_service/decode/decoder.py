@@ -120,9 +120,15 @@ class Decoder:
         client = self._client
         if client is None or not self._ready:
             raise ServiceError(Reason.DECODER_UNAVAILABLE, f"vLLM is not ready: {self._trouble}")
-        async with aclosing(client.generate(request)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
+        try:
+            async with aclosing(client.generate(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        except ServiceError as error:
+            if error.reason == Reason.DECODER_FAILED:
+                # A dying engine answers running requests with errors before it is gone.
+                await client.check_health()
+            raise
 
     # ---- life ---------------------------------------------------------------------------
 
@@ -175,8 +181,8 @@ class Decoder:
                     if self._process is not None:
                         await self._process.kill()
                     await self._bring_up()
-                except ServiceError as error:
-                    self._down(error.message)
+                except Exception as error:  # the watcher must outlive whatever goes wrong
+                    self._down(str(error))
                     logger.error("vLLM is not back yet, next try in %g s: %s", backoff, error)
                     await asyncio.sleep(backoff)
                     backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,10 +188,8 @@ async def _data_lines(response: aiohttp.ClientResponse) -> AsyncIterator[dict[st
 
 def _failed(status: object, text: str) -> ServiceError:
     message = text
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         message = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        pass
     return ServiceError(
         Reason.DECODER_FAILED,
         f"vLLM answered {status}: {message[:1000]}",

@@ -135,6 +135,7 @@ class VllmProcess:
         environment = dict(os.environ)
         environment["PREFILL_SERVICE_PARENT_PID"] = str(os.getpid())
         environment["VLLM_NO_USAGE_STATS"] = "1"
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override our configuration
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # vllm_server's top level
         if Path(self._model_path).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"

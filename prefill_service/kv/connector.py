@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class PrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class PrefillConnector(KVConnectorBase_V1):
     """Whole video prefixes, loaded asynchronously, never recomputed.
 
     It does not declare ``SupportsHMA``: vLLM then keeps one group of layers.
@@ -135,10 +135,11 @@ class PrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 def _check_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
-    if transfer.kv_load_failure_policy != "fail":
+    policy = None if transfer is None else transfer.kv_load_failure_policy
+    if policy != "fail":
         raise ValueError(
-            f"kv_load_failure_policy={transfer.kv_load_failure_policy!r}: PrefillConnector needs "
-            "'fail'; recomputing a prefix whose pixels vLLM never saw would kill the engine"
+            f"kv_load_failure_policy={policy!r}: PrefillConnector needs 'fail'; recomputing a "
+            "prefix whose pixels vLLM never saw would kill the engine"
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError("PrefillConnector does not support context parallelism in vLLM")

@@ -49,7 +49,7 @@ class Load:
 
 
 @dataclass
-class LoadMetadata(KVConnectorMetadata):  # type: ignore[misc]
+class LoadMetadata(KVConnectorMetadata):
     """What the scheduler's connector tells the workers' in one step."""
 
     loads: list[Load] = field(default_factory=list)

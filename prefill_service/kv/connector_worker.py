@@ -47,7 +47,9 @@ class WorkerSide:
         self._block_size = int(group.kv_cache_spec.block_size)
         self._layer_names = list(group.layer_names)
         self._context = vllm_config.compilation_config.static_forward_context
-        self._dtype: torch.dtype = vllm_config.model_config.dtype
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # a name only before vLLM has resolved it
+        self._dtype = dtype
         self._done = threading.Condition()
         self._active: dict[str, _LoadThread] = {}
         self._finished: set[str] = set()
@@ -121,7 +123,7 @@ class WorkerSide:
         device = self._context[self._layer_names[0]].kv_cache.device
         if device.type != "cuda":
             return nullcontext()
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(stream)
 
@@ -173,7 +175,7 @@ class _LoadThread(threading.Thread):
         load = self._load
         if load.error is not None:
             raise ServiceError.from_dict(load.error)
-        assert self._client is not None and load.manifest is not None
+        assert self._client is not None
         block_ids = torch.tensor(load.block_ids)
         with self._client, self._stream:
             for batch in self._client.fetch(load.start_token, load.end_token):

@@ -259,7 +259,7 @@ class _RankSource(threading.Thread):
         ).copy()
         private = private.reshape(len(pages), layout.page_bytes)
         for page, row, expected in zip(pages, private, checksums, strict=True):
-            actual = xxhash.xxh3_64_intdigest(row)
+            actual = xxhash.xxh3_64_intdigest(row.data)
             if actual != expected:
                 raise ServiceError(
                     Reason.KV_CORRUPT,

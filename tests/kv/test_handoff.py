@@ -254,9 +254,9 @@ def test_source_killed_in_mid_transfer(tmp_path: Path) -> None:
 
 def test_silent_source_times_out(ranks: list[RankProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease")
-    with LocalClient(manifest, "lease", timeout_s=0.3) as client:
-        with pytest.raises(ServiceError) as caught:
-            list(client.fetch())
+    client = LocalClient(manifest, "lease", timeout_s=0.3)
+    with pytest.raises(ServiceError) as caught:
+        list(client.fetch())
     assert caught.value.reason == Reason.HANDOFF_FAILED
     assert "within 0.3 s" in caught.value.message
 
