@@ -33,4 +33,4 @@ if __name__ in ("__main__", "__mp_main__"):
 if __name__ == "__main__":
     from vllm.entrypoints.launchers.api_server.entry import main
 
-    main()
+    main()  # type: ignore[no-untyped-call]
