@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-_schemas: list[object] = []
-
 
 def ensure_torchvision() -> None:
     """Make ``import torchvision`` work when PyPI's CUDA-built wheel meets a CPU-only torch.
@@ -22,15 +20,13 @@ def ensure_torchvision() -> None:
     """
     import torch
 
-    if _schemas or torch.version.cuda is not None:
+    if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
         return
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return
     if "+cu" not in Path(spec.origin).with_name("version.py").read_text():
         return
-    # The definitions live as long as the Library object.
-    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _schemas.append(library)
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{name}", schema)

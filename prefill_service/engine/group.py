@@ -15,10 +15,10 @@ from pathlib import Path
 from prefill_service.config import EngineConfig, VideoConfig, resolve_threads
 from prefill_service.engine import messages as msg
 from prefill_service.engine.process import RankProcess
-from prefill_service.engine.rank import RankSpec, chunk_tokens
 from prefill_service.engine.shards import shard_runs
+from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.manifest import KVLayout, ShardRun
+from prefill_service.kv.manifest import ShardRun
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.layout import deal_patches
@@ -93,13 +93,7 @@ class RankGroup:
         self._device = device
         self._runtime_dir = runtime_dir
         self.generation = 0
-        self.layout = KVLayout(
-            checkpoint.num_layers,
-            checkpoint.num_kv_heads,
-            checkpoint.head_dim,
-            dtype,
-            engine.page_tokens,
-        )
+        self.layout = kv_layout(checkpoint, dtype, engine)
         self.endpoints: tuple[str, ...] = ()
         self.on_lost: Callable[[int], None] | None = None
         self._ranks: list[RankProcess] = []

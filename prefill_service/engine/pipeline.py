@@ -66,10 +66,11 @@ class StageClock:
             self.report(stage, done, total, seconds)
 
 
-class PrefillPipeline:
-    """Runs tasks on this rank, in step with the other ranks of its group.
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """What this rank is and has, for every task.
 
-    Args:
+    Attributes:
         model, group, store: this rank's.
         kv_layout: of a page.
         video: limits for decoding.
@@ -78,55 +79,42 @@ class PrefillPipeline:
         tick: called after each unit of work; liveness for the heartbeat.
     """
 
-    def __init__(
-        self,
-        model: PrefillModel,
-        group: SPGroup,
-        store: ShardStore,
-        kv_layout: KVLayout,
-        video: VideoConfig,
-        chunk_tokens: int,
-        send: Callable[[Progress], None],
-        tick: Callable[[], None],
-    ) -> None:
-        self._model = model
-        self._group = group
-        self._store = store
-        self._kv_layout = kv_layout
-        self._video = video
-        self._chunk_tokens = chunk_tokens
-        self._send = send
-        self._tick = tick
+    model: PrefillModel
+    group: SPGroup
+    store: ShardStore
+    kv_layout: KVLayout
+    video: VideoConfig
+    chunk_tokens: int
+    send: Callable[[Progress], None]
+    tick: Callable[[], None]
 
-    def run(self, task: PrefillTask, cancelled: threading.Event) -> RankDone:
-        """Compute this rank's share of the task.
 
-        Raises:
-            TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
-        """
-        manifest = task.manifest
-        rank = self._group.rank
-        # A rank without any share (fewer patches than ranks) holds one unused page.
-        pages = max(1, pages_of_rank(manifest.runs, rank, self._kv_layout))
-        writer = self._store.create(manifest.prefix_id, manifest.generation, pages)
-        bytes_before = self._group.meter.bytes_received
-        run = _TaskRun(self, task, writer, cancelled)
-        try:
-            run.execute()
-        except TaskAborted as aborted:
-            writer.fail(
-                aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped")
-            )
-            self._store.drop(manifest.prefix_id)
-            raise
-        finally:
-            run.close()
-        return RankDone(
-            task.job_id,
-            rank,
-            {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
-            self._group.meter.bytes_received - bytes_before,
-        )
+def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -> RankDone:
+    """Compute this rank's share of the task, in step with the other ranks of its group.
+
+    Raises:
+        TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
+    """
+    manifest = task.manifest
+    # A rank without any share (fewer patches than ranks) holds one unused page.
+    pages = max(1, pages_of_rank(manifest.runs, rank.group.rank, rank.kv_layout))
+    writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
+    bytes_before = rank.group.meter.bytes_received
+    run = _TaskRun(rank, task, writer, cancelled)
+    try:
+        run.execute()
+    except TaskAborted as aborted:
+        writer.fail(aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped"))
+        rank.store.drop(manifest.prefix_id)
+        raise
+    finally:
+        run.close()
+    return RankDone(
+        task.job_id,
+        rank.group.rank,
+        {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
+        rank.group.meter.bytes_received - bytes_before,
+    )
 
 
 class _TaskRun:
@@ -134,22 +122,22 @@ class _TaskRun:
 
     def __init__(
         self,
-        pipeline: PrefillPipeline,
+        rank: RankContext,
         task: PrefillTask,
         writer: ShardWriter,
         cancelled: threading.Event,
     ) -> None:
-        self._p = pipeline
+        self._rank = rank
         self._plan = task.plan
         self._writer = writer
         self._cancelled = cancelled
-        group, layout, model = pipeline._group, pipeline._kv_layout, pipeline._model
+        group, layout, model = rank.group, rank.kv_layout, rank.model
         self.clock = StageClock(
-            lambda stage, done, total, seconds: pipeline._send(
+            lambda stage, done, total, seconds: rank.send(
                 Progress(task.job_id, group.rank, stage, done, total, seconds)
             )
         )
-        self._chunks = deal_patches(task.plan.patch_ends, group.size, pipeline._chunk_tokens)
+        self._chunks = deal_patches(task.plan.patch_ends, group.size, rank.chunk_tokens)
         self._shares = list(self._chunks.of_rank(group.rank))
         self._last_layer = layout.num_layers - 1
         self._exchange = GatherExchange(
@@ -166,7 +154,7 @@ class _TaskRun:
         preprocess = model.preprocessor(task.plan)
         self._feeder = ChunkFeeder(
             lambda indices: FrameStream(
-                Path(task.video_path), Path(task.index_path), indices, pipeline._video
+                Path(task.video_path), Path(task.index_path), indices, rank.video
             ),
             preprocess,
             task.plan.frame_indices,
@@ -199,14 +187,14 @@ class _TaskRun:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """This rank's keys and values of one layer: to its pages, and to the other ranks."""
-        if self._p._model.device.type == "cpu":
+        if self._rank.model.device.type == "cpu":
             # On a GPU a layer is far shorter than a second; there, once per chunk is enough.
             self._checkpoint()
         if len(k):
             self._writer.write(layer, self._page, k, v)
         if layer < self._last_layer:
             self._exchange.store(layer, k, v)
-        self._p._tick()
+        self._rank.tick()
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
@@ -225,8 +213,8 @@ class _TaskRun:
         if pixels is None:
             return []  # cancelled; the checkpoint that follows tells everybody
         start = time.perf_counter()
-        features = self._p._model.encode(pixels.pixel_values, pixels.grid_thw)
-        self._p._tick()
+        features = self._rank.model.encode(pixels.pixel_values, pixels.grid_thw)
+        self._rank.tick()
         self._patches_done += share.num_patches
         patches = sum(s.num_patches for s in self._shares)
         self.clock.add(Stage.VISION, self._patches_done, patches, start)
@@ -234,20 +222,20 @@ class _TaskRun:
 
     def _prefill(self, share: Share, features: list[VisionFeatures]) -> None:
         tokens = slice(share.start_token, share.end_token)
-        self._p._model.prefill(
+        self._rank.model.prefill(
             self._plan.token_ids[tokens],
             self._plan.position_ids[:, tokens],
             self._plan.video_token_id,
             features,
             self,
         )
-        pages = self._p._kv_layout.pages_for(share.num_tokens)
+        pages = self._rank.kv_layout.pages_for(share.num_tokens)
         self._writer.seal_pages(self._page, pages)
         self._page += pages
 
     def _stand_by(self) -> None:
         """A rank without a share in this chunk still receives the others' keys and values."""
-        layout, model = self._p._kv_layout, self._p._model
+        layout, model = self._rank.kv_layout, self._rank.model
         empty = torch.empty(
             (0, layout.num_kv_heads, layout.head_dim), dtype=model.dtype, device=model.device
         )
@@ -257,10 +245,10 @@ class _TaskRun:
     def _checkpoint(self, error: ServiceError | None = None) -> None:
         """Synchronisation point: all ranks go on, or all raise."""
         mine = Status.CANCELLED if self._cancelled.is_set() else Status.FINE
-        status = Status(self._p._group.agree(Status.FAILED if error else mine))
+        status = Status(self._rank.group.agree(Status.FAILED if error else mine))
         if status is not Status.FINE:
             raise TaskAborted(status, error)
 
     def _on_frames(self, done: int, total: int, seconds: float) -> None:
-        self._p._tick()
+        self._rank.tick()
         self.clock.set(Stage.DECODE, done, total, seconds)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from prefill_service.engine import messages as msg
-from prefill_service.engine.rank import RankSpec
+from prefill_service.engine.spec import RankSpec
 
 
 class RankProcess:

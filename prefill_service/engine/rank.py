@@ -13,41 +13,25 @@ import queue
 import signal
 import sys
 import threading
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from prefill_service.config import EngineConfig, VideoConfig
+import torch
+import transformers
+
 from prefill_service.engine import messages as msg
+from prefill_service.engine.pipeline import RankContext, Status, TaskAborted, run_task
+from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.checkpoint import Checkpoint
+from prefill_service.kv.page_server import PageServer
+from prefill_service.kv.segment import ShardStore
+from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.parallel.group import form_group
 
 logger = logging.getLogger("prefill_service.rank")
 
 _HEARTBEAT_S = 1.0
-_DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
-
-
-@dataclass(frozen=True, slots=True)
-class RankSpec:
-    """What a rank needs to start."""
-
-    rank: int
-    generation: int
-    engine: EngineConfig
-    video: VideoConfig
-    checkpoint: Checkpoint
-    dtype: str
-    device: str
-    threads: int
-    init_method: str
-    socket_path: str
-
-
-def chunk_tokens(engine: EngineConfig, device: str) -> int:
-    """Tokens per chunk and rank: as configured, or a device's default."""
-    return engine.chunk_tokens or _DEFAULT_CHUNK_TOKENS[device]
 
 
 class Rank:
@@ -69,69 +53,46 @@ class Rank:
 
     def run(self) -> None:
         """Load, join the group, serve until told to leave."""
-        import torch
-        import transformers
+        context = self._load()
+        self._store = context.store
+        server = PageServer(context.store, Path(self._spec.socket_path))
+        threading.Thread(target=self._listen, name="listener", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        endpoint = f"unix:{self._spec.socket_path}"
+        device = str(context.model.device)
+        self._send(msg.Ready(self._spec.rank, os.getpid(), endpoint, context.kv_layout, device))
+        try:
+            while (task := self._tasks.get()) is not None:
+                self._busy = True
+                self._run_task(context, task)
+                self._busy = False
+        finally:
+            server.close()
 
-        from prefill_service.engine.pipeline import PrefillPipeline
-        from prefill_service.kv.manifest import KVLayout
-        from prefill_service.kv.page_server import PageServer
-        from prefill_service.kv.segment import ShardStore
-        from prefill_service.models.prefill_model import PrefillModel
-        from prefill_service.parallel.group import form_group, leave_group
-
-        spec, checkpoint = self._spec, self._spec.checkpoint
-        transformers.utils.logging.disable_progress_bar()
+    def _load(self) -> RankContext:
+        spec = self._spec
         torch.set_num_threads(spec.threads)
         device = torch.device(f"cuda:{spec.rank}" if spec.device == "cuda" else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        layout = KVLayout(
-            checkpoint.num_layers,
-            checkpoint.num_kv_heads,
-            checkpoint.head_dim,
-            spec.dtype,
-            spec.engine.page_tokens,
+        layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
+        model = PrefillModel(spec.checkpoint, getattr(torch, spec.dtype), device)
+        timeout_s = spec.engine.collective_timeout_s
+        return RankContext(
+            model=model,
+            group=form_group(spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s),
+            store=ShardStore(layout, spec.generation),
+            kv_layout=layout,
+            video=spec.video,
+            chunk_tokens=chunk_tokens(spec.engine, device.type),
+            send=self._send,
+            tick=self._tick,
         )
-        self._store = ShardStore(layout, spec.generation)
-        model = PrefillModel(checkpoint, getattr(torch, spec.dtype), device)
-        group = form_group(
-            spec.rank,
-            spec.engine.ranks,
-            spec.init_method,
-            device,
-            spec.engine.collective_timeout_s,
-        )
-        server = PageServer(self._store, Path(spec.socket_path))
-        pipeline = PrefillPipeline(
-            model,
-            group,
-            self._store,
-            layout,
-            spec.video,
-            chunk_tokens(spec.engine, device.type),
-            self._send,
-            self._tick,
-        )
-        threading.Thread(target=self._listen, name="listener", daemon=True).start()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        self._send(
-            msg.Ready(spec.rank, os.getpid(), f"unix:{spec.socket_path}", layout, str(device))
-        )
-        try:
-            while (task := self._tasks.get()) is not None:
-                self._busy = True
-                self._run_task(pipeline, task)
-                self._busy = False
-        finally:
-            server.close()
-        leave_group(group)
 
-    def _run_task(self, pipeline: Any, task: msg.PrefillTask) -> None:
-        from prefill_service.engine.pipeline import Status, TaskAborted
-
+    def _run_task(self, context: RankContext, task: msg.PrefillTask) -> None:
         cancelled = self._cancelled[task.job_id]
         try:
-            self._send(pipeline.run(task, cancelled))
+            self._send(run_task(context, task, cancelled))
         except TaskAborted as aborted:
             error = aborted.error or ServiceError(
                 Reason.CANCELLED,
@@ -188,25 +149,27 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
     spec: RankSpec = pipe.recv()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(
         level=os.environ.get("PREFILL_LOG_LEVEL", "INFO"),
         format=f"%(asctime)s %(levelname)s rank{spec.rank} %(name)s: %(message)s",
     )
+    messages: Any = transformers.utils.logging
+    messages.disable_progress_bar()
+    messages.set_verbosity_error()
+    code = 0
     try:
         Rank(spec, pipe).run()
-    except ServiceError as error:
-        pipe.send(msg.RankCrashed(spec.rank, error.to_dict()))
-        sys.exit(1)
     except Exception as error:
         logger.exception("rank %d failed", spec.rank)
-        failed = ServiceError(
-            Reason.RANK_DIED, f"rank {spec.rank} failed: {error!r}", rank=spec.rank
-        )
-        pipe.send(msg.RankCrashed(spec.rank, failed.to_dict()))
-        # A peer may be blocked in a collective with us: no orderly goodbye.
-        os._exit(1)
+        if not isinstance(error, ServiceError):
+            text = f"rank {spec.rank} failed: {error!r}"
+            error = ServiceError(Reason.RANK_DIED, text, rank=spec.rank)
+        pipe.send(msg.RankCrashed(spec.rank, error.to_dict()))
+        code = 1
+    # No orderly goodbye: a peer may be blocked in a collective with us, and a process group's
+    # tear-down would wait for it.
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,3 @@ def form_group(
     data = dist.group.WORLD
     control = data if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return SPGroup(rank, size, data, control)
-
-
-def leave_group(group: SPGroup) -> None:
-    """Undo ``form_group``."""
-    if group.size > 1:
-        dist.destroy_process_group()
