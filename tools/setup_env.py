@@ -206,6 +206,8 @@ class Environment:
 
 
 def _last_error(error: SetupError) -> str:
+    if "ResolutionImpossible" in str(error):  # pip's answer to a pin that the index has not
+        return "no such version there"
     lines = [line for line in str(error).splitlines() if line.startswith("ERROR")]
     return lines[-1] if lines else str(error).splitlines()[-1]
 
