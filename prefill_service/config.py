@@ -91,7 +91,7 @@ class DecoderConfig:
     """vLLM."""
 
     url: str = _opt("", "URL of a running vLLM; empty: the service starts its own.")
-    max_model_len: int = _opt(0, "Context in tokens; 0: the model's, if vLLM's KV space holds it, else less.")
+    max_model_len: int = _opt(0, "Context in tokens; 0: the model's, or what the KV space holds.")
     block_size: int = _opt(0, "vLLM's block size; 0: vLLM's default.")
     kv_cache_gib: float = _opt(1.0, "CPU KV space of the embedded vLLM, GiB.")
     gpu_memory_utilization: float = _opt(0.45, "Share of GPU memory for the embedded vLLM.")

@@ -48,6 +48,7 @@ class Parts:
     planner: PromptPlanner
     group: RankGroup
     decoder: Decoder
+    submit_early: bool = True
 
 
 def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Parts:
@@ -69,6 +70,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
         PromptPlanner(checkpoint, dtype),
         RankGroup(engine, config.video, checkpoint, dtype, device, runtime_dir),
         Decoder(config.decoder, str(checkpoint.path), dtype, data_dir),
+        submit_early=device != "cpu",
     )
 
 
@@ -156,7 +158,9 @@ class Service:
             store, videos, planning, parts.group, uuid.uuid4().hex, config.engine
         )
         wait_s = REMOTE_DECODER_WAIT_S if config.decoder.url else config.decoder.start_timeout_s
-        answers = Answers(planning, scheduler, parts.decoder, reports, wait_s)
+        answers = Answers(
+            planning, scheduler, parts.decoder, reports, wait_s, submit_early=parts.submit_early
+        )
         server = self._server = ApiServer(
             config.server,
             VideoServicer(videos),

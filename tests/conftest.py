@@ -14,6 +14,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_SERVER_DEV_MODE="1",  # POST /reset_prefix_cache
 )
 
 import hashlib

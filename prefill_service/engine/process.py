@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from prefill_service.engine import messages as msg
 from prefill_service.engine.spec import RankSpec
@@ -115,6 +116,8 @@ def _environment(spec: RankSpec) -> dict[str, str]:
         # them (measured up to tenfold slow-down on two cores).
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
+        # What a killed rank leaves behind is removed with the service's runtime directory.
+        "TMPDIR": str(Path(spec.socket_path).parent),
     }
 
 
