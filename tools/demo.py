@@ -116,20 +116,29 @@ def _ask_service(model: Path, path: Path, data_dir: Path) -> tuple[Video, float,
         with Line(f"service: {RANKS} ranks and vLLM, log in {log.relative_to(ROOT)}") as line:
             service.wait_ready(START_TIMEOUT_S, lambda seconds: line.show(f"{seconds:.0f} s"))
             line.done(f"serving on {service.address}")
-        with Client(service.address) as client:
-            begin = time.monotonic()
-            with Line("upload") as line:
-                video = client.upload(path, progress=lambda p: line.show(_upload_text(p)))
-                line.done(f"{video.video_id}: {_describe(video)}")
-            upload_s = time.monotonic() - begin
-            asked = [_ask(client, video, text) for text in QUESTIONS]
-            job = client.job(asked[0].answer.job_id)
+        try:
+            with Client(service.address) as client:
+                video, upload_s = _upload(client, path)
+                asked = [_ask(client, video, text) for text in QUESTIONS]
+                job = client.job(asked[0].answer.job_id)
+        except PrefillError:
+            service.check()  # a dead service is the better reason
+            raise
         with Line("stopping the service") as line:
             killed = service.stop()
             line.done("stopped")
         if killed:
             raise DemoError(f"the service left processes behind: {'; '.join(killed)}")
     return video, upload_s, asked, job
+
+
+def _upload(client: Client, path: Path) -> tuple[Video, float]:
+    """The video and the seconds it took, probing included."""
+    begin = time.monotonic()
+    with Line("upload") as line:
+        video = client.upload(path, progress=lambda p: line.show(_upload_text(p)))
+        line.done(f"{video.video_id}: {_describe(video)}")
+    return video, time.monotonic() - begin
 
 
 def _ask(client: Client, video: Video, text: str) -> Asked:
@@ -199,7 +208,7 @@ def _table(asked: Sequence[Asked], job: Job, upload_s: float) -> Table:
         seconds = f"{_stage_seconds(job, stage):.2f} s"
         table.row(f"{stage.value.lower()} (slowest rank, stages overlap)", seconds, "-")
     table.row(
-        "hand-off (chunks move as computed)",
+        "hand-off",
         *(f"{t.handoff_s:.3f} s" for t in timings),
     )
     table.row("KV tokens moved to vLLM", *(f"{u.kv_tokens_moved:,}" for u in usages))

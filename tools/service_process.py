@@ -69,15 +69,19 @@ class ServiceProcess:
         start = time.monotonic()
         while not self._serving.wait(0.5):
             elapsed = time.monotonic() - start
-            code = self._process.poll()
-            if code is not None:
-                raise RuntimeError(f"the service exited with code {code}: {self._last_words()}")
+            self.check()
             if elapsed > timeout_s:
                 raise RuntimeError(
                     f"the service did not serve within {timeout_s:g} s: {self._last_words()}"
                 )
             tick(elapsed)
         self._family = self._running()
+
+    def check(self) -> None:
+        """Raise RuntimeError if it has ended, with its exit code and the last line of its log."""
+        code = self._process.poll()
+        if code is not None:
+            raise RuntimeError(f"the service exited with code {code}: {self._last_words()}")
 
     def stop(self) -> list[str]:
         """SIGTERM, and SIGKILL for whatever of it still runs a minute later.
