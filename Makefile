@@ -14,7 +14,7 @@ demo: setup ## A video, two ranks, vLLM, two questions: upload to answer
 	@$(BIN)/python -m tools.demo
 
 test: lint ## Lint, types and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

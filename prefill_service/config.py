@@ -6,6 +6,7 @@ with the offending name and what would be accepted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tomllib
@@ -77,7 +78,7 @@ class EngineConfig:
     chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.")
     threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.")
     page_tokens: int = _opt(64, "Tokens per KV page.")
-    kv_pool_bytes: int = _opt(2 << 30, "KV bytes kept for hand-off, over all ranks.")
+    kv_pool_bytes: int = _opt(0, "KV bytes kept for hand-off; 0: a quarter of the memory.")
     heartbeat_timeout_s: float = _opt(10.0, "A rank that is silent for longer is killed.")
     stall_timeout_s: float = _opt(300.0, "A busy rank without progress for longer is killed.")
     collective_timeout_s: float = _opt(600.0, "Timeout of one collective.")
@@ -196,6 +197,7 @@ def validate(config: ServiceConfig) -> None:
           "auto, float32, bfloat16 or float16")  # fmt: skip
     check(engine.chunk_tokens >= 0, "engine.chunk_tokens", engine.chunk_tokens, "0 or more")
     check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
+    check(engine.kv_pool_bytes >= 0, "engine.kv_pool_bytes", engine.kv_pool_bytes, "0 or more")
     check(engine.lease_ttl_s > 0, "engine.lease_ttl_s", engine.lease_ttl_s, "more than 0")
     check(video.reader in ("pyav", "opencv"), "video.reader", video.reader, "pyav or opencv")
     check(decoder.max_model_len >= 0, "decoder.max_model_len", decoder.max_model_len, "0 or more")
@@ -209,3 +211,13 @@ def resolve_threads(engine: EngineConfig) -> int:
         return engine.threads_per_rank
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // engine.ranks)
+
+
+def resolve_kv_pool_bytes(engine: EngineConfig) -> int:
+    """KV bytes over all ranks: as configured, or a quarter of what this machine or cgroup has."""
+    if engine.kv_pool_bytes:
+        return engine.kv_pool_bytes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory // 4

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from prefill_service.config import EngineConfig
+from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.scheduling.job_store import JobStore, new_job_id
@@ -54,7 +54,7 @@ class Scheduler:
         self._group = group
         self._max_queued = config.max_queued_jobs
         self.prefixes = PrefixRegistry(
-            group, config.kv_pool_bytes, config.lease_ttl_s, self._evicted
+            group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self._evicted
         )
         self._runner = PrefillRunner(group, self.prefixes, engine_id, planning)
         self._jobs: dict[str, Job] = {}

@@ -184,4 +184,7 @@ def video_stream(container: InputContainer, limits: VideoConfig) -> VideoStream:
         )
     if context.width * context.height > limits.max_frame_pixels:
         raise pixels_exceeded(context.width, context.height, limits)
+    # The options of open() reach FFmpeg's probing only, not the context that will decode: a
+    # stream may change its size on the way.
+    context.options = {**context.options, "max_pixels": str(_guard_pixels(limits))}
     return stream

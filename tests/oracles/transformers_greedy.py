@@ -48,3 +48,12 @@ def greedy(
         if tokens[0] == network.generation_config.eos_token_id:
             break
     return answer
+
+
+@torch.no_grad()
+def generate(model: Path, inputs: dict[str, Any], new_tokens: int) -> list[int]:
+    """transformers' ``generate`` on a whole prompt; ``inputs`` are ``processor_inputs``."""
+    network, _ = _load(model, torch.float32)
+    known = {k: v for k, v in inputs.items() if k != "video_metadata"}
+    output = network.generate(**known, max_new_tokens=new_tokens, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()

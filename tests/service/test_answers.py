@@ -21,7 +21,7 @@ from prefill_service.models.planner import PromptPlanner
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.probe import probe_video
 from tests.oracles.transformers_forward import processor_inputs
-from tests.oracles.transformers_greedy import greedy, prefix_cache
+from tests.oracles.transformers_greedy import generate, greedy, prefix_cache
 from tests.service.running import running_service
 from tests.vllm_server import VllmServer
 from tools.vllm_alone import Question, Reference, answer
@@ -147,3 +147,7 @@ async def test_vllm_alone_equals_transformers(
             prompt = planner.prompt_token_ids(plan, chat)
             assert prompt == reference.prompt_token_ids
             assert greedy(model, cache, prompt, plan, NEW_TOKENS) == reference.token_ids
+        if family == "qwen3_vl":  # positions agree: generate() itself, from the pixels on
+            text = planner._render("", chats()[0], add_generation_prompt=True)
+            inputs = processor_inputs(model, frames, plan, index, text, max_pixels)  # type: ignore[arg-type]
+            assert generate(model, inputs, NEW_TOKENS) == references[0].token_ids
