@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 
 from prefill_service.engine.messages import Stage
 from prefill_service.errors import Reason, ServiceError
@@ -50,6 +53,22 @@ async def test_kv_equals_transformers(
             layout = harness.group.layout
             moved = (layout.num_layers - 1) * layout.token_bytes // layout.num_layers
             assert outcome.bytes_received == moved * plan.num_tokens * (ranks - 1)
+
+
+async def test_bfloat16_is_as_close_to_float32_as_transformers_is(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, video = checkpoint("qwen3_vl"), make_video(**VIDEOS[1])
+    async with running_group(model, tmp_path, 2, chunk_tokens=30, dtype="bfloat16") as harness:
+        plan, index = await harness.plan(video, FrameSampling(fps=4.0))
+        task = harness.task(video, plan)
+        await harness.prefill(task)
+        ours = harness.read_kv(task)
+        text = harness.planner._prefix_text("")
+        inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
+    exact, theirs = (prefix_kv(model, inputs, plan, d) for d in (torch.float32, torch.bfloat16))
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -168,8 +187,6 @@ async def test_a_frame_that_cannot_be_decoded_fails_the_job_only(
     data[middle : middle + 200_000] = bytes(200_000)
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(data)
-    from dataclasses import replace
-
     generation = pair.group.generation
     with pytest.raises(ServiceError, match="frame") as caught:
         await pair.prefill(replace(task, video_path=str(broken)))
@@ -182,8 +199,6 @@ async def test_a_frame_that_cannot_be_decoded_fails_the_job_only(
 async def test_a_manifest_of_an_earlier_generation_is_refused(
     pair: Harness, make_video: Callable[..., Path]
 ) -> None:
-    from dataclasses import replace
-
     video = make_video(**VIDEOS[1])
     plan, _ = await pair.plan(video)
     task = pair.task(video, plan)
@@ -196,8 +211,6 @@ async def test_a_manifest_of_an_earlier_generation_is_refused(
 async def test_a_checkpoint_that_does_not_load_fails_the_start(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     model = Path(shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "model"))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
