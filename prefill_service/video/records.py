@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +12,12 @@ from typing import Any
 from prefill_service.video.index import VideoIndex
 
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's: no i, l, o, u
+_VIDEO_ID = re.compile("vid_[0-9a-z]{26}")
+
+
+def is_video_id(text: str) -> bool:
+    """Whether ``text`` can be a video's id. Nothing else may become part of a path."""
+    return _VIDEO_ID.fullmatch(text) is not None
 
 
 def new_video_id() -> str:

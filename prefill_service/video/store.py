@@ -22,7 +22,13 @@ from prefill_service.video import files
 from prefill_service.video.arguments import check_name, check_request_id, check_size, invalid
 from prefill_service.video.catalog import Catalog, Row
 from prefill_service.video.probe import probe_video
-from prefill_service.video.records import VideoInfo, VideoRecord, VideoState, new_video_id
+from prefill_service.video.records import (
+    VideoInfo,
+    VideoRecord,
+    VideoState,
+    is_video_id,
+    new_video_id,
+)
 
 log = logging.getLogger("prefill_service.video")
 
@@ -91,11 +97,17 @@ class VideoStore:
 
     # ---- paths, rows, records ---------------------------------------------------------
 
+    def _home(self, video_id: str) -> Path:
+        """A video's folder; ids come from clients, and ``../..`` is not one."""
+        if not is_video_id(video_id):
+            raise _unknown(video_id)
+        return self._folder / video_id
+
     def _input(self, video_id: str) -> Path:
-        return self._folder / video_id / "input.bin"
+        return self._home(video_id) / "input.bin"
 
     def _index(self, video_id: str) -> Path:
-        return self._folder / video_id / "index.npz"
+        return self._home(video_id) / "index.npz"
 
     def _lock(self, video_id: str) -> threading.Lock:
         return self._locks.setdefault(video_id, threading.Lock())
@@ -106,9 +118,7 @@ class VideoStore:
     def _row(self, video_id: str) -> Row:
         row = self._catalog.get(video_id)
         if row is None:
-            raise ServiceError(
-                Reason.UNKNOWN_VIDEO, f"there is no video {video_id!r}", video_id=video_id
-            )
+            raise _unknown(video_id)
         return row
 
     def _record(self, row: Row) -> VideoRecord:
@@ -404,6 +414,7 @@ class VideoStore:
         Raises:
             ServiceError: UNKNOWN_VIDEO, VIDEO_NOT_READY.
         """
+        self._home(video_id)  # what is not an id has no files to let go of
         self._holds[video_id] += 1  # before looking, so that no sweep comes in between
         try:
             record = await self.touch(video_id)
@@ -452,7 +463,7 @@ class VideoStore:
             return deleted
 
     def _remove_files(self, video_id: str) -> None:
-        shutil.rmtree(self._folder / video_id, ignore_errors=True)
+        shutil.rmtree(self._home(video_id), ignore_errors=True)
         self._locks.pop(video_id, None)
 
     async def sweep(self) -> Sequence[str]:
@@ -465,6 +476,10 @@ class VideoStore:
                 removed.append(row.video_id)
                 log.info("video %s (%s) has expired", row.video_id, row.display_name)
         return removed
+
+
+def _unknown(video_id: str) -> ServiceError:
+    return ServiceError(Reason.UNKNOWN_VIDEO, f"there is no video {video_id!r}", video_id=video_id)
 
 
 def _raise_if_failed(row: Row) -> None:

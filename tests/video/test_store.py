@@ -310,6 +310,16 @@ async def test_unknown_ids(store: VideoStore) -> None:
     assert store._locks.keys() <= {"create", "import", "vid_nothing"}
 
 
+async def test_ids_that_are_paths_reach_no_files(store: VideoStore, tmp_path: Path) -> None:
+    """A prefill or question names a video; whatever it names, nothing outside is touched."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for path in ("../../outside", str(outside), "..", ".", "", "vid_../../../outside"):
+        await refused(Reason.UNKNOWN_VIDEO, store.hold(path).__aenter__())
+    assert outside.is_dir()
+    assert (tmp_path / "data" / "videos").is_dir()
+
+
 async def test_pages_are_newest_first_and_complete(store: VideoStore, video: bytes) -> None:
     made = [(await create(store, video)).video_id for _ in range(7)]
     seen, token = [], ""
