@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import tomllib
 import types
@@ -18,10 +19,16 @@ from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
 
+HEARTBEAT_S = 1.0
+"""How often a rank says that it lives."""
 
-def _opt(default: Any, text: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": text})
+LEAST_DECODER_BYTES = 512 << 20
+"""Address space: of a decoder process, the libraries alone map up to 400 MiB (OpenCV)."""
+
+
+def _opt(default: Any, text: str, zero: bool = False) -> Any:
+    """A dataclass field with its help text. Numbers are more than 0, or 0 too if ``zero``."""
+    return field(default=default, metadata={"help": text, "zero": zero})
 
 
 @dataclass(slots=True)
@@ -29,14 +36,14 @@ class ServerConfig:
     """The gRPC front."""
 
     host: str = _opt("127.0.0.1", "Address to bind; other than loopback it needs TLS or insecure.")
-    port: int = _opt(50051, "Port to bind; 0 picks a free one.")
+    port: int = _opt(50051, "Port to bind; 0 picks a free one.", zero=True)
     insecure: bool = _opt(False, "Allow a non-loopback address without TLS.")
     tls_cert: str = _opt("", "PEM certificate chain.")
     tls_key: str = _opt("", "PEM private key.")
     tls_client_ca: str = _opt("", "PEM of the CA that client certificates must come from (mTLS).")
     auth_token_file: str = _opt("", "File with the bearer token that clients must send.")
     reflection: bool = _opt(True, "Serve gRPC reflection.")
-    drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.")
+    drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.", zero=True)
     max_concurrent_calls: int = _opt(256, "Calls at once; more get RESOURCE_EXHAUSTED.")
 
 
@@ -50,7 +57,7 @@ class StorageConfig:
         metadata={"help": "Folders ImportVideo may read from. None by default."},
     )
     max_upload_bytes: int = _opt(8 << 30, "Largest upload.")
-    min_free_bytes: int = _opt(256 << 20, "Space that uploads leave free on the disk.")
+    min_free_bytes: int = _opt(256 << 20, "Space that uploads leave free on the disk.", zero=True)
     expire_hours: float = _opt(48.0, "Unused videos and unfinished uploads are removed after this.")
 
 
@@ -75,10 +82,14 @@ class EngineConfig:
     ranks: int = _opt(2, "Ranks of the sequence-parallel group.")
     device: str = _opt("auto", "cpu, cuda or auto.")
     dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
-    chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.")
-    threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.")
+    chunk_tokens: int = _opt(
+        0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", zero=True
+    )
+    threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.", zero=True)
     page_tokens: int = _opt(64, "Tokens per KV page.")
-    kv_pool_bytes: int = _opt(0, "KV bytes kept for hand-off; 0: a quarter of the memory.")
+    kv_pool_bytes: int = _opt(
+        0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True
+    )
     heartbeat_timeout_s: float = _opt(10.0, "A rank that is silent for longer is killed.")
     stall_timeout_s: float = _opt(300.0, "A busy rank without progress for longer is killed.")
     collective_timeout_s: float = _opt(600.0, "Timeout of one collective.")
@@ -92,8 +103,10 @@ class DecoderConfig:
     """vLLM."""
 
     url: str = _opt("", "URL of a running vLLM; empty: the service starts its own.")
-    max_model_len: int = _opt(0, "Context in tokens; 0: the model's, or what the KV space holds.")
-    block_size: int = _opt(0, "vLLM's block size; 0: vLLM's default.")
+    max_model_len: int = _opt(
+        0, "Context in tokens; 0: the model's, or what the KV space holds.", zero=True
+    )
+    block_size: int = _opt(0, "vLLM's block size; 0: vLLM's default.", zero=True)
     kv_cache_gib: float = _opt(1.0, "CPU KV space of the embedded vLLM, GiB.")
     gpu_memory_utilization: float = _opt(0.45, "Share of GPU memory for the embedded vLLM.")
     start_timeout_s: float = _opt(600.0, "Longest start of the embedded vLLM.")
@@ -186,23 +199,38 @@ def validate(config: ServiceConfig) -> None:
         if not ok:
             raise _invalid(name, value, accepted, "configuration")
 
-    engine, decoder, video, server = config.engine, config.decoder, config.video, config.server
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for option in dataclasses.fields(values):
+            name, value = f"{section.name}.{option.name}", getattr(values, option.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                zero = value == 0 and option.metadata["zero"]
+                check(0 < value < math.inf or zero, name, value,
+                      "0 or more" if option.metadata["zero"] else "more than 0")  # fmt: skip
+    engine, decoder, video = config.engine, config.decoder, config.video
+    storage, server = config.storage, config.server
     check(0 <= server.port <= 65535, "server.port", server.port, "0 to 65535")
     check(bool(server.tls_cert) == bool(server.tls_key), "server.tls_key", server.tls_key,
           "tls_cert and tls_key together")  # fmt: skip
-    check(1 <= engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
+    check(storage.data_dir != "", "storage.data_dir", storage.data_dir, "a folder")
+    for root in storage.import_roots:
+        check(Path(root).expanduser().is_absolute(), "storage.import_roots", root,
+              "absolute paths")  # fmt: skip
+    check(video.reader in ("pyav", "opencv"), "video.reader", video.reader, "pyav or opencv")
+    check(video.max_memory_bytes >= LEAST_DECODER_BYTES, "video.max_memory_bytes",
+          video.max_memory_bytes, f"{LEAST_DECODER_BYTES} or more")  # fmt: skip
+    check(engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
     check(engine.device in ("auto", "cpu", "cuda"), "engine.device", engine.device,
           "auto, cpu or cuda")  # fmt: skip
     check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
           "auto, float32, bfloat16 or float16")  # fmt: skip
-    check(engine.chunk_tokens >= 0, "engine.chunk_tokens", engine.chunk_tokens, "0 or more")
-    check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
-    check(engine.kv_pool_bytes >= 0, "engine.kv_pool_bytes", engine.kv_pool_bytes, "0 or more")
-    check(engine.lease_ttl_s > 0, "engine.lease_ttl_s", engine.lease_ttl_s, "more than 0")
-    check(video.reader in ("pyav", "opencv"), "video.reader", video.reader, "pyav or opencv")
-    check(decoder.max_model_len >= 0, "decoder.max_model_len", decoder.max_model_len, "0 or more")
+    check(engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
+    check(engine.heartbeat_timeout_s > HEARTBEAT_S, "engine.heartbeat_timeout_s",
+          engine.heartbeat_timeout_s, f"more than {HEARTBEAT_S:g}, the heartbeat")  # fmt: skip
     check(not decoder.url or decoder.url.startswith(("http://", "https://")), "decoder.url",
           decoder.url, "an http:// or https:// URL")  # fmt: skip
+    check(0 < decoder.gpu_memory_utilization <= 1, "decoder.gpu_memory_utilization",
+          decoder.gpu_memory_utilization, "more than 0 and at most 1")  # fmt: skip
 
 
 def resolve_threads(engine: EngineConfig) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from prefill_service.config import HEARTBEAT_S
 from prefill_service.engine import messages as msg
 from prefill_service.engine.pipeline import RankContext, Status, TaskAborted, run_task
 from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout
@@ -30,8 +31,6 @@ from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.group import form_group
 
 logger = logging.getLogger("prefill_service.rank")
-
-_HEARTBEAT_S = 1.0
 
 
 class Rank:
@@ -132,7 +131,7 @@ class Rank:
 
     def _beat(self) -> None:
         pause = threading.Event()
-        while not pause.wait(_HEARTBEAT_S):
+        while not pause.wait(HEARTBEAT_S):
             self._send(msg.Heartbeat(self._spec.rank, self._ticks, self._busy))
 
     def _tick(self) -> None:
