@@ -32,13 +32,13 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     authority = _read("tls_client_ca", config.tls_client_ca) if config.tls_client_ca else None
     check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        check.load_cert_chain(config.tls_cert, config.tls_key, password="")
+        check.load_cert_chain(_path(config.tls_cert), _path(config.tls_key), password="")
     except (ssl.SSLError, ValueError) as error:
         raise _invalid("tls_cert", config.tls_cert, f"cannot be used with {config.tls_key}: "
                        f"{error}") from error  # fmt: skip
     if authority is not None:
         try:
-            check.load_verify_locations(config.tls_client_ca)
+            check.load_verify_locations(_path(config.tls_client_ca))
         except ssl.SSLError as error:
             raise _invalid(
                 "tls_client_ca", config.tls_client_ca, f"cannot be used: {error}"
@@ -73,9 +73,13 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _path(path: str) -> Path:
+    return Path(path).expanduser()
+
+
 def _read(name: str, path: str) -> bytes:
     try:
-        return Path(path).expanduser().read_bytes()
+        return _path(path).read_bytes()
     except OSError as error:
         raise _invalid(name, path, f"cannot be read: {error.strerror}") from error
 

@@ -152,7 +152,9 @@ def _certificates(folder: Path) -> None:
     make("client", issuer, key)
 
 
-async def test_tls_and_mtls(serve: Serve, tmp_path: Path) -> None:
+async def test_tls_and_mtls(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _certificates(tmp_path)
     read = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     server = {"tls_cert": str(tmp_path / "server.pem"), "tls_key": str(tmp_path / "server.key")}
@@ -165,7 +167,8 @@ async def test_tls_and_mtls(serve: Serve, tmp_path: Path) -> None:
         async with grpc.aio.insecure_channel(s.address) as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await health(channel)
-    server["tls_client_ca"] = str(tmp_path / "ca.pem")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    server = {"tls_cert": "~/server.pem", "tls_key": "~/server.key", "tls_client_ca": "~/ca.pem"}
     async with serve(connect=False, server=server) as s:
         async with grpc.aio.secure_channel(s.address, mutual) as channel:
             assert await health(channel) == "SERVING"
