@@ -29,6 +29,7 @@ log = logging.getLogger("prefill_service.video")
 
 _CHILD = "prefill_service.video.decoder_child"
 _PIPE_BYTES = 1 << 20
+_EXIT_S = 5.0
 _KEPT_ENVIRONMENT = ("PYTHONPATH", "LD_LIBRARY_PATH")
 
 
@@ -194,7 +195,11 @@ class SandboxedChild:
             self._filled = 0
 
     def _explain_death(self) -> ServiceError:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:  # taken over by its file, or stuck in the kernel
+            self.kill()
+            code = self._process.wait()
         if code == -signal.SIGXCPU:
             return ServiceError(
                 Reason.DECODE_TIMEOUT, "decoding took more CPU time than the limits allow"

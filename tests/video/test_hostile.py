@@ -14,9 +14,11 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.video import sandbox
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
+from prefill_service.video.sandbox import SandboxedChild
 from tests.video.make import H264, damage_frames, make_audio, make_video
 
 LIMITS = VideoConfig()
@@ -349,3 +351,19 @@ assert refused(lambda: socket.create_connection(("127.0.0.1", 9)))
 
 async def test_index_is_sound_for_a_video_after_all_that(samples: dict[str, Path]) -> None:
     assert isinstance(await probe_video(samples["h264_b_frames"], LIMITS), VideoIndex)
+
+
+def test_a_child_that_hangs_up_and_stays_is_killed(
+    samples: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one would that its file has taken over: no output any more, and no end."""
+    monkeypatch.setattr(sandbox, "_CHILD", "tests.video.mute_child")
+    monkeypatch.setattr(sandbox, "_EXIT_S", 0.2)
+    with (
+        SandboxedChild(
+            samples["h264_b_frames"], {}, b"", limits=VideoConfig(), cpu_s=9, max_payload=9
+        ) as child,
+        pytest.raises(ServiceError, match="killed by SIGKILL") as error,
+    ):
+        child.receive(20)
+    assert error.value.reason is Reason.DECODE_FAILED
