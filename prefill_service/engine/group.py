@@ -126,9 +126,9 @@ class RankGroup:
         Raises:
             ServiceError: what a rank failed with, or RANK_STALLED after ``start_timeout_s``.
         """
-        self._spawn()
         self._watcher = asyncio.create_task(self._watch(), name="rank-watcher")
         try:
+            self._spawn()
             await self.wait_ready()
         except BaseException:
             await self.stop()
@@ -177,25 +177,31 @@ class RankGroup:
         self._all_ready.clear()
         rendezvous = self._runtime_dir / f"rendezvous-{uuid.uuid4().hex[:12]}"
         generation = self.generation
-        self._ranks = [
-            RankProcess(
-                RankSpec(
-                    rank=rank,
-                    generation=generation,
-                    engine=self._engine,
-                    video=self._video,
-                    checkpoint=self._checkpoint,
-                    dtype=self._dtype,
-                    device=self._device,
-                    threads=resolve_threads(self._engine),
-                    init_method=f"file://{rendezvous.absolute()}",
-                    socket_path=str(self._runtime_dir / f"g{generation}r{rank}.sock"),
-                ),
-                on_message=partial(self._on_message, generation),
-                on_exit=partial(self._on_exit, generation),
+        self._ranks = []
+        for rank in range(self._engine.ranks):
+            spec = RankSpec(
+                rank=rank,
+                generation=generation,
+                engine=self._engine,
+                video=self._video,
+                checkpoint=self._checkpoint,
+                dtype=self._dtype,
+                device=self._device,
+                threads=resolve_threads(self._engine),
+                init_method=f"file://{rendezvous.absolute()}",
+                socket_path=str(self._runtime_dir / f"g{generation}r{rank}.sock"),
             )
-            for rank in range(self._engine.ranks)
-        ]
+            try:
+                process = RankProcess(
+                    spec,
+                    on_message=partial(self._on_message, generation),
+                    on_exit=partial(self._on_exit, generation),
+                )
+            except OSError as error:  # out of processes, descriptors or memory
+                raise ServiceError(
+                    Reason.RANK_DIED, f"rank {rank} cannot be started: {error}", rank=rank
+                ) from error
+            self._ranks.append(process)  # one by one: those before a failure must be killed
 
     # ---- work ------------------------------------------------------------------------------
 
@@ -259,8 +265,9 @@ class RankGroup:
                         job_id=running.job_id,
                     )
                 )
-            with contextlib.suppress(ServiceError):
-                running.future.result()
+            if running.future.done():  # not where the group is being stopped anyway
+                with contextlib.suppress(ServiceError):
+                    running.future.result()
             raise
 
     def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
@@ -371,7 +378,10 @@ class RankGroup:
     async def _restart(self) -> None:
         await asyncio.sleep(min(2.0**self._start_failures - 1, 10.0))
         logger.info("starting generation %d of the group", self.generation)
-        self._spawn()
+        try:
+            self._spawn()
+        except ServiceError as error:
+            self._lose(error)
 
     def _kill_all(self) -> None:
         for rank in self._ranks:
