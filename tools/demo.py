@@ -207,10 +207,7 @@ def _table(asked: Sequence[Asked], job: Job, upload_s: float) -> Table:
     for stage in STAGES:
         seconds = f"{_stage_seconds(job, stage):.2f} s"
         table.row(f"{stage.value.lower()} (slowest rank, stages overlap)", seconds, "-")
-    table.row(
-        "hand-off",
-        *(f"{t.handoff_s:.3f} s" for t in timings),
-    )
+    table.row("hand-off", *(f"{t.handoff_s:.3f} s" for t in timings))
     table.row("KV tokens moved to vLLM", *(f"{u.kv_tokens_moved:,}" for u in usages))
     table.row("time to first token", *(f"{one.first_token_s:.2f} s" for one in asked))
     return table
