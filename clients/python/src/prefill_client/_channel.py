@@ -22,7 +22,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # A page of jobs carries their manifests, a few bytes for each block of KV.
+    # A job carries its manifest, which grows with the video and the ranks.
     ("grpc.max_receive_message_length", 64 << 20),
 ]
 
