@@ -8,7 +8,6 @@ also makes it atomic with respect to the scheduler's own state.
 from __future__ import annotations
 
 import json
-import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -44,14 +43,6 @@ CREATE TABLE requests (
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
-
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-
-
-def new_job_id() -> str:
-    """``job_`` and 26 characters of Crockford's base 32, ordered by time to the millisecond."""
-    number = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
-    return "job_" + "".join(_ALPHABET[number >> 5 * i & 31] for i in reversed(range(26)))
 
 
 class JobStore:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.ids import new_id
 from prefill_service.models.plan import PrefixPlan
-from prefill_service.scheduling.job_store import JobStore, new_job_id
+from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillResult, PrefillSpec
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
@@ -215,7 +216,7 @@ class Scheduler:
             )  # fmt: skip
         job = Job(
             JobRecord(
-                new_job_id(), spec, plan.prefix_id, plan.num_tokens, explicit,
+                new_id("job"), spec, plan.prefix_id, plan.num_tokens, explicit,
                 create_time=time.time(),
             )
         )  # fmt: skip

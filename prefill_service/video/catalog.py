@@ -57,18 +57,24 @@ class Catalog:
     """Videos and the requests that made them.
 
     Raises:
-        ServiceError: STORAGE_FULL from every method that writes, when the disk is full.
+        ServiceError: CONFIG_INVALID if the file is not such a database; STORAGE_FULL from every
+            method that writes, when the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode = WAL")
-        # FULL: a video that was reported READY or deleted stays so over a power cut.
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        self._db.executescript(_SCHEMA)
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # FULL: a video that was reported READY or deleted stays so over a power cut.
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise ServiceError(
+                Reason.CONFIG_INVALID, f"cannot use the video database {path}: {error}", path=path
+            ) from error
 
     def close(self) -> None:
         """Close the database."""

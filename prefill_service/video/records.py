@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import secrets
-import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 from prefill_service.video.index import VideoIndex
-
-_BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's: no i, l, o, u
-_VIDEO_ID = re.compile("vid_[0-9a-z]{26}")
-
-
-def is_video_id(text: str) -> bool:
-    """Whether ``text`` can be a video's id. Nothing else may become part of a path."""
-    return _VIDEO_ID.fullmatch(text) is not None
-
-
-def new_video_id() -> str:
-    """``vid_`` and 26 characters: 48 bits of time (so that ids sort by age), 80 random ones."""
-    number = int(time.time() * 1000) << 80 | secrets.randbits(80)
-    return "vid_" + "".join(_BASE32[number >> 5 * i & 31] for i in reversed(range(26)))
 
 
 class VideoState(StrEnum):

@@ -18,17 +18,12 @@ from pathlib import Path
 
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.ids import is_id, new_id
 from prefill_service.video import files
 from prefill_service.video.arguments import check_name, check_request_id, check_size, invalid
 from prefill_service.video.catalog import Catalog, Row
 from prefill_service.video.probe import probe_video
-from prefill_service.video.records import (
-    VideoInfo,
-    VideoRecord,
-    VideoState,
-    is_video_id,
-    new_video_id,
-)
+from prefill_service.video.records import VideoInfo, VideoRecord, VideoState
 
 log = logging.getLogger("prefill_service.video")
 
@@ -55,7 +50,8 @@ class VideoStore:
     work runs in threads, under one lock per video that outlives a cancelled caller.
 
     Raises:
-        ServiceError: CONFIG_INVALID if another process uses the folder or it cannot be made.
+        ServiceError: CONFIG_INVALID if another process uses the folder, or it or the database
+            in it cannot be used.
     """
 
     def __init__(self, storage: StorageConfig, limits: VideoConfig) -> None:
@@ -64,10 +60,15 @@ class VideoStore:
         root = Path(storage.data_dir).expanduser()
         self._folder = root / "videos"
         self._lock_fd = files.claim(root, self._folder)
-        self._catalog = Catalog(root / "videos.db")
+        try:
+            self._catalog = Catalog(root / "videos.db")
+        except ServiceError:
+            os.close(self._lock_fd)
+            raise
         self._locks: dict[str, threading.Lock] = {}
         self._holds: Counter[str] = Counter()
         self._finishing: dict[str, asyncio.Task[VideoRecord]] = {}
+        self._importing = asyncio.Semaphore(1)
         self._probing = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)) // 2))
         self._recover()
 
@@ -99,7 +100,7 @@ class VideoStore:
 
     def _home(self, video_id: str) -> Path:
         """A video's folder; ids come from clients, and ``../..`` is not one."""
-        if not is_video_id(video_id):
+        if not is_id("vid", video_id):
             raise _unknown(video_id)
         return self._folder / video_id
 
@@ -196,7 +197,7 @@ class VideoStore:
         return self._record(self._row(row.video_id))
 
     def _insert(self, display_name: str, size_bytes: int, sha256: str) -> Row:
-        video_id = new_video_id()
+        video_id = new_id("vid")
         self._input(video_id).parent.mkdir()
         now = time.time()
         self._catalog.insert(video_id, display_name, size_bytes, sha256, now, self._expiry())
@@ -334,7 +335,9 @@ class VideoStore:
         check_request_id(request_id)
         if not os.path.isabs(path) or "\0" in path:
             raise invalid("path", path, "an absolute path")
-        video_id = await asyncio.to_thread(self._import, path, name, request_id)
+        # Waiting here and not for the lock: waiting threads would be lacking to everybody else.
+        async with self._importing:
+            video_id = await asyncio.to_thread(self._import, path, name, request_id)
         return await self.finish(video_id)
 
     def _import(self, path: str, name: str, request_id: str) -> str:

@@ -14,8 +14,8 @@ SERVICE = ROOT / "prefill_service"
 CLIENT = ROOT / "clients" / "python" / "src"
 
 # Each package of the service and what it may import of the others. Anything may import
-# errors, config and compat; service.py and cli.py, which wire it all, may import anything.
-BASE = {"errors", "config", "compat"}
+# errors, config, compat and ids; service.py and cli.py, which wire it all, may import anything.
+BASE = {"errors", "config", "compat", "ids"}
 ALLOWED: dict[str, set[str]] = {
     "attention": set(),
     "parallel": {"attention", "models.plan"},

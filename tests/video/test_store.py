@@ -512,6 +512,18 @@ async def test_unusable_folder_is_named() -> None:
     assert "/proc/nothing" in caught.value.message
 
 
+async def test_foreign_database_is_named_and_the_folder_let_go(tmp_path: Path) -> None:
+    config = StorageConfig(data_dir=str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    database = tmp_path / "data" / "videos.db"
+    database.write_bytes(b"this is no database, but it is long enough to look at" * 40)
+    with pytest.raises(ServiceError, match=r"videos\.db: file is not a database") as caught:
+        VideoStore(config, VideoConfig())
+    assert caught.value.reason is Reason.CONFIG_INVALID
+    database.unlink()
+    await VideoStore(config, VideoConfig()).close()
+
+
 async def test_left_over_folders_and_lost_files_are_cleared(open_store: Open, video: bytes) -> None:
     store = open_store()
     record = await upload(store, video)
