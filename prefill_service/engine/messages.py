@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from prefill_service.kv.manifest import KVLayout, Manifest
+from prefill_service.kv.manifest import Manifest
 from prefill_service.models.plan import PrefixPlan
 
 
@@ -82,9 +82,7 @@ class Ready:
     """The model is loaded and the group has formed."""
 
     rank: int
-    pid: int
     endpoint: str
-    layout: KVLayout
     device: str
 
 

@@ -59,7 +59,7 @@ class Rank:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         endpoint = f"unix:{self._spec.socket_path}"
         device = str(context.model.device)
-        self._send(msg.Ready(self._spec.rank, os.getpid(), endpoint, context.kv_layout, device))
+        self._send(msg.Ready(self._spec.rank, endpoint, device))
         try:
             while (task := self._tasks.get()) is not None:
                 self._busy = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -13,11 +12,9 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class CommMeter:
-    """Bytes this rank received, calls, and seconds it waited in collectives."""
+    """Bytes this rank received in collectives."""
 
     bytes_received: int = 0
-    calls: int = 0
-    wait_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -50,8 +47,7 @@ class SPGroup:
             work = dist.broadcast(part, group=self.data, group_src=source, async_op=True)
             if source != self.rank:
                 self.meter.bytes_received += part.numel() * part.element_size()
-            self.meter.calls += 1
-            pending.append(PendingSlice(source, work, self.meter))
+            pending.append(PendingSlice(source, work))
         return pending
 
     def agree(self, status: int) -> int:
@@ -69,13 +65,10 @@ class PendingSlice:
 
     source: int
     _work: dist.Work
-    _meter: CommMeter
 
     def wait(self) -> None:
         """Block until the slice is there (on CUDA: until the stream may read it)."""
-        start = time.perf_counter()
         self._work.wait()
-        self._meter.wait_seconds += time.perf_counter() - start
 
 
 def form_group(

@@ -46,11 +46,6 @@ class ChunkLayout:
 
     shares: tuple[tuple[Share, ...], ...]
 
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of the prompt."""
-        return len(self.shares)
-
     def of_rank(self, rank: int) -> Iterator[Share]:
         """The rank's share of every chunk, in order."""
         return (chunk[rank] for chunk in self.shares)

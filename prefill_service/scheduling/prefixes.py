@@ -83,11 +83,6 @@ class PrefixRegistry:
         """Bytes of the prefixes that are leased or being computed."""
         return sum(p.kv_bytes for p in self._prefixes.values() if p.leases or not p.complete)
 
-    @property
-    def lease_count(self) -> int:
-        """Leases of answers in flight."""
-        return sum(len(prefix.leases) for prefix in self._prefixes.values())
-
     async def make_room(self, kv_bytes: int, wait_s: float = LEASED_WAIT_S) -> None:
         """Evict unleased prefixes, least recently used first, until ``kv_bytes`` fit.
 
