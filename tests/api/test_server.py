@@ -152,9 +152,7 @@ def _certificates(folder: Path) -> None:
     make("client", issuer, key)
 
 
-async def test_tls_and_mtls(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tls_and_mtls(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _certificates(tmp_path)
     read = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     server = {"tls_cert": str(tmp_path / "server.pem"), "tls_key": str(tmp_path / "server.key")}
