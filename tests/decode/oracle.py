@@ -5,12 +5,10 @@ Positions are the plan's (vLLM's formula), so Qwen2.5-VL is compared by the deco
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +43,6 @@ def compute(model: Path, frames: int, height: int, width: int, new_tokens: int) 
         return Case(fields[0], torch.from_numpy(fields[1]), *fields[2:])
 
 
-@torch.no_grad()
 def _compute(
     model: Path, frames: int, height: int, width: int, new_tokens: int
 ) -> tuple[PrefixPlan, np.ndarray, list[list[int]], list[list[int]]]:
@@ -53,7 +50,8 @@ def _compute(
     from prefill_service.models.plan import FrameSampling
     from prefill_service.models.planner import PromptPlanner
     from prefill_service.video.index import VideoIndex
-    from tests.oracles.transformers_forward import _load, processor_inputs
+    from tests.oracles.transformers_forward import cached_kv, load, prefix_cache, processor_inputs
+    from tests.oracles.transformers_greedy import greedy
 
     torch.set_num_threads(1)
     index = VideoIndex(
@@ -71,48 +69,16 @@ def _compute(
     blocks = (len(plan.frame_indices), height // 32 + 1, width // 32 + 1, 3)
     colours = np.random.default_rng(0).integers(0, 256, blocks, np.uint8)
     video = colours.repeat(32, 1).repeat(32, 2)[:, :height, :width]
-    network, processor = _load(model, torch.float32)
+    _, processor = load(model, torch.float32)
     processor.video_processor.size = {
         "shortest_edge": sampling.min_pixels, "longest_edge": sampling.max_pixels,
     }  # fmt: skip
     inputs = processor_inputs(model, video, plan, index, planner._prefix_text(""))
     assert inputs["input_ids"][0].tolist() == plan.token_ids.tolist()
-    cache = _prefix_cache(network, inputs, plan)
-    kv = torch.stack(
-        [
-            torch.stack([x[0].transpose(0, 1) for x in (layer.keys, layer.values)])
-            for layer in cache.layers
-        ]
-    )
+    cache = prefix_cache(model, inputs, plan)
     prompts, answers = [], []
     for question in QUESTIONS:
         prompt = planner.prompt_token_ids(plan, [("user", question)])
         prompts.append(prompt)
-        answers.append(_greedy(network, copy.deepcopy(cache), prompt, plan, new_tokens))
-    return plan, kv.numpy(), prompts, answers
-
-
-def _prefix_cache(network: Any, inputs: dict[str, Any], plan: PrefixPlan) -> Any:
-    known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
-    positions = torch.from_numpy(plan.position_ids)[:, None]  # [3, 1, tokens]
-    return network(**known, position_ids=positions, use_cache=True).past_key_values
-
-
-def _greedy(
-    network: Any, cache: Any, prompt: list[int], plan: PrefixPlan, new_tokens: int
-) -> list[int]:
-    tokens, start, answer = prompt[plan.num_tokens :], plan.num_tokens, []
-    while len(answer) < new_tokens:
-        positions = torch.arange(start, start + len(tokens)) + plan.position_delta
-        output = network(
-            input_ids=torch.tensor([tokens]),
-            position_ids=positions.expand(3, 1, -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        start += len(tokens)
-        tokens = [int(output.logits[0, -1].argmax())]
-        answer += tokens
-        if tokens[0] == network.generation_config.eos_token_id:
-            break
-    return answer
+        answers.append(greedy(model, cache, prompt, plan, new_tokens))
+    return plan, cached_kv(cache).numpy(), prompts, answers

@@ -16,7 +16,7 @@ from prefill_service.video.index import VideoIndex
 
 
 @cache
-def _load(model: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load(model: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
     return network, AutoProcessor.from_pretrained(model)
 
@@ -30,7 +30,7 @@ def processor_inputs(
     max_pixels: int | None = None,
 ) -> dict[str, Any]:
     """The family's processor on the whole video at once. frames: [frames, height, width, 3]."""
-    _, processor = _load(model, torch.float32)
+    _, processor = load(model, torch.float32)
     kwargs: dict[str, Any] = {}
     if max_pixels is not None:
         shortest = min(processor.video_processor.size["shortest_edge"], max_pixels)
@@ -52,16 +52,28 @@ def processor_inputs(
 
 
 @torch.no_grad()
+def prefix_cache(
+    model: Path, inputs: dict[str, Any], plan: PrefixPlan, dtype: torch.dtype = torch.float32
+) -> Any:
+    """transformers' cache of the prefix, with the plan's positions."""
+    network, _ = load(model, dtype)
+    known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
+    positions = torch.from_numpy(plan.position_ids)[:, None]  # [3, 1, tokens]
+    return network(**known, position_ids=positions, use_cache=True).past_key_values
+
+
+def cached_kv(cache: Any) -> torch.Tensor:
+    """K and V in a cache: [layers, 2, tokens, kv_heads, head_dim]."""
+    return torch.stack(
+        [
+            torch.stack([x[0].transpose(0, 1) for x in (layer.keys, layer.values)])
+            for layer in cache.layers
+        ]
+    )
+
+
 def prefix_kv(
     model: Path, inputs: dict[str, Any], plan: PrefixPlan, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """K and V of the prefix with the plan's positions: [layers, 2, tokens, kv_heads, head_dim]."""
-    network, _ = _load(model, dtype)
-    known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
-    output = network(
-        **known, position_ids=torch.from_numpy(plan.position_ids)[:, None], use_cache=True
-    )
-    layers = output.past_key_values.layers
-    return torch.stack(
-        [torch.stack([x[0].transpose(0, 1) for x in (la.keys, la.values)]) for la in layers]
-    )
+    return cached_kv(prefix_cache(model, inputs, plan, dtype))

@@ -14,16 +14,7 @@ from typing import Any
 import torch
 
 from prefill_service.models.plan import PrefixPlan
-from tests.oracles.transformers_forward import _load
-
-
-@torch.no_grad()
-def prefix_cache(model: Path, inputs: dict[str, Any], plan: PrefixPlan) -> Any:
-    """transformers' cache of the prefix; ``inputs`` are ``processor_inputs``."""
-    network, _ = _load(model, torch.float32)
-    known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
-    positions = torch.from_numpy(plan.position_ids)[:, None]  # [3, 1, tokens]
-    return network(**known, position_ids=positions, use_cache=True).past_key_values
+from tests.oracles.transformers_forward import load
 
 
 @torch.no_grad()
@@ -31,7 +22,7 @@ def greedy(
     model: Path, cache: Any, prompt: list[int], plan: PrefixPlan, new_tokens: int
 ) -> list[int]:
     """Answer ``prompt``, whose prefix is in ``cache``; ends at the end-of-sequence token."""
-    network, _ = _load(model, torch.float32)
+    network, _ = load(model, torch.float32)
     cache = copy.deepcopy(cache)
     tokens, start, answer = prompt[plan.num_tokens :], plan.num_tokens, []
     while len(answer) < new_tokens:
@@ -53,7 +44,7 @@ def greedy(
 @torch.no_grad()
 def generate(model: Path, inputs: dict[str, Any], new_tokens: int) -> list[int]:
     """transformers' ``generate`` on a whole prompt; ``inputs`` are ``processor_inputs``."""
-    network, _ = _load(model, torch.float32)
+    network, _ = load(model, torch.float32)
     known = {k: v for k, v in inputs.items() if k != "video_metadata"}
     output = network.generate(**known, max_new_tokens=new_tokens, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist()

@@ -20,8 +20,8 @@ from prefill_service.models.plan import FrameSampling
 from prefill_service.models.planner import PromptPlanner
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.probe import probe_video
-from tests.oracles.transformers_forward import processor_inputs
-from tests.oracles.transformers_greedy import generate, greedy, prefix_cache
+from tests.oracles.transformers_forward import prefix_cache, processor_inputs
+from tests.oracles.transformers_greedy import generate, greedy
 from tests.service.running import running_service
 from tests.vllm_server import VllmServer
 from tools.vllm_alone import Question, Reference, answer
