@@ -199,14 +199,6 @@ def validate(config: ServiceConfig) -> None:
         if not ok:
             raise _invalid(name, value, accepted, "configuration")
 
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for option in dataclasses.fields(values):
-            name, value = f"{section.name}.{option.name}", getattr(values, option.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                zero = value == 0 and option.metadata["zero"]
-                check(0 < value < math.inf or zero, name, value,
-                      "0 or more" if option.metadata["zero"] else "more than 0")  # fmt: skip
     engine, decoder, video = config.engine, config.decoder, config.video
     storage, server = config.storage, config.server
     check(0 <= server.port <= 65535, "server.port", server.port, "0 to 65535")
@@ -219,18 +211,26 @@ def validate(config: ServiceConfig) -> None:
     check(video.reader in ("pyav", "opencv"), "video.reader", video.reader, "pyav or opencv")
     check(video.max_memory_bytes >= LEAST_DECODER_BYTES, "video.max_memory_bytes",
           video.max_memory_bytes, f"{LEAST_DECODER_BYTES} or more")  # fmt: skip
-    check(engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
+    check(1 <= engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
     check(engine.device in ("auto", "cpu", "cuda"), "engine.device", engine.device,
           "auto, cpu or cuda")  # fmt: skip
     check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
           "auto, float32, bfloat16 or float16")  # fmt: skip
-    check(engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
+    check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
     check(engine.heartbeat_timeout_s > HEARTBEAT_S, "engine.heartbeat_timeout_s",
           engine.heartbeat_timeout_s, f"more than {HEARTBEAT_S:g}, the heartbeat")  # fmt: skip
     check(not decoder.url or decoder.url.startswith(("http://", "https://")), "decoder.url",
           decoder.url, "an http:// or https:// URL")  # fmt: skip
     check(0 < decoder.gpu_memory_utilization <= 1, "decoder.gpu_memory_utilization",
           decoder.gpu_memory_utilization, "more than 0 and at most 1")  # fmt: skip
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for option in dataclasses.fields(values):
+            name, value = f"{section.name}.{option.name}", getattr(values, option.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                zero = value == 0 and option.metadata["zero"]
+                check(0 < value < math.inf or zero, name, value,
+                      "0 or more" if option.metadata["zero"] else "more than 0")  # fmt: skip
 
 
 def resolve_threads(engine: EngineConfig) -> int:
