@@ -8,13 +8,13 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from prefill_service.config import EngineConfig, VideoConfig, resolve_threads
 from prefill_service.engine import messages as msg
 from prefill_service.engine.process import RankProcess
+from prefill_service.engine.running import PrefillOutcome, RunningTask
 from prefill_service.engine.shards import shard_runs
 from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout
 from prefill_service.errors import Reason, ServiceError
@@ -29,40 +29,6 @@ _CANCEL_GRACE_S = 30.0
 _STOP_GRACE_S = 5.0
 _CRASH_DELAY_S = 0.5
 _MAX_START_FAILURES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillOutcome:
-    """What a finished task reports.
-
-    Attributes:
-        stage_seconds: per stage, the slowest rank's time.
-        bytes_received: in collectives, over all ranks.
-        seconds: wall clock.
-    """
-
-    stage_seconds: dict[str, float]
-    bytes_received: int
-    seconds: float
-
-
-@dataclass(slots=True)
-class _RunningTask:
-    job_id: str
-    on_progress: Callable[[msg.Progress], None]
-    future: asyncio.Future[None]
-    done: dict[int, msg.RankDone] = field(default_factory=dict)
-    failed: dict[int, ServiceError] = field(default_factory=dict)
-
-    def settle(self, ranks: int) -> None:
-        """Resolve once every rank has answered; the causing rank's error wins."""
-        if len(self.done) + len(self.failed) < ranks or self.future.done():
-            return
-        causes = [e for e in self.failed.values() if e.reason is not Reason.CANCELLED]
-        if self.failed:
-            self.future.set_exception([*causes, *self.failed.values()][0])
-        else:
-            self.future.set_result(None)
 
 
 class RankGroup:
@@ -102,7 +68,7 @@ class RankGroup:
         self._start_failures = 0
         self._all_ready = asyncio.Event()
         self._failure: ServiceError | None = None
-        self._task: _RunningTask | None = None
+        self._task: RunningTask | None = None
         self._turn = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self._restarter: asyncio.Task[None] | None = None
@@ -232,7 +198,7 @@ class RankGroup:
                 )
             start = time.perf_counter()
             loop = asyncio.get_running_loop()
-            running = _RunningTask(task.job_id, on_progress, loop.create_future())
+            running = RunningTask(task.job_id, on_progress, loop.create_future())
             self._task = running
             try:
                 for rank in self._ranks:
@@ -240,17 +206,9 @@ class RankGroup:
                 await self._await_or_cancel(running)
             finally:
                 self._task = None
-            stages = msg.Stage
-            return PrefillOutcome(
-                {
-                    str(s): max(d.stage_seconds.get(str(s), 0.0) for d in running.done.values())
-                    for s in stages
-                },
-                sum(d.bytes_received for d in running.done.values()),
-                time.perf_counter() - start,
-            )
+            return running.outcome(time.perf_counter() - start)
 
-    async def _await_or_cancel(self, running: _RunningTask) -> None:
+    async def _await_or_cancel(self, running: RunningTask) -> None:
         try:
             await asyncio.shield(running.future)
         except asyncio.CancelledError:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from prefill_service.config import EngineConfig, VideoConfig
-from prefill_service.engine.group import PrefillOutcome, RankGroup
+from prefill_service.engine.group import RankGroup
 from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.engine.running import PrefillOutcome
 from prefill_service.kv.local_client import LocalClient
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.models.checkpoint import open_checkpoint

@@ -1,0 +1,55 @@
+"""A task while the ranks compute it, and what is reported of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from prefill_service.engine import messages as msg
+from prefill_service.errors import Reason, ServiceError
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """What a finished task reports.
+
+    Attributes:
+        stage_seconds: per stage, the slowest rank's time.
+        bytes_received: in collectives, over all ranks.
+        seconds: wall clock.
+    """
+
+    stage_seconds: dict[str, float]
+    bytes_received: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class RunningTask:
+    """One task in the ranks: what they have answered so far."""
+
+    job_id: str
+    on_progress: Callable[[msg.Progress], None]
+    future: asyncio.Future[None]
+    done: dict[int, msg.RankDone] = field(default_factory=dict)
+    failed: dict[int, ServiceError] = field(default_factory=dict)
+
+    def settle(self, ranks: int) -> None:
+        """Resolve once every rank has answered; the causing rank's error wins."""
+        if len(self.done) + len(self.failed) < ranks or self.future.done():
+            return
+        causes = [e for e in self.failed.values() if e.reason is not Reason.CANCELLED]
+        if self.failed:
+            self.future.set_exception([*causes, *self.failed.values()][0])
+        else:
+            self.future.set_result(None)
+
+    def outcome(self, seconds: float) -> PrefillOutcome:
+        """Of a task that has succeeded, ``seconds`` after its start."""
+        done = self.done.values()
+        stages = {
+            str(stage): max(rank.stage_seconds.get(str(stage), 0.0) for rank in done)
+            for stage in msg.Stage
+        }
+        return PrefillOutcome(stages, sum(rank.bytes_received for rank in done), seconds)
