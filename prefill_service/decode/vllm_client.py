@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -57,6 +58,8 @@ class DecodeRequest:
         handoff: where its KV is. The lease id belongs to this request alone.
         sampling: how to decode.
         request_id: for vLLM's logs; unique.
+        prefilled: False while the ranks still compute the prefix: vLLM is then silent until they
+            have finished, however long that takes.
     """
 
     token_ids: list[int]
@@ -64,6 +67,7 @@ class DecodeRequest:
     handoff: HandoffParams
     sampling: Sampling
     request_id: str
+    prefilled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ class VllmClient:
     def __init__(self, session: aiohttp.ClientSession, url: str, timeout_s: float) -> None:
         self._session = session
         self.url = url.rstrip("/")
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=timeout_s)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
+        self._silence_s = timeout_s
 
     async def check_health(self) -> None:
         """Ask ``/health``.
@@ -131,14 +136,27 @@ class VllmClient:
             "stream_options": {"include_usage": True},
         }
         url = f"{self.url}/inference/v1/generate"
+        silence_s = self._silence_s
         try:
-            async with self._session.post(url, json=body, timeout=self._timeout) as response:
+            async with asyncio.timeout(silence_s):
+                response = await self._session.post(url, json=body, timeout=self._timeout)
+            async with response:
                 if response.status != 200:
                     raise _failed(response.status, await response.text())
-                async for event in _events(response):
+                first_s = silence_s if request.prefilled else None
+                async for event in _events(response, first_s, silence_s):
                     yield event
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except TimeoutError as error:
+            raise _unavailable(
+                f"vLLM at {self.url} was silent for {silence_s:g} s; the limit is "
+                "decoder.request_timeout_s"
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
             raise _unavailable(f"vLLM at {self.url} broke off: {_describe(error)}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ServiceError(
+                Reason.DECODER_FAILED, f"vLLM at {self.url} sent what cannot be read: {error!r}"
+            ) from error
 
     async def _get(self, path: str) -> str:
         timeout = aiohttp.ClientTimeout(total=_CHECK_SECONDS)
@@ -152,10 +170,12 @@ class VllmClient:
         return text
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[DecodeEvent]:
+async def _events(
+    response: aiohttp.ClientResponse, first_s: float | None, silence_s: float
+) -> AsyncIterator[DecodeEvent]:
     """Server-sent events to ``DecodeEvent``; the final one joins finish reason and usage."""
     finish_reason, usage = "", None
-    async for chunk in _data_lines(response):
+    async for chunk in _data_lines(response, first_s, silence_s):
         if "error" in chunk:
             raise _failed(chunk["error"].get("code"), json.dumps(chunk))
         usage = chunk.get("usage") or usage
@@ -175,9 +195,17 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[DecodeEvent
     )
 
 
-async def _data_lines(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    buffer = b""
-    async for data in response.content.iter_any():
+async def _data_lines(
+    response: aiohttp.ClientResponse, first_s: float | None, silence_s: float
+) -> AsyncIterator[dict[str, Any]]:
+    """JSON of the stream's ``data:`` lines; a longer pause than allowed is a TimeoutError."""
+    buffer, limit_s = b"", first_s
+    while True:
+        async with asyncio.timeout(limit_s):
+            data = await response.content.readany()
+        if not data:
+            return
+        limit_s = silence_s
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and line != b"data: [DONE]":

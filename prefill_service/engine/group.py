@@ -66,6 +66,7 @@ class RankGroup:
         self._ready: dict[int, msg.Ready] = {}
         self._crashed: set[int] = set()
         self._start_failures = 0
+        self._spawned: float | None = None
         self._all_ready = asyncio.Event()
         self._failure: ServiceError | None = None
         self._task: RunningTask | None = None
@@ -141,6 +142,7 @@ class RankGroup:
         self._ready.clear()
         self._crashed.clear()
         self._all_ready.clear()
+        self._spawned = time.monotonic()
         rendezvous = self._runtime_dir / f"rendezvous-{uuid.uuid4().hex[:12]}"
         generation = self.generation
         self._ranks = []
@@ -300,6 +302,7 @@ class RankGroup:
         while True:
             await asyncio.sleep(0.5)
             if not self.ready:
+                self._watch_start()
                 continue
             for rank in self._ranks:
                 if rank.silent_s > self._engine.heartbeat_timeout_s:
@@ -312,6 +315,19 @@ class RankGroup:
                 self._lose(ServiceError(Reason.RANK_STALLED, message, rank=rank.rank))
                 break
 
+    def _watch_start(self) -> None:
+        """A start that hangs is a lost group, too."""
+        limit = self._engine.start_timeout_s
+        if self._spawned is None or time.monotonic() - self._spawned < limit:
+            return
+        missing = sorted(set(range(self._engine.ranks)) - set(self._ready))
+        self._lose(
+            ServiceError(
+                Reason.RANK_STALLED, f"ranks {missing} were not ready after {limit:g} s",
+                ranks=missing,
+            )
+        )  # fmt: skip
+
     def _lose(self, error: ServiceError) -> None:
         """The group is lost: kill what is left, tell those who wait, start the next one."""
         if self._stopping:
@@ -320,6 +336,7 @@ class RankGroup:
         self.generation += 1
         logger.error("generation %d of the group is lost: %s", lost, error)
         self._all_ready.clear()
+        self._spawned = None
         self._kill_all()
         running = self._task
         if running and not running.future.done():

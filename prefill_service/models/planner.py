@@ -147,6 +147,15 @@ class PromptPlanner:
         suffix = self._processor.tokenizer(text[len(prefix) :], add_special_tokens=False)
         return [*plan.token_ids.tolist(), *suffix["input_ids"]]
 
+    def estimate_tokens(self, index: VideoIndex, sampling: FrameSampling) -> int:
+        """About how many tokens a plan would have, without making it.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, as ``plan``.
+        """
+        frames = len(self._sample(index, sampling))
+        return self._estimate(index, frames, self._size_kwargs(sampling)["size"])
+
     def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
         """A sentence saying which number of frames or which size would fit ``limit_tokens``."""
         try:

@@ -235,7 +235,7 @@ class Answers:
 
     async def _decode(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[AnswerEvent]:
         try:
-            async with aclosing(self._tokens(run, lease)) as tokens:
+            async with aclosing(self._tokens(run, job, lease)) as tokens:
                 head = asyncio.ensure_future(anext(tokens, None))
                 async with aclosing(self._progress_until(head, job, lease)) as progress:
                     async for event in progress:
@@ -258,7 +258,7 @@ class Answers:
                     raise ServiceError.from_dict(report.error) from error
             raise
 
-    async def _tokens(self, run: _Run, lease: Lease) -> AsyncGenerator[DecodeEvent]:
+    async def _tokens(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[DecodeEvent]:
         deadline = time.monotonic() + self._decoder_wait_s
         while not self._decoder.ready:
             if time.monotonic() > deadline:
@@ -276,6 +276,7 @@ class Answers:
             handoff=HandoffParams(lease.manifest, lease.lease_id, self._reports.address),
             sampling=run.sampling,
             request_id=lease.lease_id,
+            prefilled=not job.record.active,
         )
         async with aclosing(self._decoder.generate(request)) as events:  # type: ignore[type-var]
             async for event in events:

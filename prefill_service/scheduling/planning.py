@@ -72,12 +72,17 @@ class Planning:
         key = (video.record.sha256, spec.sampling, spec.system_prompt)
         plan = self._plans.get(key)
         if plan is None:
+            # Token ids of a prompt far beyond the context would cost minutes and gigabytes.
+            estimate = await self._call(self._estimate, video, spec.sampling)
+            if estimate > 2 * self.limit:
+                raise await self._exceeded(estimate, video, spec.sampling)
             plan = await self._call(self._plan, video, spec)
             self._plans[key] = plan
         self._plans.move_to_end(key)
         while len(self._plans) > CACHED_PLANS:
             self._plans.popitem(last=False)
-        await self._check_context(plan, video, spec.sampling)
+        if plan.num_tokens >= self.limit:
+            raise await self._exceeded(plan.num_tokens, video, spec.sampling)
         return plan
 
     async def prompt(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -88,19 +93,17 @@ class Planning:
         """
         return await self._call(self._planner.prompt_token_ids, plan, messages)
 
-    async def _check_context(
-        self, plan: PrefixPlan, video: HeldVideo, sampling: FrameSampling
-    ) -> None:
+    async def _exceeded(
+        self, tokens: int, video: HeldVideo, sampling: FrameSampling
+    ) -> ServiceError:
         limit = self.limit
-        if plan.num_tokens < limit:
-            return
         room = limit - min(512, limit // 4)  # for the question and its answer
         advice = await self._call(self._suggest, video, sampling, room)
-        raise ServiceError(
+        return ServiceError(
             Reason.CONTEXT_EXCEEDED,
-            f"the video makes a prompt of {plan.num_tokens} tokens, but the context holds {limit}, "
+            f"the video makes a prompt of {tokens} tokens, but the context holds {limit}, "
             f"question and answer included. {advice}",
-            tokens=plan.num_tokens,
+            tokens=tokens,
             limit=limit,
             advice=advice,
         )
@@ -108,6 +111,9 @@ class Planning:
     def _plan(self, video: HeldVideo, spec: PrefillSpec) -> PrefixPlan:
         index = VideoIndex.load(video.index_path)
         return self._planner.plan(index, video.record.sha256, spec.sampling, spec.system_prompt)
+
+    def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:
+        return self._planner.estimate_tokens(VideoIndex.load(video.index_path), sampling)
 
     def _suggest(self, video: HeldVideo, sampling: FrameSampling, limit: int) -> str:
         return self._planner.suggest_fit(VideoIndex.load(video.index_path), sampling, limit)

@@ -208,6 +208,15 @@ async def test_a_manifest_of_an_earlier_generation_is_refused(
     assert caught.value.reason is Reason.STALE_GENERATION
 
 
+async def test_a_start_that_hangs_is_given_up(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ServiceError, match=r"ranks \[0\] were not ready after 0.2 s") as caught:
+        async with running_group(checkpoint("qwen3_vl"), tmp_path, 1, start_timeout_s=0.2):
+            pass
+    assert caught.value.reason is Reason.RANK_STALLED
+
+
 async def test_a_checkpoint_that_does_not_load_fails_the_start(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -190,6 +190,13 @@ def test_what_is_suggested_does_fit(planners: dict[str, PromptPlanner], family: 
     assert full // 6 < fitted <= full // 3 + 20
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_estimate_is_near_the_plan(planners: dict[str, PromptPlanner], family: str) -> None:
+    planner, index = planners[family], index_of(600)
+    estimate = planner.estimate_tokens(index, FrameSampling(fps=2.0))
+    assert 0.5 < estimate / planner.plan(index, "", FrameSampling(fps=2.0), "").num_tokens < 2
+
+
 def test_an_hour_is_planned_without_decoding(planners: dict[str, PromptPlanner]) -> None:
     index = index_of(108_000, fps=30.0, width=1280, height=720)
     plan = planners["qwen3_vl"].plan(index, "sha", FrameSampling(num_frames=768), "")

@@ -40,10 +40,8 @@ class Planner:
     def plan(
         self, index: VideoIndex, video_sha256: str, sampling: FrameSampling, system_prompt: str
     ) -> PrefixPlan:
-        frames = sampling.num_frames or 8
-        if frames > 2 * index.frame_count:
-            raise ServiceError(Reason.INVALID_REQUEST, f"{frames} frames of {index.frame_count}")
-        tokens = frames * TOKENS_PER_FRAME
+        tokens = self.estimate_tokens(index, sampling)
+        frames = tokens // TOKENS_PER_FRAME
         key = f"{video_sha256} {sampling} {system_prompt}"
         return PrefixPlan(
             prefix_id=hashlib.sha256(key.encode()).hexdigest(),
@@ -66,6 +64,12 @@ class Planner:
         if not messages or not messages[-1][1].strip():
             raise ServiceError(Reason.QUESTION_EMPTY, "the question is empty")
         return [*plan.token_ids.tolist(), *map(ord, "".join(text for _, text in messages))]
+
+    def estimate_tokens(self, index: VideoIndex, sampling: FrameSampling) -> int:
+        frames = sampling.num_frames or 8
+        if frames > 2 * index.frame_count:
+            raise ServiceError(Reason.INVALID_REQUEST, f"{frames} frames of {index.frame_count}")
+        return frames * TOKENS_PER_FRAME
 
     def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
         return f"num_frames={limit_tokens // TOKENS_PER_FRAME} would fit."
