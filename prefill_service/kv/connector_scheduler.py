@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.logger import init_logger
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.manifest import KVLayout, Manifest, hash_token_ids
+from prefill_service.kv.fingerprint import fingerprint_model
+from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.protocol import PARAMS_KEY, HandoffParams, HandoffReport
 from prefill_service.kv.reports import send_report
 
@@ -82,6 +84,7 @@ class SchedulerSide:
             int(model.get_total_num_kv_heads()),
             int(model.get_head_size()),
         )
+        self._fingerprint = _fingerprint(model.model)
         self._offers: dict[str, _Offer] = {}
         self._pending: list[Load] = []
 
@@ -96,7 +99,7 @@ class SchedulerSide:
             handoff = HandoffParams.from_kv_transfer_params(params)
             assert handoff is not None  # the key is there
             offer.manifest = handoff.manifest
-            self._check_layout(handoff.manifest.layout)
+            self._check_model(handoff.manifest)
             _check_prompt(handoff.manifest, request)
         except ServiceError as error:
             offer.error = error
@@ -164,7 +167,8 @@ class SchedulerSide:
         """Forget a request that has ended."""
         self._offers.pop(request_id, None)
 
-    def _check_layout(self, layout: KVLayout) -> None:
+    def _check_model(self, manifest: Manifest) -> None:
+        layout = manifest.layout
         offered = (layout.num_layers, layout.num_kv_heads, layout.head_dim)
         if offered != self._model_shape:
             names = "layers, KV heads, head size"
@@ -174,6 +178,28 @@ class SchedulerSide:
                 offered=offered,
                 model=self._model_shape,
             )
+        if self._fingerprint and manifest.model_fingerprint != self._fingerprint:
+            raise ServiceError(
+                Reason.KV_MISMATCH,
+                f"the KV is of checkpoint {manifest.model_fingerprint[:16]}, vLLM has loaded "
+                f"{self._fingerprint[:16]}",
+                offered=manifest.model_fingerprint,
+                model=self._fingerprint,
+            )
+
+
+def _fingerprint(model: str) -> str:
+    """Fingerprint of the checkpoint vLLM has loaded; empty, with a warning, if it is not found."""
+    try:
+        folder = Path(model)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(model, local_files_only=True))
+        return fingerprint_model(folder)
+    except Exception as error:
+        logger.warning("%s: KV of other weights cannot be told apart: %s", model, error)
+        return ""
 
 
 def _check_prompt(manifest: Manifest, request: Request) -> None:

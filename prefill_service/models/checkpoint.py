@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.fingerprint import fingerprint_model
 from prefill_service.models.families import FAMILIES
-
-_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +19,7 @@ class Checkpoint:
     Attributes:
         path: local folder.
         family: ``model_type``, one of ``FAMILIES``.
-        fingerprint: hash of configuration and weights (see ``_fingerprint``).
+        fingerprint: hash of configuration and weights (``kv.fingerprint``).
         num_layers, num_kv_heads, head_dim: of the language model.
         max_position_embeddings: longest context.
         dtype: the dtype its configuration names, e.g. ``"bfloat16"``.
@@ -63,13 +60,13 @@ def open_checkpoint(model: str) -> Checkpoint:
         path, model, "processor_config.json", "video_preprocessor_config.json",
         "preprocessor_config.json",
     )  # fmt: skip
-    weights = _weight_files(path, model)
+    _check_weights(path, model)
     text = config.get("text_config") or config
     heads = int(text["num_attention_heads"])
     return Checkpoint(
         path=path.resolve(),
         family=family,
-        fingerprint=_fingerprint(path, weights),
+        fingerprint=fingerprint_model(path),
         num_layers=int(text["num_hidden_layers"]),
         num_kv_heads=int(text.get("num_key_value_heads", heads)),
         head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
@@ -143,36 +140,12 @@ def _require_any(path: Path, model: str, *names: str) -> None:
         raise _missing(model, " or ".join(names))
 
 
-def _weight_files(path: Path, model: str) -> list[Path]:
+def _check_weights(path: Path, model: str) -> None:
     if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
+        return
     if not (path / "model.safetensors.index.json").is_file():
         raise _missing(model, "model.safetensors or model.safetensors.index.json")
     index = _read_json(path, "model.safetensors.index.json", model)
-    names = sorted(set(index.get("weight_map", {}).values()))
-    for name in names:
+    for name in sorted(set(index.get("weight_map", {}).values())):
         if not (path / name).is_file():
             raise _missing(model, name)
-    return [path / name for name in names]
-
-
-def _fingerprint(path: Path, weights: list[Path]) -> str:
-    """sha256 over config.json and, of each weight file, its size, head and 64 samples.
-
-    Hashing all bytes of a 16 GB checkpoint would cost every start tens of seconds; a fine-tune
-    changes every tensor, so samples spread over the file tell two checkpoints apart.
-    """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in weights:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for offset in _sample_offsets(size):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _sample_offsets(size: int) -> Iterator[int]:
-    step = max(_SAMPLE_BYTES, size // _SAMPLES)
-    yield from range(0, size, step)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prefill_service.kv.fingerprint import fingerprint_model
 from prefill_service.models.plan import PrefixPlan
 
 QUESTIONS = ("what is happening in the video?", "describe the end of it, please")
@@ -26,12 +27,14 @@ class Case:
         kv: [layers, 2, tokens, kv heads, head_dim] of the prefix.
         prompts: whole token ids per question.
         answers: greedy tokens per question.
+        fingerprint: of the checkpoint.
     """
 
     plan: PrefixPlan
     kv: torch.Tensor
     prompts: list[list[int]]
     answers: list[list[int]]
+    fingerprint: str
 
 
 def compute(model: Path, frames: int, height: int, width: int, new_tokens: int) -> Case:
@@ -40,7 +43,7 @@ def compute(model: Path, frames: int, height: int, width: int, new_tokens: int) 
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         arguments = (model, frames, height, width, new_tokens)
         fields = pool.submit(_compute, *arguments).result()
-        return Case(fields[0], torch.from_numpy(fields[1]), *fields[2:])
+        return Case(fields[0], torch.from_numpy(fields[1]), *fields[2:], fingerprint_model(model))
 
 
 def _compute(

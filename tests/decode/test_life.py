@@ -58,6 +58,7 @@ async def test_preemption_death_and_restart(
                     [rank.endpoint for rank in ranks], prefix_id=name,
                     token_ids_hash=hash_token_ids(case.plan.token_ids),
                     position_delta=case.plan.position_delta,
+                    model_fingerprint=case.fingerprint,
                 )  # fmt: skip
                 publish(manifest, ranks, case.kv, "lease")
                 for rank in ranks:

@@ -78,6 +78,7 @@ class Bench:
             "prefix_id": f"p{next(_names)}",
             "token_ids_hash": hash_token_ids(plan.token_ids),
             "position_delta": plan.position_delta,
+            "model_fingerprint": self.case.fingerprint,
             **changes,
         }
         runs = deal(plan.num_tokens, count, chunk, LAYOUT)
@@ -298,6 +299,7 @@ async def test_source_killed_in_mid_transfer(bench: Callable[..., Any], tmp_path
 REFUSALS = {
     "hash": (Reason.KV_MISMATCH, "have hash"),
     "layout": (Reason.KV_MISMATCH, "layers, KV heads, head size"),
+    "weights": (Reason.KV_MISMATCH, "the KV is of checkpoint feed"),
     "short prompt": (Reason.INVALID_REQUEST, "at least one more"),
     "no item": (Reason.INVALID_REQUEST, "no multimodal item"),
     "item beyond": (Reason.INVALID_REQUEST, "beyond the prefix"),
@@ -323,6 +325,8 @@ async def test_request_that_must_not_be_computed_is_refused(
         elif what == "layout":
             changed = replace(manifest, layout=replace(LAYOUT, num_kv_heads=4))
             entry["manifest"] = changed.to_json()
+        elif what == "weights":
+            entry["manifest"] = replace(manifest, model_fingerprint="feed").to_json()
         elif what == "short prompt":
             body["token_ids"] = body["token_ids"][:num_tokens]
         elif what == "no item":
