@@ -175,6 +175,9 @@ async def test_absent_server_ends_the_batch(server, clips, tmp_path):
         done = len(records(paths[1]))
         assert 0 < done < 20
         assert paths[2].read_text() == ""
+    # gRPC waits a second or so before it tries an address again that refused it.
+    again = RetryPolicy(attempts=10, initial_delay_s=0.2)
+    async with AsyncClient(server.address, retry=again) as client:
         result = await run_batch(client, *paths)
     assert (result.skipped, result.answered, result.left) == (done, 20 - done, 0)
 

@@ -16,7 +16,12 @@ from prefill_client._flows import RETRIED_BY_SERVER
 from prefill_client._requests import FRAME_NAMES, video_id_or_path
 from prefill_client._retry import Backoff, RetryPolicy
 from prefill_client.aio import AsyncClient
-from prefill_client.errors import CapacityError, PrefillError, UnavailableError
+from prefill_client.errors import (
+    CancelledError,
+    CapacityError,
+    PrefillError,
+    UnavailableError,
+)
 from prefill_client.types import Answer, UploadProgress, to_dict
 
 # A full queue or pool empties again as answers come in, and a restarted server comes back; a
@@ -187,7 +192,8 @@ class _Runner:
         while True:
             try:
                 return await self._client.ask_text(video_id, item.question, **options)
-            except (CapacityError, UnavailableError) as error:
+            except (CancelledError, CapacityError, UnavailableError) as error:
+                # CANCELLED, but not by us: a server that stops ends its calls like that.
                 if error.reason in RETRIED_BY_SERVER:
                     raise
                 await asyncio.sleep(backoff.delay(error))
