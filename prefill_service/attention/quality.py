@@ -1,0 +1,83 @@
+"""The quality dial: how much attention mass a prefill may misplace, and the floor it must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Quality(StrEnum):
+    """Steps of the dial (``prefill.v1.Quality``); ``CUSTOM`` is an explicit epsilon."""
+
+    EXACT = "exact"
+    HIGH = "high"
+    BALANCED = "balanced"
+    FAST = "fast"
+    CUSTOM = "custom"
+
+
+EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.03, Quality.BALANCED: 0.1, Quality.FAST: 0.2}
+"""Attention mass that selection may misplace, per step (docs/attention.md says why these)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPolicy:
+    """How one prefix's attention is computed. Made by ``resolve_policy``.
+
+    Attributes:
+        quality: step of the dial.
+        epsilon: attention mass that may be misplaced, 0 (exact) to below 1.
+        min_kept_mass: the certificate's floor. A KV head whose measured kept mass is below it is
+            computed again with a smaller epsilon, then densely.
+    """
+
+    quality: Quality
+    epsilon: float
+    min_kept_mass: float
+
+    @property
+    def exact(self) -> bool:
+        """Nothing is approximated."""
+        return self.epsilon == 0
+
+    @property
+    def profile(self) -> str:
+        """Name for the manifest; part of the prefix id, so that unequal KV has unequal ids."""
+        if self.exact:
+            return "exact"
+        return f"sparse:epsilon={self.epsilon:g},min_kept_mass={self.min_kept_mass:g}"
+
+
+def resolve_policy(
+    quality: Quality | None = None,
+    epsilon: float | None = None,
+    min_kept_mass: float | None = None,
+) -> AttentionPolicy:
+    """Fill in defaults: ``balanced``, and a floor of ``1 - 2 * epsilon``.
+
+    Args:
+        quality: step of the dial; ``None`` with an epsilon means ``CUSTOM``.
+        epsilon: only without a quality (or with ``CUSTOM``).
+        min_kept_mass: floor, 0 to 1; 0 switches it off.
+
+    Raises:
+        ValueError: a combination or value that is not accepted, named with what is.
+    """
+    if epsilon is None:
+        if quality is Quality.CUSTOM:
+            raise ValueError("quality custom needs an epsilon")
+        quality = quality or Quality.BALANCED
+        epsilon = EPSILON[quality]
+    elif quality not in (None, Quality.CUSTOM):
+        raise ValueError(f"epsilon = {epsilon!r} contradicts quality {quality}; set one of them")
+    elif not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon = {epsilon!r} is not accepted; expected 0 <= epsilon < 1")
+    if min_kept_mass is None:
+        min_kept_mass = max(0.0, round(1 - 2 * epsilon, 12))
+    elif not 0 <= min_kept_mass <= 1:
+        raise ValueError(
+            f"min_kept_mass = {min_kept_mass!r} is not accepted; expected 0 <= min_kept_mass <= 1"
+        )
+    if epsilon == 0:
+        return AttentionPolicy(Quality.EXACT, 0.0, min(min_kept_mass, 1.0))
+    return AttentionPolicy(quality or Quality.CUSTOM, epsilon, min_kept_mass)

@@ -1,0 +1,137 @@
+"""What a prefill reports of its attention: density, certificate, times; per layer and KV head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+_BINS = 1000
+
+
+@dataclass(slots=True)
+class Distribution:
+    """Sampled values in [0, 1] (larger ones count as 1 in percentiles), mergeable over ranks."""
+
+    count: int = 0
+    total: float = 0.0
+    least: float = 1.0
+    bins: list[int] = field(default_factory=lambda: [0] * _BINS)
+
+    def add(self, values: Tensor) -> None:
+        """Take in float values of any shape."""
+        if values.numel() == 0:
+            return
+        values = values.detach().double().flatten().cpu()
+        self.count += values.numel()
+        self.total += float(values.sum())
+        self.least = min(self.least, float(values.min()))
+        index = (values.clamp(0, 1) * _BINS).long().clamp(max=_BINS - 1)
+        found = torch.bincount(index, minlength=_BINS).tolist()
+        self.bins = [a + b for a, b in zip(self.bins, found, strict=True)]
+
+    def merge(self, other: Distribution) -> None:
+        """Take in another rank's values."""
+        self.count += other.count
+        self.total += other.total
+        self.least = min(self.least, other.least)
+        self.bins = [a + b for a, b in zip(self.bins, other.bins, strict=True)]
+
+    def mean(self, default: float) -> float:
+        """Mean, ``default`` of nothing."""
+        return self.total / self.count if self.count else default
+
+    def percentile(self, share: float, default: float) -> float:
+        """Lower edge of the bin (width 0.001) that holds the ``share`` quantile."""
+        if not self.count:
+            return default
+        wanted = share * self.count
+        return next(i for i, seen in enumerate(accumulate(self.bins)) if seen >= wanted) / _BINS
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """One layer of one prefill, over all its chunks (and, once merged, over all ranks).
+
+    Attributes:
+        layer: index.
+        attended: [kv_heads] key columns attended, summed over query tokens: tokens of kept blocks
+            and of the local region, plus one per block summary.
+        causal: keys a dense causal attention would have attended, summed over query tokens.
+        tiles: (KV head, query tile) pairs computed.
+        tiles_redone: of them, computed again with a smaller epsilon.
+        tiles_dense: of them, computed densely in the end (the floor left no other way).
+        kept_mass: of sampled (query row, query head) pairs: 1 - total variation distance between
+            the exact attention distribution and the one used.
+        output_error: of the same pairs: norm of the output's error over that of the exact output.
+        select_s, attend_s, certify_s: seconds (of the slowest rank) in clustering + summaries +
+            selection, in the attention itself, and in the certificate.
+    """
+
+    layer: int
+    attended: list[float]
+    causal: float = 0.0
+    tiles: int = 0
+    tiles_redone: int = 0
+    tiles_dense: int = 0
+    kept_mass: Distribution = field(default_factory=Distribution)
+    output_error: Distribution = field(default_factory=Distribution)
+    select_s: float = 0.0
+    attend_s: float = 0.0
+    certify_s: float = 0.0
+
+    @property
+    def head_density(self) -> list[float]:
+        """[kv_heads] attended over causal keys; 1 where nothing was to be attended."""
+        return [a / self.causal if self.causal else 1.0 for a in self.attended]
+
+    @property
+    def density(self) -> float:
+        """Mean over the KV heads."""
+        heads = self.head_density
+        return sum(heads) / len(heads)
+
+
+@dataclass(slots=True)
+class BlockMap:
+    """Which keys one KV head's query tiles attended to, coarsened to a grid.
+
+    Attributes:
+        layer, kv_head: whose.
+        rows, columns: of the grid; both axes span all tokens of the prefix.
+        density: [rows * columns] row-major; attended over causal (query, key) pairs of the cell,
+            -1 where the cell holds no causal pair.
+    """
+
+    layer: int
+    kv_head: int
+    rows: int
+    columns: int
+    density: list[float]
+
+
+@dataclass(slots=True)
+class AttentionReport:
+    """One prefill's attention.
+
+    Attributes:
+        sparse_from_tokens: queries that see fewer keys were computed exactly (``exact``: all).
+        layers: one per layer that attends (the last layer's attention is never needed).
+        patch_mass: [temporal patches] attention that the sampled rows pay to a patch's tokens,
+            relative to uniform attention over the keys they see (1 = no more than chance); mean
+            over layers, query heads and the rows that see the patch.
+        block_map: of the layer and KV head of the lowest density; ``None`` if nothing was sparse.
+    """
+
+    sparse_from_tokens: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
+    patch_mass: list[float] = field(default_factory=list)
+    block_map: BlockMap | None = None
+
+    @property
+    def density(self) -> float:
+        """Attended over causal keys, over all layers and KV heads."""
+        causal = sum(layer.causal * len(layer.attended) for layer in self.layers)
+        return sum(sum(layer.attended) for layer in self.layers) / causal if causal else 1.0
