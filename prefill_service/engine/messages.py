@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.report import AttentionReport
 from prefill_service.kv.manifest import Manifest
 from prefill_service.models.plan import PrefixPlan
 
@@ -26,6 +28,7 @@ class PrefillTask:
     manifest: Manifest
     video_path: str
     index_path: str
+    policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
 
 
 # ---- front end to rank ------------------------------------------------------------------
@@ -115,6 +118,7 @@ class RankDone:
     rank: int
     stage_seconds: dict[str, float] = field(default_factory=dict)
     bytes_received: int = 0
+    attention: AttentionReport = field(default_factory=AttentionReport)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from prefill_service.attention.report import AttentionReport
 from prefill_service.engine import messages as msg
 from prefill_service.errors import Reason, ServiceError
 
@@ -18,11 +19,13 @@ class PrefillOutcome:
         stage_seconds: per stage, the slowest rank's time.
         bytes_received: in collectives, over all ranks.
         seconds: wall clock.
+        attention: over all ranks.
     """
 
     stage_seconds: dict[str, float]
     bytes_received: int
     seconds: float
+    attention: AttentionReport = field(default_factory=AttentionReport)
 
 
 @dataclass(slots=True)
