@@ -17,15 +17,16 @@ CLIENT = ROOT / "clients" / "python" / "src"
 # errors, config, compat and ids; service.py and cli.py, which wire it all, may import anything.
 BASE = {"errors", "config", "compat", "ids"}
 ALLOWED: dict[str, set[str]] = {
-    "attention": set(),
+    "kernels": set(),
+    "attention": {"kernels"},
     "parallel": {"attention", "models.plan"},
     "video": set(),
     "kv": {"models.plan"},
-    "models": {"attention", "kv.manifest", "video.index"},
+    "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
     "engine": {"models", "attention", "parallel", "kv", "video"},
     "decode": {"kv", "models.plan"},
-    "scheduling": {"engine", "models", "kv", "video", "decode"},
-    "api": {"scheduling", "engine", "models", "kv", "video", "decode"},
+    "scheduling": {"attention", "engine", "models", "kv", "video", "decode"},
+    "api": {"scheduling", "attention", "engine", "models", "kv", "video", "decode"},
 }
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside its naive PyTorch reference. Imports torch and triton only."""
