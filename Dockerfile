@@ -50,7 +50,7 @@ ENV PATH=/opt/prefill-service/bin:$PATH \
 USER 10001:0
 WORKDIR /data
 VOLUME ["/data", "/cache"]
-EXPOSE 50051
+EXPOSE 50051 9464
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15m --retries=3 \
     CMD ["prefill-service", "healthcheck"]
 ENTRYPOINT ["prefill-service"]
@@ -75,7 +75,7 @@ ENV HOME=/home/prefill \
 USER 10001:0
 WORKDIR /data
 VOLUME ["/data", "/cache"]
-EXPOSE 50051
+EXPOSE 50051 9464
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15m --retries=3 \
     CMD ["prefill-service", "healthcheck"]
 ENTRYPOINT ["prefill-service"]

@@ -45,6 +45,7 @@ class ServerConfig:
     reflection: bool = _opt(True, "Serve gRPC reflection.")
     drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.", zero=True)
     max_concurrent_calls: int = _opt(256, "Calls at once; more get RESOURCE_EXHAUSTED.")
+    metrics_address: str = _opt("", "HOST:PORT for Prometheus at /metrics, plain HTTP; empty: off.")
 
 
 @dataclass(slots=True)
@@ -87,6 +88,10 @@ class EngineConfig:
     )
     threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.", zero=True)
     page_tokens: int = _opt(64, "Tokens per KV page.")
+    sparse_from_tokens: int = _opt(
+        0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", zero=True
+    )
+    sparse_block_tokens: int = _opt(64, "Keys per block of sparse attention, 64 or 128.")
     kv_pool_bytes: int = _opt(
         0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True
     )
@@ -204,6 +209,12 @@ def validate(config: ServiceConfig) -> None:
     check(0 <= server.port <= 65535, "server.port", server.port, "0 to 65535")
     check(bool(server.tls_cert) == bool(server.tls_key), "server.tls_key", server.tls_key,
           "tls_cert and tls_key together")  # fmt: skip
+    if server.metrics_address:
+        try:
+            split_address(server.metrics_address)
+        except ValueError:
+            check(False, "server.metrics_address", server.metrics_address,
+                  "HOST:PORT, port 0 to 65535")  # fmt: skip
     check(storage.data_dir != "", "storage.data_dir", storage.data_dir, "a folder")
     for root in storage.import_roots:
         check(Path(root).expanduser().is_absolute(), "storage.import_roots", root,
@@ -217,6 +228,8 @@ def validate(config: ServiceConfig) -> None:
     check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
           "auto, float32, bfloat16 or float16")  # fmt: skip
     check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
+    check(engine.sparse_block_tokens in (64, 128), "engine.sparse_block_tokens",
+          engine.sparse_block_tokens, "64 or 128")  # fmt: skip
     check(engine.heartbeat_timeout_s > HEARTBEAT_S, "engine.heartbeat_timeout_s",
           engine.heartbeat_timeout_s, f"more than {HEARTBEAT_S:g}, the heartbeat")  # fmt: skip
     check(not decoder.url or decoder.url.startswith(("http://", "https://")), "decoder.url",
@@ -231,6 +244,21 @@ def validate(config: ServiceConfig) -> None:
                 zero = value == 0 and option.metadata["zero"]
                 check(0 < value < math.inf or zero, name, value,
                       "0 or more" if option.metadata["zero"] else "more than 0")  # fmt: skip
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; an IPv6 host stands in brackets.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host.strip("[]") or (":" in host) != bracketed:
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ValueError(f"{address!r} has no port from 0 to 65535")
+    return host.strip("[]"), int(port)
 
 
 def resolve_threads(engine: EngineConfig) -> int:

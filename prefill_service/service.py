@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefill_service.api.answer_servicer import AnswerServicer
+from prefill_service.api.metrics_server import MetricsServer
 from prefill_service.api.prefill_servicer import PrefillServicer
 from prefill_service.api.server import ANSWER, PREFILL, VIDEO, ApiServer
 from prefill_service.api.video_servicer import VideoServicer
@@ -22,6 +23,7 @@ from prefill_service.config import ServiceConfig
 from prefill_service.kv.reports import ReportServer
 from prefill_service.scheduling.answers import Answers
 from prefill_service.scheduling.job_store import JobStore
+from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.scheduler import Scheduler
 from prefill_service.video.store import VideoStore
@@ -93,6 +95,7 @@ class Service:
         self._at_once = asyncio.Event()
         self.started = asyncio.Event()
         self.port = 0
+        self.metrics_port = 0
         self._server: ApiServer | None = None
         self._scheduler: Scheduler | None = None
 
@@ -154,16 +157,17 @@ class Service:
             lambda: parts.decoder.max_model_len or config.decoder.max_model_len,
         )
         stack.callback(planning.close)
+        metrics = Metrics()
         scheduler = self._scheduler = Scheduler(
-            store, videos, planning, parts.group, uuid.uuid4().hex, config.engine
+            store, videos, planning, parts.group, uuid.uuid4().hex, config.engine, metrics
         )
         wait_s = REMOTE_DECODER_WAIT_S if config.decoder.url else config.decoder.start_timeout_s
         answers = Answers(
-            planning, scheduler, parts.decoder, reports, wait_s, submit_early=parts.submit_early
+            planning, scheduler, parts.decoder, reports, wait_s, parts.submit_early, metrics
         )
         server = self._server = ApiServer(
             config.server,
-            VideoServicer(videos),
+            VideoServicer(videos, metrics),
             PrefillServicer(scheduler),
             AnswerServicer(answers),
             lambda: {
@@ -171,8 +175,13 @@ class Service:
                 PREFILL: parts.group.ready,
                 ANSWER: parts.group.ready and parts.decoder.ready,
             },
+            metrics,
         )
         self.port = server.bind()
+        if config.server.metrics_address:
+            exporter = MetricsServer(config.server.metrics_address, metrics.registry)
+            self.metrics_port = await exporter.start()
+            stack.push_async_callback(exporter.stop)
         stack.push_async_callback(_stop_both, parts)
         scheduler.recover()
         stack.push_async_callback(scheduler.stop)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from prefill.v1 import answer_service_pb2, prefill_service_pb2, video_service_pb2
 
+from prefill_service.api.convert_attention import (
+    attention_to_proto,
+    block_map_to_proto,
+    duration,
+    policy_from_proto,
+    policy_to_proto,
+)
 from prefill_service.decode.vllm_client import Sampling
 from prefill_service.engine.messages import Progress
 from prefill_service.errors import Reason, ServiceError
@@ -20,6 +26,7 @@ from prefill_service.scheduling.answers import (
     AnswerProgress,
     Question,
 )
+from prefill_service.scheduling.attention import AttentionDetail
 from prefill_service.scheduling.jobs import JobRecord, PrefillResult, PrefillSpec
 
 if TYPE_CHECKING:
@@ -34,10 +41,10 @@ _ROLES = {answer_service_pb2.ROLE_USER: "user", answer_service_pb2.ROLE_ASSISTAN
 
 
 def spec_from_proto(message: prefill_service_pb2.PrefillSpec) -> PrefillSpec:
-    """A spec; whether its values make sense is for the planner to say.
+    """A spec; whether the values of its sampling make sense is for the planner to say.
 
     Raises:
-        ServiceError: INVALID_REQUEST without a video id.
+        ServiceError: INVALID_REQUEST without a video id, or for an attention that cannot be.
     """
     if not message.video_id:
         raise ServiceError(Reason.INVALID_REQUEST, "spec.video_id is empty", name="spec.video_id")
@@ -54,6 +61,7 @@ def spec_from_proto(message: prefill_service_pb2.PrefillSpec) -> PrefillSpec:
             ),
         ),
         message.system_prompt,
+        policy_from_proto(message.attention),
     )
 
 
@@ -121,7 +129,7 @@ def video_to_proto(record: VideoRecord) -> video_service_pb2.Video:
                 height=info.height,
                 frame_count=info.frame_count,
                 fps=info.fps,
-                duration=_duration(info.duration_s),
+                duration=duration(info.duration_s),
                 keyframe_count=info.keyframe_count,
             )
         )
@@ -129,7 +137,7 @@ def video_to_proto(record: VideoRecord) -> video_service_pb2.Video:
 
 
 def job_to_proto(job: JobRecord, brief: bool = False) -> prefill_service_pb2.PrefillJob:
-    """A job; ``brief`` leaves out the two JSON texts of its result."""
+    """A job; ``brief`` leaves out the two JSON texts and the report's layers of its result."""
     message = prefill_service_pb2.PrefillJob(
         job_id=job.job_id,
         spec=_spec_to_proto(job.spec),
@@ -166,11 +174,11 @@ def _final_to_proto(final: AnswerFinal) -> answer_service_pb2.AskFinal:
     return answer_service_pb2.AskFinal(
         finish_reason=final.finish_reason,
         timings=answer_service_pb2.AskTimings(
-            prefill_wait=_duration(final.prefill_wait_s),
-            decoder_first_token=_duration(final.decoder_first_token_s),
-            first_token=_duration(final.first_token_s),
-            total=_duration(final.total_s),
-            handoff=_duration(final.handoff_s),
+            prefill_wait=duration(final.prefill_wait_s),
+            decoder_first_token=duration(final.decoder_first_token_s),
+            first_token=duration(final.first_token_s),
+            total=duration(final.total_s),
+            handoff=duration(final.handoff_s),
         ),
         usage=answer_service_pb2.AskUsage(
             prompt_tokens=final.prompt_tokens,
@@ -197,6 +205,22 @@ def _spec_to_proto(spec: PrefillSpec) -> prefill_service_pb2.PrefillSpec:
             cap_pixels_per_frame=sampling.cap_pixels_per_frame,
         ),
         system_prompt=spec.system_prompt,
+        attention=policy_to_proto(spec.attention),
+    )
+
+
+def inspection_to_proto(
+    job: JobRecord, detail: AttentionDetail
+) -> prefill_service_pb2.InspectPrefillJobResponse:
+    """All that is known of a job's attention."""
+    return prefill_service_pb2.InspectPrefillJobResponse(
+        job=job_to_proto(job, brief=True),
+        attention=attention_to_proto(detail.summary),
+        block_map=block_map_to_proto(detail.block_map) if detail.block_map else None,
+        patches=[
+            prefill_service_pb2.PatchAttention(time=duration(second), mass=mass)
+            for second, mass in detail.patches
+        ],
     )
 
 
@@ -206,7 +230,7 @@ def _progress_to_proto(progress: Progress) -> prefill_service_pb2.StageProgress:
         rank=progress.rank,
         done=progress.done,
         total=progress.total,
-        elapsed=_duration(progress.elapsed_s),
+        elapsed=duration(progress.elapsed_s),
     )
 
 
@@ -225,6 +249,7 @@ def _result_to_proto(result: PrefillResult, brief: bool) -> prefill_service_pb2.
         kv_bytes=result.kv_bytes,
         kv_transfer_params_json="" if brief else result.kv_transfer_params_json,
         manifest_json="" if brief else result.manifest_json,
+        attention=attention_to_proto(result.attention, brief),
     )
 
 
@@ -233,11 +258,5 @@ def _timestamp(seconds: float) -> Timestamp | None:
     if not seconds:
         return None
     message = Timestamp()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
-
-
-def _duration(seconds: float) -> Duration:
-    message = Duration()
     message.FromNanoseconds(int(seconds * 1e9))
     return message

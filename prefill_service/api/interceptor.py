@@ -21,6 +21,7 @@ import grpc
 from prefill_service.api.errors import abort
 from prefill_service.api.types import Context
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.scheduling.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     Args:
         max_calls: calls of ours at once.
+        metrics: told of each call of ours that has ended.
         token: bearer token that clients must send; empty for none.
     """
 
-    def __init__(self, max_calls: int, token: str = "") -> None:
+    def __init__(self, max_calls: int, metrics: Metrics, token: str = "") -> None:
         self.max_calls = max_calls
+        self.metrics = metrics
         self.token = token
         self.running = 0
         self.draining = False
@@ -217,9 +220,11 @@ class _Call:
 
     def _log(self, code: str, text: str = "") -> None:
         if self._ours:
+            method = self._method.removeprefix(_OURS)
+            self._owner.metrics.call_ended(method, code)
             logger.info(
                 "%s %s %.3f s%s%s",
-                self._method.removeprefix(_OURS), code, time.monotonic() - self._started,
+                method, code, time.monotonic() - self._started,
                 "".join(f" {name}={ascii(value[:64])[1:-1]}" for name, value in self._ids.items()),
                 f": {text}" if text else "",
             )  # fmt: skip

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from prefill.v1 import prefill_service_pb2 as pb
 from prefill.v1 import prefill_service_pb2_grpc
 
-from prefill_service.api.convert import job_to_proto, spec_from_proto
+from prefill_service.api.convert import inspection_to_proto, job_to_proto, spec_from_proto
 from prefill_service.api.types import Context
 from prefill_service.scheduling.scheduler import Scheduler
 
@@ -66,3 +66,9 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         async with aclosing(self._scheduler.watch(request.job_id)) as jobs:
             async for job in jobs:
                 yield pb.WatchPrefillJobResponse(job=job_to_proto(job))
+
+    async def InspectPrefillJob(
+        self, request: pb.InspectPrefillJobRequest, context: Context
+    ) -> pb.InspectPrefillJobResponse:
+        """What a job's attention did, in full."""
+        return inspection_to_proto(*self._scheduler.inspect(request.job_id))

@@ -27,6 +27,7 @@ from prefill_service.api.security import read_token, server_credentials
 from prefill_service.api.video_servicer import VideoServicer
 from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.scheduling.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class ApiServer:
 
     Args:
         ready: the services' readiness by full name, asked four times a second.
+        metrics: told of each call.
 
     Raises:
         ServiceError: CONFIG_INVALID for bad TLS files or token, or plaintext on a public address.
@@ -74,11 +76,12 @@ class ApiServer:
         prefills: PrefillServicer,
         answers: AnswerServicer,
         ready: Callable[[], Mapping[str, bool]],
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._ready = ready
         self._credentials = server_credentials(config)
-        self._calls = CallInterceptor(config.max_concurrent_calls, read_token(config))
+        self._calls = CallInterceptor(config.max_concurrent_calls, metrics, read_token(config))
         self._server = grpc.aio.server(interceptors=[self._calls], options=OPTIONS)
         video_service_pb2_grpc.add_VideoServiceServicer_to_server(videos, self._server)  # type: ignore[no-untyped-call]
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(prefills, self._server)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from prefill.v1 import video_service_pb2_grpc
 from prefill_service.api.convert import video_to_proto
 from prefill_service.api.types import Context
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.scheduling.metrics import Metrics
 
 if TYPE_CHECKING:
     from prefill_service.video.store import VideoStore
@@ -21,8 +22,9 @@ MAX_CHUNK_BYTES = 1 << 20
 class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
     """Videos over gRPC."""
 
-    def __init__(self, videos: VideoStore) -> None:
+    def __init__(self, videos: VideoStore, metrics: Metrics) -> None:
         self._videos = videos
+        self._metrics = metrics
 
     async def CreateUpload(
         self, request: pb.CreateUploadRequest, context: Context
@@ -53,6 +55,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
                     f"the chunk has {len(chunk.data)} bytes, the limit is {MAX_CHUNK_BYTES}"
                 )
             committed = await self._videos.append(video_id, chunk.offset, chunk.data)
+            self._metrics.uploaded_bytes.inc(len(chunk.data))
         if not video_id:
             raise _invalid("the stream has no messages")
         return pb.UploadChunksResponse(committed_bytes=committed)

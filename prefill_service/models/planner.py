@@ -38,13 +38,11 @@ class PromptPlanner:
     Args:
         checkpoint: the model.
         dtype: precision of the KV cache; part of the prefix id.
-        profile: how attention is computed; part of the prefix id.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, profile: str = "exact") -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.profile = profile
         self._config = transformers.AutoConfig.from_pretrained(checkpoint.path)
         processors: Any = transformers.AutoProcessor
         self._processor = processors.from_pretrained(checkpoint.path)
@@ -66,8 +64,16 @@ class PromptPlanner:
         video_sha256: str,
         sampling: FrameSampling,
         system_prompt: str,
+        profile: str = "exact",
     ) -> PrefixPlan:
         """Plan the prefix that ends with the video.
+
+        Args:
+            index: of the video.
+            video_sha256: of its bytes.
+            sampling: which frames, how large.
+            system_prompt: goes before the video.
+            profile: how attention is computed (``AttentionPolicy.profile``); part of the id.
 
         Raises:
             ServiceError: INVALID_REQUEST, when the sampling cannot be applied to this video.
@@ -107,7 +113,7 @@ class PromptPlanner:
         resized_hw = (h * patch, w * patch)
         return PrefixPlan(
             prefix_id=_hash(
-                self.checkpoint.fingerprint, self.dtype, self.profile, self._processor_hash,
+                self.checkpoint.fingerprint, self.dtype, profile, self._processor_hash,
                 video_sha256, indices, token_ids, layout.position_ids, np.array(resized_hw),
             ),
             family=self.checkpoint.family,

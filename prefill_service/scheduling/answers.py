@@ -23,6 +23,7 @@ from prefill_service.kv.protocol import HandoffParams, HandoffReport
 from prefill_service.kv.reports import ReportServer
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.scheduling.jobs import ACTIVE, Job, JobRecord, JobState, PrefillSpec
+from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import Lease
 from prefill_service.scheduling.sampling import fit_sampling
@@ -133,6 +134,7 @@ class Answers:
     Args:
         decoder_wait_s: how long an answer waits for a vLLM that is starting.
         submit_early: submit while the ranks compute, see above.
+        metrics: told of each completed answer.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Answers:
         reports: ReportServer,
         decoder_wait_s: float,
         submit_early: bool,
+        metrics: Metrics,
     ) -> None:
         self._planning = planning
         self._scheduler = scheduler
@@ -151,6 +154,7 @@ class Answers:
         self._reports = reports
         self._decoder_wait_s = decoder_wait_s
         self._submit_early = submit_early
+        self._metrics = metrics
 
     async def ask(self, question: Question) -> AsyncGenerator[AnswerEvent]:
         """Progress, then deltas, then one final event. Closing the generator stops the work.
@@ -247,7 +251,12 @@ class Answers:
                         yield AnswerDelta(token.text, tuple(token.token_ids))
                     if token.finish_reason:
                         report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S / 4)
-                        yield _final(run, job, token, report)
+                        final = _final(run, job, token, report)
+                        self._metrics.answered(
+                            final.finish_reason, final.completion_tokens, final.first_token_s,
+                            final.kv_bytes_moved,
+                        )  # fmt: skip
+                        yield final
                         return
                     token = await anext(tokens, None)
             raise ServiceError(Reason.DECODER_FAILED, "vLLM ended the answer without a reason")

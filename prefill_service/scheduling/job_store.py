@@ -16,16 +16,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.scheduling.attention import AttentionDetail
 from prefill_service.scheduling.jobs import JobRecord, JobState, PrefillSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEEP_SECONDS = 30 * 24 * 3600.0
 """Ended jobs and request ids are forgotten after this."""
 
 DEFAULT_PAGE, LARGEST_PAGE = 50, 1000
 
-_SCHEMA = f"""
-BEGIN;
+_SCHEMA = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     job_id TEXT NOT NULL UNIQUE,
@@ -40,9 +40,16 @@ CREATE TABLE requests (
     spec TEXT NOT NULL,
     create_time REAL NOT NULL
 );
-PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
 """
+_REPORTS = f"""
+CREATE TABLE reports (
+    job_id TEXT PRIMARY KEY,
+    report TEXT NOT NULL
+);
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+_UPGRADES = {0: _SCHEMA + _REPORTS, 1: _REPORTS}
+"""By the version found. Records of version 1 know nothing of attention: they were all exact."""
 
 
 class JobStore:
@@ -59,8 +66,8 @@ class JobStore:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                self._db.executescript(_SCHEMA)
+            if version in _UPGRADES:
+                self._db.executescript(f"BEGIN;{_UPGRADES[version]}COMMIT;")
                 version = SCHEMA_VERSION
         except sqlite3.Error as error:
             raise ServiceError(
@@ -103,6 +110,24 @@ class JobStore:
         if row is None:
             raise ServiceError(Reason.UNKNOWN_JOB, f"there is no job {job_id!r}", job_id=job_id)
         return _load(row[0])
+
+    def count_by_state(self) -> dict[str, int]:
+        """How many jobs are in each state; states without a job are 0."""
+        rows = self._db.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state")
+        return {**dict.fromkeys(map(str, JobState), 0), **dict(rows)}
+
+    def save_report(self, job_id: str, report: AttentionDetail) -> None:
+        """Keep a job's attention report for as long as the job is listed."""
+        with _disk_errors():
+            self._db.execute(
+                "INSERT OR REPLACE INTO reports VALUES (?, ?)",
+                (job_id, json.dumps(asdict(report), separators=(",", ":"))),
+            )
+
+    def report(self, job_id: str) -> AttentionDetail | None:
+        """A job's attention report, if it has one."""
+        row = self._db.execute("SELECT report FROM reports WHERE job_id = ?", (job_id,)).fetchone()
+        return AttentionDetail.from_dict(json.loads(row[0])) if row else None
 
     def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
         """One page, newest first, each job with the token of the page after it.
@@ -152,7 +177,10 @@ class JobStore:
         ).fetchone()
         if row is None:
             return None
-        if row[1] != json.dumps(asdict(spec)):
+        earlier, content = json.loads(row[1]), asdict(spec)
+        if "attention" not in earlier:  # of version 1: the client may be repeating it unchanged
+            del content["attention"]
+        if earlier != content:
             raise ServiceError(
                 Reason.INVALID_REQUEST,
                 f"request_id {request_id} was used before with another spec (job {row[0]})",
@@ -174,6 +202,7 @@ class JobStore:
                 (now - KEEP_SECONDS,),
             )
             self._db.execute("DELETE FROM requests WHERE create_time < ?", (now - KEEP_SECONDS,))
+            self._db.execute("DELETE FROM reports WHERE job_id NOT IN (SELECT job_id FROM jobs)")
         rows = self._db.execute(
             "SELECT record FROM jobs WHERE state IN ('QUEUED', 'RUNNING', 'SUCCEEDED') ORDER BY seq"
         ).fetchall()

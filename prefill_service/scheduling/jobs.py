@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.report import AttentionReport
 from prefill_service.engine.messages import Progress, Stage
 from prefill_service.errors import ServiceError
 from prefill_service.models.plan import FrameSampling
+from prefill_service.scheduling.attention import AttentionSummary, policy_from_dict, summarize
 
 
 class JobState(StrEnum):
@@ -35,6 +38,18 @@ class PrefillSpec:
     video_id: str
     sampling: FrameSampling = field(default_factory=FrameSampling)
     system_prompt: str = ""
+    attention: AttentionPolicy = field(default_factory=resolve_policy)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PrefillSpec:
+        """Rebuild a spec from ``dataclasses.asdict``, also one from before there was a choice."""
+        attention = data.get("attention")
+        return cls(
+            data["video_id"],
+            FrameSampling(**data["sampling"]),
+            data["system_prompt"],
+            policy_from_dict(attention) if attention else resolve_policy(Quality.EXACT),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,22 @@ class PrefillResult:
     kv_bytes: int
     kv_transfer_params_json: str
     manifest_json: str
+    attention: AttentionSummary
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PrefillResult:
+        """Rebuild a result from ``dataclasses.asdict``, also one without a report."""
+        attention = data.get("attention")
+        return cls(
+            **{
+                **data,
+                "grid_thw": tuple(data["grid_thw"]),
+                "shards": tuple(tuple(shard) for shard in data["shards"]),
+                "attention": AttentionSummary.from_dict(attention)
+                if attention
+                else summarize(resolve_policy(Quality.EXACT), AttentionReport()),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +129,16 @@ class JobRecord:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> JobRecord:
         """Rebuild a record from its JSON form."""
-        spec, result = data["spec"], data["result"]
-        sampling = FrameSampling(**spec.pop("sampling"))
-        if result is not None:
-            result["grid_thw"] = tuple(result["grid_thw"])
-            result["shards"] = tuple(tuple(shard) for shard in result["shards"])
-            result = PrefillResult(**result)
+        result = data["result"]
         progress = tuple(
             Progress(**{**item, "stage": Stage(item["stage"])}) for item in data["progress"]
         )
         return cls(
             **{
                 **data,
-                "spec": PrefillSpec(**spec, sampling=sampling),
+                "spec": PrefillSpec.from_dict(data["spec"]),
                 "state": JobState(data["state"]),
-                "result": result,
+                "result": PrefillResult.from_dict(result) if result else None,
                 "progress": progress,
             }
         )

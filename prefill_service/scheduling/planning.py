@@ -34,7 +34,7 @@ class Planning:
         self._videos = videos
         self._planner = planner
         self._context_limit = context_limit
-        self._plans: OrderedDict[tuple[str, FrameSampling, str], PrefixPlan] = OrderedDict()
+        self._plans: OrderedDict[tuple[str, FrameSampling, str, str], PrefixPlan] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
 
     def close(self) -> None:
@@ -52,11 +52,6 @@ class Planning:
         """Identity of the model."""
         return self._planner.checkpoint.fingerprint
 
-    @property
-    def profile(self) -> str:
-        """How attention is computed."""
-        return self._planner.profile
-
     async def plan(self, spec: PrefillSpec) -> PrefixPlan:
         """Plan a prefix.
 
@@ -69,7 +64,8 @@ class Planning:
 
     async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:
         """``plan`` for a caller that holds the video already."""
-        key = (video.record.sha256, spec.sampling, spec.system_prompt)
+        profile = spec.attention.profile
+        key = (video.record.sha256, spec.sampling, spec.system_prompt, profile)
         plan = self._plans.get(key)
         if plan is None:
             # Token ids of a prompt far beyond the context would cost minutes and gigabytes.
@@ -110,7 +106,13 @@ class Planning:
 
     def _plan(self, video: HeldVideo, spec: PrefillSpec) -> PrefixPlan:
         index = VideoIndex.load(video.index_path)
-        return self._planner.plan(index, video.record.sha256, spec.sampling, spec.system_prompt)
+        return self._planner.plan(
+            index,
+            video.record.sha256,
+            spec.sampling,
+            spec.system_prompt,
+            spec.attention.profile,
+        )
 
     def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:
         return self._planner.estimate_tokens(VideoIndex.load(video.index_path), sampling)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.engine.messages import PrefillTask, Progress
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.protocol import HandoffParams
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.scheduling.attention import (
+    AttentionDetail,
+    AttentionSummary,
+    detail,
+    summarize,
+)
 from prefill_service.scheduling.jobs import PrefillResult
+from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
+from prefill_service.video.index import VideoIndex
 
 if TYPE_CHECKING:
     from prefill_service.engine.group import RankGroup
@@ -27,49 +37,66 @@ class PrefillRunner:
 
     Args:
         engine_id: uuid of this service run, part of every manifest.
+        metrics: told of each prefill.
     """
 
     def __init__(
-        self, group: RankGroup, prefixes: PrefixRegistry, engine_id: str, planning: Planning
+        self,
+        group: RankGroup,
+        prefixes: PrefixRegistry,
+        engine_id: str,
+        planning: Planning,
+        metrics: Metrics,
     ) -> None:
         self._group = group
         self._prefixes = prefixes
         self._engine_id = engine_id
         self._planning = planning
+        self._metrics = metrics
 
     async def run(
         self,
         job_id: str,
         plan: PrefixPlan,
+        policy: AttentionPolicy,
         video: HeldVideo,
         on_start: Callable[[], None],
         on_progress: Callable[[Progress], None],
-    ) -> PrefillResult:
+    ) -> tuple[PrefillResult, AttentionDetail]:
         """Compute a prefix; ``on_start`` is called when the ranks begin.
 
         Cancelling this coroutine stops the ranks and frees the pages.
 
+        Returns:
+            The result, and all that is kept of the attention report.
+
         Raises:
             ServiceError: KV_POOL_FULL, or why the ranks failed.
         """
-        manifest, kv_bytes = await self._reserve(plan)
+        index = await asyncio.to_thread(VideoIndex.load, video.index_path)
+        manifest, kv_bytes = await self._reserve(plan, policy)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
-        task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path))
+        task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path), policy)
         try:
             outcome = await self._group.prefill(task, on_progress)
             prefix = self._prefixes.complete(plan.prefix_id)
         except BaseException:
             self._prefixes.discard(plan.prefix_id)
             raise
+        attention = summarize(policy, outcome.attention)
+        self._metrics.prefilled(plan.num_tokens, outcome, attention)
         stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
         logger.info(
-            "%s: %d tokens in %.2f s, slowest rank's stages %s, %d bytes received from other ranks",
+            "%s: %d tokens in %.2f s, slowest rank's stages %s, %d bytes received from other ranks,"
+            " attention %s, density %.3f, kept mass %.4f",
             job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
+            policy.profile, attention.total.density, attention.total.kept_mass_mean,
         )  # fmt: skip
-        return _result(plan, manifest, kv_bytes, prefix.standing)
+        result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
+        return result, detail(attention, outcome.attention, plan, index)
 
-    async def _reserve(self, plan: PrefixPlan) -> tuple[Manifest, int]:
+    async def _reserve(self, plan: PrefixPlan, policy: AttentionPolicy) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""
         while True:
             await self._group.wait_ready()
@@ -89,12 +116,18 @@ class PrefillRunner:
             endpoints=self._group.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
-            profile=self._planning.profile,
+            profile=policy.profile,
         )
         return manifest, pages * layout.page_bytes
 
 
-def _result(plan: PrefixPlan, manifest: Manifest, kv_bytes: int, lease_id: str) -> PrefillResult:
+def _result(
+    plan: PrefixPlan,
+    manifest: Manifest,
+    kv_bytes: int,
+    lease_id: str,
+    attention: AttentionSummary,
+) -> PrefillResult:
     params = HandoffParams(manifest, lease_id, report_to="").to_kv_transfer_params()
     return PrefillResult(
         prefix_id=plan.prefix_id,
@@ -107,4 +140,5 @@ def _result(plan: PrefixPlan, manifest: Manifest, kv_bytes: int, lease_id: str) 
         kv_bytes=kv_bytes,
         kv_transfer_params_json=json.dumps(params, separators=(",", ":")),
         manifest_json=manifest.to_json(),
+        attention=attention,
     )

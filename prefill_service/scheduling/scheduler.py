@@ -15,8 +15,10 @@ from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.scheduling.attention import AttentionDetail
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillResult, PrefillSpec
+from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
 from prefill_service.scheduling.runner import PrefillRunner
@@ -38,6 +40,7 @@ class Scheduler:
     Args:
         engine_id: uuid of this service run, part of every manifest.
         config: size of the pool, time to live of leases, length of the queue.
+        metrics: told of jobs, and reads their numbers here.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Scheduler:
         group: RankGroup,
         engine_id: str,
         config: EngineConfig,
+        metrics: Metrics,
     ) -> None:
         self._store = store
         self._videos = videos
@@ -57,7 +61,7 @@ class Scheduler:
         self.prefixes = PrefixRegistry(
             group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self._evicted
         )
-        self._runner = PrefillRunner(group, self.prefixes, engine_id, planning)
+        self._runner = PrefillRunner(group, self.prefixes, engine_id, planning, metrics)
         self._jobs: dict[str, Job] = {}
         self._by_prefix: dict[str, Job] = {}
         self._queue: deque[Job] = deque()
@@ -65,6 +69,10 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._metrics = metrics
+        metrics.watch(
+            store.count_by_state, lambda: len(self._queue), lambda: self.prefixes.used_bytes
+        )
 
     # ---- life ---------------------------------------------------------------------------
 
@@ -131,6 +139,23 @@ class Scheduler:
         """
         job = self._jobs.get(job_id)
         return self.snapshot(job) if job else self._store.get(job_id)
+
+    def inspect(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
+        """The job and the attention report of its prefill, also when its prefix is gone.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB; NO_ATTENTION_REPORT if it has not succeeded.
+        """
+        record = self.get(job_id)
+        report = self._store.report(job_id)
+        if report is None:
+            raise ServiceError(
+                Reason.NO_ATTENTION_REPORT,
+                f"job {job_id} is {record.state} and has no attention report; there is one once "
+                "a job has succeeded",
+                job_id=job_id, state=record.state,
+            )  # fmt: skip
+        return record, report
 
     def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
         """``JobStore.page`` with live progress."""
@@ -284,9 +309,11 @@ class Scheduler:
             while True:
                 starts = job.record.attempts
                 try:
-                    result = await self._runner.run(
-                        job.record.job_id, plan, video, lambda: self._started(job), job.advance
-                    )
+                    result, report = await self._runner.run(
+                        job.record.job_id, plan, spec.attention, video,
+                        lambda: self._started(job), job.advance,
+                    )  # fmt: skip
+                    self._keep_report(job, report)
                     self._end(job, JobState.SUCCEEDED, result=result)
                     return
                 except ServiceError as error:
@@ -320,6 +347,7 @@ class Scheduler:
             self._unindex(job)
             del self._jobs[job.record.job_id]
         logger.info("%s: %s%s", job.record.job_id, state, f", {error}" if error else "")
+        self._metrics.job_ended(state)
         self._save(
             job.update(
                 state=state,
@@ -352,6 +380,13 @@ class Scheduler:
         if job not in self._queue:
             return 0
         return self._queue.index(job) + (self._active is not None)
+
+    def _keep_report(self, job: Job, report: AttentionDetail) -> None:
+        """As ``_save``: the prefix is good without it."""
+        try:
+            self._store.save_report(job.record.job_id, report)
+        except (ServiceError, sqlite3.Error) as error:
+            logger.error("%s: its attention report is lost: %s", job.record.job_id, error)
 
     def _save(self, record: JobRecord) -> None:
         """Note a change of state; a database that fails must not stop the ranks."""

@@ -44,6 +44,8 @@ def test_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[st
         "--ranks N, --engine-ranks N Ranks of the sequence-parallel group. (default: 2)",
         "--vllm-url TEXT, --decoder-url TEXT",
         "--storage-import-roots TEXT",
+        "--engine-sparse-from-tokens N Queries that see fewer keys attend exactly; 0: measured",
+        "--engine-sparse-block-tokens N Keys per block of sparse attention, 64 or 128.",
         "The rank group.",
     ):
         assert part in text
@@ -71,6 +73,11 @@ def test_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[st
         (["serve", "--model", "m", "--video-max-memory-bytes", "4096"], "536870912 or more"),
         (["serve", "--model", "m", "--decoder-kv-cache-gib", "0"], "decoder.kv_cache_gib = 0.0"),
         (["serve", "--model", "m", "--decoder-gpu-memory-utilization", "45"], "at most 1"),
+        (["serve", "--model", "m", "--engine-sparse-block-tokens", "32"], "expected 64 or 128"),
+        (["serve", "--model", "m", "--engine-sparse-from-tokens", "-1"], "expected 0 or more"),
+        (["serve", "--model", "m", "--server-metrics-address", "9464"], "expected HOST:PORT"),
+        (["serve", "--model", "m", "--server-metrics-address", "::1:80"], "expected HOST:PORT"),
+        (["serve", "--model", "m", "--server-metrics-address", "a:70000"], "port 0 to 65535"),
         (["serve", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
         (["serve", "--rank", "2"], "unrecognized arguments"),
         (["healthcheck", "--tls-ca", "/nowhere.pem"], "cannot read /nowhere.pem"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.plan import FrameSampling
@@ -124,6 +125,8 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PromptPlanner], fami
     planner, index = planners[family], index_of(40)
     base = planner.plan(index, "sha", FrameSampling(), "").prefix_id
     assert planner.plan(index, "sha", FrameSampling(), "").prefix_id == base
+    for exact in (resolve_policy(Quality.EXACT), resolve_policy(epsilon=0.0, min_kept_mass=0.5)):
+        assert planner.plan(index, "sha", FrameSampling(), "", exact.profile).prefix_id == base
     others = {
         planner.plan(index, "other", FrameSampling(), "").prefix_id,
         planner.plan(index, "sha", FrameSampling(fps=1.0), "").prefix_id,
@@ -132,9 +135,7 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PromptPlanner], fami
         PromptPlanner(planner.checkpoint, "bfloat16")
         .plan(index, "sha", FrameSampling(), "")
         .prefix_id,
-        PromptPlanner(planner.checkpoint, "float32", "eps=0.1")
-        .plan(index, "sha", FrameSampling(), "")
-        .prefix_id,
+        planner.plan(index, "sha", FrameSampling(), "", resolve_policy().profile).prefix_id,
     }
     assert len(others) == 6
     assert base not in others

@@ -14,9 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
+from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
 from prefill_service.decode.vllm_client import DecodeEvent, DecodeRequest
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
+from prefill_service.engine.running import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout, ShardRun
 from prefill_service.kv.protocol import HandoffReport
@@ -32,17 +35,20 @@ FRAME_BYTES = LAYOUT.page_bytes  # a frame is one page
 class Planner:
     """``num_frames`` frames (8 by default) of 16 tokens each, and the characters as tokens."""
 
-    profile = "exact"
-
     def __init__(self) -> None:
         self.checkpoint = SimpleNamespace(fingerprint="model", max_position_embeddings=100_000)
 
     def plan(
-        self, index: VideoIndex, video_sha256: str, sampling: FrameSampling, system_prompt: str
+        self,
+        index: VideoIndex,
+        video_sha256: str,
+        sampling: FrameSampling,
+        system_prompt: str,
+        profile: str = "exact",
     ) -> PrefixPlan:
         tokens = self.estimate_tokens(index, sampling)
         frames = tokens // TOKENS_PER_FRAME
-        key = f"{video_sha256} {sampling} {system_prompt}"
+        key = f"{video_sha256} {sampling} {system_prompt} {profile}"
         return PrefixPlan(
             prefix_id=hashlib.sha256(key.encode()).hexdigest(),
             family="qwen3_vl",
@@ -75,6 +81,28 @@ class Planner:
         return f"num_frames={limit_tokens // TOKENS_PER_FRAME} would fit."
 
 
+def report(task: PrefillTask) -> AttentionReport:
+    """Three layers of two KV heads, the later ones sparser; nothing of an exact task."""
+    policy, plan = task.policy, task.plan
+    causal = plan.num_tokens * (plan.num_tokens + 1) / 2
+    layers = []
+    for number in range(0 if policy.exact else 3):
+        density = [0.5 / (number + 1), 0.3 / (number + 1)]
+        layer = LayerReport(number, [causal * d for d in density], causal, 20, 2, 1)
+        layer.kept_mass.add(torch.linspace(1 - 2 * policy.epsilon, 1, 101))
+        layer.output_error.add(torch.linspace(0, policy.epsilon, 101))
+        layer.select_s, layer.attend_s, layer.certify_s = 0.25, 1.0, 0.125
+        layers.append(layer)
+    cells = [1.0 if row == column else 0.25 for row in range(4) for column in range(row + 1)]
+    grid = [cells.pop(0) if column <= row else -1.0 for row in range(4) for column in range(4)]
+    return AttentionReport(
+        sparse_from_tokens=0 if policy.exact else 64,
+        layers=layers,
+        patch_mass=[] if policy.exact else [1.0 + 0.5 * i for i in range(len(plan.patch_ends))],
+        block_map=None if policy.exact else BlockMap(2, 1, 4, 4, grid),
+    )
+
+
 class Group:
     """Two ranks. A task takes ``step_s`` per temporal patch."""
 
@@ -89,6 +117,7 @@ class Group:
         self.on_lost: Callable[[int], None] | None = None
         self.failures: deque[ServiceError] = deque()
         self.started: list[str] = []
+        self.tasks: list[PrefillTask] = []
         self.stopped: list[str] = []
         self.pages: dict[str, asyncio.Event] = {}
         self.leases: dict[str, set[str]] = {}
@@ -136,7 +165,7 @@ class Group:
 
     async def prefill(
         self, task: PrefillTask, on_progress: Callable[[Progress], None]
-    ) -> SimpleNamespace:
+    ) -> PrefillOutcome:
         assert task.manifest.generation == self.generation
         assert self.ready
         assert Path(task.video_path).exists()
@@ -160,7 +189,8 @@ class Group:
             self.stopped.append(task.job_id)
             raise
         ready.set()
-        return SimpleNamespace(stage_seconds={"decode": 0.1}, bytes_received=1, seconds=0.1)
+        self.tasks.append(task)
+        return PrefillOutcome({"decode": 0.1}, 1, 0.1, report(task))
 
     def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         assert ttl_s > 0

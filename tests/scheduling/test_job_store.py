@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from prefill_service.attention.quality import Quality, resolve_policy
+from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
 from prefill_service.engine.messages import Progress, Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.plan import FrameSampling
+from prefill_service.scheduling.attention import AttentionDetail, summarize
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.jobs import JobRecord, JobState, PrefillResult, PrefillSpec
 
-SPEC = PrefillSpec("vid_1", FrameSampling(fps=2.0), "Be brief.")
-RESULT = PrefillResult("p", 10, 8, 4, (2, 4, 4), -5, ((0, 5, 0), (5, 10, 1)), 640, "{}", "{}")
+SPEC = PrefillSpec("vid_1", FrameSampling(fps=2.0), "Be brief.", resolve_policy(epsilon=0.05))
+SUMMARY = summarize(SPEC.attention, AttentionReport(layers=[LayerReport(0, [30.0, 20.0], 55.0, 4)]))
+RESULT = PrefillResult(
+    "p", 10, 8, 4, (2, 4, 4), -5, ((0, 5, 0), (5, 10, 1)), 640, "{}", "{}", SUMMARY
+)
 
 
 def record(**fields: object) -> JobRecord:
@@ -81,5 +88,58 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     JobStore(path).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 7")
-    with pytest.raises(ServiceError, match="has version 7, this build reads 1"):
+    with pytest.raises(ServiceError, match="has version 7, this build reads 2"):
         JobStore(path)
+
+
+def test_reports_live_as_long_as_their_jobs(tmp_path: Path) -> None:
+    kept, old = record(), record(state=JobState.EVICTED, create_time=1.0)
+    report = AttentionDetail(SUMMARY, BlockMap(0, 1, 1, 2, [0.5, -1.0]), ((0.0, 1.5), (0.5, 0.25)))
+    store = JobStore(tmp_path / "jobs.db")
+    for job in (kept, old):
+        store.insert(job)
+        store.save_report(job.job_id, report)
+    assert store.count_by_state() == {**dict.fromkeys(JobState, 0), "QUEUED": 1, "EVICTED": 1}
+    store.close()
+    store = JobStore(tmp_path / "jobs.db")
+    assert store.report(old.job_id) == report
+    store.recover(max_attempts=2)
+    assert store.report(kept.job_id) == report
+    assert store.report(old.job_id) is None
+
+
+def test_a_database_from_before_sparse_attention_is_taken_over(tmp_path: Path) -> None:
+    """As version 1 wrote it: no word of attention, which was exact."""
+    path = tmp_path / "jobs.db"
+    queued, done = record(), record(state=JobState.SUCCEEDED, result=RESULT)
+    store = JobStore(path)
+    for job in (queued, done):
+        store.insert(job)
+    store.remember_request("request", SPEC, queued.job_id)
+    store.close()
+    with sqlite3.connect(path) as db:
+        for job in (queued, done):
+            data = asdict(job)
+            del data["spec"]["attention"]
+            if data["result"]:
+                del data["result"]["attention"]
+            db.execute(
+                "UPDATE jobs SET record = ? WHERE job_id = ?", (json.dumps(data), job.job_id)
+            )
+        spec = asdict(SPEC)
+        del spec["attention"]
+        db.execute("UPDATE requests SET spec = ?", (json.dumps(spec),))
+        db.execute("DROP TABLE reports")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    store = JobStore(path)
+    exact = replace(SPEC, attention=resolve_policy(Quality.EXACT))
+    assert store.get(queued.job_id) == replace(queued, spec=exact)
+    result = store.get(done.job_id).result
+    assert result is not None
+    assert (result.attention.total.density, result.attention.layers) == (1.0, ())
+    assert [job.job_id for job in store.recover(max_attempts=2)] == [queued.job_id]
+    assert store.report(done.job_id) is None
+    assert store.find_request("request", SPEC) == queued.job_id  # sent again as it was
+    with pytest.raises(ServiceError, match="with another spec"):
+        store.find_request("request", replace(SPEC, system_prompt=""))

@@ -21,6 +21,7 @@ from prefill_service.api.interceptor import CallInterceptor
 from prefill_service.api.server import OPTIONS
 from prefill_service.api.video_servicer import VideoServicer
 from prefill_service.config import StorageConfig, VideoConfig
+from prefill_service.scheduling.metrics import Metrics
 from prefill_service.video.store import VideoStore
 from tools.make_video import write_video
 
@@ -64,8 +65,9 @@ class VideoServer:
             return await append(*args)
 
         self._store.append = slow_append  # type: ignore[method-assign]
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(64)], options=OPTIONS)
-        servicer = VideoServicer(self._store)
+        metrics = Metrics()
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(64, metrics)], options=OPTIONS)
+        servicer = VideoServicer(self._store, metrics)
         video_service_pb2_grpc.add_VideoServiceServicer_to_server(servicer, self._server)
         self.port = self._server.add_insecure_port(f"localhost:{self.port}")
         await self._server.start()

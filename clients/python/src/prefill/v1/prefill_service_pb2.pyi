@@ -11,6 +11,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Quality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUALITY_UNSPECIFIED: _ClassVar[Quality]
+    QUALITY_EXACT: _ClassVar[Quality]
+    QUALITY_HIGH: _ClassVar[Quality]
+    QUALITY_BALANCED: _ClassVar[Quality]
+    QUALITY_FAST: _ClassVar[Quality]
+    QUALITY_CUSTOM: _ClassVar[Quality]
+
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
@@ -27,6 +36,12 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_DECODE: _ClassVar[Stage]
     STAGE_VISION: _ClassVar[Stage]
     STAGE_PREFILL: _ClassVar[Stage]
+QUALITY_UNSPECIFIED: Quality
+QUALITY_EXACT: Quality
+QUALITY_HIGH: Quality
+QUALITY_BALANCED: Quality
+QUALITY_FAST: Quality
+QUALITY_CUSTOM: Quality
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -53,15 +68,27 @@ class FrameSampling(_message.Message):
     cap_pixels_per_frame: bool
     def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: _Optional[bool] = ...) -> None: ...
 
+class AttentionSpec(_message.Message):
+    __slots__ = ("quality", "epsilon", "min_kept_mass")
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    MIN_KEPT_MASS_FIELD_NUMBER: _ClassVar[int]
+    quality: Quality
+    epsilon: float
+    min_kept_mass: float
+    def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ...) -> None: ...
+
 class PrefillSpec(_message.Message):
-    __slots__ = ("video_id", "sampling", "system_prompt")
+    __slots__ = ("video_id", "sampling", "system_prompt", "attention")
     VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     video_id: str
     sampling: FrameSampling
     system_prompt: str
-    def __init__(self, video_id: _Optional[str] = ..., sampling: _Optional[_Union[FrameSampling, _Mapping]] = ..., system_prompt: _Optional[str] = ...) -> None: ...
+    attention: AttentionSpec
+    def __init__(self, video_id: _Optional[str] = ..., sampling: _Optional[_Union[FrameSampling, _Mapping]] = ..., system_prompt: _Optional[str] = ..., attention: _Optional[_Union[AttentionSpec, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("stage", "rank", "done", "total", "elapsed")
@@ -104,8 +131,66 @@ class ShardRange(_message.Message):
     rank: int
     def __init__(self, start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
+class AttentionMeasures(_message.Message):
+    __slots__ = ("density", "sampled_rows", "kept_mass_mean", "kept_mass_p5", "kept_mass_min", "output_error_mean", "output_error_p95", "tiles", "tiles_redone", "tiles_dense", "select", "attend", "certify")
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MASS_MEAN_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MASS_P5_FIELD_NUMBER: _ClassVar[int]
+    KEPT_MASS_MIN_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_ERROR_MEAN_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_ERROR_P95_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    TILES_REDONE_FIELD_NUMBER: _ClassVar[int]
+    TILES_DENSE_FIELD_NUMBER: _ClassVar[int]
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    ATTEND_FIELD_NUMBER: _ClassVar[int]
+    CERTIFY_FIELD_NUMBER: _ClassVar[int]
+    density: float
+    sampled_rows: int
+    kept_mass_mean: float
+    kept_mass_p5: float
+    kept_mass_min: float
+    output_error_mean: float
+    output_error_p95: float
+    tiles: int
+    tiles_redone: int
+    tiles_dense: int
+    select: _duration_pb2.Duration
+    attend: _duration_pb2.Duration
+    certify: _duration_pb2.Duration
+    def __init__(self, density: _Optional[float] = ..., sampled_rows: _Optional[int] = ..., kept_mass_mean: _Optional[float] = ..., kept_mass_p5: _Optional[float] = ..., kept_mass_min: _Optional[float] = ..., output_error_mean: _Optional[float] = ..., output_error_p95: _Optional[float] = ..., tiles: _Optional[int] = ..., tiles_redone: _Optional[int] = ..., tiles_dense: _Optional[int] = ..., select: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., attend: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., certify: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class LayerAttention(_message.Message):
+    __slots__ = ("layer", "measures", "head_density")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MEASURES_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DENSITY_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    measures: AttentionMeasures
+    head_density: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., measures: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., head_density: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class AttentionReport(_message.Message):
+    __slots__ = ("quality", "epsilon", "min_kept_mass", "floor_met", "sparse_from_tokens", "total", "layers")
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    MIN_KEPT_MASS_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_MET_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_FROM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    quality: Quality
+    epsilon: float
+    min_kept_mass: float
+    floor_met: bool
+    sparse_from_tokens: int
+    total: AttentionMeasures
+    layers: _containers.RepeatedCompositeFieldContainer[LayerAttention]
+    def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ..., floor_met: _Optional[bool] = ..., sparse_from_tokens: _Optional[int] = ..., total: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ...) -> None: ...
+
 class PrefillResult(_message.Message):
-    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json")
+    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json", "attention")
     PREFIX_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VIDEO_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +201,7 @@ class PrefillResult(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_TRANSFER_PARAMS_JSON_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     prefix_id: str
     prefix_tokens: int
     video_tokens: int
@@ -126,7 +212,8 @@ class PrefillResult(_message.Message):
     kv_bytes: int
     kv_transfer_params_json: str
     manifest_json: str
-    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+    attention: AttentionReport
+    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ...) -> None: ...
 
 class PrefillJob(_message.Message):
     __slots__ = ("job_id", "spec", "state", "progress", "attempts", "queue_position", "error", "result", "create_time", "start_time", "end_time", "prefix_tokens")
@@ -221,3 +308,43 @@ class WatchPrefillJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: PrefillJob
     def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ...) -> None: ...
+
+class InspectPrefillJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class BlockMap(_message.Message):
+    __slots__ = ("layer", "kv_head", "rows", "columns", "density")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    KV_HEAD_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    kv_head: int
+    rows: int
+    columns: int
+    density: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., kv_head: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., density: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class PatchAttention(_message.Message):
+    __slots__ = ("time", "mass")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    MASS_FIELD_NUMBER: _ClassVar[int]
+    time: _duration_pb2.Duration
+    mass: float
+    def __init__(self, time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., mass: _Optional[float] = ...) -> None: ...
+
+class InspectPrefillJobResponse(_message.Message):
+    __slots__ = ("job", "attention", "block_map", "patches")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_MAP_FIELD_NUMBER: _ClassVar[int]
+    PATCHES_FIELD_NUMBER: _ClassVar[int]
+    job: PrefillJob
+    attention: AttentionReport
+    block_map: BlockMap
+    patches: _containers.RepeatedCompositeFieldContainer[PatchAttention]
+    def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ..., block_map: _Optional[_Union[BlockMap, _Mapping]] = ..., patches: _Optional[_Iterable[_Union[PatchAttention, _Mapping]]] = ...) -> None: ...

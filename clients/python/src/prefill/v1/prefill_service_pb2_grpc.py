@@ -63,6 +63,11 @@ class PrefillServiceStub:
                 request_serializer=prefill_dot_v1_dot_prefill__service__pb2.WatchPrefillJobRequest.SerializeToString,
                 response_deserializer=prefill_dot_v1_dot_prefill__service__pb2.WatchPrefillJobResponse.FromString,
                 _registered_method=True)
+        self.InspectPrefillJob = channel.unary_unary(
+                '/prefill.v1.PrefillService/InspectPrefillJob',
+                request_serializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobRequest.SerializeToString,
+                response_deserializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
@@ -108,6 +113,14 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InspectPrefillJob(self, request, context):
+        """InspectPrefillJob returns what a job's attention did, in full. It works for jobs
+        that have SUCCEEDED, also once their KV cache is EVICTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -135,6 +148,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.WatchPrefillJob,
                     request_deserializer=prefill_dot_v1_dot_prefill__service__pb2.WatchPrefillJobRequest.FromString,
                     response_serializer=prefill_dot_v1_dot_prefill__service__pb2.WatchPrefillJobResponse.SerializeToString,
+            ),
+            'InspectPrefillJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectPrefillJob,
+                    request_deserializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobRequest.FromString,
+                    response_serializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -276,6 +294,33 @@ class PrefillService:
             '/prefill.v1.PrefillService/WatchPrefillJob',
             prefill_dot_v1_dot_prefill__service__pb2.WatchPrefillJobRequest.SerializeToString,
             prefill_dot_v1_dot_prefill__service__pb2.WatchPrefillJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectPrefillJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefill.v1.PrefillService/InspectPrefillJob',
+            prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobRequest.SerializeToString,
+            prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

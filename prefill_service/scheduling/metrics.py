@@ -1,0 +1,172 @@
+"""What the service counts, for Prometheus (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from prefill_service.engine.running import PrefillOutcome
+from prefill_service.scheduling.attention import AttentionMeasures, AttentionSummary
+
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_DENSITY = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1)
+_KEPT = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 1)
+_ERROR = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+class Metrics:
+    """The metrics of one service, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"prefill_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"prefill_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"prefill_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self._jobs_ended = counter("jobs_ended", "Jobs that have ended, by state.", "state")
+        self._seconds = histogram("seconds", "Wall clock of a prefill.", _SECONDS, "quality")
+        self._tokens = counter("tokens", "Tokens prefilled.", "quality")
+        self._received = counter("received_bytes", "Bytes ranks received from other ranks.")
+        self._stages = counter(
+            "stage_seconds", "Seconds of each prefill's slowest rank, by stage.", "stage"
+        )
+
+        self._density = histogram("density", "Attention density of a job.", _DENSITY, "quality")
+        self._kept = histogram(
+            "kept_mass", "Measured kept mass of a job.", _KEPT, "quality", "statistic"
+        )
+        self._error = histogram(
+            "output_error", "Measured relative output error of a job.", _ERROR, "quality",
+            "statistic",
+        )  # fmt: skip
+        self._layer_density = gauge("layer_density", "Attention density, last job.", "layer")
+        self._layer_kept = gauge(
+            "layer_kept_mass", "Measured kept mass, last job.", "layer", "statistic"
+        )
+        self._layer_error = gauge(
+            "layer_output_error", "Measured relative output error, last job.", "layer", "statistic"
+        )
+        self._tiles = counter("tiles", "(KV head, query tile) pairs computed.")
+        self._redone = counter("tiles_redone", "Of them, again with a smaller epsilon.")
+        self._dense = counter("tiles_dense", "Of them, densely in the end.")
+        self._floor_missed = counter("floor_missed", "Jobs below their floor of kept mass.")
+        self._attention = counter(
+            "attention_seconds", "Seconds of the slowest rank, summed over layers.", "phase"
+        )
+
+        self._calls = counter("calls", "Calls of the API that have ended.", "method", "code")
+        self.uploaded_bytes = counter("uploaded_bytes", "Bytes of video received.")
+        self._answers = counter("answers", "Answers completed.", "finish_reason")
+        self._answer_tokens = counter("answer_tokens", "Tokens of completed answers.")
+        self._first_token = histogram(
+            "first_token_seconds", "From the call to the answer's first token.", _SECONDS
+        )
+        self._handoff_bytes = counter("handoff_bytes", "Bytes of KV moved to vLLM.")
+
+    def watch(
+        self,
+        jobs: Callable[[], Mapping[str, int]],
+        queue_depth: Callable[[], int],
+        kv_bytes: Callable[[], int],
+    ) -> None:
+        """Read these at each scrape: jobs by state, jobs waiting, bytes of resident prefixes."""
+        self.registry.register(_Live(jobs, queue_depth, kv_bytes))
+
+    def job_ended(self, state: str) -> None:
+        """Count an ended job."""
+        self._jobs_ended.labels(state).inc()
+
+    def prefilled(self, tokens: int, outcome: PrefillOutcome, attention: AttentionSummary) -> None:
+        """Take in a finished prefill."""
+        quality, total = attention.policy.quality, attention.total
+        self._seconds.labels(quality).observe(outcome.seconds)
+        self._tokens.labels(quality).inc(tokens)
+        self._received.inc(outcome.bytes_received)
+        for stage, seconds in outcome.stage_seconds.items():
+            self._stages.labels(stage).inc(seconds)
+        self._density.labels(quality).observe(total.density)
+        if total.sampled_rows:
+            for statistic, value in _kept_mass(total).items():
+                self._kept.labels(quality, statistic).observe(value)
+            for statistic, value in _output_error(total).items():
+                self._error.labels(quality, statistic).observe(value)
+        self._tiles.inc(total.tiles)
+        self._redone.inc(total.tiles_redone)
+        self._dense.inc(total.tiles_dense)
+        self._floor_missed.inc(not attention.floor_met)
+        for phase in ("select", "attend", "certify"):
+            self._attention.labels(phase).inc(getattr(total, f"{phase}_s"))
+        self._last_job(attention)
+
+    def _last_job(self, attention: AttentionSummary) -> None:
+        for gauge in (self._layer_density, self._layer_kept, self._layer_error):
+            gauge.clear()
+        for layer in attention.layers:
+            self._layer_density.labels(layer.layer).set(layer.measures.density)
+            if layer.measures.sampled_rows:
+                for statistic, value in _kept_mass(layer.measures).items():
+                    self._layer_kept.labels(layer.layer, statistic).set(value)
+                for statistic, value in _output_error(layer.measures).items():
+                    self._layer_error.labels(layer.layer, statistic).set(value)
+
+    def call_ended(self, method: str, code: str) -> None:
+        """Count a call of the API."""
+        self._calls.labels(method, code).inc()
+
+    def answered(
+        self, finish_reason: str, tokens: int, first_token_s: float, handoff_bytes: int
+    ) -> None:
+        """Take in a completed answer."""
+        self._answers.labels(finish_reason).inc()
+        self._answer_tokens.inc(tokens)
+        self._first_token.observe(first_token_s)
+        self._handoff_bytes.inc(handoff_bytes)
+
+
+class _Live(Collector):
+    """What is read when asked for rather than kept up to date."""
+
+    def __init__(
+        self,
+        jobs: Callable[[], Mapping[str, int]],
+        queue_depth: Callable[[], int],
+        kv_bytes: Callable[[], int],
+    ) -> None:
+        self._jobs, self._queue_depth, self._kv_bytes = jobs, queue_depth, kv_bytes
+
+    def describe(self) -> Iterator[Metric]:
+        """The families, without asking for values."""
+        yield GaugeMetricFamily("prefill_jobs", "Jobs listed, by state.", labels=["state"])
+        yield GaugeMetricFamily("prefill_queue_depth", "Jobs waiting for the ranks.")
+        yield GaugeMetricFamily("prefill_kv_bytes", "KV of resident prefixes, over all ranks.")
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with their values."""
+        jobs, depth, kv_bytes = self.describe()
+        for state, count in self._jobs().items():
+            jobs.add_sample(jobs.name, {"state": state}, count)
+        depth.add_sample(depth.name, {}, self._queue_depth())
+        kv_bytes.add_sample(kv_bytes.name, {}, self._kv_bytes())
+        yield from (jobs, depth, kv_bytes)
+
+
+def _kept_mass(measures: AttentionMeasures) -> dict[str, float]:
+    return {
+        "mean": measures.kept_mass_mean,
+        "p5": measures.kept_mass_p5,
+        "min": measures.kept_mass_min,
+    }
+
+
+def _output_error(measures: AttentionMeasures) -> dict[str, float]:
+    return {"mean": measures.output_error_mean, "p95": measures.output_error_p95}
