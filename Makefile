@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format stubs clean
+.PHONY: help setup demo test lint bench-selection bench-attention format stubs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Create or update .venv (done by the other targets too)
 	@$(PYTHON) tools/setup_env.py
@@ -20,6 +20,12 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-selection: setup ## Which key blocks to keep: estimators, key orders, rules
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection
+
+bench-attention: setup ## Dense, ours and FlexAttention on this CPU, 4K to 32K tokens
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention_cpu
 
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""Measurements, one command each; results as JSON under benchmarks/results/."""
