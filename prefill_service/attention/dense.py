@@ -61,6 +61,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Pa
     return Partial(out.reshape(q_heads, queries, head_dim), lse.reshape(q_heads, queries))
 
 
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, q_offset: int, scale: float) -> Partial:
+    """Dense attention of queries that stand at ``q_offset`` and after, to all keys up to each.
+
+    Args:
+        q: [q_heads, queries, head_dim].
+        k, v: [kv_heads, q_offset + queries, head_dim]; the first ``q_offset`` in any order.
+    """
+    parts = [attend(q, k[:, q_offset:], v[:, q_offset:], causal=True, scale=scale)]
+    if q_offset:
+        before = slice(0, q_offset)
+        parts.append(attend(q, k[:, before], v[:, before], causal=False, scale=scale))
+    return merge(parts)
+
+
 def empty_partial(q: Tensor) -> Partial:
     """The partial result over no key: zero output, LSE -inf."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

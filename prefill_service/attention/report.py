@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +84,19 @@ class LayerReport:
     attend_s: float = 0.0
     certify_s: float = 0.0
 
+    def merge(self, other: LayerReport) -> None:
+        """Take in another rank's part of the same layer."""
+        self.attended = [a + b for a, b in zip(self.attended, other.attended, strict=True)]
+        self.causal += other.causal
+        self.tiles += other.tiles
+        self.tiles_redone += other.tiles_redone
+        self.tiles_dense += other.tiles_dense
+        self.kept_mass.merge(other.kept_mass)
+        self.output_error.merge(other.output_error)
+        self.select_s = max(self.select_s, other.select_s)
+        self.attend_s = max(self.attend_s, other.attend_s)
+        self.certify_s = max(self.certify_s, other.certify_s)
+
     @property
     def head_density(self) -> list[float]:
         """[kv_heads] attended over causal keys; 1 where nothing was to be attended."""
@@ -135,3 +150,52 @@ class AttentionReport:
         """Attended over causal keys, over all layers and KV heads."""
         causal = sum(layer.causal * len(layer.attended) for layer in self.layers)
         return sum(sum(layer.attended) for layer in self.layers) / causal if causal else 1.0
+
+
+@dataclass(slots=True)
+class RankAttention:
+    """One rank's part of an ``AttentionReport``.
+
+    Attributes:
+        patch_mass, patch_rows: [temporal patches] sum of the sampled rows' relative mass, and
+            how many rows that was.
+        pairs: [layers, kv_heads, grid, grid], attended (query, key) pairs per cell.
+        causal: [grid, grid], the pairs that dense attention would have attended.
+    """
+
+    sparse_from_tokens: int
+    layers: list[LayerReport]
+    patch_mass: np.ndarray
+    patch_rows: np.ndarray
+    pairs: np.ndarray
+    causal: np.ndarray
+
+
+def combine(parts: Sequence[RankAttention]) -> AttentionReport:
+    """The report of a prefill from its ranks' parts. The parts are consumed."""
+    first, *others = parts
+    for part in others:
+        for layer, other in zip(first.layers, part.layers, strict=True):
+            layer.merge(other)
+    rows = np.sum([part.patch_rows for part in parts], axis=0)
+    mass = np.sum([part.patch_mass for part in parts], axis=0)
+    pairs = np.sum([part.pairs for part in parts], axis=0)
+    causal = np.sum([part.causal for part in parts], axis=0)
+    return AttentionReport(
+        first.sparse_from_tokens,
+        first.layers,
+        (mass / np.maximum(rows, 1)).tolist(),
+        _sparsest_map(first.layers, pairs, causal),
+    )
+
+
+def _sparsest_map(
+    layers: list[LayerReport], pairs: np.ndarray, causal: np.ndarray
+) -> BlockMap | None:
+    density = np.array([layer.head_density for layer in layers])
+    if not density.size or density.min() == 1:
+        return None
+    layer, head = (int(i) for i in np.unravel_index(density.argmin(), density.shape))
+    share = np.where(causal > 0, pairs[layer, head] / np.maximum(causal, 1), -1.0)
+    rows, columns = causal.shape
+    return BlockMap(layer, head, rows, columns, share.round(4).flatten().tolist())

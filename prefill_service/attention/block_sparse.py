@@ -1,0 +1,196 @@
+"""Block-sparse attention on CPU: gather a tile's kept blocks, one SDPA call over them.
+
+The rows of one (KV head, tile) are its group's heads times its tokens, and they share one list of
+keys: kept blocks' tokens first, then the summaries of all candidates, where a bias of -inf leaves
+out those that were kept. Rows with equally many kept blocks go through one batched call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prefill_service.attention.dense import Partial
+from prefill_service.attention.summaries import BlockSummaries
+from prefill_service.attention.tiles import Tiles
+from prefill_service.kernels.csr import BlockCSR
+
+_BATCH_FLOATS = 1 << 20
+
+
+@dataclass(slots=True)
+class GatherBuffers:
+    """Scratch memory that calls of one process share; grows to the largest request."""
+
+    _held: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Uninitialised memory; valid until the next request of that name."""
+        numel = 1
+        for size in shape:
+            numel *= size
+        held = self._held.get(name)
+        if held is None or held.numel() < numel or held.dtype != like.dtype:
+            held = self._held[name] = torch.empty(numel, dtype=like.dtype)
+        return held[:numel].view(shape)
+
+
+def local_attention(
+    rows: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, buffers: GatherBuffers
+) -> Partial:
+    """Causal attention of every tile over its local region.
+
+    Args:
+        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries.
+        k, v: [kv_heads, keys, head_dim], at least ``tiles.keys`` keys.
+
+    Returns:
+        Partial of [kv_heads, tiles, group * tile_tokens, ...]; nobody reads the rows that hold
+        no query.
+
+    Raises:
+        ValueError: a tile that is no whole number of blocks.
+    """
+    kv_heads, count, packed, head_dim = rows.shape
+    tile, block = tiles.tile_tokens, tiles.block_tokens
+    if tile % block:
+        raise ValueError(f"a tile of {tile} tokens is no whole number of blocks of {block}")
+    before = tiles.q_offset % block  # keys of the local region before the tile's first query
+    length = before + tile
+    first = tiles.q_offset - before
+    # Keys after the last query do not exist yet; queries that do exist are masked from them.
+    whole = tiles.queries // tile
+    shape = (kv_heads * count, 1, length, head_dim)
+    parts = []
+    for name, x in (("k", k), ("v", v)):
+        part = buffers.get(name, shape, x).view(kv_heads, count, length, head_dim)
+        windows = x[:, first : first + before + whole * tile].unfold(1, length, tile)
+        part[:, :whole] = windows.transpose(2, 3)[:, :whole]
+        if whole < count:
+            rest = x[:, first + whole * tile : tiles.keys]
+            part[:, whole, : rest.shape[1]] = rest
+            part[:, whole, rest.shape[1] :] = 0
+        parts.append(part.view(shape))
+    hidden = torch.ones(tile, length, dtype=torch.bool).triu(before + 1)
+    mask = torch.zeros(packed // tile, tile, length, dtype=rows.dtype)
+    mask = mask.masked_fill_(hidden, -torch.inf).view(1, 1, packed, length)
+    q = rows.flatten(0, 1)[:, None]
+    out, lse = _sdpa(q, parts[0], parts[1], mask.expand(len(q), -1, -1, -1), scale)
+    return Partial(out.reshape(rows.shape), lse.reshape(rows.shape[:3]))
+
+
+def far_attention(
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    csr: BlockCSR,
+    tiles: Tiles,
+    scale: float,
+    buffers: GatherBuffers,
+    summaries: BlockSummaries | None = None,
+    bias: Tensor | None = None,
+) -> Partial:
+    """Attention of every tile over its kept blocks and, given their bias, block summaries.
+
+    Args:
+        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries.
+        k, v: [kv_heads, keys, head_dim] with contiguous head_dim.
+        csr: kept blocks.
+        summaries: of at least ``bias.shape[-1]`` blocks.
+        bias: [kv_heads, tiles, blocks] logits of the summaries, -inf to leave one out.
+
+    Returns:
+        Partial of [kv_heads, tiles, group * tile_tokens, ...]; 0 and -inf for a tile that
+        attends to nothing here.
+    """
+    kv_heads, count, packed, head_dim = rows.shape
+    work = _Work(rows, k, v, csr, tiles, scale, buffers)
+    if bias is not None and summaries is not None:
+        work.bias = bias.to(rows.dtype).flatten(0, 1)
+        work.k_mean, work.v_mean = (x.to(rows.dtype) for x in (summaries.k_mean, summaries.v_mean))
+    lse_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    out = rows.new_zeros(kv_heads * count, packed, head_dim)
+    lse = rows.new_full((kv_heads * count, packed), -torch.inf, dtype=lse_dtype)
+    for batch in work.batches():
+        out[batch], lse[batch] = work.attend(batch)
+    return Partial(out.view(rows.shape), lse.view(rows.shape[:3]))
+
+
+@dataclass(slots=True)
+class _Work:
+    """The inputs of one ``far_attention``; ``row`` is ``kv_head * tiles + tile``."""
+
+    rows: Tensor
+    k: Tensor
+    v: Tensor
+    csr: BlockCSR
+    tiles: Tiles
+    scale: float
+    buffers: GatherBuffers
+    bias: Tensor | None = None  # [kv_heads * tiles, blocks]
+    k_mean: Tensor | None = None
+    v_mean: Tensor | None = None
+    starts: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.starts = self.csr.row_ptr.tolist()
+
+    def batches(self) -> list[list[int]]:
+        """Rows to compute together: equally many kept blocks, bounded memory."""
+        by_length: dict[tuple[int, int], list[int]] = {}
+        for row in range(len(self.starts) - 1):
+            kept = self.starts[row + 1] - self.starts[row]
+            seen = self._seen(row)
+            if kept or seen:
+                by_length.setdefault((kept, seen), []).append(row)
+        batches = []
+        for (kept, seen), rows in by_length.items():
+            floats = (kept * self.tiles.block_tokens + seen) * self.k.shape[-1]
+            size = max(1, _BATCH_FLOATS // floats)
+            batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+        return batches
+
+    def attend(self, batch: list[int]) -> tuple[Tensor, Tensor]:
+        """Output [batch, rows, head_dim] and LSE [batch, rows]."""
+        row, block = batch[0], self.tiles.block_tokens
+        kept, seen, size = self.starts[row + 1] - self.starts[row], self._seen(row), len(batch)
+        length, head_dim = kept * block + seen, self.k.shape[-1]
+        keys = self.buffers.get("k", (size, length, head_dim), self.k)
+        values = self.buffers.get("v", (size, length, head_dim), self.v)
+        for i, row in enumerate(batch):
+            head = row // self.tiles.count
+            col = self.csr.col[self.starts[row] : self.starts[row + 1]]
+            for target, source, mean in (
+                (keys[i], self.k[head], self.k_mean), (values[i], self.v[head], self.v_mean)
+            ):  # fmt: skip
+                if kept:
+                    blocks = source[: len(source) // block * block].view(-1, block, head_dim)
+                    gathered = target[: kept * block].view(kept, block, head_dim)
+                    torch.index_select(blocks, 0, col, out=gathered)
+                if mean is not None and seen:
+                    target[kept * block :] = mean[head, :seen]
+        mask = None
+        if self.bias is not None and seen:
+            mask = self.buffers.get("mask", (size, 1, 1, length), self.rows)
+            mask[..., : kept * block] = 0
+            mask[:, 0, 0, kept * block :] = self.bias[batch, :seen]
+            mask = mask.expand(-1, -1, self.rows.shape[2], -1)
+        rows = self.rows.flatten(0, 1)[batch][:, None]
+        out, lse = _sdpa(rows, keys[:, None], values[:, None], mask, self.scale)
+        return out[:, 0], lse[:, 0]
+
+    def _seen(self, row: int) -> int:
+        """Summaries among the row's keys."""
+        return 0 if self.bias is None else self.tiles.candidates(row % self.tiles.count)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's CPU flash kernel, all [batch, 1, length, head_dim]; the LSE is natural."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out, lse.to(torch.float64) if q.dtype == torch.float64 else lse

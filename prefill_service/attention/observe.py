@@ -1,0 +1,119 @@
+"""What can be seen of a prefill's attention afterwards: mass per temporal patch, block maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefill_service.attention.tiles import Tiles
+
+GRID = 48
+"""Rows and columns of a block map."""
+
+
+class PatchMass:
+    """Attention that sampled rows pay to the temporal patches before their own.
+
+    Args:
+        patch_ends: [patches] one past each patch's last token.
+        device: of the tensors to come.
+    """
+
+    def __init__(self, patch_ends: np.ndarray, device: torch.device) -> None:
+        ends = torch.from_numpy(np.asarray(patch_ends, dtype=np.int64))
+        self._starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        self._sizes = (ends - self._starts).double()
+        tokens = torch.arange(int(ends[-1]))
+        self._patch_of = torch.searchsorted(ends, tokens, right=True).to(device)
+        self._mass = torch.zeros(len(ends), dtype=torch.float64, device=device)
+        self._rows = torch.zeros(len(ends), dtype=torch.float64)
+
+    def add(self, p: Tensor, position: Tensor, order: Tensor) -> None:
+        """Take in exact attention probabilities.
+
+        Args:
+            p: [kv_heads, group * samples, keys].
+            position: [samples] of the queries.
+            order: [kv_heads, keys] original position of the keys.
+        """
+        kv_heads, rows, keys = p.shape
+        own = self._patch_of[position].cpu()  # [samples]
+        # A row's own patch is left out: it is seen in part, and always holds much.
+        hidden = torch.arange(keys, device=p.device) >= self._starts[own].to(p.device)[:, None]
+        seen = ((position + 1)[:, None] * ~hidden).to(p.dtype)  # [samples, keys]
+        weighted = (p * seen.repeat(rows // len(position), 1)).sum(1)  # [kv_heads, keys]
+        self._mass.index_add_(0, self._patch_of[order].flatten(), weighted.flatten().double())
+        earlier = torch.arange(len(self._rows)) < own[:, None]  # [samples, patches]
+        self._rows += earlier.sum(0) * (kv_heads * rows // len(position))
+
+    def totals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mass relative to chance, summed over rows, and the number of rows; each [patches]."""
+        return (self._mass.cpu() / self._sizes).numpy(), self._rows.numpy()
+
+
+class BlockGrids:
+    """Attended (query, key) pairs of every layer and KV head on a coarse grid.
+
+    Args:
+        layers, kv_heads: how many.
+        tokens: of the prompt; both axes span them.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, tokens: int) -> None:
+        self.pairs = np.zeros((layers, kv_heads, GRID, GRID), np.float32)
+        self.causal = np.zeros((GRID, GRID), np.float32)  # the same, had all been attended
+        self._tokens = tokens
+
+    def add(self, layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
+        """Take in one sparse attention.
+
+        Args:
+            keep: [kv_heads, tiles, blocks] bool.
+            order: [kv_heads, keys] original position of the keys.
+        """
+        kv_heads, _, blocks = keep.shape
+        cell = order[:, : blocks * tiles.block_tokens].long() * GRID // self._tokens
+        cell = cell.reshape(kv_heads, blocks, -1)
+        of_block = torch.zeros(kv_heads, blocks, GRID, device=keep.device)
+        of_block.scatter_add_(2, cell, torch.ones_like(cell, dtype=torch.float32))
+        kept = (keep.float() @ of_block).cpu().numpy()  # [kv_heads, tiles, GRID]
+        for tile in range(tiles.count):
+            row, tokens = self._row(tiles, tile), tiles.tokens(tile)
+            self.pairs[layer, :, row] += kept[:, tile] * tokens
+            self.pairs[layer, :, row] += self._local(tiles, tile)
+
+    def add_dense(self, layer: int, tiles: Tiles, heads: Sequence[int]) -> None:
+        """Take in dense attention of some KV heads."""
+        for tile in range(tiles.count):
+            self.pairs[layer, heads, self._row(tiles, tile)] += self._causal(tiles, tile)
+
+    def add_causal(self, tiles: Tiles) -> None:
+        """Take in what dense attention of the queries would attend to."""
+        for tile in range(tiles.count):
+            self.causal[self._row(tiles, tile)] += self._causal(tiles, tile)
+
+    def _causal(self, tiles: Tiles, tile: int) -> np.ndarray:
+        """[GRID] pairs of a tile's causal attention."""
+        far = np.diff(np.minimum(self._edges(), tiles.local_start(tile))) * tiles.tokens(tile)
+        pairs: np.ndarray = far + self._local(tiles, tile)
+        return pairs
+
+    def _row(self, tiles: Tiles, tile: int) -> int:
+        middle = tiles.q_offset + tile * tiles.tile_tokens + tiles.tokens(tile) // 2
+        return min(middle, self._tokens - 1) * GRID // self._tokens
+
+    def _edges(self) -> np.ndarray:
+        """First token of each cell, and one past the last."""
+        return -(-np.arange(GRID + 1) * self._tokens // GRID)
+
+    def _local(self, tiles: Tiles, tile: int) -> np.ndarray:
+        """[GRID] pairs of a tile's local region."""
+        first = tiles.q_offset + tile * tiles.tile_tokens
+        end = first + tiles.tokens(tile)
+        keys = np.arange(tiles.local_start(tile), end)
+        queries = end - np.maximum(keys, first)
+        pairs: np.ndarray = np.bincount(keys * GRID // self._tokens, queries, GRID)
+        return pairs

@@ -1,0 +1,169 @@
+"""Which key blocks a query tile attends to exactly: the fewest that leave at most epsilon to guess.
+
+Every other candidate is represented by its summary, so what a dropped block costs is not its
+attention mass but the share of it that the summary misplaces. Both are estimated from the
+summaries alone, for every query row of the tile, and the blocks that would misplace most are kept
+until the rest misplaces at most epsilon. In contrast to a fixed threshold (FlashPrefill, arXiv
+2603.06199) the result has a stated error, in contrast to top-p (XAttention, arXiv 2503.16428) it
+needs no sort. docs/attention.md derives the formulas and compares them with the field's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefill_service.attention.summaries import BlockSummaries, lift, misplaced_share
+from prefill_service.attention.tiles import Tiles
+from prefill_service.kernels.csr import BlockCSR
+
+LEVELS = 32
+"""Thresholds tried: 2**(-level / 2) times the tile's largest loss; the last one is 0."""
+
+_POOLED_TOKENS = 16
+_MAX_SCORES = 1 << 21
+"""Scores held at once: a few MiB, so that the passes over them stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is known of each (KV head, tile, candidate block), each [kv_heads, tiles, blocks].
+
+    Attributes:
+        loss: attention mass that representing the block by its summary misplaces, mean over the
+            tile's rows; 0 where a block is no candidate of the tile.
+        bias: logit added to the block's summary key; -inf where it is no candidate.
+    """
+
+    loss: Tensor
+    bias: Tensor
+
+
+def estimate(
+    rows: Tensor, local_lse: Tensor, tiles: Tiles, summaries: BlockSummaries, scale: float
+) -> Estimate:
+    """Estimate the loss of every candidate block.
+
+    Args:
+        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries (``Tiles.pack``).
+        local_lse: [kv_heads, tiles, group * tile_tokens] natural log-sum-exp of each row over its
+            local region.
+        summaries: of the first ``tiles.blocks`` blocks.
+        scale: factor on the scores.
+    """
+    kv_heads, count, packed, _ = rows.shape
+    work = summaries.k_mean.dtype
+    blocks = tiles.blocks
+    loss = torch.zeros(kv_heads, count, blocks, dtype=work, device=rows.device)
+    bias = torch.full_like(loss, -torch.inf)
+    weights = tiles.row_weights(packed // tiles.tile_tokens, loss)  # [tiles, rows]
+    step = max(1, _MAX_SCORES // (kv_heads * packed * max(blocks, 1)))
+    for first in range(0, count, step):
+        end = min(first + step, count)
+        seen = tiles.candidates(end - 1)
+        if not seen:
+            continue
+        part = slice(first, end)
+        loss[:, part, :seen], bias[:, part, :seen] = _estimate_tiles(
+            rows[:, part].to(work), local_lse[:, part].to(work), weights[part],
+            summaries.first(seen), tiles, first, scale,
+        )  # fmt: skip
+    return Estimate(loss, bias)
+
+
+def _estimate_tiles(
+    q: Tensor,
+    local_lse: Tensor,
+    weights: Tensor,
+    known: BlockSummaries,
+    tiles: Tiles,
+    first: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and bias, [kv_heads, some tiles, known blocks]."""
+    kv_heads, count, packed, head_dim = q.shape
+    blocks = known.blocks
+    # Rows without a query are 0 and add nothing; weights tell how many there are with one.
+    squared = torch.linalg.vector_norm(q, dim=2).square() * weights.amax(1)[:, None]
+    variance = (squared * scale**2) @ known.k_var.transpose(1, 2)  # [kv_heads, tiles, blocks]
+    bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
+    candidates = [tiles.candidates(first + tile) for tile in range(count)]
+    if candidates[0] < blocks:
+        limit = torch.tensor(candidates, device=q.device)[:, None]
+        bias.masked_fill_(torch.arange(blocks, device=q.device) >= limit, -torch.inf)
+
+    # The local region takes part in the softmax as one more block, whose mass is known exactly.
+    scores = q.new_empty(kv_heads, count, packed, blocks + 1)
+    for head in range(kv_heads):
+        flat = q[head].reshape(-1, head_dim)
+        means = (known.k_mean[head] * scale).T
+        torch.mm(flat, means, out=scores[head].view(-1, blocks + 1)[:, :blocks])
+    scores[..., :blocks] += bias[:, :, None]
+    scores[..., blocks] = local_lse
+    torch.softmax(scores, -1, out=scores)
+    mass = _mean_rows(weights, scores)[..., :blocks]
+    lse = local_lse - torch.log(scores[..., blocks].clamp(min=torch.finfo(q.dtype).tiny))
+    loss = mass * misplaced_share(variance) + _outlier_mass(q, lse, weights, known, scale)
+    return torch.where(bias == -torch.inf, 0.0, loss), bias
+
+
+def _outlier_mass(
+    q: Tensor, lse: Tensor, weights: Tensor, known: BlockSummaries, scale: float
+) -> Tensor:
+    """Mass of each block's farthest key, [kv_heads, tiles, blocks], asked with pooled queries.
+
+    Mean and variance hide one key among many (the needle); its own score does not. Queries are
+    averaged over 16 tokens per head, so that this costs a sixteenth of the estimate.
+    """
+    kv_heads, count, packed, head_dim = q.shape
+    pools = packed // _POOLED_TOKENS
+    weight = weights.reshape(count, pools, _POOLED_TOKENS)
+    total = weight.sum(-1)  # [tiles, pools], 0 for pools without a query
+    share = weight / total.clamp(min=torch.finfo(q.dtype).tiny)[..., None]
+    split = (kv_heads, count, pools, _POOLED_TOKENS)
+    pooled = _mean_rows(share, q.view(*split, head_dim)).flatten(1, 2)
+    norm = _mean_rows(share, lse.view(*split, 1)).flatten(1, 2)
+    scores = pooled @ (known.k_far * scale).transpose(1, 2) - norm  # [kv_heads, tiles * pools, b]
+    return _mean_rows(total, scores.exp_().clamp_(max=1).view(kv_heads, count, pools, -1))
+
+
+def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
+    """Weighted sum over the second last axis; ``weights`` [..., rows] has no KV-head axis."""
+    return (weights[None, ..., None, :].expand(len(x), *[-1] * (x.dim() - 1)) @ x).squeeze(-2)
+
+
+def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:
+    """Keep the forced blocks, and of the others the most lossy until the rest loses <= epsilon.
+
+    The threshold is relative to the tile's largest loss and falls in half octaves. A loss that is
+    not a number keeps its block: NaN and infinities come out as dense attention has them.
+
+    Args:
+        loss: [kv_heads, tiles, blocks], 0 for blocks that are no candidates.
+        forced: [tiles, blocks] bool, kept in any case.
+        epsilon: [kv_heads].
+
+    Returns:
+        [kv_heads, tiles, blocks] bool; never more than what ``loss`` or ``forced`` named.
+    """
+    unknown = ~torch.isfinite(loss)
+    free = torch.where(unknown | forced, 0.0, loss)
+    largest = free.amax(-1, keepdim=True).clamp(min=torch.finfo(loss.dtype).tiny)
+    level = (-2 * torch.log2(free / largest)).clamp(0, LEVELS - 1).long()  # log2(0): the last one
+    at_level = torch.zeros(*loss.shape[:-1], LEVELS, dtype=loss.dtype, device=loss.device)
+    at_level.scatter_add_(-1, level, free)
+    # left[i]: loss of the blocks at level i and beyond, which a threshold above level i drops.
+    left = at_level.flip(-1).cumsum(-1).flip(-1)
+    kept_levels = (left > epsilon[:, None, None]).sum(-1, keepdim=True)
+    return (level < kept_levels) & (free > 0) | unknown | forced
+
+
+def to_csr(keep: Tensor) -> BlockCSR:
+    """Ragged block lists of a [kv_heads, tiles, blocks] mask (host side; reads the mask)."""
+    counts = keep.sum(-1).flatten()
+    row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int32, device=keep.device)
+    torch.cumsum(counts, 0, out=row_ptr[1:])
+    return BlockCSR(row_ptr, keep.nonzero()[:, -1].to(torch.int32))

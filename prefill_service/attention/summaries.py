@@ -1,0 +1,104 @@
+"""What is known of a key block without reading it: its mean, spread, mean value and outlier."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class BlockSummaries:
+    """Statistics of complete key blocks, each [kv_heads, blocks, head_dim] float32 (or float64).
+
+    Attributes:
+        k_mean: mean key.
+        k_var: variance of the keys, per dimension (diagonal of their covariance).
+        v_mean: mean value.
+        k_far: the key farthest from the mean; an outlier that mean and variance would hide.
+    """
+
+    k_mean: Tensor
+    k_var: Tensor
+    v_mean: Tensor
+    k_far: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """How many."""
+        return self.k_mean.shape[1]
+
+    def heads(self, index: Tensor) -> BlockSummaries:
+        """Of some KV heads."""
+        parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
+        return BlockSummaries(*(part[index] for part in parts))
+
+    def first(self, blocks: int) -> BlockSummaries:
+        """Of the first ``blocks`` blocks (views)."""
+        parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
+        return BlockSummaries(*(part[:, :blocks] for part in parts))
+
+    def put(self, start: int, other: BlockSummaries) -> None:
+        """Overwrite the blocks from ``start`` on."""
+        end = start + other.blocks
+        self.k_mean[:, start:end] = other.k_mean
+        self.k_var[:, start:end] = other.k_var
+        self.v_mean[:, start:end] = other.v_mean
+        self.k_far[:, start:end] = other.k_far
+
+
+def empty_summaries(
+    kv_heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> BlockSummaries:
+    """Room for ``blocks`` blocks of keys of ``dtype``."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = (kv_heads, blocks, head_dim)
+    return BlockSummaries(*(torch.zeros(shape, dtype=work, device=device) for _ in range(4)))
+
+
+def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
+    """Summaries of the blocks of ``k`` and ``v``.
+
+    Args:
+        k, v: [kv_heads, tokens, head_dim]; tokens a multiple of ``block_tokens``.
+
+    Raises:
+        ValueError: an incomplete block.
+    """
+    kv_heads, tokens, head_dim = k.shape
+    if tokens % block_tokens:
+        raise ValueError(f"{tokens} tokens are no whole number of blocks of {block_tokens}")
+    work = torch.float64 if k.dtype == torch.float64 else torch.float32
+    shape = (kv_heads, tokens // block_tokens, block_tokens, head_dim)
+    kb = k.to(work).reshape(shape)
+    mean = kb.mean(2)
+    centred = kb - mean[:, :, None]
+    squared = centred.square()
+    farthest = squared.sum(-1).argmax(2)  # [kv_heads, blocks]
+    index = farthest[..., None, None].expand(-1, -1, 1, head_dim)
+    return BlockSummaries(
+        mean, squared.mean(2), v.to(work).reshape(shape).mean(2), kb.gather(2, index).squeeze(2)
+    )
+
+
+def lift(variance: Tensor, block_tokens: int) -> Tensor:
+    """By how much the log-mean-exp of ``block_tokens`` scores exceeds their mean.
+
+    Half the variance while the scores are many enough to sample the tail of a normal
+    distribution; beyond ``2 ln B`` the largest one rules and growth is linear in the standard
+    deviation (the random energy model; Derrida, Phys. Rev. B 24, 2613, 1981).
+    """
+    log_block = math.log(block_tokens)
+    frozen = torch.sqrt(variance * (2 * log_block)) - log_block
+    return torch.where(variance <= 2 * log_block, 0.5 * variance, frozen)
+
+
+def misplaced_share(variance: Tensor) -> Tensor:
+    """Share of a block's mass that its summary misplaces, given the variance of its scores.
+
+    Total variation distance between normally distributed scores' softmax and the uniform
+    distribution, ``erf(s / sqrt(8))``, in Polya's approximation (0.007 off at most).
+    """
+    return torch.sqrt(-torch.expm1(variance / (-2 * math.pi)))
