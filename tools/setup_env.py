@@ -254,7 +254,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if sys.version_info < MINIMUM:
         use_newer_python()
-    packages = arguments.wheels or ["-e", "clients/python", "-e", ".[dev]"]
+    packages = arguments.wheels or ["-e", "clients/python[inspect]", "-e", ".[dev]"]
     environment = Environment(arguments.venv.absolute(), packages)
     lock = ROOT / "build" / "setup.lock"
     lock.parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,13 +87,22 @@ def test_connector_needs_kv_and_vllm_only() -> None:
 def test_client_needs_grpc_and_protobuf_only() -> None:
     standard = sys.stdlib_module_names
     ours = {"prefill_client", "prefill", "grpc", "google"}
+    optional = {CLIENT / "prefill_client" / "cli" / "picture.py": {"matplotlib"}}
     found = []
     for path in sorted(CLIENT.rglob("*.py")):
         for line, name in imports(path, CLIENT):
             top = name.partition(".")[0]
-            if top not in standard and top not in ours:
+            if top not in standard and top not in ours | optional.get(path, set()):
                 found.append(f"{path.relative_to(CLIENT)}:{line} imports {name}")
     assert found == []
+
+
+def test_client_imports_without_its_extras() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import prefill_client.batch, prefill_client.cli.commands"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_violations_are_found(tmp_path: Path) -> None:

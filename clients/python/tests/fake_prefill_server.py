@@ -296,11 +296,12 @@ class FakeService(
             job.state = ppb.JOB_STATE_FAILED
             job.error.reason, job.error.message = self.faults.job_error
         else:
-            job.state = ppb.JOB_STATE_SUCCEEDED
+            job.state, job.prefix_tokens = ppb.JOB_STATE_SUCCEEDED, 810
             job.result.CopyFrom(
                 ppb.PrefillResult(prefix_id="pfx_1", prefix_tokens=810, video_tokens=800,
                                   grid_thw=[4, 20, 20],
-                                  shards=[ppb.ShardRange(start_token=0, end_token=810, rank=1)])
+                                  shards=[ppb.ShardRange(start_token=0, end_token=810, rank=1)],
+                                  attention=attention_report(job.spec.attention))
             )  # fmt: skip
         yield job
 
@@ -342,6 +343,23 @@ class FakeService(
             if self.faults.watch_break:
                 self.faults.watch_break -= 1
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
+
+    async def InspectPrefillJob(self, request, context):
+        await self._enter("InspectPrefillJob", context)
+        job = await self._known(request.job_id, context)
+        if job.state != ppb.JOB_STATE_SUCCEEDED:
+            await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_ATTENTION_REPORT",
+                       f"job {job.job_id} has no attention report")  # fmt: skip
+        response = ppb.InspectPrefillJobResponse(job=job, attention=job.result.attention)
+        if job.result.attention.layers:
+            grid = [1.0, -1.0, -1.0, 0.5, 1.0, -1.0]
+            response.block_map.CopyFrom(
+                ppb.BlockMap(layer=1, kv_head=0, rows=2, columns=3, density=grid)
+            )
+            for second in range(4):
+                patch = response.patches.add(mass=0.5 + second)
+                patch.time.FromMilliseconds(2000 * second)
+        return response
 
     # answers
 
@@ -394,6 +412,26 @@ class FakeService(
         )  # fmt: skip
         final.timings.total.FromMilliseconds(1250)
         return final
+
+
+def attention_report(spec: ppb.AttentionSpec) -> ppb.AttentionReport:
+    """Exact where that was asked for; else two layers of two KV heads."""
+    if spec.quality == ppb.QUALITY_EXACT:
+        exact = ppb.AttentionMeasures(density=1, kept_mass_mean=1, kept_mass_p5=1, kept_mass_min=1)
+        return ppb.AttentionReport(
+            quality=ppb.QUALITY_EXACT, min_kept_mass=1, floor_met=True, total=exact
+        )
+    measures = ppb.AttentionMeasures(
+        density=0.25, sampled_rows=64, kept_mass_mean=0.95, kept_mass_p5=0.875, kept_mass_min=0.75,
+        output_error_mean=0.03125, output_error_p95=0.0625, tiles=40, tiles_redone=4, tiles_dense=1,
+    )  # fmt: skip
+    measures.attend.FromMilliseconds(1500)
+    return ppb.AttentionReport(
+        quality=spec.quality or ppb.QUALITY_BALANCED, epsilon=0.1, min_kept_mass=0.8,
+        floor_met=True, sparse_from_tokens=512, total=measures,
+        layers=[ppb.LayerAttention(layer=n, measures=measures, head_density=[0.375, 0.125])
+                for n in range(2)],
+    )  # fmt: skip
 
 
 def answer_words(request: apb.AskRequest) -> list[str]:

@@ -16,6 +16,7 @@ PRINTED = {
     "Ask": ["You asked: Who opens the door?", "stop Usage(", "You asked: Where does he go?"],
     "Ask many at a time": ["How does it end? -> You asked: How does it end?"],
     "Batch": ["2 answered, 0 failed, 0 done before"],
+    "Quality": ["high computed 0.25 of", "kept mass 0.95 of 64", "most looked at: 6.0 s"],
     "Errors": ["refused: NOT_A_VIDEO", "gone: {'video_id': 'vid_0000"],
     "Progress": ["upload", "rank 1 PREFILL: 400/400", "SUCCEEDED 800"],
 }

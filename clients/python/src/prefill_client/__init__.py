@@ -3,6 +3,14 @@
 from prefill_client._channel import TLS
 from prefill_client._retry import RetryPolicy
 from prefill_client.aio import AsyncAnswerStream, AsyncClient
+from prefill_client.attention import (
+    AttentionMeasures,
+    AttentionReport,
+    BlockMap,
+    LayerAttention,
+    PatchAttention,
+    Quality,
+)
 from prefill_client.client import AnswerStream, Client
 from prefill_client.errors import (
     CancelledError,
@@ -22,6 +30,7 @@ from prefill_client.types import (
     Answer,
     AskOptions,
     FrameOptions,
+    Inspection,
     Job,
     JobError,
     JobState,
@@ -47,23 +56,30 @@ __all__ = [
     "AskOptions",
     "AsyncAnswerStream",
     "AsyncClient",
+    "AttentionMeasures",
+    "AttentionReport",
+    "BlockMap",
     "CancelledError",
     "CapacityError",
     "Client",
     "ContextExceededError",
     "DeadlineExceededError",
     "FrameOptions",
+    "Inspection",
     "InvalidRequestError",
     "InvalidVideoError",
     "Job",
     "JobError",
     "JobState",
+    "LayerAttention",
     "Message",
     "NotFoundError",
+    "PatchAttention",
     "PermissionDeniedError",
     "PrefillError",
     "PrefillResult",
     "PrefillSpec",
+    "Quality",
     "RetryPolicy",
     "ServerError",
     "ShardRange",

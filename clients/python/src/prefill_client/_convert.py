@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 from prefill.v1 import video_service_pb2 as video_pb
-from prefill_client import types
+from prefill_client import attention, types
 
 
 def _seconds(duration: Duration) -> float:
@@ -32,7 +32,7 @@ def _optional(message: Any, name: str) -> Any:
 def _enum(wrapper: Any, value: int, prefix: str, target: Any) -> Any:
     """The dataclass enum of a protobuf enum value; UNSPECIFIED if a newer server sent it."""
     name = wrapper.Name(value).removeprefix(prefix) if value in wrapper.values() else ""
-    return target(name) if name in target.__members__ else target.UNSPECIFIED
+    return target[name] if name in target.__members__ else target.UNSPECIFIED
 
 
 def video(message: video_pb.Video) -> types.Video:
@@ -96,7 +96,15 @@ def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
         min_pixels=_optional(sampling, "min_pixels"),
         cap_pixels_per_frame=_optional(sampling, "cap_pixels_per_frame"),
         system_prompt=message.system_prompt,
+        quality=_quality(message.attention.quality),
+        epsilon=_optional(message.attention, "epsilon"),
+        min_kept_mass=_optional(message.attention, "min_kept_mass"),
     )
+
+
+def _quality(value: int) -> attention.Quality:
+    quality: attention.Quality = _enum(prefill_pb.Quality, value, "QUALITY_", attention.Quality)
+    return quality
 
 
 def _progress(message: prefill_pb.StageProgress) -> types.StageProgress:
@@ -124,6 +132,63 @@ def _result(message: prefill_pb.PrefillResult) -> types.PrefillResult:
         kv_bytes=message.kv_bytes,
         kv_transfer_params_json=message.kv_transfer_params_json,
         manifest_json=message.manifest_json,
+        attention=_attention(message.attention) if message.HasField("attention") else None,
+    )
+
+
+def _attention(message: prefill_pb.AttentionReport) -> attention.AttentionReport:
+    return attention.AttentionReport(
+        quality=_quality(message.quality),
+        epsilon=message.epsilon,
+        min_kept_mass=message.min_kept_mass,
+        floor_met=message.floor_met,
+        sparse_from_tokens=message.sparse_from_tokens,
+        total=_measures(message.total),
+        layers=tuple(
+            attention.LayerAttention(
+                layer.layer, _measures(layer.measures), tuple(layer.head_density)
+            )
+            for layer in message.layers
+        ),
+    )
+
+
+def _measures(message: prefill_pb.AttentionMeasures) -> attention.AttentionMeasures:
+    return attention.AttentionMeasures(
+        density=message.density,
+        sampled_rows=message.sampled_rows,
+        kept_mass_mean=message.kept_mass_mean,
+        kept_mass_p5=message.kept_mass_p5,
+        kept_mass_min=message.kept_mass_min,
+        output_error_mean=message.output_error_mean,
+        output_error_p95=message.output_error_p95,
+        tiles=message.tiles,
+        tiles_redone=message.tiles_redone,
+        tiles_dense=message.tiles_dense,
+        select_s=_seconds(message.select),
+        attend_s=_seconds(message.attend),
+        certify_s=_seconds(message.certify),
+    )
+
+
+def inspection(message: prefill_pb.InspectPrefillJobResponse) -> types.Inspection:
+    """Convert an InspectPrefillJobResponse."""
+    return types.Inspection(
+        job=job(message.job),
+        attention=_attention(message.attention),
+        block_map=_block_map(message.block_map) if message.HasField("block_map") else None,
+        patches=tuple(
+            attention.PatchAttention(_seconds(patch.time), patch.mass) for patch in message.patches
+        ),
+    )
+
+
+def _block_map(message: prefill_pb.BlockMap) -> attention.BlockMap:
+    cells, columns = list(message.density), message.columns
+    return attention.BlockMap(
+        message.layer,
+        message.kv_head,
+        tuple(tuple(cells[row * columns :][:columns]) for row in range(message.rows)),
     )
 
 

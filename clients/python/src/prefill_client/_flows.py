@@ -18,6 +18,7 @@ from prefill_client.types import (
     Answer,
     AskOptions,
     FrameOptions,
+    Inspection,
     Job,
     JobState,
     QuestionLike,
@@ -180,6 +181,12 @@ def list_jobs(settings: Settings, page_size: int) -> Flow[None]:
         token = page.next_page_token
         if not token:
             return
+
+
+def inspect_job(settings: Settings, job_id: str) -> Flow[Inspection]:
+    """All that is known of a job's attention."""
+    request = prefill_pb.InspectPrefillJobRequest(job_id=job_id)
+    return _convert.inspection((yield from call(settings, "InspectPrefillJob", request)))
 
 
 def cancel_job(settings: Settings, job_id: str) -> Flow[Job]:

@@ -11,15 +11,18 @@ from typing import Any
 
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
+from prefill_client.attention import Quality
 from prefill_client.types import AskOptions, FrameOptions, Message, QuestionLike, Video, VideoLike
 
 SAMPLING_NAMES = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
 DECODING_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repetition_penalty",
                   "ignore_eos")  # fmt: skip
-FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt")
+ATTENTION_NAMES = ("quality", "epsilon", "min_kept_mass")
+FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt", *ATTENTION_NAMES)
 ASK_NAMES = (*FRAME_NAMES, *DECODING_NAMES, "stop")
 
 _VIDEO_ID = re.compile(r"vid_[0-9A-Za-z]+")
+QUALITIES = tuple(quality.value for quality in Quality if quality is not Quality.UNSPECIFIED)
 _ROLES = {"user": answer_pb.ROLE_USER, "assistant": answer_pb.ROLE_ASSISTANT}
 
 
@@ -54,12 +57,20 @@ def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
 
     Raises:
         TypeError: an option is unknown or has the wrong type.
-        ValueError: an option is out of the range of its field.
+        ValueError: an option is out of the range of its field, or no quality.
     """
     check_names(options, FRAME_NAMES)
     spec = prefill_pb.PrefillSpec(video_id=video_id)
     _assign(spec, options, ("system_prompt",))
     _assign(spec.sampling, options, SAMPLING_NAMES)
+    quality = options.get("quality")
+    if quality is not None:
+        if quality not in QUALITIES:
+            accepted = ", ".join(QUALITIES)
+            raise ValueError(f"quality = {quality!r} is not accepted; expected one of {accepted}")
+        dial = prefill_pb.AttentionSpec(quality=f"QUALITY_{quality.upper()}")
+        spec.attention.CopyFrom(dial)
+    _assign(spec.attention, options, ("epsilon", "min_kept_mass"))
     return spec
 
 

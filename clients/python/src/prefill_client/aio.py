@@ -18,6 +18,7 @@ from prefill_client.types import (
     Answer,
     AskOptions,
     FrameOptions,
+    Inspection,
     Job,
     QuestionLike,
     Video,
@@ -198,7 +199,7 @@ class AsyncClient:
             wait: return when the job has succeeded, raise if it does not.
             on_progress: called with the ``Job`` at each change, if waiting.
             on_upload: called with ``UploadProgress`` while a path is uploaded.
-            options: which frames, and the system prompt.
+            options: which frames, the system prompt, and the quality of the attention.
         """
         return await self._driver.run(
             _flows.prefill(self._settings, video, options, wait, on_progress, on_upload)
@@ -211,6 +212,10 @@ class AsyncClient:
     def jobs(self, *, page_size: int = 0) -> AsyncIterator[Job]:
         """All jobs, newest first, fetched page by page (0: the server's page size)."""
         return self._driver.iterate(_flows.list_jobs(self._settings, page_size))
+
+    async def inspect_job(self, job_id: str) -> Inspection:
+        """What a job's attention did, in full: also of a job that is EVICTED."""
+        return await self._driver.run(_flows.inspect_job(self._settings, job_id))
 
     async def cancel_job(self, job_id: str) -> Job:
         """Stop a job; returns it CANCELLED, or as it had ended before."""
@@ -245,7 +250,7 @@ class AsyncClient:
             on_upload: called with ``UploadProgress`` while a path is uploaded.
             timeout: seconds for the answer, prefill included; no limit by default.
             request_id: UUID4 for the server's logs; a random one by default.
-            options: which frames, and how to decode.
+            options: what is prefilled (``FrameOptions``), and how to decode.
         """
         state, cancellation = AskState(request_id), AsyncCancellation()
         flow = _flows.ask(

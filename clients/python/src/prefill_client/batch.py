@@ -6,14 +6,20 @@ import asyncio
 import hashlib
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefill_client._batch_files import BadLine, BatchItem, ResultFile, read_input
 from prefill_client._flows import RETRIED_BY_SERVER
-from prefill_client._requests import FRAME_NAMES, video_id_or_path
+from prefill_client._requests import (
+    ATTENTION_NAMES,
+    FRAME_NAMES,
+    build_spec,
+    check_names,
+    video_id_or_path,
+)
 from prefill_client._retry import Backoff, RetryPolicy
 from prefill_client.aio import AsyncClient
 from prefill_client.errors import (
@@ -68,6 +74,7 @@ async def run_batch(
     concurrency: int = 4,
     strict: bool = False,
     retry: RetryPolicy = PATIENCE,
+    defaults: Mapping[str, Any] | None = None,
     stop: asyncio.Event | None = None,
     on_change: Callable[[BatchProgress], object] | None = None,
 ) -> BatchProgress:
@@ -81,20 +88,28 @@ async def run_batch(
             the lines it named are asked again.
         concurrency: questions at a time.
         strict: raise if any line is bad, before anything is asked.
+        defaults: ``quality``, ``epsilon`` and ``min_kept_mass`` for lines that have none of them.
         retry: how often a line is asked again that met a full or an absent server.
         stop: when set, questions under way are cancelled and the batch returns.
         on_change: called at each change.
 
     Raises:
         BadInputError: ``strict``, and the input has bad lines.
-        ValueError: the output holds something else, or two of the files are the same.
+        TypeError: a default is not one of these.
+        ValueError: the output holds something else, two of the files are the same, or a default
+            is not accepted.
         OSError: a file cannot be read or written.
         PrefillError: the server cannot be reached, or refuses the token.
     """
     paths = [path.resolve() for path in (input_path, output_path, errors_path)]
     if len(set(paths)) < len(paths):
         raise ValueError("input, output and errors must be three files")
+    check_names(defaults or {}, ATTENTION_NAMES)
+    build_spec("", defaults or {})  # type: ignore[arg-type]  # refused before anything is asked
     items, bad = read_input(input_path)
+    for item in items:
+        if item.options.keys().isdisjoint(ATTENTION_NAMES):
+            item.options.update(defaults or {})
     with (
         ResultFile(output_path, resume=True) as output,
         ResultFile(errors_path, resume=False) as errors,

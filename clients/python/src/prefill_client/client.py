@@ -18,6 +18,7 @@ from prefill_client.types import (
     Answer,
     AskOptions,
     FrameOptions,
+    Inspection,
     Job,
     QuestionLike,
     Video,
@@ -196,7 +197,7 @@ class Client:
             wait: return when the job has succeeded, raise if it does not.
             on_progress: called with the ``Job`` at each change, if waiting.
             on_upload: called with ``UploadProgress`` while a path is uploaded.
-            options: which frames, and the system prompt.
+            options: which frames, the system prompt, and the quality of the attention.
         """
         return self._driver.run(
             _flows.prefill(self._settings, video, options, wait, on_progress, on_upload)
@@ -209,6 +210,10 @@ class Client:
     def jobs(self, *, page_size: int = 0) -> Iterator[Job]:
         """All jobs, newest first, fetched page by page (0: the server's page size)."""
         return self._driver.iterate(_flows.list_jobs(self._settings, page_size))
+
+    def inspect_job(self, job_id: str) -> Inspection:
+        """What a job's attention did, in full: also of a job that is EVICTED."""
+        return self._driver.run(_flows.inspect_job(self._settings, job_id))
 
     def cancel_job(self, job_id: str) -> Job:
         """Stop a job; returns it CANCELLED, or as it had ended before."""
@@ -243,7 +248,7 @@ class Client:
             on_upload: called with ``UploadProgress`` while a path is uploaded.
             timeout: seconds for the answer, prefill included; no limit by default.
             request_id: UUID4 for the server's logs; a random one by default.
-            options: which frames, and how to decode.
+            options: what is prefilled (``FrameOptions``), and how to decode.
         """
         state, cancellation = AskState(request_id), Cancellation()
         flow = _flows.ask(

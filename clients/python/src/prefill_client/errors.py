@@ -51,7 +51,9 @@ class PrefillError(Exception):
 class InvalidRequestError(PrefillError):
     """The request cannot be served as it is: an argument is missing or out of range."""
 
-    reasons = frozenset({"INVALID_REQUEST", "QUESTION_EMPTY", "QUESTION_TOO_LONG"})
+    reasons = frozenset(
+        {"INVALID_REQUEST", "QUESTION_EMPTY", "QUESTION_TOO_LONG", "NO_ATTENTION_REPORT"}
+    )
     codes = frozenset({"INVALID_ARGUMENT", "OUT_OF_RANGE"})
 
 

@@ -10,6 +10,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeAlias, TypedDict
 
+from prefill_client.attention import AttentionReport, BlockMap, PatchAttention, Quality
+
 
 class VideoState(StrEnum):
     """The life of a video."""
@@ -109,7 +111,10 @@ class ShardRange:
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """What a finished job offers. See PrefillResult in the API reference."""
+    """What a finished job offers. See PrefillResult in the API reference.
+
+    ``attention`` is None from a server that is older than the report.
+    """
 
     prefix_id: str
     prefix_tokens: int
@@ -121,6 +126,7 @@ class PrefillResult:
     kv_bytes: int
     kv_transfer_params_json: str
     manifest_json: str
+    attention: AttentionReport | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,9 @@ class PrefillSpec:
     min_pixels: int | None
     cap_pixels_per_frame: bool | None
     system_prompt: str
+    quality: Quality
+    epsilon: float | None
+    min_kept_mass: float | None
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,21 @@ class Job:
     start_time: datetime | None
     end_time: datetime | None
     prefix_tokens: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that is known of a job's attention.
+
+    Attributes:
+        block_map: of the layer and KV head of the lowest density; None if nothing was sparse.
+        patches: the attention mass over the video's time; empty if it was not measured.
+    """
+
+    job: Job
+    attention: AttentionReport
+    block_map: BlockMap | None
+    patches: tuple[PatchAttention, ...]
 
 
 @dataclass(frozen=True)
@@ -210,11 +234,15 @@ class UploadProgress:
 
 
 class FrameOptions(TypedDict, total=False):
-    """Which frames are looked at, how large, and the system prompt before them.
+    """What is prefilled: which frames, how large, the system prompt before them, and how well.
 
     What is left out (or None) is the model family's own default. At most one of ``fps`` and
     ``num_frames``. ``max_pixels`` and ``min_pixels`` are the processor's ``longest_edge`` and
     ``shortest_edge``, in pixels; ``cap_pixels_per_frame`` applies the family's per-frame ceiling.
+
+    ``quality`` is "exact", "high", "balanced" (the default) or "fast"; ``epsilon``, instead of
+    it, is the attention mass that may be misplaced, 0 (exact) to below 1. ``min_kept_mass`` is
+    the floor of what is measured to be kept, 0 (off) to 1. Each choice is a prefix of its own.
     """
 
     fps: float | None
@@ -223,6 +251,9 @@ class FrameOptions(TypedDict, total=False):
     min_pixels: int | None
     cap_pixels_per_frame: bool | None
     system_prompt: str | None
+    quality: Quality | str | None
+    epsilon: float | None
+    min_kept_mass: float | None
 
 
 class AskOptions(FrameOptions, total=False):

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefill_client.aio import AsyncClient
 from prefill_client.batch import BadInputError, BatchProgress, run_batch
+from prefill_client.cli.options import attention_options
 from prefill_client.cli.progress import ProgressPrinter
 from prefill_client.errors import PrefillError
 
@@ -66,6 +67,7 @@ async def _run(
             errors,
             concurrency=args.concurrency,
             strict=args.strict,
+            defaults=attention_options(args),
             stop=stop,
             on_change=show,
         )

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from prefill_client import types
+from prefill_client.attention import AttentionReport
 from prefill_client.cli.batch import batch
 from prefill_client.cli.options import (
     ask_options,
@@ -18,6 +20,7 @@ from prefill_client.cli.options import (
     frame_options,
     make_parser,
 )
+from prefill_client.cli.picture import PictureError, draw
 from prefill_client.cli.progress import ProgressPrinter
 from prefill_client.client import AnswerStream, Client
 from prefill_client.errors import PrefillError
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output has gone: there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    except (PrefillError, OSError) as error:
+    except (PrefillError, PictureError, OSError) as error:
         away = isinstance(error, PrefillError) and error.reason == "UNAVAILABLE"
         return _fail(error, what=f"cannot reach {arguments['address']}" if away else "")
     except KeyboardInterrupt:
@@ -64,11 +67,18 @@ def _fail(error: Exception, status: int = FAILURE, what: str = "") -> int:
 def _ask(client: Client, args: argparse.Namespace) -> int:
     progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
     video, several = args.video, len(args.questions) > 1
+    reports: dict[str, AttentionReport] = {}
+
+    def on_progress(job: types.Job) -> None:
+        progress.job(job)
+        if job.result is not None and job.result.attention is not None:
+            reports[job.job_id] = job.result.attention
+
     for question in args.questions:
         stream = client.ask(
             video,
             question,
-            on_progress=progress.job,
+            on_progress=on_progress,
             on_upload=progress.upload,
             **ask_options(args),
         )
@@ -81,7 +91,7 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
         elif several:
             print()
         if not args.quiet:
-            print(_summary(answer), file=sys.stderr)
+            print(_summary(answer, reports.get(answer.job_id)), file=sys.stderr)
     return 0
 
 
@@ -99,12 +109,24 @@ def _print_answer(stream: AnswerStream, progress: ProgressPrinter, silent: bool)
     return stream.result()
 
 
-def _summary(answer: types.Answer) -> str:
+def _summary(answer: types.Answer, report: AttentionReport | None) -> str:
     usage, timings = answer.usage, answer.timings
     return (
         f"[{usage.completion_tokens} tokens, {answer.finish_reason}; "
         f"first after {timings.first_token_s:.2f} s, all after {timings.total_s:.2f} s; "
-        f"{usage.video_tokens} video tokens, KV of {usage.kv_tokens_moved} moved; {answer.job_id}]"
+        f"{usage.video_tokens} video tokens, KV of {usage.kv_tokens_moved} moved; "
+        f"{_attention(report) + '; ' if report else ''}{answer.job_id}]"
+    )
+
+
+def _attention(report: AttentionReport) -> str:
+    total = report.total
+    if not total.sampled_rows:
+        return f"attention {report.quality}, density {total.density:.2f}"
+    below = "" if report.floor_met else f", below the floor of {report.min_kept_mass:g}"
+    return (
+        f"attention {report.quality}, density {total.density:.2f}, kept mass "
+        f"{total.kept_mass_mean:.3f} (5 % of the samples below {total.kept_mass_p5:.3f}){below}"
     )
 
 
@@ -203,6 +225,18 @@ def _cancel(client: Client, args: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(client: Client, args: argparse.Namespace) -> int:
+    inspection = client.inspect_job(args.job)
+    output = args.output or (None if args.json else Path(f"{inspection.job.job_id}.png"))
+    if output is not None:
+        draw(inspection, output)
+    if args.json:
+        _print_json(types.to_dict(inspection))
+    else:
+        print(f"{inspection.job.job_id}  {_attention(inspection.attention)}  {output}")
+    return 0
+
+
 def _each(items: Iterable[str], action: Callable[[str], object]) -> int:
     """Do all of them, even if some fail."""
     status = 0
@@ -221,9 +255,11 @@ def _print_job(job: types.Job, as_json: bool) -> None:
         _print_json(types.to_dict(job))
         return
     error = f"  {job.error.message} [{job.error.reason}]" if job.error else ""
+    report = job.result.attention if job.result else None
+    attention = f"  {_attention(report)}" if report else ""
     print(
         f"{job.job_id}  {job.state:<9}  {job.spec.video_id}  {job.prefix_tokens:>8} tokens  "
-        f"{_local(job.create_time)}{error}"
+        f"{_local(job.create_time)}{attention}{error}"
     )
 
 
@@ -245,4 +281,5 @@ _COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int]] = {
     "jobs": _jobs,
     "watch": _watch,
     "cancel": _cancel,
+    "inspect": _inspect,
 }

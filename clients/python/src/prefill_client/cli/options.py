@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefill_client._channel import TLS
-from prefill_client._requests import ASK_NAMES, FRAME_NAMES
+from prefill_client._requests import ASK_NAMES, ATTENTION_NAMES, FRAME_NAMES, QUALITIES
 
 DESCRIPTION = """\
 Ask questions about long videos. A video is uploaded once, prefilled once, and then
@@ -18,6 +18,7 @@ answers any number of questions.
   prefill ask holiday.mp4 "Who opens the door?" "What happens next?"
   prefill upload *.mp4
   prefill batch questions.jsonl -o answers.jsonl --errors failed.jsonl
+  prefill inspect job_01K9... -o attention.png
 """
 EPILOG = """\
 VIDEO is the path of a file, which is uploaded unless the server has it already, or the id
@@ -33,7 +34,7 @@ input, one JSON object per line:
 "video" is a path (relative to the current folder), a file:// URL or an id. Instead of
 "question" there may be "messages": [{"role": "user", "content": "..."}]. The other keys of
 "body" are the options of "prefill ask" with underscores: fps, num_frames, max_pixels,
-system_prompt, max_tokens, temperature, top_p, top_k, seed, stop, ...
+system_prompt, quality, max_tokens, temperature, top_p, top_k, seed, stop, ...
 
 Each answer is appended to the output and synced to the disk at once. Run the same command
 again to go on after an interruption: lines that are in the output are skipped, lines that
@@ -67,6 +68,19 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cap-pixels-per-frame", action="store_true", default=None,
                        help="apply the family's ceiling for one frame")  # fmt: skip
     group.add_argument("--system-prompt", metavar="TEXT", help="system message before the video")
+
+    _add_attention(parser)
+
+
+def _add_attention(parser: argparse.ArgumentParser, note: str = "default: balanced") -> None:
+    group = parser.add_argument_group(f"attention ({note})")
+    dial = group.add_mutually_exclusive_group()
+    dial.add_argument("--quality", choices=[q for q in QUALITIES if q != "custom"],
+                      help="how much attention mass may be misplaced for speed")  # fmt: skip
+    dial.add_argument("--epsilon", type=float, metavar="E",
+                      help="the same as a number, 0 (exact) to below 1")  # fmt: skip
+    group.add_argument("--min-kept-mass", type=float, metavar="M",
+                       help="compute again what measurably keeps less, 0 (off) to 1")  # fmt: skip
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +147,11 @@ def make_parser() -> argparse.ArgumentParser:
     watch.add_argument("job", metavar="JOB")
     json_flag(watch, "one JSON object per change")
     command("cancel", "cancel a prefill job").add_argument("job", metavar="JOB")
+    inspect = command("inspect", "draw what a prefill's attention did, and how good it was")
+    inspect.add_argument("job", metavar="JOB")
+    inspect.add_argument("-o", "--output", type=_png, metavar="FILE.png",
+                         help="picture to write (default: JOB.png, none with --json)")  # fmt: skip
+    json_flag(inspect, "the whole report as one JSON object")
     _add_batch(command)
     return parser
 
@@ -151,6 +170,7 @@ def _add_batch(command: Any) -> None:
                        help="failed lines of this run (default: OUT.errors.jsonl)")  # fmt: skip
     batch.add_argument("--concurrency", type=_positive, default=4, metavar="N",
                        help="questions at a time (default 4)")  # fmt: skip
+    _add_attention(batch, "for lines that have no option of it; default: balanced")
     batch.add_argument("--strict", action="store_true",
                        help="ask nothing if any line of the input is bad")  # fmt: skip
 
@@ -160,6 +180,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a .png file")
+    return Path(text)
 
 
 def client_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,6 +210,11 @@ def client_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def frame_options(args: argparse.Namespace) -> Any:
     """The frame options that were given."""
     return {name: getattr(args, name) for name in FRAME_NAMES if getattr(args, name) is not None}
+
+
+def attention_options(args: argparse.Namespace) -> Any:
+    """The attention options that were given."""
+    return {name: value for name in ATTENTION_NAMES if (value := getattr(args, name)) is not None}
 
 
 def ask_options(args: argparse.Namespace) -> Any:
