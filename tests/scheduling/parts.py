@@ -89,8 +89,8 @@ def report(task: PrefillTask) -> AttentionReport:
     for number in range(0 if policy.exact else 3):
         density = [0.5 / (number + 1), 0.3 / (number + 1)]
         layer = LayerReport(number, [causal * d for d in density], causal, 20, 2, 1)
-        layer.kept_mass.add(torch.linspace(1 - 2 * policy.epsilon, 1, 101))
-        layer.output_error.add(torch.linspace(0, policy.epsilon, 101))
+        layer.kept_mass.add(torch.linspace(0.8, 1, 101))
+        layer.output_error.add(torch.linspace(0, 0.1, 101))
         layer.select_s, layer.attend_s, layer.certify_s = 0.25, 1.0, 0.125
         layers.append(layer)
     cells = [1.0 if row == column else 0.25 for row in range(4) for column in range(row + 1)]

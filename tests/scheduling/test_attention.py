@@ -21,6 +21,7 @@ from prefill_service.scheduling import attention
 from tests.scheduling.harness import Harness, error_of
 
 Serve = Callable[..., Any]
+BALANCED = resolve_policy(Quality.BALANCED)
 
 
 async def create(s: Harness, **fields: Any) -> pb.PrefillJob:
@@ -39,10 +40,10 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
         for name, fields in {
             "default": {},
             "balanced": {"quality": pb.QUALITY_BALANCED},
-            "spelled out": {"epsilon": 0.1, "min_kept_mass": 0.8},
+            "spelled out": {"epsilon": BALANCED.epsilon, "min_kept_mass": BALANCED.min_kept_mass},
             "fast": {"quality": pb.QUALITY_FAST},
-            "floor": {"quality": pb.QUALITY_FAST, "min_kept_mass": 0.9},
-            "custom": {"quality": pb.QUALITY_CUSTOM, "epsilon": 0.05},
+            "floor": {"quality": pb.QUALITY_FAST, "min_kept_mass": 0.95},
+            "custom": {"quality": pb.QUALITY_CUSTOM, "epsilon": 0.0625},
             "exact": {"quality": pb.QUALITY_EXACT},
             "zero": {"epsilon": 0.0},
             "custom zero": {"quality": pb.QUALITY_CUSTOM, "epsilon": 0.0, "min_kept_mass": 0.5},
@@ -57,15 +58,15 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
             name: Manifest.from_json(job.result.manifest_json).profile for name, job in jobs.items()
         }
         assert profiles["exact"] == "exact"
-        assert profiles["default"] == "sparse:epsilon=0.1,min_kept_mass=0.8"
-        assert profiles["floor"] == "sparse:epsilon=0.2,min_kept_mass=0.9"
+        assert profiles["default"] == BALANCED.profile
+        assert profiles["custom"] == "sparse:epsilon=0.0625,min_kept_mass=0.875"
         for task in s.group.tasks:  # what the ranks are told is what the id stands for
             assert task.policy.profile == task.manifest.profile
         assert len({task.plan.prefix_id for task in s.group.tasks}) == 5
         for job in jobs.values():  # a spec can be sent as it came
             request = pb.CreatePrefillJobRequest(spec=job.spec)
             assert (await s.prefills.CreatePrefillJob(request)).job.job_id == job.job_id
-        assert jobs["custom"].spec.attention.epsilon == 0.05
+        assert jobs["custom"].spec.attention.epsilon == 0.0625
         assert not jobs["default"].spec.attention.HasField("epsilon")
 
 
@@ -97,7 +98,7 @@ async def test_the_report_comes_with_the_result(serve: Serve) -> None:
         job = (await s.ended((await s.create(frames=12)).job_id))[-1]
         report = job.result.attention
         assert (report.quality, report.epsilon, report.min_kept_mass) == (
-            pb.QUALITY_BALANCED, 0.1, 0.8,
+            pb.QUALITY_BALANCED, BALANCED.epsilon, BALANCED.min_kept_mass,
         )  # fmt: skip
         assert report.floor_met
         assert report.sparse_from_tokens == 64
