@@ -1,0 +1,247 @@
+"""Block-sparse attention in the interpreter, against float64 attention over the same keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from prefill_service.kernels.block_sparse import (
+    block_sparse_attention,
+    block_sparse_reference,
+    longest_first,
+)
+from prefill_service.kernels.csr import BlockCSR
+from tests.kernels.interpreter import Interpreter
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TMA = triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True})
+
+
+@dataclass
+class Case:
+    """Random inputs. Keys behind the last query are NaN; unused capacity names no block."""
+
+    kv_heads: int = 2
+    group: int = 4
+    queries: int = 70
+    q_offset: int = 90
+    head_dim: int = 64
+    block: int = 16
+    tile: int = 32
+    density: float = 0.5
+    dtype: torch.dtype = torch.float32
+    summarised: bool = False
+    paged: bool = False
+    seed: int = 0
+
+    def build(self) -> tuple[tuple[Tensor, Tensor, Tensor, BlockCSR], dict[str, Any]]:
+        torch.manual_seed(self.seed)
+        keys = self.q_offset + self.queries
+        blocks = keys // self.block + 1
+        q = torch.randn(self.kv_heads * self.group, self.queries, self.head_dim).to(self.dtype)
+        kv = torch.randn(keys + 3, 2, self.kv_heads, self.head_dim).to(self.dtype)
+        kv[keys:] = torch.nan
+        k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+        csr, bias = self.rows(blocks)
+        options: dict[str, Any] = {
+            "block_tokens": self.block,
+            "tile_tokens": self.tile,
+            "q_offset": self.q_offset,
+            "scale": self.head_dim**-0.5,
+        }
+        if self.summarised:
+            shape = (self.kv_heads, blocks, self.head_dim)
+            k_mean, v_mean = (torch.randn(shape).to(self.dtype).float() for _ in range(2))
+            options |= {"summaries": (k_mean, v_mean), "bias": bias}
+        if self.paged:
+            k, v, options["block_table"] = self.pages(k, v, blocks)
+        return (q, k, v, csr), options
+
+    def rows(self, blocks: int) -> tuple[BlockCSR, Tensor]:
+        tiles = -(-self.queries // self.tile)
+        bias = torch.full((self.kv_heads, tiles, blocks), torch.nan)
+        row_ptr, col = [0], []
+        for h in range(self.kv_heads):
+            for t in range(tiles):
+                candidates = (self.q_offset + t * self.tile) // self.block
+                kept = torch.rand(candidates) < self.density
+                col += kept.nonzero().flatten().tolist()
+                row_ptr.append(len(col))
+                bias[h, t, :candidates] = torch.randn(candidates).masked_fill(kept, -torch.inf)
+        capacity = [2**31 - 1] * 3
+        return BlockCSR(
+            torch.tensor(row_ptr, dtype=torch.int32), torch.tensor(col + capacity).to(torch.int32)
+        ), bias
+
+    def pages(self, k: Tensor, v: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Every KV head's blocks on pages of their own, in random order."""
+        count = 2 * self.kv_heads * blocks
+        table = torch.randperm(count)[: self.kv_heads * blocks].view(self.kv_heads, blocks)
+        pages = torch.full((2, count, self.block, self.kv_heads, self.head_dim), torch.nan)
+        pages = pages.to(k.dtype)
+        for paged, x in zip(pages, (k, v), strict=True):
+            for h in range(self.kv_heads):
+                for j, rows in enumerate(x[h].split(self.block)):
+                    paged[table[h, j], : len(rows), h] = rows
+        return pages[0], pages[1], table.to(torch.int32)
+
+
+def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    tolerance = TOLERANCE[dtype]
+    assert got[0].dtype == dtype
+    torch.testing.assert_close(got[0].double(), expected[0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got[1].double(), expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(group=1, head_dim=128, dtype=torch.float16, summarised=True),
+        Case(group=7, head_dim=80, dtype=torch.bfloat16, paged=True),
+        Case(group=7, head_dim=96, q_offset=37, tile=16, queries=33, summarised=True, paged=True),
+        Case(head_dim=256, kv_heads=1, dtype=torch.float16, block=32, tile=24, summarised=True),
+        Case(group=3, queries=1, q_offset=200, summarised=True, dtype=torch.bfloat16),
+        Case(queries=1, q_offset=0),
+        Case(q_offset=0, tile=128, queries=100),
+        Case(density=0.0, q_offset=160),
+        Case(density=1.0, q_offset=150, dtype=torch.float16, block=64, tile=16, paged=True),
+        Case(density=0.1, q_offset=333, tile=40, summarised=True),
+    ],
+    ids=str,
+)
+def test_equals_float64(interpret: Interpreter, case: Case) -> None:
+    args, options = case.build()
+    got = interpret("block_sparse.block_sparse_attention", *args, **options)
+    check(got, block_sparse_reference(*args, **options), case.dtype)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_blocks_through_tensor_descriptors(interpret: Interpreter, paged: bool) -> None:
+    """The path of Hopper's tensor memory accelerator, one and two steps to a block."""
+    for block in (64, 128):
+        case = Case(block=block, q_offset=400, dtype=torch.float16, summarised=True, paged=paged)
+        args, options = case.build()
+        got = interpret("block_sparse.block_sparse_attention", *args, config=TMA, **options)
+        check(got, block_sparse_reference(*args, **options), case.dtype)
+
+
+def test_reference_of_all_blocks_is_causal_attention() -> None:
+    args, options = Case(density=1.0, q_offset=40).build()
+    q, k, v, _ = args
+    keys = options["q_offset"] + q.shape[1]
+    k, v = (x[:, :keys].double().repeat_interleave(4, 0) for x in (k, v))
+    mask = torch.ones(q.shape[1], keys).tril(options["q_offset"]).bool()
+    scale = options["scale"]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k, v, attn_mask=mask, scale=scale
+    )
+    scores = (q.double() @ k.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf)
+    out, lse = block_sparse_reference(*args, **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_rows_without_keys(interpret: Interpreter) -> None:
+    """Without the local region an empty CSR row leaves nothing to attend to."""
+    case = Case(density=0.15, tile=16, dtype=torch.float16)
+    args, options = case.build()
+    out, lse = interpret("block_sparse.block_sparse_attention", *args, local=False, **options)
+    check((out, lse), block_sparse_reference(*args, local=False, **options), case.dtype)
+    empty = lse == -torch.inf
+    assert empty.any()
+    assert not empty.all()
+    assert (out[empty] == 0).all()
+
+
+def test_scores_of_minus_infinity(interpret: Interpreter) -> None:
+    """Key tiles at the start, then all of a row's keys, with scores of -inf: never NaN."""
+    case = Case(density=1.0, q_offset=64, queries=32)
+    (q, k, v, csr), options = case.build()
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, 64:80, 0] = -torch.inf  # the local region's first tile
+    k[:, :16, 0] = -torch.inf
+    k[1, :, 0] = -torch.inf
+    out, lse = interpret("block_sparse.block_sparse_attention", q, k, v, csr, **options)
+    expected = block_sparse_reference(q, k, v, csr, **options)
+    check((out, lse), expected, case.dtype)
+    assert (lse[4:] == -torch.inf).all()
+    assert (out[4:] == 0).all()
+    assert lse[:4].isfinite().all()
+
+
+def test_nan_stays_where_it_is_attended(interpret: Interpreter) -> None:
+    case = Case(density=0.5, tile=16, summarised=True)
+    (q, k, v, csr), options = case.build()
+    kept = csr.col[csr.row_ptr[0] : csr.row_ptr[1]].tolist()
+    dropped = next(j for j in range(90 // 16) if j not in kept)
+    clean, _ = interpret("block_sparse.block_sparse_attention", q, k, v, csr, **options)
+    k[0, dropped * 16 : dropped * 16 + 16] = torch.nan
+    v[0, dropped * 16 : dropped * 16 + 16] = torch.nan
+    q[1, 3] = torch.nan
+    out, _ = interpret("block_sparse.block_sparse_attention", q, k, v, csr, **options)
+    assert out[1, 3].isnan().all()
+    out[1, 3] = clean[1, 3]
+    assert torch.equal(out[:4, :16], clean[:4, :16])  # tile 0 of KV head 0 dropped that block
+    assert torch.equal(out[4:], clean[4:])
+
+
+def test_skip_leaves_out_what_is_negligible(interpret: Interpreter) -> None:
+    """NaN values prove that the softmax of a skipped tile never happened."""
+    case = Case(density=1.0, q_offset=96, queries=16, tile=16, group=2)
+    (q, k, v, csr), options = case.build()
+    q[..., 0] = 8.0
+    k[:, :, 0] = 0.0
+    k[:, 32:64, 0] = -20.0  # logits about 20 below the others
+    expected = block_sparse_reference(q, k, v, csr, **options)
+    v[:, 32:64] = torch.nan
+    skipping = interpret(
+        "block_sparse.block_sparse_attention", q, k, v, csr, skip_threshold=1e-4, **options
+    )
+    check(skipping, expected, case.dtype)
+    careful = interpret(
+        "block_sparse.block_sparse_attention", q, k, v, csr, skip_threshold=1e-12, **options
+    )
+    assert careful[0].isnan().all()
+
+
+def test_order_of_rows_changes_nothing(interpret: Interpreter) -> None:
+    args, options = Case(dtype=torch.float16).build()
+    csr = args[3]
+    order = longest_first(csr)
+    lengths = csr.row_ptr.diff()[order]
+    assert (lengths.diff() <= 0).all()
+    assert sorted(order.tolist()) == list(range(len(order)))
+    plain = interpret("block_sparse.block_sparse_attention", *args, **options)
+    ordered = interpret("block_sparse.block_sparse_attention", *args, order=order, **options)
+    assert all(map(torch.equal, plain, ordered))
+
+
+def test_no_queries() -> None:
+    args, options = Case(queries=0, tile=16).build()
+    out, lse = block_sparse_attention(*args, **options)
+    assert out.shape == (8, 0, 64)
+    assert lse.shape == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_tokens": 24}, "block_tokens = 24 is not a power of two"),
+        ({"scale": -1.0}, r"scale = -1\.0 is not accepted"),
+        ({"skip_threshold": 1.5}, r"skip_threshold = 1\.5"),
+        ({"q_offset": 100}, r"163 keys are fewer than q_offset \+ queries = 170"),
+        ({"tile_tokens": 70}, "row_ptr has 7 entries, expected 3"),
+        ({"bias": torch.zeros(2, 3, 11)}, "summaries and bias belong together"),
+        ({"order": torch.arange(6)}, r"order is torch\.int64 \[6\], expected int32 \[6\]"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
+    args, options = Case().build()
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*args, **{**options, **changes})

@@ -1,0 +1,101 @@
+"""What the kernels become on sm_80, sm_90 and sm_100, read from their machine code."""
+
+from __future__ import annotations
+
+import pytest
+import triton
+
+from prefill_service.kernels import block_sparse
+from prefill_service.kernels.tuning import CONFIGS, fits
+from tests.kernels.aot import Code, Const, compile_kernel
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may use
+
+
+def attention(
+    capability: int,
+    head_dim: int,
+    config: tuple[int, int, bool, int, int],
+    *,
+    dtype: str = "bf16",
+    paged: bool = False,
+    skip: bool = False,
+) -> Code:
+    """config: BLOCK_M, BLOCK_N, TMA, warps, stages; must be one that tuning would consider."""
+    block_m, block_n, tma, warps, stages = config
+    block_d = triton.next_power_of_2(head_dim)
+    candidate = next(
+        c
+        for c in CONFIGS
+        if (*c.kwargs.values(), c.num_warps, c.num_stages) == (block_m, block_n, tma, warps, stages)
+    )
+    size = 4 if dtype == "fp32" else 2
+    assert fits(candidate, block_d, 128, size, SHARED[capability], capability >= 90)
+    arguments: dict[str, str | Const] = dict.fromkeys(
+        ("p_q", "p_k", "p_v", "p_k_mean", "p_v_mean", "p_out"), f"*{dtype}"
+    )
+    for name in ("k_desc_64", "v_desc_64", "k_desc_128", "v_desc_128"):
+        shape = f"[1,1,{name[-3:].lstrip('_')},{block_d}]"
+        arguments[name] = f"tensordesc<{dtype}{shape}>" if tma else Const(None)
+    arguments |= {"p_bias": "*fp32", "p_lse": "*fp32", "p_row_ptr": "*i32", "p_col": "*i32"}
+    arguments |= {"p_table": "*i32" if paged else Const(None), "p_order": Const(None)}
+    for name in block_sparse.attention_kernel.arg_names:
+        if name.startswith("stride_"):
+            arguments[name] = "i32:16"
+    for name in ("stride_table_head", "queries", "tiles", "tile_tokens", "q_offset", "blocks"):
+        arguments[name] = "i32"
+    arguments |= dict.fromkeys(("scale_log2", "inverse_scale", "skip_log2"), "fp32")
+    constants = {
+        "GROUP": 7, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_TOKENS": 128, "LOCAL": True,
+        "PAGED": paged, "SUMMARIES": True, "ORDERED": False, "SKIP": skip,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma,
+    }  # fmt: skip
+    arguments |= {name: Const(value) for name, value in constants.items()}
+    kernel = block_sparse.attention_kernel
+    return compile_kernel(kernel, arguments, capability, num_warps=warps, num_stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "config", "options"),
+    [
+        (64, (128, 64, True, 8, 3), {"dtype": "fp16"}),
+        (128, (128, 128, True, 8, 2), {}),
+        (128, (128, 64, True, 8, 3), {"paged": True}),
+        (256, (128, 64, True, 8, 2), {}),
+        (80, (128, 64, False, 8, 3), {"skip": True}),
+    ],
+)
+def test_attention_on_hopper(
+    head_dim: int, config: tuple[int, int, bool, int, int], options: dict[str, object]
+) -> None:
+    code = attention(90, head_dim, config, **options)  # type: ignore[arg-type]
+    assert code.spills == 0
+    assert code.shared <= SHARED[90]
+    assert code.count("HGMMA") > 0
+    assert code.count("HMMA") == 0
+    # Keys and values of the stages ahead are on their way before the loop begins.
+    stages = config[-1]
+    if config[2]:
+        assert code.count("UTMALDG") >= 2 * stages
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "config"),
+    [(64, (128, 64, False, 8, 3)), (128, (128, 64, False, 8, 2)), (256, (64, 32, False, 8, 2))],
+)
+def test_attention_on_ampere(head_dim: int, config: tuple[int, int, bool, int, int]) -> None:
+    code = attention(80, head_dim, config)
+    assert code.spills == 0
+    assert code.shared <= SHARED[80]
+    assert code.count("HMMA") > 0
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "config"),
+    [(64, (128, 64, True, 8, 3)), (128, (128, 128, True, 8, 2)), (256, (128, 64, True, 8, 2))],
+)
+def test_attention_on_blackwell(head_dim: int, config: tuple[int, int, bool, int, int]) -> None:
+    code = attention(100, head_dim, config)
+    assert code.spills == 0
+    assert code.shared <= SHARED[100]
+    assert code.count("UTCHMMA") > 0
