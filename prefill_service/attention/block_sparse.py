@@ -66,8 +66,9 @@ def local_attention(
     parts = []
     for name, x in (("k", k), ("v", v)):
         part = buffers.get(name, shape, x).view(kv_heads, count, length, head_dim)
-        windows = x[:, first : first + before + whole * tile].unfold(1, length, tile)
-        part[:, :whole] = windows.transpose(2, 3)[:, :whole]
+        if whole:
+            windows = x[:, first : first + before + whole * tile].unfold(1, length, tile)
+            part[:, :whole] = windows.transpose(2, 3)  # unfold puts the window last
         if whole < count:
             rest = x[:, first + whole * tile : tiles.keys]
             part[:, whole, : rest.shape[1]] = rest

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
-from prefill_service.attention.report import AttentionReport
+from prefill_service.attention.report import RankAttention
 from prefill_service.kv.manifest import Manifest
 from prefill_service.models.plan import PrefixPlan
 
@@ -118,7 +118,7 @@ class RankDone:
     rank: int
     stage_seconds: dict[str, float] = field(default_factory=dict)
     bytes_received: int = 0
-    attention: AttentionReport = field(default_factory=AttentionReport)
+    attention: RankAttention | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
 from prefill_service.config import VideoConfig
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
@@ -75,6 +76,7 @@ class RankContext:
         kv_layout: of a page.
         video: limits for decoding.
         chunk_tokens: tokens per chunk and rank.
+        sparse: sizes of sparse attention.
         send: delivers progress messages.
         tick: called after each unit of work; liveness for the heartbeat.
     """
@@ -85,6 +87,7 @@ class RankContext:
     kv_layout: KVLayout
     video: VideoConfig
     chunk_tokens: int
+    sparse: SparseSettings
     send: Callable[[Progress], None]
     tick: Callable[[], None]
 
@@ -114,6 +117,7 @@ def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -
         rank.group.rank,
         {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
         rank.group.meter.bytes_received - bytes_before,
+        run.attention.report(),
     )
 
 
@@ -149,6 +153,17 @@ class _TaskRun:
             model.dtype,
             model.device,
         )
+        self.attention = AdaptiveAttention(
+            rank.sparse,
+            task.policy,
+            self._last_layer,
+            layout.num_kv_heads,
+            layout.head_dim,
+            model.dtype,
+            model.device,
+            task.plan.patch_ends,
+        )
+        self._chunk_start = self._share_start = 0
         self._page = 0  # next free page of this rank
         self._patches_done = self._tokens_done = 0
         preprocess = model.preprocessor(task.plan)
@@ -171,6 +186,7 @@ class _TaskRun:
             self._checkpoint()
             start = time.perf_counter()
             self._exchange.start_chunk([(s.start_token, s.end_token) for s in chunk])
+            self._chunk_start, self._share_start = chunk[0].start_token, share.start_token
             if share.num_tokens:
                 self._prefill(share, features)
             else:
@@ -198,7 +214,13 @@ class _TaskRun:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
-        return self._exchange.attend(layer, q, scale)
+        start = self._share_start
+        if self.attention.is_sparse(start, q.shape[1]):
+            kv = self._exchange.complete(layer)
+            return self.attention.attend(layer, q, kv, start, self._chunk_start, scale)
+        out = self._exchange.attend(layer, q, scale)
+        self.attention.observe(layer, q, self._exchange.complete(layer), start, scale)
+        return out
 
     # ---- steps -----------------------------------------------------------------------------
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import transformers
 
+from prefill_service.attention.probe import measure_crossover
 from prefill_service.config import HEARTBEAT_S
 from prefill_service.engine import messages as msg
 from prefill_service.engine.pipeline import RankContext, Status, TaskAborted, run_task
-from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout
+from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout, sparse_settings
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_server import PageServer
 from prefill_service.kv.segment import ShardStore
@@ -77,16 +78,30 @@ class Rank:
         layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
         model = PrefillModel(spec.checkpoint, getattr(torch, spec.dtype), device)
         timeout_s = spec.engine.collective_timeout_s
+        group = form_group(spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s)
+        chunk = chunk_tokens(spec.engine, device.type)
+        from_tokens = spec.engine.sparse_from_tokens or self._crossover(model, chunk)
+        # The slowest rank decides, so that all of them report one figure.
+        from_tokens = group.agree(from_tokens)
+        logger.info("sparse attention from %d keys on", from_tokens)
         return RankContext(
             model=model,
-            group=form_group(spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s),
+            group=group,
             store=ShardStore(layout, spec.generation),
             kv_layout=layout,
             video=spec.video,
-            chunk_tokens=chunk_tokens(spec.engine, device.type),
+            chunk_tokens=chunk,
+            sparse=sparse_settings(spec.engine, from_tokens),
             send=self._send,
             tick=self._tick,
         )
+
+    def _crossover(self, model: PrefillModel, chunk: int) -> int:
+        layout, sizes = self._spec.checkpoint, sparse_settings(self._spec.engine, 0)
+        return measure_crossover(
+            model.num_heads, layout.num_kv_heads, layout.head_dim, model.dtype, model.device,
+            chunk, sizes.block_tokens, sizes.tile_tokens, sizes.segment_tokens,
+        )  # fmt: skip
 
     def _run_task(self, context: RankContext, task: msg.PrefillTask) -> None:
         cancelled = self._cancelled[task.job_id]

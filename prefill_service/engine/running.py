@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from prefill_service.attention.report import AttentionReport
+from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.engine import messages as msg
 from prefill_service.errors import Reason, ServiceError
 
@@ -55,4 +55,6 @@ class RunningTask:
             str(stage): max(rank.stage_seconds.get(str(stage), 0.0) for rank in done)
             for stage in msg.Stage
         }
-        return PrefillOutcome(stages, sum(rank.bytes_received for rank in done), seconds)
+        received = sum(rank.bytes_received for rank in done)
+        attention = combine([rank.attention for rank in done if rank.attention is not None])
+        return PrefillOutcome(stages, received, seconds, attention)

@@ -75,6 +75,7 @@ class PrefillModel:
             .to(device)
             .eval()
         )
+        self.num_heads = int(self._model.language_model.config.num_attention_heads)
         processors: Any = AutoVideoProcessor
         self._video_processor = processors.from_pretrained(checkpoint.path)
 

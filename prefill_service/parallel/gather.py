@@ -82,6 +82,18 @@ class GatherExchange:
             partials.append(self._partial(layer, q, chunk_start, start, scale))
         return merge(partials).out
 
+    def complete(self, layer: int) -> Tensor:
+        """The layer's buffer, complete up to this rank's last token of the chunk.
+
+        Rows before the chunk may be reordered: nothing is received there any more, and dense
+        attention over them needs no mask.
+
+        Returns:
+            [tokens, 2, kv_heads, head_dim]; rows after this rank's share may still be arriving.
+        """
+        self._wait(layer, before_rank=self._group.rank)
+        return self._kv[layer]
+
     def finish(self) -> None:
         """Wait for everything still under way (also after an aborted chunk)."""
         for layer in range(len(self._kv)):
