@@ -31,12 +31,13 @@ from prefill_service.kernels.tuning import CONFIGS, fallback, prune
 
 
 @triton.jit
-def _softmax_step(acc, m, total, raw, b_v, scale_log2):
+def _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES: tl.constexpr):
     """Take one key tile in. raw: [M, N] unscaled scores; b_v: [N, D]; m: [M] running maximum."""
     m_new = tl.maximum(m, tl.max(raw, 1) * scale_log2)
     p = tl.exp2(raw * scale_log2 - m_new[:, None])  # [M, N]
     alpha = tl.exp2(m - m_new)
-    acc = dot(p.to(b_v.dtype), b_v, acc * alpha[:, None])
+    if VALUES:
+        acc = dot(p.to(b_v.dtype), b_v, acc * alpha[:, None])
     return acc, m_new, total * alpha + tl.sum(p, 1)
 
 
@@ -63,7 +64,7 @@ def attention_kernel(
     scale_log2, inverse_scale, skip_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, LOCAL: tl.constexpr, PAGED: tl.constexpr,
-    SUMMARIES: tl.constexpr, ORDERED: tl.constexpr, SKIP: tl.constexpr,
+    SUMMARIES: tl.constexpr, ORDERED: tl.constexpr, SKIP: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):
     # fmt: on
@@ -125,8 +126,8 @@ def attention_kernel(
             raw = dot(b_q, b_k.T)
             raw = tl.where(o_key[None, :] <= first + o_token[:, None], raw, float("-inf"))
             p_tile = p_v + block.to(tl.int64) * stride_v_block + within * stride_v_token
-            b_v = tl.load(p_tile + o_v, mask=inside, other=0.0)
-            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2)
+            b_v = tl.load(p_tile + o_v, mask=inside, other=0.0) if VALUES else b_k
+            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
 
     begin = tl.load(p_row_ptr + i_row)
     steps = (tl.load(p_row_ptr + i_row + 1) - begin) * STEPS
@@ -149,14 +150,16 @@ def attention_kernel(
                          TMA, PADDED, BLOCK_N, BLOCK_D)  # fmt: skip
         raw = dot(b_q, b_k.T)
         p_tile = p_v + block.to(tl.int64) * stride_v_block + within * stride_v_token
-        b_v = _load_tile(v_desc, p_tile, o_v, d_mask, block, i_head, within,
-                         TMA, PADDED, BLOCK_N, BLOCK_D)  # fmt: skip
+        b_v = b_k
+        if VALUES:
+            b_v = _load_tile(v_desc, p_tile, o_v, d_mask, block, i_head, within,
+                             TMA, PADDED, BLOCK_N, BLOCK_D)  # fmt: skip
         if SKIP:
             gap = tl.where(valid, tl.max(raw, 1) * scale_log2 - m, float("-inf"))
             if tl.max(gap, 0) >= skip_log2:
-                acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2)
+                acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
         else:
-            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2)
+            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
         if PAGED:
             block = tl.load(p_table + col)
             col = tl.load(p_col + (i + 2) // STEPS, mask=i + 2 < steps, other=0)
@@ -178,8 +181,8 @@ def attention_kernel(
             b_k = tl.load(p_k_mean + o_mean, mask=mean_mask, other=0.0)
             raw = dot(b_q, b_k.T)
             raw += (b_bias * inverse_scale)[None, :]
-            b_v = tl.load(p_v_mean + o_mean, mask=mean_mask, other=0.0)
-            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2)
+            b_v = tl.load(p_v_mean + o_mean, mask=mean_mask, other=0.0) if VALUES else b_k
+            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
 
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -191,14 +194,15 @@ def attention_kernel(
     valid = rows < GROUP * tokens
     o_row = (i_head * GROUP + rows // tokens).to(tl.int64) * queries
     o_row += i_tile * tile_tokens + rows % tokens
-    p_tile = p_out + o_row[:, None] * HEAD_DIM + o_d[None, :]
-    tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & d_mask[None, :])
+    if VALUES:
+        p_tile = p_out + o_row[:, None] * HEAD_DIM + o_d[None, :]
+        tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & d_mask[None, :])
     tl.store(p_lse + o_row, lse, mask=valid)
 
 
 _tuned_kernel = triton.autotune(
     CONFIGS,
-    key=["HEAD_DIM", "BLOCK_TOKENS", "PAGED", "SUMMARIES", "SKIP"],
+    key=["HEAD_DIM", "BLOCK_TOKENS", "PAGED", "SUMMARIES", "SKIP", "VALUES"],
     prune_configs_by={"early_config_prune": prune},
     cache_results=True,
 )(attention_kernel)
@@ -220,6 +224,7 @@ def block_sparse_attention(
     skip_threshold: float | None = None,
     local: bool = True,
     order: Tensor | None = None,
+    lse_only: bool = False,
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query tile over its local region, kept blocks and block summaries.
@@ -247,6 +252,7 @@ def block_sparse_attention(
         local: attend the local region. Without it a row may see no key at all.
         order: [kv_heads * tiles] int32, the order in which rows are started (``longest_first``);
             default: per KV head from the last tile, which sees most keys, to the first.
+        lse_only: read no values (``v`` may be ``k``) and return ``out`` without any query.
         config: launch configuration instead of the autotuned one.
 
     Returns:
@@ -264,7 +270,7 @@ def block_sparse_attention(
     kv_heads = k.shape[2] if paged else k.shape[0]
     tiles = triton.cdiv(queries, tile_tokens)
     check_rows(csr, kv_heads, tiles, head_dim, summaries, bias, order)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q[:, :0] if lse_only else q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if queries == 0:
         return out, lse
@@ -315,6 +321,7 @@ def block_sparse_attention(
         "SUMMARIES": bias is not None,
         "ORDERED": order is not None,
         "SKIP": skip_threshold is not None,
+        "VALUES": not lse_only,
     }
     rows = q_heads // kv_heads * min(tile_tokens, queries)
 

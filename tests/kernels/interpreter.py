@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Interpreter:
-    """``interpret("block_sparse.longest_first", csr)`` calls it over there, returns or raises."""
+    """``interpret("block_sparse.longest_first", csr)`` calls it over there, returns or raises.
+
+    Of a function that returns nothing, the arguments come back as it left them.
+    """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -53,7 +56,8 @@ def serve() -> None:
         module, _, function = name.rpartition(".")
         try:
             called = getattr(importlib.import_module(f"prefill_service.kernels.{module}"), function)
-            answer = False, called(*args, **kwargs)
+            result = called(*args, **kwargs)
+            answer = False, args if result is None else result
         except Exception as error:
             answer = True, error
         pickle.dump(answer, answers)

@@ -220,6 +220,9 @@ def test_order_of_rows_changes_nothing(interpret: Interpreter) -> None:
     plain = interpret("block_sparse.block_sparse_attention", *args, **options)
     ordered = interpret("block_sparse.block_sparse_attention", *args, order=order, **options)
     assert all(map(torch.equal, plain, ordered))
+    out, lse = interpret("block_sparse.block_sparse_attention", *args, lse_only=True, **options)
+    assert out.shape == (8, 0, 64)
+    assert torch.equal(lse, plain[1])
 
 
 def test_no_queries() -> None:

@@ -48,6 +48,7 @@ def attention(
     constants = {
         "GROUP": 7, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_TOKENS": 128, "LOCAL": True,
         "PAGED": paged, "SUMMARIES": True, "ORDERED": False, "SKIP": skip,
+        "VALUES": True,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma,
     }  # fmt: skip
     arguments |= {name: Const(value) for name, value in constants.items()}
