@@ -177,10 +177,11 @@ def main(arguments: list[str] | None = None) -> None:
         for order in ORDERS:
             cells |= compare(source, order, setting)
         by_input[source.name] = cells
-        rows += result_rows(cells, source.name, setting, group)
+        methods = selection_tables.methods(cells)
+        rows += result_rows(methods, source.name, setting, group)
         for key, cell in cells.items():
             total.setdefault(key, Cell()).extend(cell)
-    rows += result_rows(total, "all", setting, group)
+    rows = result_rows(total, "all", setting, group) + rows
     costs = {
         name: estimator.cost(setting.tile, setting.block, group)
         for name, estimator in ESTIMATORS.items()

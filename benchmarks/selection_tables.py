@@ -25,6 +25,12 @@ METHODS = (
 )
 
 
+def methods(cells: dict[Key, Cell]) -> dict[Key, Cell]:
+    """The cells of whole methods."""
+    keys = [(*parts, density) for _, *parts in METHODS for density in DENSITIES]
+    return {key: cells[key] for key in keys}
+
+
 def print_estimators(total: dict[Key, Cell], costs: dict[str, float], density: float) -> None:
     """Estimators and orders at equal budgets per tile."""
     print(f"\n## Estimators and key orders: fixed budget of {density:g} of the blocks per tile\n")

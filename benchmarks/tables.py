@@ -51,10 +51,17 @@ def _cpu() -> str:
 
 
 def write(path: Path, content: Any) -> None:
-    """JSON, one list element per line."""
+    """JSON; the elements of a list, or of a dict's lists, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, list):
-        text = "[\n" + ",\n".join(json.dumps(row) for row in content) + "\n]\n"
+    if isinstance(content, dict):
+        parts = (f"{json.dumps(name)}: {_lines(value)}" for name, value in content.items())
+        text = "{\n" + ",\n".join(parts) + "\n}"
     else:
-        text = json.dumps(content, indent=1) + "\n"
-    path.write_text(text)
+        text = _lines(content)
+    path.write_text(text + "\n")
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(json.dumps(element) for element in value) + "\n]"

@@ -103,7 +103,7 @@ def test_benchmark_runs_and_the_oracle_wins(tmp_path: Path) -> None:
     selection.main(
         [
             *("--tokens", "1024", "--kinds", "mixture", "--segment", "256"),
-            *("--tiles-per-head", "2", "--rows-per-tile", "512", "--out", str(out)),
+            *("--tiles-per-head", "1", "--rows-per-tile", "512", "--out", str(out)),
         ]
     )
     result = json.loads(out.read_text())

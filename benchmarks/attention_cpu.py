@@ -1,0 +1,223 @@
+"""Attention on this CPU: dense, ours and FlexAttention at several lengths and densities.
+
+    make bench-attention
+    python -m benchmarks.attention_cpu --tokens 8192 --threads 1
+
+A row's ``density`` is measured: attended over causal key columns (tokens of kept blocks, the local
+region, one per block summary). ``ours_s`` is the attention and ``select_s`` what finds and prepares
+it: clustering, summaries, estimates, the choice and its lists. Contestants take turns; each gets
+the best of its rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import cpu_problem, tables
+from benchmarks.cpu_problem import Plan, Problem
+from benchmarks.flex import Flex
+
+DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
+
+
+def dense_gqa(problem: Problem) -> Callable[[], Tensor]:
+    """torch's causal SDPA, which repeats the KV heads by itself."""
+    q, k, v = problem.q[None], problem.k.contiguous()[None], problem.v.contiguous()[None]
+    return lambda: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=problem.scale, enable_gqa=True
+    )
+
+
+def dense_expanded(problem: Problem) -> Callable[[], Tensor]:
+    """The same over KV heads repeated beforehand; the repetition is a present."""
+    group = len(problem.q) // len(problem.k)
+    k, v = (x.repeat_interleave(group, 0)[None] for x in (problem.k, problem.v))
+    q = problem.q[None]
+    return lambda: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=problem.scale
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def check(threads: int) -> str:
+    """Ours against attention over the same blocks written out in float64."""
+    torch.set_num_threads(threads)
+    problem = cpu_problem.make(1536 + 300, 8, 2, 64, 512, seed=1)
+    exact = Problem(problem.q.double(), problem.kv.double(), problem.scale, problem.chunk)
+    truth = cpu_problem.plan(exact)
+    found = []
+    for made, plan in ((problem, cpu_problem.plan(problem)), (exact, truth)):
+        epsilon = plan.epsilon(0.35)
+        out, report = cpu_problem.run(made, epsilon, torch.empty_like(made.kv))
+        if abs(plan.density(epsilon) - report.density) > 1e-9:
+            raise AssertionError(f"density {report.density}, planned {plan.density(epsilon)}")
+        keeps = [chunk.keep(epsilon) for chunk in plan.chunks]
+        wanted = cpu_problem.reference(exact, truth, keeps)
+        found.append(float((out - wanted).norm() / wanted.norm()))
+    if found[0] > 1e-5 or found[1] > 1e-12:
+        raise AssertionError(f"relative errors against float64 with the same mask: {found}")
+    return (
+        f"correct: relative error against float64 with the same mask {found[0]:.1e} in float32, "
+        f"{found[1]:.1e} in float64, at density {report.density:.2f}"
+    )
+
+
+def prepare_flex(problem: Problem, plan: Plan) -> tuple[Flex | None, str]:
+    """A compiled FlexAttention, or why there is none."""
+    torch.compiler.reset()
+    try:
+        flex = Flex(problem, plan)
+        mask = flex.mask(plan.epsilon(1.0 if problem.tokens <= 8192 else 0.1))
+        start = time.perf_counter()
+        out = flex.run(mask)
+        taken = time.perf_counter() - start
+    except Exception as error:  # a missing or failing C++ compiler shows in many ways
+        return None, f"flex_s = null: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if problem.tokens <= 8192:
+        off = float((out - dense_gqa(problem)()[0]).abs().max())
+        if off > 1e-4:
+            raise AssertionError(f"FlexAttention at density 1 is {off} off dense attention")
+    return flex, f"compiled in {taken:.0f} s"
+
+
+def reachable(plan: Plan, densities: Sequence[float]) -> dict[float, float]:
+    """Epsilon per density; of those below what the plan keeps in any case only the largest.
+
+    The local regions, the previous temporal patch, the sink and the summaries are always attended.
+    """
+    floor = plan.density(plan.epsilon(0.0))
+    below = [density for density in densities if density < floor]
+    return {d: plan.epsilon(d) for d in densities if d >= floor or d == max(below)}
+
+
+def measure(problem: Problem, threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one length and thread count."""
+    torch.set_num_threads(threads)
+    plan = cpu_problem.plan(problem)
+    epsilons = reachable(plan, options.densities)
+    flex, note = prepare_flex(problem, plan) if options.flex else (None, "flex_s = null: --no-flex")
+    print(f"{problem.tokens} tokens, {threads} threads: FlexAttention {note}", flush=True)
+    masks = {d: flex.mask(epsilon) for d, epsilon in epsilons.items()} if flex else {}
+    dense = {"enable_gqa": dense_gqa(problem), "expanded": dense_expanded(problem)}
+    kv = torch.empty_like(problem.kv)
+    best: dict[Any, float] = {}
+
+    def note_best(key: object, value: float) -> None:
+        best[key] = min(value, best.get(key, value))
+
+    reports = {}
+    start, rounds = time.perf_counter(), 0
+    while not rounds or (rounds < options.rounds and time.perf_counter() - start < options.seconds):
+        rounds += 1
+        for name, call in dense.items():
+            note_best(name, seconds(call))
+        if problem.tokens > 8192:  # the slower one need not be timed for minutes
+            winner = min(dense, key=best.__getitem__)
+            dense = {winner: dense[winner]}
+        for density, epsilon in epsilons.items():
+            begin = time.perf_counter()
+            _, report = cpu_problem.run(problem, epsilon, kv)
+            wall = time.perf_counter() - begin
+            reports[density] = report
+            note_best(("ours", density), report.attend_s)
+            note_best(("select", density), report.select_s)
+            note_best(("certify", density), report.certify_s)
+            note_best(("wall", density), wall)
+            if flex:
+                note_best(("flex", density), seconds(lambda: flex.run(masks[density])))  # noqa: B023
+    dense_s = min(best[name] for name in ("enable_gqa", "expanded") if name in best)
+    rows = []
+    for wanted in epsilons:
+        density = reports[wanted].density
+        ours, select = best["ours", wanted], best["select", wanted]
+        rows.append(
+            {
+                "tokens": problem.tokens,
+                "density": round(density, 4),
+                "threads": threads,
+                "dense_s": round(dense_s, 5),
+                "ours_s": round(ours, 5),
+                "select_s": round(select, 5),
+                "flex_s": round(best["flex", wanted], 5) if flex else None,
+                "certify_s": round(best["certify", wanted], 5),
+                "wall_s": round(best["wall", wanted], 5),
+                "wanted_density": wanted,
+                "epsilon": epsilons[wanted],
+                "kept_mass": round(reports[wanted].kept_mass.mean(1.0), 4),
+                "ratio_attend": round(dense_s / ours * density, 3),
+                "ratio_total": round(dense_s / (ours + select) * density, 3),
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}))
+    parser.add_argument("--q-heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=512, help="queries per call, as on CPU ranks")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=12, help="no new round after so many")
+    parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=tables.RESULTS / "attention-cpu.json")
+    return parser.parse_args(arguments)
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    """Run, print a table, write the rows and, beside them, the settings."""
+    options = parse(arguments)
+    header = tables.settings(
+        q_heads=options.q_heads,
+        kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        dtype="float32",
+        chunk=options.chunk,
+        block=cpu_problem.SETTINGS.block_tokens,
+        tile=cpu_problem.SETTINGS.tile_tokens,
+        segment=cpu_problem.SETTINGS.segment_tokens,
+        input="mixture",
+    )
+    started = time.perf_counter()
+    print(check(max(options.threads)), flush=True)
+    rows = []
+    for tokens in options.tokens:
+        problem = cpu_problem.make(
+            tokens, options.q_heads, options.kv_heads, options.head_dim, options.chunk
+        )
+        for threads in options.threads:
+            rows += measure(problem, threads, options)
+            tables.write(options.out, rows)
+    header["load_after"] = round(os.getloadavg()[0], 2)
+    header["seconds"] = round(time.perf_counter() - started)
+    tables.write(options.out.with_suffix(".meta.json"), header)
+    columns = ["tokens", "threads", "density", "dense_s", "ours_s", "select_s", "flex_s"]
+    columns += ["ratio_attend", "ratio_total", "kept_mass"]
+    print()
+    print(tables.markdown(columns, [[row[name] for name in columns] for row in rows]))
+    print("\nratio_attend = dense_s / ours_s * density (wanted: >= 0.7 from 8K tokens and <= 0.2)")
+    print("ratio_total = dense_s / (ours_s + select_s) * density (wanted: >= 0.5 there)")
+    print(f"{header['seconds']} s; {len(rows)} rows in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
