@@ -140,8 +140,8 @@ def _measure(layers: Sequence[LayerReport]) -> AttentionMeasures:
         density=AttentionReport(layers=list(layers)).density,
         sampled_rows=mass.count,
         kept_mass_mean=mass.mean(1.0),
-        kept_mass_p5=mass.percentile(0.05, 1.0),
-        kept_mass_min=mass.least if mass.count else 1.0,
+        kept_mass_p5=max(mass.percentile(0.05, 1.0), mass.least),  # a bin's edge may be below all
+        kept_mass_min=mass.least,  # 1 of nothing
         output_error_mean=error.mean(0.0),
         output_error_p95=error.percentile(0.95, 0.0),
         tiles=sum(layer.tiles for layer in layers),

@@ -149,10 +149,15 @@ class Scheduler:
         record = self.get(job_id)
         report = self._store.report(job_id)
         if report is None:
+            succeeded = record.state in (JobState.SUCCEEDED, JobState.EVICTED)
+            why = (
+                "it is from before there were any, or the disk was full"
+                if succeeded
+                else "there is one once a job has succeeded"
+            )
             raise ServiceError(
                 Reason.NO_ATTENTION_REPORT,
-                f"job {job_id} is {record.state} and has no attention report; there is one once "
-                "a job has succeeded",
+                f"job {job_id} is {record.state} and has no attention report: {why}",
                 job_id=job_id, state=record.state,
             )  # fmt: skip
         return record, report

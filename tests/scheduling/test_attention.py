@@ -173,6 +173,17 @@ def test_the_documented_dial_is_the_real_one() -> None:
     assert documented == {n: (p.epsilon, p.min_kept_mass) for n, p in policies.items()}
 
 
+def test_what_is_exact_in_every_sample_is_exact_in_all_statistics() -> None:
+    layer = LayerReport(0, [1.0], 1.0)
+    layer.kept_mass.add(torch.ones(50))
+    total = attention.summarize(
+        resolve_policy(Quality.EXACT), AttentionReport(layers=[layer])
+    ).total
+    assert (total.kept_mass_mean, total.kept_mass_p5, total.kept_mass_min) == (1, 1, 1)
+    nothing = attention.summarize(resolve_policy(), AttentionReport()).total
+    assert (nothing.sampled_rows, nothing.kept_mass_p5, nothing.kept_mass_min) == (0, 1, 1)
+
+
 def test_a_missed_floor_is_said() -> None:
     policy = resolve_policy(epsilon=0.1, min_kept_mass=0.95)
     layers = [LayerReport(n, [1.0], 1.0) for n in range(2)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefill_client import types
-from prefill_client.attention import AttentionReport
+from prefill_client.attention import AttentionReport, Quality
 from prefill_client.cli.batch import batch
 from prefill_client.cli.options import (
     ask_options,
@@ -121,7 +121,7 @@ def _summary(answer: types.Answer, report: AttentionReport | None) -> str:
 
 def _attention(report: AttentionReport) -> str:
     total = report.total
-    if not total.sampled_rows:
+    if not total.sampled_rows or report.quality is Quality.EXACT:
         return f"attention {report.quality}, density {total.density:.2f}"
     below = "" if report.floor_met else f", below the floor of {report.min_kept_mass:g}"
     return (

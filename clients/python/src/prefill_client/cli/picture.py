@@ -121,6 +121,7 @@ def _kept_mass(axes: Axes, inspection: Inspection) -> None:
         axes.axhline(1.0, color="tab:blue")
         _note(axes, "not sampled:\nexact attention keeps all")
         return
+    axes.locator_params("x", integer=True)
     axes.plot(numbers, [m.kept_mass_mean for m in measures], "o-", label="mean")
     axes.plot(numbers, [m.kept_mass_p5 for m in measures], "v--", label="5th percentile")
     axes.plot(numbers, [m.kept_mass_min for m in measures], "x:", label="minimum")
