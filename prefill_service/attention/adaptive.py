@@ -192,8 +192,9 @@ class AdaptiveAttention:
             state.order[:, start:end] = (order + offset).flatten(1)
             state.clustered = end
         # Blocks after the clustered ones change once more when their segment is complete.
-        fresh = slice(start, blocks * block)
-        state.summaries.put(start // block, summarize(k[:, fresh], v[:, fresh], block))
+        if blocks * block > start:
+            fresh = slice(start, blocks * block)
+            state.summaries.put(start // block, summarize(k[:, fresh], v[:, fresh], block))
 
     def _forced(self, tiles: Tiles) -> Tensor:
         first = [tiles.q_offset + t * tiles.tile_tokens for t in range(tiles.count)]

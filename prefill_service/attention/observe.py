@@ -76,7 +76,7 @@ class BlockGrids:
         """
         kv_heads, _, blocks = keep.shape
         cell = order[:, : blocks * tiles.block_tokens].long() * GRID // self._tokens
-        cell = cell.reshape(kv_heads, blocks, -1)
+        cell = cell.reshape(kv_heads, blocks, tiles.block_tokens)
         of_block = torch.zeros(kv_heads, blocks, GRID, device=keep.device)
         of_block.scatter_add_(2, cell, torch.ones_like(cell, dtype=torch.float32))
         kept = (keep.float() @ of_block).cpu().numpy()  # [kv_heads, tiles, GRID]

@@ -20,8 +20,9 @@ from prefill_service.attention.summaries import BlockSummaries, lift, misplaced_
 from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.csr import BlockCSR
 
-LEVELS = 32
-"""Thresholds tried: 2**(-level / 2) times the tile's largest loss; the last one is 0."""
+LEVELS = 256
+LEVELS_PER_OCTAVE = 16
+"""Thresholds tried: ``2**(-level / 16)`` times the tile's largest loss; the last one is 0."""
 
 _POOLED_TOKENS = 16
 _MAX_SCORES = 1 << 21
@@ -138,8 +139,9 @@ def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
 def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:
     """Keep the forced blocks, and of the others the most lossy until the rest loses <= epsilon.
 
-    The threshold is relative to the tile's largest loss and falls in half octaves. A loss that is
-    not a number keeps its block: NaN and infinities come out as dense attention has them.
+    The threshold is relative to the tile's largest loss and falls in sixteenths of an octave. A
+    loss that is not a number keeps its block: NaN and infinities come out as dense attention has
+    them.
 
     Args:
         loss: [kv_heads, tiles, blocks], 0 for blocks that are no candidates.
@@ -149,10 +151,14 @@ def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:
     Returns:
         [kv_heads, tiles, blocks] bool; never more than what ``loss`` or ``forced`` named.
     """
+    if not loss.shape[-1]:
+        return torch.zeros_like(loss, dtype=torch.bool)
     unknown = ~torch.isfinite(loss)
     free = torch.where(unknown | forced, 0.0, loss)
     largest = free.amax(-1, keepdim=True).clamp(min=torch.finfo(loss.dtype).tiny)
-    level = (-2 * torch.log2(free / largest)).clamp(0, LEVELS - 1).long()  # log2(0): the last one
+    level = (
+        (-LEVELS_PER_OCTAVE * torch.log2(free / largest)).clamp(0, LEVELS - 1).long()
+    )  # log2(0): the last one
     at_level = torch.zeros(*loss.shape[:-1], LEVELS, dtype=loss.dtype, device=loss.device)
     at_level.scatter_add_(-1, level, free)
     # left[i]: loss of the blocks at level i and beyond, which a threshold above level i drops.

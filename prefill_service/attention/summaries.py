@@ -87,12 +87,18 @@ def lift(variance: Tensor, block_tokens: int) -> Tensor:
     """By how much the log-mean-exp of ``block_tokens`` scores exceeds their mean.
 
     Half the variance while the scores are many enough to sample the tail of a normal
-    distribution; beyond ``2 ln B`` the largest one rules and growth is linear in the standard
+    distribution; beyond that the largest of them rules, and growth is linear in the standard
     deviation (the random energy model; Derrida, Phys. Rev. B 24, 2613, 1981).
     """
-    log_block = math.log(block_tokens)
-    frozen = torch.sqrt(variance * (2 * log_block)) - log_block
-    return torch.where(variance <= 2 * log_block, 0.5 * variance, frozen)
+    edge = largest_of_normals(block_tokens)
+    frozen = edge * torch.sqrt(variance) - 0.5 * edge**2
+    return torch.where(variance <= edge**2, 0.5 * variance, frozen)
+
+
+def largest_of_normals(count: int) -> float:
+    """Location of the largest of ``count`` standard normal values (Fisher & Tippett, 1928)."""
+    leading = math.sqrt(2 * math.log(count))
+    return leading - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * leading)
 
 
 def misplaced_share(variance: Tensor) -> Tensor:

@@ -1,0 +1,191 @@
+"""A prefill's attention chunk by chunk: exact, sparse, certified, redone, reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.report import AttentionReport, combine
+from tests.attention import oracle
+from tests.attention.oracle import rand
+
+SCALE = 0.3
+PATCH = 50
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: AttentionPolicy,
+    chunk: int = 300,
+    from_tokens: int = 1,
+    patch: int = PATCH,
+) -> tuple[torch.Tensor, AttentionReport]:
+    """One layer of a prefill on one rank; the buffer is reordered on the way."""
+    tokens = k.shape[1]
+    ends = np.append(np.arange(patch, tokens, patch), tokens)
+    attention = AdaptiveAttention(
+        SparseSettings(from_tokens, segment_blocks=4), policy, 1, len(k), k.shape[-1], k.dtype,
+        torch.device("cpu"), ends,
+    )  # fmt: skip
+    kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
+    outs = []
+    for start in range(0, tokens, chunk):
+        part = q[:, start : start + chunk]
+        if attention.is_sparse(start, part.shape[1]):
+            outs.append(attention.attend(0, part, kv, start, start, SCALE))
+        else:
+            keys, values = kv[: start + part.shape[1]].permute(1, 2, 0, 3)
+            outs.append(attend_causal(part, keys, values, start, SCALE).out)
+            attention.observe(0, part, kv, start, SCALE)
+    return torch.cat(outs, 1), combine([attention.report()])
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 1000])
+@pytest.mark.parametrize("group", [1, 7])
+def test_a_vanishing_epsilon_is_dense(tokens: int, group: int) -> None:
+    q = rand(2 * group, tokens, 16)
+    k, v = rand(2, tokens, 16, seed=1), rand(2, tokens, 16, seed=2)
+    got, report = run(q, k, v, resolve_policy(epsilon=1e-12))
+    torch.testing.assert_close(got, oracle.dense(q, k, v, 0, SCALE), rtol=0, atol=1e-6)
+    assert report.density == pytest.approx(1, abs=1e-9)
+    assert report.layers[0].kept_mass.least > 1 - 1e-6
+    assert report.layers[0].causal == tokens * (tokens + 1) / 2
+
+
+def test_exact_never_goes_sparse_and_nothing_is_reordered() -> None:
+    q, k, v = rand(4, 700, 16), rand(2, 700, 16, seed=1), rand(2, 700, 16, seed=2)
+    got, report = run(q, k, v, resolve_policy(Quality.EXACT))
+    torch.testing.assert_close(got, oracle.dense(q, k, v, 0, SCALE), rtol=0, atol=1e-6)
+    assert report.density == 1
+    assert report.block_map is None
+    assert len(report.patch_mass) == 14
+
+
+def test_short_chunks_are_exact_until_sparsity_pays() -> None:
+    q, k, v = rand(4, 1500, 16), rand(2, 1500, 16, seed=1), rand(2, 1500, 16, seed=2)
+    got, report = run(q, k, v, resolve_policy(epsilon=0.4), from_tokens=1000)
+    expected = oracle.dense(q, k, v, 0, SCALE)
+    assert error(got[:, :900], expected[:, :900]) < 1e-6
+    assert error(got[:, 900:], expected[:, 900:]) > 1e-3
+    assert report.sparse_from_tokens == 1000
+
+
+@pytest.mark.parametrize("chunk", [128, 300, 1500])
+def test_structured_keys_are_sparse_and_close(chunk: int) -> None:
+    # Four kinds of key in raster order; queries of a moment want the kind of their moment.
+    kinds = rand(4, 32, seed=1) * 0.8
+    k = kinds.repeat(375, 1)[None] + 0.1 * rand(2, 1500, 32, seed=2)
+    v = rand(4, 32, seed=3).repeat(375, 1)[None] + 0.1 * rand(2, 1500, 32, seed=4)
+    q = kinds[torch.arange(1500) // 375].expand(8, -1, -1) + 0.1 * rand(8, 1500, 32, seed=5)
+    got, report = run(q, k, v, resolve_policy(epsilon=0.05), chunk)
+    layer = report.layers[0]
+    assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 0.05
+    assert layer.kept_mass.mean(0) > 0.93
+    assert layer.density < (0.6 if chunk < 1500 else 0.99)  # one chunk has no past to cluster
+    assert report.block_map is not None
+    assert layer.tiles == 2 * sum(
+        -(-min(chunk, 1500 - start) // 128) for start in range(0, 1500, chunk)
+    )
+
+
+def hidden_needles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two keys of one block that every other query wants, the rest its opposite.
+
+    Pooling the queries cancels the wish, so that the outlier guard is blind to it, and two keys
+    of 64 hardly show in the variance.
+    """
+    wish = torch.zeros(32, dtype=torch.float64)
+    wish[3] = 1
+    k, v = 0.05 * rand(1, 2048, 32, seed=1), rand(1, 2048, 32, seed=2)
+    k[0, [333, 334]] += 6 * wish
+    v[0, [333, 334]] += 5
+    q = 0.05 * rand(2, 2048, 32, seed=3)
+    q[:, 1::2] += 6 * wish / SCALE * 1.2 / 4
+    q[:, 0::2] -= 6 * wish / SCALE * 1.2 / 4
+    return q, k, v
+
+
+def test_needles_that_the_estimate_misses_trigger_the_floor() -> None:
+    q, k, v = hidden_needles()
+    expected = oracle.dense(q, k, v, 0, SCALE)
+    blind, without = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0))
+    missed = without.layers[0]
+    assert missed.tiles_redone == missed.tiles_dense == 0
+    assert missed.kept_mass.least < 0.5  # the certificate sees what the estimate did not
+    assert error(blind, expected) > 0.3
+
+    seen, report = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0.9))
+    layer = report.layers[0]
+    assert layer.tiles_redone > 0
+    assert layer.kept_mass.mean(0) >= 0.9
+    assert error(seen, expected) < 0.5 * error(blind, expected)
+    assert layer.density > missed.density
+
+
+def test_what_a_smaller_epsilon_cannot_mend_is_computed_densely() -> None:
+    q, k, v = hidden_needles()
+    got, report = run(q, k, v, resolve_policy(epsilon=0.9, min_kept_mass=1.0))
+    layer = report.layers[0]
+    assert layer.tiles_dense > 0.8 * layer.tiles  # in the first tiles nothing can be lost
+    assert report.density > 0.99
+    assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 1e-3
+
+
+def test_only_the_heads_below_the_floor_are_redone() -> None:
+    q, k, v = hidden_needles()
+    plain = 0.05 * rand(1, 2048, 32, seed=8)
+    q = torch.cat([0.05 * rand(2, 2048, 32, seed=9), q])
+    k, v = torch.cat([plain, k]), torch.cat([rand(1, 2048, 32, seed=10), v])
+    policy = resolve_policy(epsilon=0.3, min_kept_mass=0.9)
+    got, report = run(q, k, v, policy)
+    redone = report.layers[0].tiles_redone
+    assert 0 < redone <= report.layers[0].tiles  # at most two retries of one of two heads
+    alone, _ = run(q[:2], k[:1], v[:1], policy)
+    torch.testing.assert_close(got[:2], alone, rtol=0, atol=1e-9)
+
+
+def test_patch_mass_shows_where_the_attention_goes() -> None:
+    q, k, v = 0.1 * rand(4, 2000, 16), 0.1 * rand(2, 2000, 16, seed=1), rand(2, 2000, 16, seed=2)
+    k[:, 600:650, 0] += 4
+    q[..., 0] += 4
+    for policy in (resolve_policy(Quality.EXACT), resolve_policy(epsilon=0.2)):
+        _, report = run(q, k, v, policy)
+        mass = np.array(report.patch_mass)
+        assert mass.argmax() == 12
+        assert mass[12] > 10 * np.median(mass)
+
+
+def test_ranks_combine_to_what_one_rank_reports() -> None:
+    q, k, v = rand(4, 1024, 16), rand(2, 1024, 16, seed=1), rand(2, 1024, 16, seed=2)
+    kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
+    ends = np.arange(64, 1025, 64)
+    parts = []
+    for rank in range(2):
+        attention = AdaptiveAttention(
+            SparseSettings(1), resolve_policy(epsilon=0.3), 1, 2, 16, k.dtype,
+            torch.device("cpu"), ends,
+        )  # fmt: skip
+        for start in range(0, 1024, 512):
+            mine = start + 256 * rank
+            attention.attend(0, q[:, mine : mine + 256], kv, mine, start, SCALE)
+        parts.append(attention.report())
+    report = combine(parts)
+    layer = report.layers[0]
+    assert layer.causal == 1024 * 1025 / 2
+    assert layer.tiles == 16
+    assert layer.kept_mass.count == 4 * 2 * 4  # chunks x ranks: runs x samples x heads
+    assert 0 < report.density < 1
+    assert report.block_map is not None
+    grid = np.array(report.block_map.density).reshape(report.block_map.rows, -1)
+    assert (grid <= 1).all()
+    assert (grid[np.triu_indices(len(grid), 4)] == -1).all()

@@ -1,0 +1,57 @@
+"""The certificate measures what it says: against every row in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefill_service.attention.block_sparse import GatherBuffers
+from prefill_service.attention.certificate import certify, sample_rows
+from prefill_service.attention.sparse import forced_blocks, sparse_attention
+from prefill_service.attention.summaries import summarize
+from prefill_service.attention.tiles import Tiles
+from tests.attention import oracle
+from tests.attention.oracle import rand
+
+SCALE = 0.3
+
+
+@pytest.mark.parametrize(("queries", "q_offset"), [(256, 1024), (150, 777), (3, 40)])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("epsilon", [0.05, 0.3])
+def test_kept_mass_and_error_of_all_rows(
+    queries: int, q_offset: int, group: int, epsilon: float
+) -> None:
+    tiles = Tiles(queries, q_offset, 128, 64)
+    q = rand(2 * group, queries, 16)
+    k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
+    known = summarize(k[:, : tiles.blocks * 64], v[:, : tiles.blocks * 64], 64)
+    forced = forced_blocks(tiles, 1, [10_000] * tiles.count)
+    used = sparse_attention(
+        q, k, v, known, tiles, torch.full((2,), epsilon), forced, SCALE, GatherBuffers()
+    )
+    rows = torch.arange(queries)
+    proof = certify(q, k, v, used.out, used.lse, used.keep, used.bias, known, tiles, rows, SCALE)
+    mass = oracle.kept_mass(q, k, tiles, used.keep, used.bias, known, SCALE)
+    torch.testing.assert_close(proof.kept_mass.view(-1, queries), mass, rtol=0, atol=1e-6)
+    exact = oracle.dense(q, k, v, q_offset, SCALE)
+    error = (used.out - exact).norm(dim=-1) / exact.norm(dim=-1)
+    torch.testing.assert_close(proof.output_error.view(-1, queries), error, rtol=1e-6, atol=1e-6)
+    if q_offset > 100:
+        # The estimate it was selected by is honest on keys without structure.
+        assert 1 - epsilon - 0.03 < mass.mean() < 1
+    # The bound that makes the kept mass worth knowing.
+    largest = v.norm(dim=-1).amax()
+    assert ((used.out - exact).norm(dim=-1) <= 2 * (1 - mass) * largest + 1e-6).all()
+
+
+def test_sampled_rows_are_spread_and_differ() -> None:
+    first, second = sample_rows(512, 4, 1), sample_rows(512, 4, 2)
+    assert first.tolist() != second.tolist()
+    for rows in (first, second):
+        assert ((rows >= 0) & (rows < 512)).all()
+        assert [int(row) // 128 for row in rows] == [0, 1, 2, 3]
+    assert sample_rows(3, 8, 5).tolist() == [0, 1, 2]
+    assert sample_rows(1, 2, 9).tolist() == [0]
+    seen = {int(row) for seed in range(100) for row in sample_rows(64, 2, seed)}
+    assert len(seen) > 60

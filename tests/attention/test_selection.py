@@ -1,0 +1,140 @@
+"""Selection: what the estimate promises, which blocks are kept, and the lists made of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prefill_service.attention.selection import estimate, select, to_csr
+from prefill_service.attention.sparse import forced_blocks
+from prefill_service.attention.summaries import lift, misplaced_share, summarize
+from prefill_service.attention.tiles import Tiles
+from tests.attention.oracle import causal_scores, rand
+
+SCALE = 0.25
+
+
+def none_forced(loss: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(loss.shape[1:], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.1, 0.01, 1e-6])
+def test_what_is_dropped_loses_at_most_epsilon(epsilon: float) -> None:
+    loss = rand(3, 5, 200).abs() ** 4
+    loss /= loss.sum(-1, keepdim=True)
+    keep = select(loss, none_forced(loss), torch.full((3,), epsilon, dtype=loss.dtype))
+    assert (loss.masked_fill(keep, 0).sum(-1) <= epsilon).all()
+    # Kept are the largest, and a sixteenth of an octave less would have been too few.
+    kept_least = loss.masked_fill(~keep, torch.inf).amin(-1)
+    dropped_most = loss.masked_fill(keep, 0).amax(-1)
+    assert (kept_least >= dropped_most).all()
+    fewer = keep & (loss > kept_least[..., None] * 2 ** (1 / 16))
+    # (The last level has no bound below: it holds everything under 2**-16 of the largest.)
+    if epsilon > 1e-6:
+        assert (loss.masked_fill(fewer, 0).sum(-1) > epsilon).all()
+
+
+def test_each_head_has_its_own_epsilon() -> None:
+    loss = torch.full((2, 1, 64), 1 / 64, dtype=torch.float64)
+    keep = select(loss, none_forced(loss), torch.tensor([1.0, 0.5], dtype=loss.dtype))
+    assert keep.sum(-1).tolist() == [[0], [64]]
+
+
+def test_forced_and_unknown_blocks_are_kept() -> None:
+    loss = torch.zeros(1, 2, 8)
+    loss[0, 0, 3] = torch.nan
+    loss[0, 1, 4] = torch.inf
+    forced = torch.zeros(2, 8, dtype=torch.bool)
+    forced[1, 7] = True
+    keep = select(loss, forced, torch.ones(1))
+    assert keep.nonzero().tolist() == [[0, 0, 3], [0, 1, 4], [0, 1, 7]]
+
+
+def test_tiny_losses_below_the_last_level_are_kept_when_they_add_up() -> None:
+    loss = torch.full((1, 1, 10_000), 2.0**-20)
+    loss[..., 0] = 1
+    assert select(loss, none_forced(loss), torch.tensor([1e-9])).all()
+    assert select(loss, none_forced(loss), torch.tensor([0.1])).sum() == 1
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_nothing_to_select(blocks: int) -> None:
+    loss = torch.zeros(2, 3, blocks)
+    keep = select(loss, none_forced(loss), torch.zeros(2))
+    assert keep.shape == loss.shape
+    assert not keep.any()
+    csr = to_csr(torch.zeros(2, 3, blocks, dtype=torch.bool))
+    assert csr.row_ptr.tolist() == [0] * 7
+    assert csr.col.numel() == 0
+
+
+def test_csr_lists_blocks_in_order() -> None:
+    keep = rand(2, 3, 17) > 0
+    csr = to_csr(keep)
+    assert csr.row_ptr.dtype == csr.col.dtype == torch.int32
+    for row in range(6):
+        listed = csr.col[csr.row_ptr[row] : csr.row_ptr[row + 1]].tolist()
+        assert listed == keep[row // 3, row % 3].nonzero()[:, 0].tolist()
+
+
+def test_forced_blocks_are_candidates_only() -> None:
+    tiles = Tiles(300, 1000, 128, 64)
+    forced = forced_blocks(tiles, 2, [950, 1100, 1250])
+    assert forced.shape == (3, tiles.blocks)
+    assert [row.nonzero()[:, 0].tolist() for row in forced] == [
+        [0, 1, 14], [0, 1], [0, 1]
+    ]  # fmt: skip
+    assert forced_blocks(Tiles(10, 5, 128, 64), 2, [0]).shape == (1, 0)
+
+
+@pytest.mark.parametrize(("queries", "q_offset"), [(256, 512), (200, 517), (1, 640), (130, 63)])
+@pytest.mark.parametrize("group", [1, 4])
+def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, group: int) -> None:
+    tiles = Tiles(queries, q_offset, 128, 64)
+    q = rand(2 * group, queries, 16)
+    k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
+    known = summarize(k[:, : tiles.blocks * 64], v[:, : tiles.blocks * 64], 64)
+    scores = causal_scores(q, k, q_offset, SCALE)
+    local_lse = torch.zeros(2 * group, tiles.count * 128, dtype=torch.float64)
+    for tile in range(tiles.count):
+        rows = slice(tile * 128, min((tile + 1) * 128, queries))
+        local_lse[:, rows] = scores[:, rows, tiles.local_start(tile) :].logsumexp(-1)
+    packed_lse = tiles.pack(local_lse[..., None], 2)[..., 0]
+    found = estimate(tiles.pack(q, 2), packed_lse, tiles, known, SCALE)
+    for head in range(2):
+        for tile in range(tiles.count):
+            seen = tiles.candidates(tile)
+            rows = slice(tile * 128, min((tile + 1) * 128, queries))
+            mine = (q[head * group : (head + 1) * group, rows] * SCALE).double()
+            variance = (mine.square().mean((0, 1)) * known.k_var[head, :seen]).sum(-1)
+            bias = lift(variance, 64) + math.log(64)
+            logits = mine @ known.k_mean[head, :seen].mT + bias
+            lse = local_lse[head * group : (head + 1) * group, rows]
+            total = torch.logaddexp(logits.logsumexp(-1), lse) if seen else lse
+            mass = torch.exp(logits - total[..., None]).mean((0, 1))
+            outlier = torch.zeros(seen, dtype=torch.float64)
+            for start in range(0, mine.shape[1], 16):
+                pool = slice(start, min(start + 16, mine.shape[1]))
+                far = mine[:, pool].mean(1) @ known.k_far[head, :seen].mT
+                share = torch.exp(far - total[:, pool].mean(1, keepdim=True)).clamp(max=1)
+                outlier += share.mean(0) * (pool.stop - pool.start) / mine.shape[1]
+            torch.testing.assert_close(found.bias[head, tile, :seen], bias)
+            expected = mass * misplaced_share(variance) + outlier
+            torch.testing.assert_close(found.loss[head, tile, :seen], expected)
+            assert (found.bias[head, tile, seen:] == -torch.inf).all()
+            assert (found.loss[head, tile, seen:] == 0).all()
+
+
+def test_estimate_in_small_batches_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = Tiles(700, 2000, 128, 64)
+    q, k = rand(4, 700, 16), rand(2, tiles.keys, 16, seed=1)
+    known = summarize(k[:, : tiles.blocks * 64], k[:, : tiles.blocks * 64], 64)
+    rows = tiles.pack(q, 2)
+    lse = torch.zeros(rows.shape[:3], dtype=torch.float64)
+    whole = estimate(rows, lse, tiles, known, SCALE)
+    monkeypatch.setattr("prefill_service.attention.selection._MAX_SCORES", 1)
+    single = estimate(rows, lse, tiles, known, SCALE)
+    torch.testing.assert_close(whole.loss, single.loss)
+    torch.testing.assert_close(whole.bias, single.bias)

@@ -1,0 +1,135 @@
+"""The CPU back end against float64, with the same kept blocks and summaries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefill_service.attention.block_sparse import GatherBuffers, far_attention, local_attention
+from prefill_service.attention.selection import to_csr
+from prefill_service.attention.sparse import forced_blocks, sparse_attention
+from prefill_service.attention.summaries import BlockSummaries, summarize
+from prefill_service.attention.tiles import Tiles
+from tests.attention import oracle
+from tests.attention.oracle import rand
+
+SCALE = 0.3
+
+
+def problem(
+    queries: int,
+    q_offset: int,
+    group: int,
+    dtype: torch.dtype = torch.float64,
+    block: int = 64,
+    head_dim: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tiles, BlockSummaries]:
+    """Two KV heads, in the layout of the exchange's buffer."""
+    tiles = Tiles(queries, q_offset, 128, block)
+    q = rand(2 * group, queries, head_dim, dtype=dtype)
+    kv = rand(tiles.keys, 2, 2, head_dim, seed=1, dtype=dtype)
+    k, v = kv.permute(1, 2, 0, 3)
+    known = summarize(k[:, : tiles.blocks * block], v[:, : tiles.blocks * block], block)
+    return q, k, v, tiles, known
+
+
+def attend_with(q, k, v, tiles, known, keep, bias):  # type: ignore[no-untyped-def]
+    buffers = GatherBuffers()
+    rows = tiles.pack(q, 2)
+    from prefill_service.attention.sparse import _join
+
+    local = local_attention(rows, k, v, tiles, SCALE, buffers)
+    far = far_attention(rows, k, v, to_csr(keep), tiles, SCALE, buffers, known, bias)
+    return tiles.unpack(_join(local, far).out, len(q))
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("queries", "q_offset"), [(256, 512), (200, 517), (1, 1000), (128, 0), (5, 64), (130, 63)]
+)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_given_blocks(queries: int, q_offset: int, group: int, block: int, density: float) -> None:
+    q, k, v, tiles, known = problem(queries, q_offset, group, block=block)
+    generator = torch.Generator().manual_seed(7)
+    keep = torch.rand(2, tiles.count, tiles.blocks, generator=generator) < density
+    bias = rand(2, tiles.count, tiles.blocks, seed=3).masked_fill(keep, -torch.inf)
+    for tile in range(tiles.count):
+        keep[:, tile, tiles.candidates(tile) :] = False
+        bias[:, tile, tiles.candidates(tile) :] = -torch.inf
+    got = attend_with(q, k, v, tiles, known, keep, bias)
+    expected = oracle.used_output(q, k, v, tiles, keep, bias, known, SCALE)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # merged by the kernel's fp32 LSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    q, k, v, tiles, known = problem(300, 700, 4, dtype, head_dim=64)
+    epsilon = torch.full((2,), 0.2)
+    forced = forced_blocks(tiles, 1, [600, 730, 860])
+    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, SCALE / 2, GatherBuffers())
+    expected = oracle.used_output(q, k, v, tiles, got.keep, got.bias, known, SCALE / 2)
+    error = (got.out.double() - expected).norm() / expected.norm()
+    assert got.out.dtype == dtype
+    assert error < {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert 0 < got.keep.double().mean() < 1
+
+
+@pytest.mark.parametrize(("queries", "q_offset"), [(256, 1024), (77, 901), (1, 1), (1, 0)])
+def test_epsilon_zero_is_dense(queries: int, q_offset: int) -> None:
+    q, k, v, tiles, known = problem(queries, q_offset, 4)
+    forced = forced_blocks(tiles, 0, [q_offset + 10_000] * tiles.count)
+    got = sparse_attention(q, k, v, known, tiles, torch.zeros(2), forced, SCALE, GatherBuffers())
+    expected = oracle.dense(q, k, v, q_offset, SCALE)
+    torch.testing.assert_close(got.out, expected, rtol=0, atol=1e-6)
+    assert got.attended(tiles).tolist() == [tiles.causal_keys] * 2
+
+
+def test_equal_keys_need_no_block_at_all() -> None:
+    # Where all keys of a block are alike its summary is exact, however much mass it has.
+    q, k, v, tiles, _ = problem(128, 640, 4)
+    k, v = k.clone(), v.clone()
+    k[:, :640] = rand(2, 10, 16, seed=5).repeat_interleave(64, 1)
+    known = summarize(k[:, :640], v[:, :640], 64)
+    forced = forced_blocks(tiles, 0, [10_000])
+    epsilon = torch.full((2,), 0.5)
+    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, SCALE, GatherBuffers())
+    # All that is estimated to be lost are single keys' shares (the outlier guard).
+    assert not got.keep.any()
+    expected = oracle.dense(q, k, v, 640, SCALE)
+    torch.testing.assert_close(got.out, expected, rtol=0, atol=1e-6)
+
+
+def test_attended_counts_columns() -> None:
+    q, k, v, tiles, known = problem(200, 517, 1)
+    forced = forced_blocks(tiles, 1, [10_000] * 2)
+    epsilon = torch.full((2,), 0.99)
+    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, 1e-3, GatherBuffers())
+    assert got.keep.sum().item() == 4  # the sink, twice for each head
+    # 8 and 10 candidates: 64 tokens of the sink, the others' summaries, and the local triangle.
+    expected = 128 * (64 + 7) + 72 * (64 + 9)
+    expected += sum(517 + i - (512 if i < 128 else 640) + 1 for i in range(200))
+    assert got.attended(tiles).tolist() == [expected] * 2
+
+
+def test_a_key_that_is_not_a_number_poisons_what_dense_attention_poisons() -> None:
+    q, k, v, tiles, _ = problem(128, 512, 1)
+    k = k.clone()
+    k[0, 100] = torch.nan
+    known = summarize(k[:, :512], v[:, :512], 64)
+    forced = forced_blocks(tiles, 0, [10_000])
+    got = sparse_attention(
+        q, k, v, known, tiles, torch.full((2,), 0.2), forced, SCALE, GatherBuffers()
+    )
+    assert got.out[0].isnan().all()
+    assert not got.out[1].isnan().any()
+
+
+def test_a_tile_is_whole_blocks() -> None:
+    q, k, v, _, known = problem(128, 512, 1)
+    tiles = Tiles(128, 512, 96, 64)
+    with pytest.raises(ValueError, match=r"tile of 96 tokens .* blocks of 64"):
+        sparse_attention(
+            q, k, v, known, tiles, torch.zeros(2), forced_blocks(tiles, 0, [0, 0]), SCALE,
+            GatherBuffers(),
+        )  # fmt: skip
