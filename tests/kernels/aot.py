@@ -62,6 +62,9 @@ def compile_kernel(
             signature[name] = "constexpr"
             constants[(i,)] = argument.value
             continue
+        if isinstance(argument, tuple):
+            signature[name] = argument
+            continue
         signature[name] = argument.removesuffix(":16")
         if argument.startswith("*") or argument.endswith(":16"):
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import triton
 
-from prefill_service.kernels import block_sparse
+from prefill_service.kernels import block_sparse, block_summaries, merge, pages, selection
 from prefill_service.kernels.tuning import CONFIGS, fits
 from tests.kernels.aot import Code, Const, compile_kernel
 
@@ -100,3 +102,52 @@ def test_attention_on_blackwell(head_dim: int, config: tuple[int, int, bool, int
     assert code.spills == 0
     assert code.shared <= SHARED[100]
     assert code.count("UTCHMMA") > 0
+
+
+DIMENSIONS = {"GROUP": 7, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_TOKENS": 128}
+LOSS = DIMENSIONS | {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_P": 64}
+OTHERS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "pool": (selection.pool_kernel, DIMENSIONS | {"BLOCK_P": 4}, 4),
+    "bias": (selection.bias_kernel, {"LOG_BLOCK": 4.85, "BLOCK_TOKENS": 128, "BLOCK_N": 1024}, 4),
+    "loss": (selection.loss_kernel, LOSS, 8),
+    "threshold": (selection.threshold_kernel, {"BLOCK_N": 256}, 4),
+    "fill": (selection.fill_kernel, {"BLOCK_N": 256}, 4),
+    "summaries": (block_summaries.summaries_kernel, DIMENSIONS | {"PAGED": True}, 8),
+    "pages": (
+        pages.copy_kernel,
+        {"KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_H": 8, "GATHER": True},
+        4,
+    ),
+}
+TYPES = {"p_slots": "*i64", "p_forced": "*i8", "scale": "fp32"}
+TYPES |= dict.fromkeys(("p_q", "p_k", "p_v", "p_pooled", "p_pages", "p_rows"), "*bf16")
+TYPES |= dict.fromkeys(("p_table", "p_kept_levels", "p_counts", "p_row_ptr", "p_col"), "*i32")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels(name: str) -> None:
+    kernel, constants, warps = OTHERS[name]
+    arguments: dict[str, str | Const] = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            arguments[argument] = Const(constants[argument])
+        elif argument in ("p_k_mean", "p_k_far") and name == "loss":
+            arguments[argument] = "*bf16"
+        elif argument.startswith("stride_"):
+            arguments[argument] = "i32:16"
+        else:
+            arguments[argument] = TYPES.get(argument, "*fp32" if argument[:2] == "p_" else "i32")
+    stages = 2 if name == "loss" else 3
+    code = compile_kernel(kernel, arguments, 90, num_warps=warps, num_stages=stages)
+    assert code.spills == 0
+    assert code.shared <= SHARED[90]
+    assert (code.count("HGMMA") > 0) == (name == "loss")
+    assert code.count("HMMA") == 0
+
+
+def test_merge() -> None:
+    pointers = {"p_outs": ("*bf16",) * 3, "p_lses": ("*fp32",) * 3, "p_out": "*bf16"}
+    arguments: dict[str, Any] = pointers | {"p_lse": "*fp32", "rows": "i32"}
+    arguments |= {"HEAD_DIM": Const(128), "BLOCK_D": Const(128), "BLOCK_R": Const(16)}
+    code = compile_kernel(merge.merge_kernel, arguments, 90, num_warps=4)
+    assert code.spills == 0

@@ -1,0 +1,407 @@
+"""Block selection on the device: estimate each block's loss, threshold, build the block-CSR.
+
+The loss of a candidate block is the attention mass that its summary would misplace if it stood for
+the block (docs/attention.md derives the formulas). Blocks are kept from the most lossy down until
+the rest loses at most epsilon; thresholds are half octaves below the tile's largest loss, so a
+histogram of 32 levels replaces the sort of top-p rules. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefill_service.kernels.block_sparse import block_sparse_attention
+from prefill_service.kernels.csr import BlockCSR
+from prefill_service.kernels.dot import dot
+
+LEVELS = tl.constexpr(32)
+POOL = tl.constexpr(16)
+"""Tokens of a pooled query."""
+_TWO_PI = tl.constexpr(2 * math.pi)
+
+
+@triton.jit
+def pool_kernel(p_q, p_squared, p_pooled, stride_q_head, stride_q_token, queries, tiles,
+                tile_tokens, pools, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+    """A tile's mean squared scaled query [d] and its pooled queries [GROUP * pools, d]."""
+    i_row = tl.program_id(0)
+    i_head, i_tile = i_row // tiles, i_row % tiles
+    tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
+    o_d = tl.arange(0, BLOCK_D)
+    d_mask = o_d < HEAD_DIM
+    o_n = tl.arange(0, BLOCK_P * POOL)
+    squared = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(GROUP * tl.cdiv(pools, BLOCK_P)):
+        head = i // tl.cdiv(pools, BLOCK_P)
+        pool = i % tl.cdiv(pools, BLOCK_P) * BLOCK_P
+        o_token = pool * POOL + o_n
+        o_q = (i_head * GROUP + head).to(tl.int64) * stride_q_head
+        o_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
+        p_tile = p_q + o_q + o_token[:, None] * stride_q_token + o_d[None, :]
+        mask = (o_token < tokens)[:, None] & d_mask[None, :]
+        b_q = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_P * POOL, D]
+        squared += tl.sum(b_q * b_q, 0)
+        o_pool = pool + tl.arange(0, BLOCK_P)
+        count = tl.minimum(tl.maximum(tokens - o_pool * POOL, 1), POOL)
+        mean = tl.sum(tl.reshape(b_q, [BLOCK_P, POOL, BLOCK_D]), 1) / count[:, None]
+        o_out = (i_row.to(tl.int64) * GROUP + head) * pools + o_pool
+        p_tile = p_pooled + o_out[:, None] * HEAD_DIM + o_d[None, :]
+        mask = (o_pool < pools)[:, None] & d_mask[None, :]
+        tl.store(p_tile, mean.to(p_pooled.dtype.element_ty), mask=mask)
+    squared *= scale * scale / (GROUP * tokens)
+    tl.store(p_squared + i_row.to(tl.int64) * HEAD_DIM + o_d, squared, mask=d_mask)
+
+
+@triton.jit
+def bias_kernel(p_variance, p_bias, tiles, blocks, tile_tokens, q_offset, LOG_BLOCK: tl.constexpr,
+                BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """A block summary's additive logit: ln B + lift of the scores' variance."""
+    i_row = tl.program_id(0)
+    candidates = (q_offset + i_row % tiles * tile_tokens) // BLOCK_TOKENS
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_row = i_row.to(tl.int64) * blocks + o_n
+    variance = tl.load(p_variance + o_row, mask=o_n < blocks, other=0.0)
+    frozen = tl.sqrt(variance * (2 * LOG_BLOCK)) - LOG_BLOCK
+    lift = tl.where(variance <= 2 * LOG_BLOCK, 0.5 * variance, frozen)
+    bias = tl.where(o_n < candidates, lift + LOG_BLOCK, float("-inf"))
+    tl.store(p_bias + o_row, bias, mask=o_n < blocks)
+
+
+# fmt: off
+@triton.jit
+def loss_kernel(
+    p_q, p_lse, p_pooled, p_k_mean, p_k_far, p_variance, p_bias, p_loss,
+    stride_q_head, stride_q_token, queries, tiles, tile_tokens, pools, q_offset, blocks, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    # fmt: on
+    """Losses of BLOCK_N blocks for one (KV head, tile)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    i_row = tl.program_id(1)
+    i_head, i_tile = i_row // tiles, i_row % tiles
+    candidates = (q_offset + i_tile * tile_tokens) // BLOCK_TOKENS
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_row = i_row.to(tl.int64) * blocks + o_n
+    if tl.program_id(0) * BLOCK_N >= candidates:
+        tl.store(p_loss + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
+        return
+    tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
+    rows = GROUP * tokens
+    inside = o_n < candidates
+    o_d = tl.arange(0, BLOCK_D)
+    d_mask = o_d < HEAD_DIM
+    mask = inside[:, None] & d_mask[None, :]
+    o_block = (i_head.to(tl.int64) * blocks + o_n)[:, None] * HEAD_DIM + o_d[None, :]
+    p_lse += (i_head * GROUP).to(tl.int64) * queries + i_tile * tile_tokens
+    p_q += (i_head * GROUP).to(tl.int64) * stride_q_head
+    p_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
+
+    b_k = tl.load(p_k_mean + o_block, mask=mask, other=0.0)  # [N, D]
+    bias = tl.load(p_bias + o_row, mask=inside, other=float("-inf")) * LOG2E
+    mass = tl.zeros([BLOCK_N], tl.float32)
+    for start in tl.range(0, rows, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        valid = o_m < rows
+        head = (o_m // tokens).to(tl.int64)
+        o_q = head * stride_q_head + (o_m % tokens) * stride_q_token
+        q_mask = valid[:, None] & d_mask[None, :]
+        b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)  # [M, D]
+        o_lse = head * queries + o_m % tokens
+        lse = tl.load(p_lse + o_lse, mask=valid, other=float("inf")) * LOG2E
+        score = dot(b_q, b_k.T) * (scale * LOG2E) + bias[None, :] - lse[:, None]
+        mass += tl.sum(tl.exp2(score), 0)
+    variance = tl.load(p_variance + o_row, mask=inside, other=0.0)
+    loss = mass / rows * tl.sqrt(1 - tl.exp(variance / -_TWO_PI))
+
+    # One key among many (the needle) hides in mean and variance: ask for the farthest by itself.
+    b_k = tl.load(p_k_far + o_block, mask=mask, other=0.0)
+    p_pooled += i_row.to(tl.int64) * GROUP * pools * HEAD_DIM
+    o_t = tl.arange(0, POOL)
+    for start in tl.range(0, GROUP * pools, BLOCK_P):
+        o_p = start + tl.arange(0, BLOCK_P)
+        first = o_p % pools * POOL
+        count = tl.maximum(tl.minimum(tokens - first, POOL), 0)  # 0: a pool behind the last query
+        valid = o_p < GROUP * pools
+        q_mask = valid[:, None] & d_mask[None, :]
+        b_q = tl.load(p_pooled + o_p[:, None] * HEAD_DIM + o_d[None, :], mask=q_mask, other=0.0)
+        o_lse = (o_p // pools).to(tl.int64) * queries + first
+        lse_mask = valid[:, None] & (o_t[None, :] < count[:, None])
+        lse = tl.load(p_lse + o_lse[:, None] + o_t[None, :], mask=lse_mask, other=0.0)
+        lse = tl.sum(lse, 1) / tl.maximum(count, 1)  # [P]
+        score = (dot(b_q, b_k.T) * scale - lse[:, None]) * LOG2E
+        weight = tl.where(valid, count, 0).to(tl.float32) / rows
+        loss += tl.sum(tl.minimum(tl.exp2(score), 1.0) * weight[:, None], 0)
+    tl.store(p_loss + o_row, tl.where(inside, loss, 0.0), mask=o_n < blocks)
+
+
+@triton.jit
+def _levels(p_loss, p_bias, p_forced, o_n, blocks, largest):
+    """Loss, candidate and forced flags and level of some blocks; level -1: keep in any case."""
+    mask = o_n < blocks
+    loss = tl.load(p_loss + o_n, mask=mask, other=0.0)
+    candidate = tl.load(p_bias + o_n, mask=mask, other=float("-inf")) != float("-inf")
+    forced = tl.load(p_forced + o_n, mask=mask, other=0) != 0
+    # Not a number or infinite: keep the block, and the result is what dense attention gives.
+    certain = (loss < float("inf")) & ~forced
+    level = tl.floor(-2 * tl.log2(tl.maximum(loss, 1e-38) / largest))
+    level = tl.where(certain, tl.minimum(tl.maximum(level, 0), 31), -1).to(tl.int32)
+    return tl.where(certain & candidate, loss, 0.0), candidate, level
+
+
+@triton.jit
+def threshold_kernel(p_loss, p_bias, p_forced, p_epsilon, p_kept_levels, p_largest, p_counts, tiles,
+                     blocks, BLOCK_N: tl.constexpr):  # fmt: skip
+    """How many levels a (KV head, tile) keeps, and how many blocks that makes."""
+    i_row = tl.program_id(0)
+    p_loss += i_row.to(tl.int64) * blocks
+    p_bias += i_row.to(tl.int64) * blocks
+    p_forced += (i_row % tiles).to(tl.int64) * blocks
+    o_n = tl.arange(0, BLOCK_N)
+    o_level = tl.arange(0, LEVELS)
+    largest = tl.full([BLOCK_N], 1e-38, tl.float32)
+    for start in tl.range(0, blocks, BLOCK_N):
+        loss, _, _ = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, 1.0)
+        largest = tl.maximum(largest, loss)
+    largest = tl.max(largest, 0)
+    losses = tl.zeros([LEVELS], tl.float32)
+    counts = tl.zeros([LEVELS], tl.int32)
+    always = tl.zeros([BLOCK_N], tl.int32)
+    for start in tl.range(0, blocks, BLOCK_N):
+        loss, candidate, level = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, largest)
+        here = (level[:, None] == o_level[None, :]) & (loss > 0)[:, None]  # [N, LEVELS]
+        losses += tl.sum(tl.where(here, loss[:, None], 0.0), 0)
+        counts += tl.sum(here.to(tl.int32), 0)
+        always += (candidate & (level < 0)).to(tl.int32)
+    # left[i]: loss of the blocks at level i and beyond, which keeping i levels drops.
+    left = tl.sum(tl.where(o_level[None, :] >= o_level[:, None], losses[None, :], 0.0), 1)
+    epsilon = tl.load(p_epsilon + i_row // tiles)
+    kept_levels = tl.sum((left > epsilon).to(tl.int32), 0)
+    count = tl.sum(tl.where(o_level < kept_levels, counts, 0), 0) + tl.sum(always, 0)
+    tl.store(p_kept_levels + i_row, kept_levels)
+    tl.store(p_largest + i_row, largest)
+    tl.store(p_counts + i_row, count)
+
+
+@triton.jit
+def fill_kernel(p_loss, p_bias, p_forced, p_kept_levels, p_largest, p_row_ptr, p_col, p_dropped,
+                tiles, blocks, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Write the kept blocks of a (KV head, tile) and the bias of the dropped ones."""
+    i_row = tl.program_id(0)
+    p_loss += i_row.to(tl.int64) * blocks
+    p_bias += i_row.to(tl.int64) * blocks
+    p_dropped += i_row.to(tl.int64) * blocks
+    p_forced += (i_row % tiles).to(tl.int64) * blocks
+    kept_levels = tl.load(p_kept_levels + i_row)
+    largest = tl.load(p_largest + i_row)
+    p_col += tl.load(p_row_ptr + i_row)
+    done = 0
+    for start in tl.range(0, blocks, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        loss, candidate, level = _levels(p_loss, p_bias, p_forced, o_n, blocks, largest)
+        keep = candidate & ((level < 0) | ((level < kept_levels) & (loss > 0)))
+        place = tl.cumsum(keep.to(tl.int32), 0)
+        tl.store(p_col + done + place - 1, o_n, mask=keep)
+        done += tl.sum(keep.to(tl.int32), 0)
+        bias = tl.load(p_bias + o_n, mask=o_n < blocks, other=float("-inf"))
+        tl.store(p_dropped + o_n, tl.where(keep, float("-inf"), bias), mask=o_n < blocks)
+
+
+def estimate_loss(
+    q: Tensor,
+    k: Tensor,
+    k_mean: Tensor,
+    k_var: Tensor,
+    k_far: Tensor,
+    *,
+    block_tokens: int,
+    tile_tokens: int,
+    q_offset: int,
+    scale: float,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention mass that each block's summary would misplace, for every query tile.
+
+    With v the variance of a block's scores (mean over the tile's rows, from the diagonal variance
+    of its keys), B its tokens and f the lift: block score s = scale q . k_mean + ln B + f(v); mass
+    p = exp(s - lse), lse over all candidate blocks and the row's exact local scores; loss = mean
+    over rows of p * sqrt(1 - exp(-v / 2 pi)), plus the mass of the block's farthest key, asked
+    with queries pooled over 16 tokens.
+
+    Args:
+        q, k, block_tokens, tile_tokens, q_offset, scale, block_table: as in
+            ``block_sparse_attention``.
+        k_mean, k_var, k_far: [kv_heads, blocks, head_dim] of ``block_summaries``; at least the
+            blocks before the last tile's first query.
+
+    Returns:
+        loss [kv_heads, tiles, blocks] float32, 0 where a block is no candidate of the tile, and
+        bias, likewise: logit to add to the summary's score, -inf where it is no candidate.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not fit.
+    """
+    q_heads, queries, head_dim = q.shape
+    kv_heads, blocks, _ = k_mean.shape
+    tiles = triton.cdiv(queries, tile_tokens)
+    if tiles and (q_offset + (tiles - 1) * tile_tokens) // block_tokens > blocks:
+        raise ValueError(f"summaries of {blocks} blocks do not reach the last tile's first query")
+    for name, x in (("k_var", k_var), ("k_far", k_far)):
+        if x.shape != k_mean.shape:
+            raise ValueError(f"{name} is {list(x.shape)}, expected {list(k_mean.shape)}")
+    loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float32, device=q.device)
+    bias = torch.full_like(loss, -torch.inf)
+    if loss.numel() == 0:
+        return loss, bias
+    group, rows = q_heads // kv_heads, kv_heads * tiles
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    pools = triton.cdiv(min(tile_tokens, queries), POOL.value)
+    squared = torch.empty((kv_heads, tiles, head_dim), dtype=torch.float32, device=q.device)
+    pooled = torch.empty((rows, group * pools, head_dim), dtype=q.dtype, device=q.device)
+    shared = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
+    pool_kernel[(rows,)](
+        q, squared, pooled, q.stride(0), q.stride(1), queries, tiles, tile_tokens, pools, scale,
+        BLOCK_P=min(4, triton.next_power_of_2(pools)), **shared,
+    )  # fmt: skip
+    variance = squared @ k_var.float().transpose(1, 2)  # [kv_heads, tiles, blocks]
+    block_n = 1024
+    bias_kernel[rows, triton.cdiv(blocks, block_n)](
+        variance, bias, tiles, blocks, tile_tokens, q_offset, BLOCK_TOKENS=block_tokens,
+        LOG_BLOCK=math.log(block_tokens), BLOCK_N=block_n, enable_fp_fusion=True,
+    )  # fmt: skip
+    none = BlockCSR(*(torch.zeros(n, dtype=torch.int32, device=q.device) for n in (rows + 1, 1)))
+    k_mean, k_far = (x.to(q.dtype).contiguous() for x in (k_mean, k_far))
+    _, lse = block_sparse_attention(
+        q, k, k, none, block_tokens=block_tokens, tile_tokens=tile_tokens, q_offset=q_offset,
+        scale=scale, block_table=block_table, summaries=(k_mean, k_mean), bias=bias, lse_only=True,
+    )  # fmt: skip
+    block_m = block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
+    loss_kernel[triton.cdiv(blocks, block_n), rows](
+        q, lse, pooled, k_mean, k_far, variance, bias, loss, q.stride(0), q.stride(1), queries,
+        tiles, tile_tokens, pools, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=64, num_warps=8, num_stages=2, **shared,
+    )  # fmt: skip
+    return loss, bias
+
+
+def select_blocks(
+    loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor, *, capacity: int | None = None
+) -> tuple[BlockCSR, Tensor]:
+    """Keep the forced blocks, and of the others the most lossy until the rest loses <= epsilon.
+
+    Thresholds are half octaves below the largest loss that is not forced. A block whose loss is
+    NaN or infinite is kept.
+
+    Args:
+        loss, bias: [kv_heads, tiles, blocks] float32 of ``estimate_loss``; only blocks whose bias
+            is not -inf are candidates.
+        forced: [tiles, blocks] bool, candidates to keep in any case.
+        epsilon: [kv_heads] float32.
+        capacity: of the CSR; default: room for every block.
+
+    Returns:
+        The kept blocks, and the bias with -inf for them: what ``block_sparse_attention`` takes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    kv_heads, tiles, blocks = loss.shape
+    if bias.shape != loss.shape or {loss.dtype, bias.dtype, epsilon.dtype} != {torch.float32}:
+        raise ValueError(
+            f"loss {list(loss.shape)} {loss.dtype}, bias {list(bias.shape)} {bias.dtype} and "
+            f"epsilon {epsilon.dtype} do not fit; expected float32"
+        )
+    if forced.shape != (tiles, blocks) or forced.dtype != torch.bool:
+        raise ValueError(f"forced is {forced.dtype} {list(forced.shape)}, expected bool "
+                         f"[{tiles}, {blocks}]")  # fmt: skip
+    if epsilon.shape != (kv_heads,):
+        raise ValueError(f"epsilon has shape {list(epsilon.shape)}, expected [{kv_heads}]")
+    rows, device = kv_heads * tiles, loss.device
+    loss, bias, forced = loss.contiguous(), bias.contiguous(), forced.contiguous().view(torch.int8)
+    kept_levels = torch.empty(rows, dtype=torch.int32, device=device)
+    largest = torch.empty(rows, dtype=torch.float32, device=device)
+    row_ptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    col = torch.empty(max(1, loss.numel() if capacity is None else capacity), dtype=torch.int32,
+                      device=device)  # fmt: skip
+    dropped = torch.empty_like(bias)
+    if rows == 0:
+        return BlockCSR(row_ptr, col), dropped
+    block_n = max(16, min(256, triton.next_power_of_2(blocks)))
+    threshold_kernel[(rows,)](
+        loss, bias, forced, epsilon.contiguous(), kept_levels, largest, row_ptr[1:], tiles, blocks,
+        BLOCK_N=block_n, enable_fp_fusion=True,
+    )  # fmt: skip
+    row_ptr[1:] = row_ptr[1:].cumsum(0, dtype=torch.int32)
+    fill_kernel[(rows,)](
+        loss, bias, forced, kept_levels, largest, row_ptr, col, dropped, tiles, blocks,
+        BLOCK_N=block_n, enable_fp_fusion=True,
+    )  # fmt: skip
+    return BlockCSR(row_ptr, col), dropped
+
+
+def estimate_loss_reference(
+    q: Tensor,
+    k: Tensor,
+    k_mean: Tensor,
+    k_var: Tensor,
+    k_far: Tensor,
+    *,
+    block_tokens: int,
+    tile_tokens: int,
+    q_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What ``estimate_loss`` computes for contiguous keys, naively and in float64."""
+    (q_heads, queries, _), (kv_heads, blocks, _) = q.shape, k_mean.shape
+    tiles, log_block = triton.cdiv(queries, tile_tokens), math.log(block_tokens)
+    loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float64)
+    bias = torch.full_like(loss, -torch.inf)
+    q, k, k_mean, k_var, k_far = (x.double() for x in (q, k, k_mean, k_var, k_far))
+    for h in range(kv_heads):
+        heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
+        for t in range(tiles):
+            tokens = torch.arange(t * tile_tokens, min((t + 1) * tile_tokens, queries))
+            n = (q_offset + t * tile_tokens) // block_tokens
+            rows = q[heads, tokens] * scale  # [group, tokens, d]
+            keys = torch.arange(n * block_tokens, q_offset + int(tokens[-1]) + 1)
+            local = rows @ k[h, keys].T
+            local = local.masked_fill(keys > (q_offset + tokens)[:, None], -torch.inf)
+            variance = k_var[h, :n] @ rows.square().mean((0, 1))
+            frozen = (2 * log_block * variance).sqrt() - log_block
+            lift = torch.where(variance <= 2 * log_block, variance / 2, frozen)
+            bias[h, t, :n] = log_block + lift
+            scores = rows @ k_mean[h, :n].T + bias[h, t, :n]
+            lse = torch.cat([scores, local], -1).logsumexp(-1)  # [group, tokens]
+            mass = (scores - lse[..., None]).exp().mean((0, 1))
+            loss[h, t, :n] = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
+            for start in range(0, len(tokens), POOL.value):
+                part = slice(start, start + POOL.value)
+                score = rows[:, part].mean(1) @ k_far[h, :n].T - lse[:, part].mean(1)[:, None]
+                share = len(tokens[part]) / len(tokens)
+                loss[h, t, :n] += score.exp().clamp(max=1).mean(0) * share
+    return loss, bias
+
+
+def select_reference(
+    loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What ``select_blocks`` keeps, naively: mask and bias, both [kv_heads, tiles, blocks]."""
+    candidate = bias != -torch.inf
+    must = candidate & (forced | ~loss.isfinite())
+    free = torch.where(candidate & ~must, loss, 0.0)
+    largest = free.amax(-1, keepdim=True).clamp(min=1e-38)
+    level = (-2 * torch.log2(free / largest)).floor().clamp(0, LEVELS.value - 1)
+    keep = must.clone()
+    for h, t in itertools.product(*map(range, loss.shape[:2])):
+        for kept_levels in range(LEVELS.value + 1):
+            if free[h, t, level[h, t] >= kept_levels].sum() <= epsilon[h]:
+                keep[h, t] |= (level[h, t] < kept_levels) & (free[h, t] > 0)
+                break
+    return keep, bias.masked_fill(keep, -torch.inf)

@@ -1,0 +1,172 @@
+"""Estimate and selection in the interpreter, against their naive references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefill_service.kernels.block_sparse import block_sparse_reference
+from prefill_service.kernels.block_summaries import block_summaries_reference
+from prefill_service.kernels.csr import BlockCSR
+from prefill_service.kernels.selection import (
+    estimate_loss,
+    estimate_loss_reference,
+    select_blocks,
+    select_reference,
+)
+from tests.kernels.interpreter import Interpreter
+
+
+def inputs(
+    *,
+    group: int = 4,
+    queries: int = 70,
+    q_offset: int = 90,
+    head_dim: int = 64,
+    block: int = 16,
+    tile: int = 32,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Keys in clusters of a few blocks with an outlier here and there, so that losses differ."""
+    torch.manual_seed(seed)
+    keys = q_offset + queries
+    centre = torch.randn(2, keys // 48 + 1, head_dim).repeat_interleave(48, 1)[:, :keys]
+    k = centre + torch.rand(2, keys, 1) * torch.randn(2, keys, head_dim)
+    k[:, ::61] *= 3
+    q = torch.randn(2 * group, queries, head_dim).to(dtype)
+    k = k.to(dtype)
+    k_mean, k_var, _, k_far = block_summaries_reference(k, k, block_tokens=block)
+    # Rounded as the kernel will round them.
+    k_mean, k_far = (x.to(dtype).float() for x in (k_mean, k_far))
+    options = {
+        "block_tokens": block,
+        "tile_tokens": tile,
+        "q_offset": q_offset,
+        "scale": head_dim**-0.5,
+    }
+    return (q, k, k_mean, k_var.float(), k_far), options
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"group": 7, "head_dim": 80, "dtype": torch.float16, "tile": 48},
+        {"group": 1, "head_dim": 128, "dtype": torch.bfloat16, "q_offset": 333, "queries": 33},
+        {"queries": 1, "q_offset": 200},
+        {"queries": 30, "q_offset": 5, "tile": 128},
+        {"tile": 40, "head_dim": 96, "q_offset": 37},
+    ],
+    ids=str,
+)
+def test_estimate_equals_float64(interpret: Interpreter, changes: dict[str, Any]) -> None:
+    args, options = inputs(**changes)
+    loss, bias = interpret("selection.estimate_loss", *args, **options)
+    expected_loss, expected_bias = estimate_loss_reference(*args, **options)
+    rounded = args[0].dtype != torch.float32  # pooled queries are rounded to the queries' type
+    torch.testing.assert_close(bias.double(), expected_bias, atol=1e-4, rtol=1e-5)
+    tolerance = {"atol": 1e-5, "rtol": 3e-2} if rounded else {"atol": 1e-7, "rtol": 1e-4}
+    torch.testing.assert_close(loss.double(), expected_loss, **tolerance)
+    assert ((loss > 0) == (bias != -torch.inf)).all()
+
+
+def test_estimate_through_a_block_table(interpret: Interpreter) -> None:
+    (q, k, *summaries), options = inputs()
+    plain = interpret("selection.estimate_loss", q, k, *summaries, **options)
+    pages = torch.full((20, 16, 2, 64), torch.nan)
+    table = torch.randperm(20)[:10].to(torch.int32)
+    for j, page in enumerate(table):
+        pages[page] = k[:, 16 * j : 16 * j + 16].transpose(0, 1)
+    paged = interpret("selection.estimate_loss", q, pages, *summaries, block_table=table, **options)
+    assert all(map(torch.equal, plain, paged))
+
+
+def test_estimate_finds_the_needle(interpret: Interpreter) -> None:
+    """One key that the queries look for, in a block whose mean does not show it."""
+    (q, k, *_), options = inputs(q_offset=160, queries=32)
+    k *= 0.3
+    q[:] = torch.randn(64)
+    k[:, 70] = q[0, 0] * 2
+    k[:, 64:70] -= k[:, 70:71] / 15
+    k[:, 71:80] -= k[:, 70:71] / 15
+    k_mean, k_var, _, k_far = (x.float() for x in block_summaries_reference(k, k, block_tokens=16))
+    loss, _ = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
+    assert (loss[:, :, :10].argmax(-1) == 4).all()
+    assert (loss[:, :, 4] > 0.5).all()
+
+
+def losses(tiles: int = 5, blocks: int = 70, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    loss = torch.rand(3, tiles, blocks) ** 8 * torch.rand(3, tiles, 1)
+    bias = torch.randn_like(loss)
+    for t in range(tiles):
+        loss[:, t, t * 17 :] = 0  # the first tile has no candidate
+        bias[:, t, t * 17 :] = -torch.inf
+    forced = (torch.rand(tiles, blocks) < 0.1) & (bias[0] != -torch.inf)
+    return loss, bias, forced
+
+
+@pytest.mark.parametrize("epsilon", [(0.0, 0.0, 0.0), (0.01, 0.3, 2.0), (1e-6, 1e9, 0.1)])
+def test_selection(interpret: Interpreter, epsilon: tuple[float, ...]) -> None:
+    loss, bias, forced = losses()
+    loss[1, 3, 5] = torch.nan
+    loss[2, 4, 6] = torch.inf
+    loss[0, 2, 7] = 0
+    limits = torch.tensor(epsilon)
+    csr, dropped = interpret("selection.select_blocks", loss, bias, forced, limits)
+    keep, expected = select_reference(loss, bias, forced, limits)
+    assert csr.row_ptr.tolist() == [0, *keep.flatten(0, 1).sum(-1).cumsum(0).tolist()]
+    assert csr.col[: csr.row_ptr[-1]].tolist() == keep.nonzero()[:, -1].tolist()
+    assert torch.equal(dropped, expected)
+    left = torch.where(keep, 0.0, loss).sum(-1)
+    assert (left <= limits[:, None] * (1 + 1e-6)).all()
+    assert keep[1, 3, 5]
+    assert keep[2, 4, 6]
+    assert keep[:, forced].all()
+
+
+def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpreter) -> None:
+    """All steps together: summaries, estimate, selection, attention; error below epsilon."""
+    (q, k, *_), options = inputs(q_offset=400, queries=64, seed=3)
+    v = torch.randn_like(k)
+    known = interpret("block_summaries.block_summaries", k, v, block_tokens=16)
+    k_mean, k_var, v_mean, k_far = known
+    loss, bias = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
+    forced = torch.zeros(loss.shape[1:], dtype=torch.bool)
+    csr, dropped = interpret("selection.select_blocks", loss, bias, forced, torch.full((2,), 0.1))
+    kept = int(csr.row_ptr[-1]) / float((bias != -torch.inf).sum())
+    assert kept < 0.9
+    out, _ = interpret(
+        "block_sparse.block_sparse_attention",
+        q, k, v, csr, summaries=(k_mean, v_mean), bias=dropped, **options,
+    )  # fmt: skip
+    candidates = bias != -torch.inf
+    row_ptr = torch.cat([torch.zeros(1), candidates.sum(-1).flatten().cumsum(0)])
+    every = BlockCSR(row_ptr.to(torch.int32), candidates.nonzero()[:, -1].to(torch.int32))
+    exact, _ = block_sparse_reference(q, k, v, every, **options)
+    error = (out - exact).norm() / exact.norm()
+    assert error < 0.15
+    print(f"kept {kept:.2f}, relative output error {error:.3f}")
+
+
+def test_nothing_to_select() -> None:
+    (q, k, *summaries), options = inputs()
+    loss, bias = estimate_loss(q[:, :0], k, *summaries, **options)
+    assert loss.shape == bias.shape == (2, 0, 10)
+    csr, _ = select_blocks(loss, bias, torch.zeros(0, 10, dtype=torch.bool), torch.zeros(2))
+    assert csr.row_ptr.tolist() == [0]
+
+
+def test_bad_input_is_named() -> None:
+    loss, bias, forced = losses()
+    with pytest.raises(ValueError, match=r"forced is torch\.float32 \[5, 70\], expected bool"):
+        select_blocks(loss, bias, forced.float(), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"epsilon has shape \[2\], expected \[3\]"):
+        select_blocks(loss, bias, forced, torch.zeros(2))
+    (q, k, *summaries), options = inputs()
+    with pytest.raises(ValueError, match="summaries of 8 blocks do not reach"):
+        estimate_loss(q, k, *(x[:, :8] for x in summaries), **options)
