@@ -89,7 +89,8 @@ class Harness:
 async def running_group(
     model: Path, folder: Path, ranks: int, **engine: object
 ) -> AsyncIterator[Harness]:
-    """A started group; stopped on the way out."""
+    """A started group; stopped on the way out. No test but its own waits for the probe."""
+    engine.setdefault("sparse_from_tokens", 1 << 20)
     checkpoint = open_checkpoint(str(model))
     config = EngineConfig(model=str(model), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
     dtype = "float32" if config.dtype == "auto" else config.dtype

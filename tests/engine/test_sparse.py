@@ -1,0 +1,88 @@
+"""Sparse attention in real rank processes: KV against the exact one, the report, the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefill_service.attention.probe import NEVER
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.engine.running import PrefillOutcome
+from prefill_service.models.plan import FrameSampling
+from tests.engine.harness import Harness, running_group
+
+VIDEO = {"seconds": 20.0, "fps": 10, "width": 160, "height": 120}
+
+
+async def prefill(
+    harness: Harness, video: Path, policy: AttentionPolicy
+) -> tuple[torch.Tensor, PrefillOutcome]:
+    plan, _ = await harness.plan(video, FrameSampling(fps=8.0))
+    plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
+    task = replace(harness.task(video, plan), policy=policy)
+    outcome = await harness.prefill(task)
+    return harness.read_kv(task), outcome
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+async def test_kv_follows_epsilon(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path, ranks: int
+) -> None:
+    video = make_video(**VIDEO)
+    model = checkpoint("qwen3_vl")
+    async with running_group(
+        model, tmp_path, ranks, chunk_tokens=200, sparse_from_tokens=400
+    ) as harness:
+        exact, outcome = await prefill(harness, video, resolve_policy(Quality.EXACT))
+        report = outcome.attention
+        assert report.density == 1
+        assert report.block_map is None
+        layers = harness.group.layout.num_layers - 1
+        assert [layer.layer for layer in report.layers] == list(range(layers))
+
+        close, _ = await prefill(harness, video, resolve_policy(epsilon=1e-9))
+        assert error(close, exact) < 1e-5
+        errors = []
+        for epsilon in (0.02, 0.4):
+            got, outcome = await prefill(harness, video, resolve_policy(epsilon=epsilon))
+            errors.append(error(got, exact))
+            report = outcome.attention
+            assert report.sparse_from_tokens == 400
+            assert 0 < report.density < 1
+            tokens = got.shape[2]
+            for layer in report.layers:
+                assert layer.causal == tokens * (tokens + 1) / 2
+                assert layer.kept_mass.mean(0) > 1 - epsilon - 0.02
+                assert layer.select_s > 0
+                assert layer.attend_s > 0
+            assert len(report.patch_mass) == 80  # 160 frames, two per temporal patch
+            assert np.isfinite(report.patch_mass).all()
+            assert report.block_map is not None
+        assert 1e-6 < errors[0] < errors[1]
+
+        # Layer 0's keys are computed before any attention; the rest has been approximated.
+        assert torch.equal(got[0], exact[0])
+        again, _ = await prefill(harness, video, resolve_policy(Quality.EXACT, min_kept_mass=0.5))
+        assert torch.equal(again, exact)  # bit for bit, after sparse ones in the same process
+
+
+async def test_the_crossover_is_measured_at_start(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    video = make_video(seconds=1.0, fps=5, width=130, height=98)
+    async with running_group(checkpoint("qwen3_vl"), tmp_path, 2, sparse_from_tokens=0) as harness:
+        exact, _ = await prefill(harness, video, resolve_policy(Quality.EXACT))
+        got, outcome = await prefill(harness, video, resolve_policy(Quality.FAST))
+    # No machine gains from sparsity at a few hundred tokens: the exact path ran.
+    assert 1024 <= outcome.attention.sparse_from_tokens <= NEVER
+    assert outcome.attention.density == 1
+    assert torch.equal(got, exact)
