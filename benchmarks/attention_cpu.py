@@ -103,15 +103,20 @@ def reachable(plan: Plan, densities: Sequence[float]) -> dict[float, float]:
     return {d: plan.epsilon(d) for d in densities if d >= floor or d == max(below)}
 
 
-def measure(problem: Problem, threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one length and thread count."""
+DENSE = {"enable_gqa": dense_gqa, "expanded": dense_expanded}
+
+
+def measure(
+    problem: Problem, threads: int, options: argparse.Namespace, variants: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows of one length and thread count; ``variants`` of dense attention compete."""
     torch.set_num_threads(threads)
     plan = cpu_problem.plan(problem)
     epsilons = reachable(plan, options.densities)
     flex, note = prepare_flex(problem, plan) if options.flex else (None, "flex_s = null: --no-flex")
     print(f"{problem.tokens} tokens, {threads} threads: FlexAttention {note}", flush=True)
     masks = {d: flex.mask(epsilon) for d, epsilon in epsilons.items()} if flex else {}
-    dense = {"enable_gqa": dense_gqa(problem), "expanded": dense_expanded(problem)}
+    dense = {name: DENSE[name](problem) for name in variants}
     kv = torch.empty_like(problem.kv)
     best: dict[Any, float] = {}
 
@@ -124,9 +129,6 @@ def measure(problem: Problem, threads: int, options: argparse.Namespace) -> list
         rounds += 1
         for name, call in dense.items():
             note_best(name, seconds(call))
-        if problem.tokens > 8192:  # the slower one need not be timed for minutes
-            winner = min(dense, key=best.__getitem__)
-            dense = {winner: dense[winner]}
         for density, epsilon in epsilons.items():
             begin = time.perf_counter()
             _, report = cpu_problem.run(problem, epsilon, kv)
@@ -138,7 +140,8 @@ def measure(problem: Problem, threads: int, options: argparse.Namespace) -> list
             note_best(("wall", density), wall)
             if flex:
                 note_best(("flex", density), seconds(lambda: flex.run(masks[density])))  # noqa: B023
-    dense_s = min(best[name] for name in ("enable_gqa", "expanded") if name in best)
+    winner = min(variants, key=best.__getitem__)
+    dense_s = best[winner]
     rows = []
     for wanted in epsilons:
         density = reports[wanted].density
@@ -154,6 +157,7 @@ def measure(problem: Problem, threads: int, options: argparse.Namespace) -> list
                 "flex_s": round(best["flex", wanted], 5) if flex else None,
                 "certify_s": round(best["certify", wanted], 5),
                 "wall_s": round(best["wall", wanted], 5),
+                "dense": winner,
                 "wanted_density": wanted,
                 "epsilon": epsilons[wanted],
                 "kept_mass": round(reports[wanted].kept_mass.mean(1.0), 4),
@@ -199,13 +203,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     started = time.perf_counter()
     print(check(max(options.threads)), flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for tokens in options.tokens:
         problem = cpu_problem.make(
             tokens, options.q_heads, options.kv_heads, options.head_dim, options.chunk
         )
         for threads in options.threads:
-            rows += measure(problem, threads, options)
+            # Above 8K tokens the slower way to run dense attention need not be timed for minutes.
+            variants = [rows[-1]["dense"]] if rows and tokens > 8192 else list(DENSE)
+            rows += measure(problem, threads, options, variants)
             tables.write(options.out, rows)
     header["load_after"] = round(os.getloadavg()[0], 2)
     header["seconds"] = round(time.perf_counter() - started)

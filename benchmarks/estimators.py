@@ -43,10 +43,14 @@ def _halve(index: Tensor, keys: Tensor, block: int) -> Tensor:
 
 
 def lift(variance: Tensor, block: int) -> Tensor:
-    """Log-mean-exp of ``block`` scores over their mean (random energy model)."""
-    log_block = math.log(block)
-    frozen = torch.sqrt(2 * log_block * variance) - log_block
-    return torch.where(variance <= 2 * log_block, variance / 2, frozen)
+    """Log-mean-exp of ``block`` normal scores over their mean (random energy model).
+
+    Beyond the point where the largest of them rules (its location by extreme value theory) growth
+    is linear in the standard deviation.
+    """
+    first = math.sqrt(2 * math.log(block))
+    edge = first - (math.log(math.log(block)) + math.log(4 * math.pi)) / (2 * first)
+    return torch.where(variance <= edge**2, variance / 2, edge * variance.sqrt() - edge**2 / 2)
 
 
 @dataclass(frozen=True, slots=True)

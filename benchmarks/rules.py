@@ -107,7 +107,7 @@ class Rule:
         return self.parameter(low), self.keep(scores, self.parameter(low))
 
 
-LOSS_BUDGET = "loss budget, 8 levels per octave"
+LOSS_BUDGET = "loss budget, 16 levels per octave"
 RULES = {
     "fixed budget": Rule(fixed_budget, lambda setting: 1 - setting),
     "max-relative": Rule(max_relative, lambda setting: 2.0 ** (-60 * (1 - setting))),
@@ -117,6 +117,6 @@ RULES = {
             partial(loss_budget, levels_per_octave=levels),
             lambda setting: 2.0 ** (-40 + 44 * setting),
         )
-        for levels in (2, 8)
+        for levels in (2, 16)
     },
 }

@@ -61,7 +61,7 @@ def tiles_of(source: AttentionInput, order: str, setting: Setting) -> Iterator[T
 
 @torch.no_grad()
 def compare(source: AttentionInput, order: str, setting: Setting) -> dict[Key, Cell]:
-    """Every estimator and rule at every density, with and without compensation."""
+    """Estimators and rules at every density, with and without compensation."""
     tiles = list(tiles_of(source, order, setting))
     keeps: list[list[Tensor]] = [[] for _ in tiles]  # per tile, per variant: [blocks]
     estimates: list[list[tuple[float, float]]] = [[] for _ in tiles]  # dropped, compensated
@@ -69,10 +69,10 @@ def compare(source: AttentionInput, order: str, setting: Setting) -> dict[Key, C
     for name, estimator in ESTIMATORS.items():
         found = [estimator.estimate(tile) for tile in tiles]
         scores = stack(found, setting.sinks)
-        for rule_name, rule in RULES.items():
+        for rule in selection_tables.rules_for(name):
             for density in DENSITIES:
-                names.append((name, rule_name, density))
-                _, keep = rule.match(scores, density)
+                names.append((name, rule, density))
+                _, keep = RULES[rule].match(scores, density)
                 for index, estimate in enumerate(found):
                     kept = keep[index, : len(estimate.score)]
                     keeps[index].append(kept)
@@ -85,8 +85,8 @@ def compare(source: AttentionInput, order: str, setting: Setting) -> dict[Key, C
         sample = Sample(tile, setting.rows_per_tile)
         for compensated in (False, True):
             quality = sample.compensate(keep) if compensated else sample.drop(keep)
-            for index, (name, rule_name, density) in enumerate(names):
-                cell = cells.setdefault((name, order, rule_name, compensated, density), Cell())
+            for index, (name, rule, density) in enumerate(names):
+                cell = cells.setdefault((name, order, rule, compensated, density), Cell())
                 cell.plain.append(quality.plain[:, index])
                 cell.kept.append(quality.kept[:, index])
                 cell.error.append(float(quality.error[index]))

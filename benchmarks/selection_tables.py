@@ -19,7 +19,7 @@ METHODS = (
     ("Quest", "queries x min/max bound", "raster", "fixed budget", False),
     ("oracle, raster, dropped", ORACLE, "raster", "top-p", False),
     ("oracle, clustered, dropped", ORACLE, "clustered", "top-p", False),
-    ("ours, dropped", OURS, "clustered", LOSS_BUDGET, False),
+    ("ours without summaries", OURS, "clustered", LOSS_BUDGET, False),
     ("ours in raster order", OURS, "raster", LOSS_BUDGET, True),
     ("ours", OURS, "clustered", LOSS_BUDGET, True),
 )
@@ -29,6 +29,14 @@ def methods(cells: dict[Key, Cell]) -> dict[Key, Cell]:
     """The cells of whole methods."""
     keys = [(*parts, density) for _, *parts in METHODS for density in DENSITIES]
     return {key: cells[key] for key in keys}
+
+
+def rules_for(estimator: str) -> list[str]:
+    """What is measured: a fixed budget for all, the rules of the methods, and all on ours."""
+    if estimator == OURS:
+        return list(RULES)
+    used = {rule for _, name, _, rule, _ in METHODS if name == estimator}
+    return [rule for rule in RULES if rule in used | {"fixed budget"}]
 
 
 def print_estimators(total: dict[Key, Cell], costs: dict[str, float], density: float) -> None:
