@@ -129,10 +129,10 @@ class AdaptiveAttention:
         run = _Run(self._settings, state, tiles, self._forced(tiles), scale, self._buffers)
         heads = torch.arange(len(k), device=k.device)
         result = run.sparse(q, k, v, heads, self._policy.epsilon)
-        report.select_s += result.select_s
-        report.attend_s += result.attend_s
         began = time.perf_counter()
         out, attended, proof = self._certified(run, q, k, v, result, layer)
+        report.select_s += result.clock.seconds("select")
+        report.attend_s += result.clock.seconds("attend")
         self._note(layer, tiles, attended, proof)
         self._patch_mass.add(proof.exact, run.position(layer), state.order[:, : tiles.keys])
         report.certify_s += time.perf_counter() - began

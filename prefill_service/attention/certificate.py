@@ -62,11 +62,12 @@ def exact_rows(
     q_heads, _, head_dim = q.shape
     kv_heads, keys, _ = k.shape
     rows = q.to(work).reshape(kv_heads, -1, head_dim) * scale
-    scores = rows @ k.to(work).transpose(1, 2)
     hidden = torch.arange(keys, device=q.device) > position[:, None]  # [samples, keys]
-    scores.masked_fill_(hidden.repeat(q_heads // kv_heads, 1), -torch.inf)
-    p = torch.softmax(scores, -1)
-    return scores, p, p @ v.to(work)
+    hidden = hidden.repeat(q_heads // kv_heads, 1)
+    # One head at a time: widening all of a half-precision K and V would double the KV memory.
+    scores = torch.stack([rows[h] @ k[h].to(work).T for h in range(kv_heads)])
+    p = torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1)
+    return scores, p, torch.stack([p[h] @ v[h].to(work) for h in range(kv_heads)])
 
 
 def certify(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prefill_service.attention.block_sparse import GatherBuffers, far_attention, local_attention
+from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.selection import estimate, select, to_csr
 from prefill_service.attention.summaries import BlockSummaries
@@ -25,15 +25,14 @@ class SparseResult:
         keep: [kv_heads, tiles, blocks] bool, blocks attended exactly.
         bias: [kv_heads, tiles, blocks] logits of the summaries; -inf for kept blocks and for
             blocks that are no candidates.
-        select_s, attend_s: seconds.
+        clock: seconds in "select" and "attend".
     """
 
     out: Tensor
     lse: Tensor
     keep: Tensor
     bias: Tensor
-    select_s: float
-    attend_s: float
+    clock: Stopwatch
 
     def attended(self, tiles: Tiles) -> Tensor:
         """[kv_heads] key columns, summed over the queries (``LayerReport.attended``)."""
@@ -73,6 +72,8 @@ def sparse_attention(
 ) -> SparseResult:
     """Attend with the fewest kept blocks that misplace an estimated ``epsilon`` of the mass.
 
+    CUDA tensors go through the Triton kernels, others through SDPA over gathered blocks.
+
     Args:
         q: [q_heads, queries, head_dim].
         k, v: [kv_heads, keys, head_dim], at least ``tiles.keys`` keys.
@@ -81,25 +82,68 @@ def sparse_attention(
         forced: [tiles, blocks] bool (``forced_blocks``).
         scale: factor on the scores.
     """
-    start = time.perf_counter()
-    rows = tiles.pack(q, len(k))
-    local = local_attention(rows, k, v, tiles, scale, buffers)
-    local_end = time.perf_counter()
     known = summaries.first(tiles.blocks)
-    found = estimate(rows, local.lse, tiles, known, scale)
+    if q.is_cuda:
+        return _with_kernels(q, k, v, known, tiles, epsilon, forced.to(q.device), scale)
+    return _with_sdpa(q, k, v, known, tiles, epsilon, forced, scale, buffers)
+
+
+def _with_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    known: BlockSummaries,
+    tiles: Tiles,
+    epsilon: Tensor,
+    forced: Tensor,
+    scale: float,
+    buffers: GatherBuffers,
+) -> SparseResult:
+    clock = Stopwatch(q.device)
+    rows = tiles.pack(q, len(k))
+    result = local_attention(rows, k, v, tiles, scale, buffers)
+    clock.lap("attend")
+    found = estimate(rows, result.lse, tiles, known, scale)
     keep = select(found.loss, forced, epsilon.to(found.loss.dtype))
     bias = found.bias.masked_fill(keep, -torch.inf)
     csr = to_csr(keep)
-    selected = time.perf_counter()
+    clock.lap("select")
     if tiles.blocks:
         far = far_attention(rows, k, v, csr, tiles, scale, buffers, known, bias)
-        local = _join(local, far)
-    out = tiles.unpack(local.out, len(q))
-    lse = tiles.unpack(local.lse, len(q))
-    end = time.perf_counter()
-    return SparseResult(
-        out, lse, keep, bias, selected - local_end, end - selected + local_end - start
-    )
+        result = _join(result, far)
+    out, lse = tiles.unpack(result.out, len(q)), tiles.unpack(result.lse, len(q))
+    clock.lap("attend")
+    return SparseResult(out, lse, keep, bias, clock)
+
+
+def _with_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    known: BlockSummaries,
+    tiles: Tiles,
+    epsilon: Tensor,
+    forced: Tensor,
+    scale: float,
+) -> SparseResult:
+    # Triton is imported where it runs: without a GPU nothing needs it.
+    from prefill_service.kernels.block_sparse import block_sparse_attention
+    from prefill_service.kernels.selection import estimate_loss, select_blocks
+
+    clock = Stopwatch(q.device)
+    loss, candidates = estimate_loss(
+        q, k, known.k_mean, known.k_var, known.k_far, block_tokens=tiles.block_tokens,
+        tile_tokens=tiles.tile_tokens, q_offset=tiles.q_offset, scale=scale,
+    )  # fmt: skip
+    csr, bias = select_blocks(loss, candidates, forced, epsilon.float())
+    clock.lap("select")
+    out, lse = block_sparse_attention(
+        q, k, v, csr, block_tokens=tiles.block_tokens, tile_tokens=tiles.tile_tokens,
+        q_offset=tiles.q_offset, scale=scale, summaries=(known.k_mean, known.v_mean), bias=bias,
+    )  # fmt: skip
+    clock.lap("attend")
+    keep = (bias == -torch.inf) & (candidates > -torch.inf)
+    return SparseResult(out, lse, keep, bias, clock)
 
 
 def _join(a: Partial, b: Partial) -> Partial:
