@@ -1,7 +1,9 @@
 """Block-sparse attention on this GPU: ours, torch's SDPA and FlexAttention with the same blocks.
 
     python -m benchmarks.gpu_attention
-    TRITON_INTERPRET=1 python -m benchmarks.gpu_attention --dry-run    (no GPU: tiny, times mean nothing)
+    TRITON_INTERPRET=1 python -m benchmarks.gpu_attention --dry-run
+
+The dry run needs no GPU; its inputs are tiny and its times mean nothing.
 
 First every kernel is compared with float64 on small inputs, then the last chunk of up to 16 K
 queries of a prompt is timed. TFLOP/s count the (query, key) pairs of kept blocks and the causal
@@ -36,7 +38,7 @@ from prefill_service.kernels.selection import (
     select_blocks,
     select_reference,
 )
-from prefill_service.kernels.tuning import CONFIGS, fits
+from prefill_service.kernels.tuning import suitable
 
 TOKENS = (16384, 32768, 65536, 131072, 262144, 524288)
 HEADS = ((28, 4), (32, 8))
@@ -114,7 +116,7 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         AssertionError: a difference that rounding does not explain.
     """
-    shape = Shape(600, 8, 2, head_dim=128, block=128, tile=64, chunk=90)
+    shape = Shape(450, 4, 2, head_dim=128, block=128, tile=64, chunk=90)
     problem = Problem(shape, dtype, device)
     rows = problem.rows(0.5)
     k_mean, k_var, v_mean, k_far = problem.known
@@ -126,9 +128,8 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     configs: list[triton.Config | None] = [None]
     if device.type == "cuda":
-        hopper = torch.cuda.get_device_capability()[0] >= 9
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        configs += [c for c in CONFIGS if fits(c, 128, 128, 2, shared, hopper)]
+        tma = torch.cuda.get_device_capability()[0] >= 9
+        configs += suitable(problem.q, shape.head_dim, shape.block, tma)
     blocks = -(-shape.tokens // shape.block)
     table = torch.randperm(blocks, device=device).to(torch.int32)
     for paged in (False, True):
@@ -253,11 +254,11 @@ def _timed(
 
 def seconds(call: Callable[[], object], device: torch.device, enough: float = 0.3) -> float:
     """Median of 3 to 20 calls after one that warms up (and tunes); at most about ``enough`` s."""
-    call()
     if device.type == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
+    call()
     taken: list[float] = []
     while len(taken) < 3 or (sum(taken) < enough and len(taken) < 20):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

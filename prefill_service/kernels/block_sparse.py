@@ -27,7 +27,7 @@ from prefill_service.kernels.layout import (
     gather_pages,
     tma_usable,
 )
-from prefill_service.kernels.tuning import CONFIGS, fallback, prune
+from prefill_service.kernels.tuning import CONFIGS, TUNED_FROM, fallback, prune, suitable
 
 
 @triton.jit
@@ -253,7 +253,8 @@ def block_sparse_attention(
         order: [kv_heads * tiles] int32, the order in which rows are started (``longest_first``);
             default: per KV head from the last tile, which sees most keys, to the first.
         lse_only: read no values (``v`` may be ``k``) and return ``out`` without any query.
-        config: launch configuration instead of the autotuned one.
+        config: launch configuration. Default: the best measured for this kind of call, found
+            at its first call with 8192 keys or more and cached on disk; below, a likely one.
 
     Returns:
         out [q_heads, queries, head_dim] like ``q`` and lse [q_heads, queries] float32, natural
@@ -330,6 +331,8 @@ def block_sparse_attention(
 
     if config is None and triton.knobs.runtime.interpret:
         config = fallback(block_tokens)  # there is nothing to time
+    elif config is None and q_offset + queries < TUNED_FROM:
+        config = suitable(q, arguments["BLOCK_D"], block_tokens, tma)[0]
     if config is None:
         _tuned_kernel[grid](**arguments, enable_fp_fusion=True)
     else:

@@ -85,12 +85,12 @@ def loss_kernel(
     # fmt: on
     """Losses of BLOCK_N blocks for one (KV head, tile)."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    i_row = tl.program_id(1)
+    i_row = tl.program_id(0)
     i_head, i_tile = i_row // tiles, i_row % tiles
     candidates = (q_offset + i_tile * tile_tokens) // BLOCK_TOKENS
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_row = i_row.to(tl.int64) * blocks + o_n
-    if tl.program_id(0) * BLOCK_N >= candidates:
+    if tl.program_id(1) * BLOCK_N >= candidates:
         tl.store(p_loss + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
         return
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
@@ -283,7 +283,7 @@ def estimate_loss(
         scale=scale, block_table=block_table, summaries=(k_mean, k_mean), bias=bias, lse_only=True,
     )  # fmt: skip
     block_m = block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
-    loss_kernel[triton.cdiv(blocks, block_n), rows](
+    loss_kernel[rows, triton.cdiv(blocks, block_n)](
         q, lse, pooled, k_mean, k_far, variance, bias, loss, q.stride(0), q.stride(1), queries,
         tiles, tile_tokens, pools, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=64, num_warps=8, num_stages=2, **shared,

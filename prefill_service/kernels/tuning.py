@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
+TUNED_FROM = 8192
+"""Keys from which a call may autotune. Shorter ones would choose for the wrong shape."""
 
 
 def prune(configs: list[triton.Config], named: dict[str, Any], **kw: Any) -> list[triton.Config]:
-    """What fits this call: block, descriptors, shared memory and (a rule of thumb) registers."""
-    device = torch.cuda.current_device()
-    shared = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    hopper = torch.cuda.get_device_capability(device)[0] >= 9
+    """What autotuning has to try for a call."""
     arguments = {**named, **kw}
-    size = arguments["p_q"].element_size()
+    tma = arguments["k_desc_64"] is not None
+    q = arguments["p_q"]
+    return suitable(q, arguments["BLOCK_D"], arguments["BLOCK_TOKENS"], tma)
+
+
+def suitable(q: Tensor, block_d: int, block_tokens: int, tma: bool) -> list[triton.Config]:
+    """Configurations for queries on a GPU, the likeliest first; never empty.
+
+    Where tensor descriptors can be used, one configuration without them is left to compare.
+    """
+    shared, hopper = _limits(q.device.index)
     fitting = [
-        config
-        for config in configs
-        if fits(config, arguments["BLOCK_D"], arguments["BLOCK_TOKENS"], size, shared, hopper)
-        and (arguments["k_desc_64"] is not None or not config.kwargs["TMA"])
+        c for c in CONFIGS if fits(c, block_d, block_tokens, q.element_size(), shared, hopper)
     ]
-    return fitting or [fallback(arguments["BLOCK_TOKENS"])]
+    with_tma = [c for c in fitting if tma and c.kwargs["TMA"]]
+    without = [c for c in fitting if not c.kwargs["TMA"]]
+    return with_tma + without[:1] if with_tma else without or [fallback(block_tokens)]
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, bool]:
+    """Shared memory of a program in bytes, and whether there is a tensor memory accelerator."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return properties["max_shared_mem"], torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def fits(
