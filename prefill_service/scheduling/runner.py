@@ -80,11 +80,12 @@ class PrefillRunner:
         task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path), policy)
         try:
             outcome = await self._group.prefill(task, on_progress)
+            attention = summarize(policy, outcome.attention)
+            report = detail(attention, outcome.attention, plan, index)
             prefix = self._prefixes.complete(plan.prefix_id)
         except BaseException:
             self._prefixes.discard(plan.prefix_id)
             raise
-        attention = summarize(policy, outcome.attention)
         self._metrics.prefilled(plan.num_tokens, outcome, attention)
         stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
         logger.info(
@@ -93,8 +94,7 @@ class PrefillRunner:
             job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
             policy.profile, attention.total.density, attention.total.kept_mass_mean,
         )  # fmt: skip
-        result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
-        return result, detail(attention, outcome.attention, plan, index)
+        return _result(plan, manifest, kv_bytes, prefix.standing, attention), report
 
     async def _reserve(self, plan: PrefixPlan, policy: AttentionPolicy) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""
