@@ -15,6 +15,8 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor
 from benchmarks import cpu_problem, tables
 from benchmarks.cpu_problem import Plan, Problem
 from benchmarks.flex import Flex
+from prefill_service.attention.report import LayerReport
 
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 
@@ -106,6 +109,55 @@ def reachable(plan: Plan, densities: Sequence[float]) -> dict[float, float]:
 DENSE = {"enable_gqa": dense_gqa, "expanded": dense_expanded}
 
 
+@dataclass(slots=True)
+class Timings:
+    """Best seconds per contestant (and density), and the last report per density."""
+
+    best: dict[tuple[str, float], float] = field(default_factory=dict)
+    reports: dict[float, LayerReport] = field(default_factory=dict)
+    rounds: int = 0
+
+    def note(self, name: str, density: float, value: float) -> None:
+        """Keep the smaller."""
+        key = name, density
+        self.best[key] = min(value, self.best.get(key, value))
+
+    def get(self, name: str, density: float) -> float | None:
+        """Rounded; ``None`` if it did not take part."""
+        value = self.best.get((name, density))
+        return None if value is None else round(value, 5)
+
+
+def take_turns(
+    problem: Problem,
+    epsilons: dict[float, float],
+    dense: dict[str, Callable[[], Tensor]],
+    flex: Flex | None,
+    options: argparse.Namespace,
+) -> Timings:
+    """Rounds in which every contestant runs once per density (dense attention once)."""
+    masks = {d: flex.mask(epsilon) for d, epsilon in epsilons.items()} if flex else {}
+    kv = torch.empty_like(problem.kv)
+    found, start = Timings(), time.perf_counter()
+    while found.rounds < options.rounds:
+        if found.rounds and time.perf_counter() - start > options.seconds:
+            break
+        found.rounds += 1
+        for name, call in dense.items():
+            found.note(name, 1.0, seconds(call))
+        for density, epsilon in epsilons.items():
+            begin = time.perf_counter()
+            _, report = cpu_problem.run(problem, epsilon, kv)
+            found.note("wall_s", density, time.perf_counter() - begin)
+            found.note("ours_s", density, report.attend_s)
+            found.note("select_s", density, report.select_s)
+            found.note("certify_s", density, report.certify_s)
+            found.reports[density] = report
+            if flex:
+                found.note("flex_s", density, seconds(partial(flex.run, masks[density])))
+    return found
+
+
 def measure(
     problem: Problem, threads: int, options: argparse.Namespace, variants: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -115,55 +167,29 @@ def measure(
     epsilons = reachable(plan, options.densities)
     flex, note = prepare_flex(problem, plan) if options.flex else (None, "flex_s = null: --no-flex")
     print(f"{problem.tokens} tokens, {threads} threads: FlexAttention {note}", flush=True)
-    masks = {d: flex.mask(epsilon) for d, epsilon in epsilons.items()} if flex else {}
     dense = {name: DENSE[name](problem) for name in variants}
-    kv = torch.empty_like(problem.kv)
-    best: dict[Any, float] = {}
-
-    def note_best(key: object, value: float) -> None:
-        best[key] = min(value, best.get(key, value))
-
-    reports = {}
-    start, rounds = time.perf_counter(), 0
-    while not rounds or (rounds < options.rounds and time.perf_counter() - start < options.seconds):
-        rounds += 1
-        for name, call in dense.items():
-            note_best(name, seconds(call))
-        for density, epsilon in epsilons.items():
-            begin = time.perf_counter()
-            _, report = cpu_problem.run(problem, epsilon, kv)
-            wall = time.perf_counter() - begin
-            reports[density] = report
-            note_best(("ours", density), report.attend_s)
-            note_best(("select", density), report.select_s)
-            note_best(("certify", density), report.certify_s)
-            note_best(("wall", density), wall)
-            if flex:
-                note_best(("flex", density), seconds(lambda: flex.run(masks[density])))  # noqa: B023
-    winner = min(variants, key=best.__getitem__)
-    dense_s = best[winner]
+    found = take_turns(problem, epsilons, dense, flex, options)
+    winner = min(variants, key=lambda name: found.best[name, 1.0])
+    dense_s = found.best[winner, 1.0]
     rows = []
-    for wanted in epsilons:
-        density = reports[wanted].density
-        ours, select = best["ours", wanted], best["select", wanted]
+    for wanted, epsilon in epsilons.items():
+        report = found.reports[wanted]
+        ours, select = found.best["ours_s", wanted], found.best["select_s", wanted]
+        names = ("ours_s", "select_s", "flex_s", "certify_s", "wall_s")
         rows.append(
             {
                 "tokens": problem.tokens,
-                "density": round(density, 4),
+                "density": round(report.density, 4),
                 "threads": threads,
                 "dense_s": round(dense_s, 5),
-                "ours_s": round(ours, 5),
-                "select_s": round(select, 5),
-                "flex_s": round(best["flex", wanted], 5) if flex else None,
-                "certify_s": round(best["certify", wanted], 5),
-                "wall_s": round(best["wall", wanted], 5),
+                **{name: found.get(name, wanted) for name in names},
+                "ratio_attend": round(dense_s / ours * report.density, 3),
+                "ratio_total": round(dense_s / (ours + select) * report.density, 3),
                 "dense": winner,
                 "wanted_density": wanted,
-                "epsilon": epsilons[wanted],
-                "kept_mass": round(reports[wanted].kept_mass.mean(1.0), 4),
-                "ratio_attend": round(dense_s / ours * density, 3),
-                "ratio_total": round(dense_s / (ours + select) * density, 3),
-                "rounds": rounds,
+                "epsilon": epsilon,
+                "kept_mass": round(report.kept_mass.mean(1.0), 4),
+                "rounds": found.rounds,
             }
         )
     return rows

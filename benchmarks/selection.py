@@ -137,7 +137,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shown-density", type=float, default=0.1, choices=DENSITIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.tile % 16 or options.block % 16:
+        parser.error("--tile and --block must be multiples of 16, the longest stride compared")
+    if options.segment % options.block:
+        parser.error(f"--segment {options.segment} is no multiple of --block {options.block}")
+    return options
 
 
 def sources(options: argparse.Namespace) -> tuple[str, list[AttentionInput]]:
