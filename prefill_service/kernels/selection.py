@@ -2,8 +2,8 @@
 
 The loss of a candidate block is the attention mass that its summary would misplace if it stood for
 the block (docs/attention.md derives the formulas). Blocks are kept from the most lossy down until
-the rest loses at most epsilon; thresholds are half octaves below the tile's largest loss, so a
-histogram of 32 levels replaces the sort of top-p rules. Nothing here waits for the device.
+the rest loses at most epsilon. Thresholds are sixteenths of an octave below the tile's largest
+loss; bisection finds the one, where top-p rules sort. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from prefill_service.kernels.block_sparse import block_sparse_attention
 from prefill_service.kernels.csr import BlockCSR
 from prefill_service.kernels.dot import dot
 
-LEVELS = tl.constexpr(32)
+LEVELS = tl.constexpr(256)
+LEVELS_PER_OCTAVE = tl.constexpr(16)
+_BISECTIONS = tl.constexpr(9)  # of the range 0 to LEVELS
 POOL = tl.constexpr(16)
 """Tokens of a pooled query."""
 _TWO_PI = tl.constexpr(2 * math.pi)
@@ -61,15 +63,15 @@ def pool_kernel(p_q, p_squared, p_pooled, stride_q_head, stride_q_token, queries
 
 @triton.jit
 def bias_kernel(p_variance, p_bias, tiles, blocks, tile_tokens, q_offset, LOG_BLOCK: tl.constexpr,
-                BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                EDGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """A block summary's additive logit: ln B + lift of the scores' variance."""
     i_row = tl.program_id(0)
     candidates = (q_offset + i_row % tiles * tile_tokens) // BLOCK_TOKENS
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_row = i_row.to(tl.int64) * blocks + o_n
     variance = tl.load(p_variance + o_row, mask=o_n < blocks, other=0.0)
-    frozen = tl.sqrt(variance * (2 * LOG_BLOCK)) - LOG_BLOCK
-    lift = tl.where(variance <= 2 * LOG_BLOCK, 0.5 * variance, frozen)
+    frozen = EDGE * tl.sqrt(variance) - 0.5 * EDGE * EDGE
+    lift = tl.where(variance <= EDGE * EDGE, 0.5 * variance, frozen)
     bias = tl.where(o_n < candidates, lift + LOG_BLOCK, float("-inf"))
     tl.store(p_bias + o_row, bias, mask=o_n < blocks)
 
@@ -151,8 +153,8 @@ def _levels(p_loss, p_bias, p_forced, o_n, blocks, largest):
     forced = tl.load(p_forced + o_n, mask=mask, other=0) != 0
     # Not a number or infinite: keep the block, and the result is what dense attention gives.
     certain = (loss < float("inf")) & ~forced
-    level = tl.floor(-2 * tl.log2(tl.maximum(loss, 1e-38) / largest))
-    level = tl.where(certain, tl.minimum(tl.maximum(level, 0), 31), -1).to(tl.int32)
+    level = tl.floor(tl.log2(largest / tl.maximum(loss, 1e-38)) * LEVELS_PER_OCTAVE)
+    level = tl.where(certain, tl.minimum(tl.maximum(level, 0), LEVELS - 1), -1).to(tl.int32)
     return tl.where(certain & candidate, loss, 0.0), candidate, level
 
 
@@ -164,30 +166,37 @@ def threshold_kernel(p_loss, p_bias, p_forced, p_epsilon, p_kept_levels, p_large
     p_loss += i_row.to(tl.int64) * blocks
     p_bias += i_row.to(tl.int64) * blocks
     p_forced += (i_row % tiles).to(tl.int64) * blocks
+    epsilon = tl.load(p_epsilon + i_row // tiles)
     o_n = tl.arange(0, BLOCK_N)
-    o_level = tl.arange(0, LEVELS)
-    largest = tl.full([BLOCK_N], 1e-38, tl.float32)
+    b_largest = tl.full([BLOCK_N], 1e-38, tl.float32)
     for start in tl.range(0, blocks, BLOCK_N):
         loss, _, _ = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, 1.0)
-        largest = tl.maximum(largest, loss)
-    largest = tl.max(largest, 0)
-    losses = tl.zeros([LEVELS], tl.float32)
-    counts = tl.zeros([LEVELS], tl.int32)
-    always = tl.zeros([BLOCK_N], tl.int32)
+        b_largest = tl.maximum(b_largest, loss)
+    largest = tl.max(b_largest, 0)
+    # Keeping ``high`` levels leaves at most epsilon, keeping fewer than ``low`` leaves more.
+    low = i_row * 0
+    high = low + LEVELS
+    for _bisection in tl.range(0, _BISECTIONS):
+        middle = (low + high) // 2
+        left = tl.zeros([BLOCK_N], tl.float32)
+        for start in tl.range(0, blocks, BLOCK_N):
+            loss, _, level = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, largest)
+            left += tl.where(level >= middle, loss, 0.0)
+        enough = tl.sum(left, 0) <= epsilon
+        low = tl.where(enough, low, middle + 1)
+        high = tl.where(enough, middle, high)
+    count = tl.zeros([BLOCK_N], tl.int32)
     for start in tl.range(0, blocks, BLOCK_N):
         loss, candidate, level = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, largest)
-        here = (level[:, None] == o_level[None, :]) & (loss > 0)[:, None]  # [N, LEVELS]
-        losses += tl.sum(tl.where(here, loss[:, None], 0.0), 0)
-        counts += tl.sum(here.to(tl.int32), 0)
-        always += (candidate & (level < 0)).to(tl.int32)
-    # left[i]: loss of the blocks at level i and beyond, which keeping i levels drops.
-    left = tl.sum(tl.where(o_level[None, :] >= o_level[:, None], losses[None, :], 0.0), 1)
-    epsilon = tl.load(p_epsilon + i_row // tiles)
-    kept_levels = tl.sum((left > epsilon).to(tl.int32), 0)
-    count = tl.sum(tl.where(o_level < kept_levels, counts, 0), 0) + tl.sum(always, 0)
-    tl.store(p_kept_levels + i_row, kept_levels)
+        count += _kept(loss, candidate, level, high).to(tl.int32)
+    tl.store(p_kept_levels + i_row, high)
     tl.store(p_largest + i_row, largest)
-    tl.store(p_counts + i_row, count)
+    tl.store(p_counts + i_row, tl.sum(count, 0))
+
+
+@triton.jit
+def _kept(loss, candidate, level, kept_levels):
+    return candidate & ((level < 0) | ((level < kept_levels) & (loss > 0)))
 
 
 @triton.jit
@@ -206,7 +215,7 @@ def fill_kernel(p_loss, p_bias, p_forced, p_kept_levels, p_largest, p_row_ptr, p
     for start in tl.range(0, blocks, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         loss, candidate, level = _levels(p_loss, p_bias, p_forced, o_n, blocks, largest)
-        keep = candidate & ((level < 0) | ((level < kept_levels) & (loss > 0)))
+        keep = _kept(loss, candidate, level, kept_levels)
         place = tl.cumsum(keep.to(tl.int32), 0)
         tl.store(p_col + done + place - 1, o_n, mask=keep)
         done += tl.sum(keep.to(tl.int32), 0)
@@ -230,10 +239,11 @@ def estimate_loss(
     """Attention mass that each block's summary would misplace, for every query tile.
 
     With v the variance of a block's scores (mean over the tile's rows, from the diagonal variance
-    of its keys), B its tokens and f the lift: block score s = scale q . k_mean + ln B + f(v); mass
-    p = exp(s - lse), lse over all candidate blocks and the row's exact local scores; loss = mean
-    over rows of p * sqrt(1 - exp(-v / 2 pi)), plus the mass of the block's farthest key, asked
-    with queries pooled over 16 tokens.
+    of its keys), B its tokens and f(v) the lift, v / 2 up to e^2 and e sqrt(v) - e^2 / 2 beyond,
+    where e is the largest of B normal values to expect: block score s = scale q . k_mean + ln B +
+    f(v); mass p = exp(s - lse), lse over all candidate blocks and the row's exact local scores;
+    loss = mean over rows of p * sqrt(1 - exp(-v / 2 pi)), plus the mass of the block's farthest
+    key, asked with queries pooled over 16 tokens.
 
     Args:
         q, k, block_tokens, tile_tokens, q_offset, scale, block_table: as in
@@ -274,7 +284,8 @@ def estimate_loss(
     block_n = 1024
     bias_kernel[rows, triton.cdiv(blocks, block_n)](
         variance, bias, tiles, blocks, tile_tokens, q_offset, BLOCK_TOKENS=block_tokens,
-        LOG_BLOCK=math.log(block_tokens), BLOCK_N=block_n, enable_fp_fusion=True,
+        LOG_BLOCK=math.log(block_tokens), EDGE=_largest_of_normals(block_tokens), BLOCK_N=block_n,
+        enable_fp_fusion=True,
     )  # fmt: skip
     none = BlockCSR(*(torch.zeros(n, dtype=torch.int32, device=q.device) for n in (rows + 1, 1)))
     k_mean, k_far = (x.to(q.dtype).contiguous() for x in (k_mean, k_far))
@@ -291,13 +302,19 @@ def estimate_loss(
     return loss, bias
 
 
+def _largest_of_normals(count: int) -> float:
+    """Location of the largest of ``count`` standard normal values (Fisher & Tippett, 1928)."""
+    leading = math.sqrt(2 * math.log(count))
+    return leading - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * leading)
+
+
 def select_blocks(
     loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor, *, capacity: int | None = None
 ) -> tuple[BlockCSR, Tensor]:
     """Keep the forced blocks, and of the others the most lossy until the rest loses <= epsilon.
 
-    Thresholds are half octaves below the largest loss that is not forced. A block whose loss is
-    NaN or infinite is kept.
+    Thresholds are sixteenths of an octave below the largest loss that is not forced, down to 2^-16
+    of it, then 0. A block whose loss is NaN or infinite is kept, one whose loss is 0 is not.
 
     Args:
         loss, bias: [kv_heads, tiles, blocks] float32 of ``estimate_loss``; only blocks whose bias
@@ -361,6 +378,7 @@ def estimate_loss_reference(
     """What ``estimate_loss`` computes for contiguous keys, naively and in float64."""
     (q_heads, queries, _), (kv_heads, blocks, _) = q.shape, k_mean.shape
     tiles, log_block = triton.cdiv(queries, tile_tokens), math.log(block_tokens)
+    edge = _largest_of_normals(block_tokens)
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float64)
     bias = torch.full_like(loss, -torch.inf)
     q, k, k_mean, k_var, k_far = (x.double() for x in (q, k, k_mean, k_var, k_far))
@@ -374,8 +392,8 @@ def estimate_loss_reference(
             local = rows @ k[h, keys].T
             local = local.masked_fill(keys > (q_offset + tokens)[:, None], -torch.inf)
             variance = k_var[h, :n] @ rows.square().mean((0, 1))
-            frozen = (2 * log_block * variance).sqrt() - log_block
-            lift = torch.where(variance <= 2 * log_block, variance / 2, frozen)
+            frozen = edge * variance.sqrt() - edge**2 / 2
+            lift = torch.where(variance <= edge**2, variance / 2, frozen)
             bias[h, t, :n] = log_block + lift
             scores = rows @ k_mean[h, :n].T + bias[h, t, :n]
             lse = torch.cat([scores, local], -1).logsumexp(-1)  # [group, tokens]
@@ -397,7 +415,8 @@ def select_reference(
     must = candidate & (forced | ~loss.isfinite())
     free = torch.where(candidate & ~must, loss, 0.0)
     largest = free.amax(-1, keepdim=True).clamp(min=1e-38)
-    level = (-2 * torch.log2(free / largest)).floor().clamp(0, LEVELS.value - 1)
+    level = (-LEVELS_PER_OCTAVE.value * torch.log2(free / largest)).floor()
+    level = level.clamp(0, LEVELS.value - 1)
     keep = must.clone()
     for h, t in itertools.product(*map(range, loss.shape[:2])):
         for kept_levels in range(LEVELS.value + 1):

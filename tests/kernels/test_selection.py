@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefill_service.attention.selection import estimate, select
+from prefill_service.attention.summaries import BlockSummaries
+from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.block_sparse import block_sparse_reference
 from prefill_service.kernels.block_summaries import block_summaries_reference
 from prefill_service.kernels.csr import BlockCSR
@@ -129,8 +132,32 @@ def test_selection(interpret: Interpreter, epsilon: tuple[float, ...]) -> None:
     assert keep[:, forced].all()
 
 
+def test_the_reference_is_what_the_cpu_selects() -> None:
+    """One meaning on both back ends."""
+    loss, bias, forced = losses()
+    loss[1, 3, 5] = torch.nan
+    for limit in (0.0, 0.01, 0.3, 2.0):
+        epsilon = torch.full((3,), limit)
+        keep, _ = select_reference(loss, bias, forced, epsilon)
+        assert torch.equal(keep, select(loss, forced, epsilon))
+
+
+@pytest.mark.parametrize("tile", [32, 48])
+def test_the_reference_is_what_the_cpu_estimates(tile: int) -> None:
+    (q, k, k_mean, k_var, k_far), options = inputs(tile=tile, q_offset=333)
+    tiles = Tiles(q.shape[1], options["q_offset"], tile, options["block_tokens"])
+    none = BlockCSR(torch.zeros(2 * tiles.count + 1, dtype=torch.int32), torch.zeros(0))
+    _, lse = block_sparse_reference(q, k, k, none, **options)
+    local = tiles.pack(lse[..., None].float(), 2)[..., 0]
+    known = BlockSummaries(k_mean, k_var, k_mean, k_far).first(tiles.blocks)
+    found = estimate(tiles.pack(q, 2), local, tiles, known, options["scale"])
+    loss, bias = estimate_loss_reference(q, k, k_mean, k_var, k_far, **options)
+    torch.testing.assert_close(found.loss.double(), loss[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.bias.double(), bias[..., : tiles.blocks], atol=1e-5, rtol=1e-5)
+
+
 def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpreter) -> None:
-    """All steps together: summaries, estimate, selection, attention; error below epsilon."""
+    """All steps together: summaries, estimate, selection, attention."""
     (q, k, *_), options = inputs(q_offset=400, queries=64, seed=3)
     v = torch.randn_like(k)
     known = interpret("block_summaries.block_summaries", k, v, block_tokens=16)
