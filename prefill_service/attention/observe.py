@@ -10,8 +10,10 @@ from torch import Tensor
 
 from prefill_service.attention.tiles import Tiles
 
-GRID = 48
-"""Rows and columns of a block map."""
+MAX_GRID = 48
+"""Rows and columns of a block map, at most."""
+
+_CELL_TOKENS = 256  # two query tiles, so that no row of the map is without one
 
 
 class PatchMass:
@@ -63,8 +65,9 @@ class BlockGrids:
     """
 
     def __init__(self, layers: int, kv_heads: int, tokens: int) -> None:
-        self.pairs = np.zeros((layers, kv_heads, GRID, GRID), np.float32)
-        self.causal = np.zeros((GRID, GRID), np.float32)  # the same, had all been attended
+        self._grid = grid = min(MAX_GRID, max(1, tokens // _CELL_TOKENS))
+        self.pairs = np.zeros((layers, kv_heads, grid, grid), np.float32)
+        self.causal = np.zeros((grid, grid), np.float32)  # the same, had all been attended
         self._tokens = tokens
 
     def add(self, layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
@@ -75,11 +78,11 @@ class BlockGrids:
             order: [kv_heads, keys] original position of the keys.
         """
         kv_heads, _, blocks = keep.shape
-        cell = order[:, : blocks * tiles.block_tokens].long() * GRID // self._tokens
+        cell = order[:, : blocks * tiles.block_tokens].long() * self._grid // self._tokens
         cell = cell.reshape(kv_heads, blocks, tiles.block_tokens)
-        of_block = torch.zeros(kv_heads, blocks, GRID, device=keep.device)
+        of_block = torch.zeros(kv_heads, blocks, self._grid, device=keep.device)
         of_block.scatter_add_(2, cell, torch.ones_like(cell, dtype=torch.float32))
-        kept = (keep.float() @ of_block).cpu().numpy()  # [kv_heads, tiles, GRID]
+        kept = (keep.float() @ of_block).cpu().numpy()  # [kv_heads, tiles, grid]
         for tile in range(tiles.count):
             row, tokens = self._row(tiles, tile), tiles.tokens(tile)
             self.pairs[layer, :, row] += kept[:, tile] * tokens
@@ -96,24 +99,24 @@ class BlockGrids:
             self.causal[self._row(tiles, tile)] += self._causal(tiles, tile)
 
     def _causal(self, tiles: Tiles, tile: int) -> np.ndarray:
-        """[GRID] pairs of a tile's causal attention."""
+        """[grid] pairs of a tile's causal attention."""
         far = np.diff(np.minimum(self._edges(), tiles.local_start(tile))) * tiles.tokens(tile)
         pairs: np.ndarray = far + self._local(tiles, tile)
         return pairs
 
     def _row(self, tiles: Tiles, tile: int) -> int:
         middle = tiles.q_offset + tile * tiles.tile_tokens + tiles.tokens(tile) // 2
-        return min(middle, self._tokens - 1) * GRID // self._tokens
+        return min(middle, self._tokens - 1) * self._grid // self._tokens
 
     def _edges(self) -> np.ndarray:
         """First token of each cell, and one past the last."""
-        return -(-np.arange(GRID + 1) * self._tokens // GRID)
+        return -(-np.arange(self._grid + 1) * self._tokens // self._grid)
 
     def _local(self, tiles: Tiles, tile: int) -> np.ndarray:
-        """[GRID] pairs of a tile's local region."""
+        """[grid] pairs of a tile's local region."""
         first = tiles.q_offset + tile * tiles.tile_tokens
         end = first + tiles.tokens(tile)
         keys = np.arange(tiles.local_start(tile), end)
         queries = end - np.maximum(keys, first)
-        pairs: np.ndarray = np.bincount(keys * GRID // self._tokens, queries, GRID)
+        pairs: np.ndarray = np.bincount(keys * self._grid // self._tokens, queries, self._grid)
         return pairs

@@ -45,7 +45,7 @@ class AttentionPolicy:
         """Name for the manifest; part of the prefix id, so that unequal KV has unequal ids."""
         if self.exact:
             return "exact"
-        return f"sparse:epsilon={self.epsilon:g},min_kept_mass={self.min_kept_mass:g}"
+        return f"sparse:epsilon={self.epsilon!r},min_kept_mass={self.min_kept_mass!r}"
 
 
 def resolve_policy(

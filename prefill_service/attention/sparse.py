@@ -9,10 +9,13 @@ from torch import Tensor
 
 from prefill_service.attention.block_sparse import GatherBuffers, far_attention, local_attention
 from prefill_service.attention.clock import Stopwatch
-from prefill_service.attention.dense import Partial
+from prefill_service.attention.dense import Partial, attend_causal
 from prefill_service.attention.selection import estimate, select, to_csr
 from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.tiles import Tiles
+
+DENSE_ABOVE = 0.6
+"""Density from which a KV head is attended densely on CPU: there gathering gains nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,15 @@ class SparseResult:
 
     def attended(self, tiles: Tiles) -> Tensor:
         """[kv_heads] key columns, summed over the queries (``LayerReport.attended``)."""
-        tokens = torch.tensor([tiles.tokens(t) for t in range(tiles.count)], dtype=torch.float64)
-        columns = self.keep.sum(-1) * tiles.block_tokens + (self.bias > -torch.inf).sum(-1)
-        return columns.cpu().double() @ tokens + tiles.local_keys
+        return columns(self.keep, self.bias, tiles).cpu()
+
+
+def columns(keep: Tensor, bias: Tensor, tiles: Tiles) -> Tensor:
+    """[kv_heads] float64 key columns attended, summed over the queries; of [kv_heads, tiles, b]."""
+    tokens = [tiles.tokens(tile) for tile in range(tiles.count)]
+    per_query = keep.sum(-1) * tiles.block_tokens + (bias > -torch.inf).sum(-1)
+    weights = torch.tensor(tokens, dtype=torch.float64, device=keep.device)
+    return per_query.double() @ weights + tiles.local_keys
 
 
 def forced_blocks(tiles: Tiles, sink_blocks: int, recent_from: list[int]) -> Tensor:
@@ -106,14 +115,50 @@ def _with_sdpa(
     found = estimate(rows, result.lse, tiles, known, scale)
     keep = select(found.loss, forced, epsilon.to(found.loss.dtype))
     bias = found.bias.masked_fill(keep, -torch.inf)
-    csr = to_csr(keep)
+    # A head that needs most of its keys is served faster, and exactly, by one dense call.
+    dense = columns(keep, bias, tiles) > DENSE_ABOVE * tiles.causal_keys  # [kv_heads]
+    keep[dense] = found.bias[dense] > -torch.inf
+    bias[dense] = -torch.inf
     clock.lap("select")
-    if tiles.blocks:
-        far = far_attention(rows, k, v, csr, tiles, scale, buffers, known, bias)
+    if tiles.blocks and not dense.any():
+        far = far_attention(rows, k, v, to_csr(keep), tiles, scale, buffers, known, bias)
         result = _join(result, far)
+    elif tiles.blocks:
+        result = _mixed(q, rows, k, v, known, tiles, scale, buffers, result, keep, bias, dense)
     out, lse = tiles.unpack(result.out, len(q)), tiles.unpack(result.lse, len(q))
     clock.lap("attend")
     return SparseResult(out, lse, keep, bias, clock)
+
+
+def _mixed(
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    known: BlockSummaries,
+    tiles: Tiles,
+    scale: float,
+    buffers: GatherBuffers,
+    local: Partial,
+    keep: Tensor,
+    bias: Tensor,
+    dense: Tensor,
+) -> Partial:
+    """The heads in ``dense`` [kv_heads] attended densely, the others sparsely; packed rows."""
+    out, lse = torch.empty_like(local.out), torch.empty_like(local.lse)
+    heads = dense.nonzero()[:, 0]
+    grouped = q.view(len(k), -1, *q.shape[1:])
+    exact = attend_causal(grouped[heads].flatten(0, 1), k[heads], v[heads], tiles.q_offset, scale)
+    out[heads] = tiles.pack(exact.out, len(heads))
+    lse[heads] = tiles.pack(exact.lse[..., None], len(heads))[..., 0]
+    heads = (~dense).nonzero()[:, 0]
+    if len(heads):
+        csr, part = to_csr(keep[heads]), Partial(local.out[heads], local.lse[heads])
+        far = far_attention(rows[heads], k[heads], v[heads], csr, tiles, scale, buffers,
+                            known.heads(heads), bias[heads])  # fmt: skip
+        joined = _join(part, far)
+        out[heads], lse[heads] = joined.out, joined.lse
+    return Partial(out, lse)
 
 
 def _with_kernels(

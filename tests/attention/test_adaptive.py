@@ -91,8 +91,12 @@ def test_structured_keys_are_sparse_and_close(chunk: int) -> None:
     layer = report.layers[0]
     assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 0.05
     assert layer.kept_mass.mean(0) > 0.93
-    assert layer.density < (0.6 if chunk < 1500 else 0.99)  # one chunk has no past to cluster
-    assert report.block_map is not None
+    if chunk == 1500:  # without a past to cluster most keys are needed, and dense is cheaper
+        assert layer.density == 1
+        assert report.block_map is None
+    else:
+        assert layer.density < 0.6
+        assert report.block_map is not None
     assert layer.tiles == 2 * sum(
         -(-min(chunk, 1500 - start) // 128) for start in range(0, 1500, chunk)
     )

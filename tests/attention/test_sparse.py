@@ -100,6 +100,24 @@ def test_equal_keys_need_no_block_at_all() -> None:
     torch.testing.assert_close(got.out, expected, rtol=0, atol=1e-6)
 
 
+def test_heads_that_need_most_keys_are_attended_densely() -> None:
+    # Head 0 is diffuse, head 1 has equal keys in each block and needs none of them.
+    q, k, v, tiles, _ = problem(200, 1920, 4)
+    k, v = k.clone(), v.clone()
+    k[1, :1920] = rand(30, 16, seed=5).repeat_interleave(64, 0)
+    known = summarize(k[:, : tiles.blocks * 64], v[:, : tiles.blocks * 64], 64)
+    forced = forced_blocks(tiles, 0, [10_000] * 2)
+    epsilon = torch.tensor([0.01, 0.5])
+    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, SCALE, GatherBuffers())
+    attended = got.attended(tiles).tolist()
+    assert attended[0] == tiles.causal_keys
+    assert attended[1] < 0.2 * tiles.causal_keys
+    expected = oracle.dense(q, k, v, 1920, SCALE)
+    torch.testing.assert_close(got.out[:4], expected[:4], rtol=0, atol=1e-6)
+    expected = oracle.used_output(q, k, v, tiles, got.keep, got.bias, known, SCALE)
+    torch.testing.assert_close(got.out, expected, rtol=0, atol=1e-6)
+
+
 def test_attended_counts_columns() -> None:
     q, k, v, tiles, known = problem(200, 517, 1)
     forced = forced_blocks(tiles, 1, [10_000] * 2)
