@@ -20,7 +20,7 @@ from prefill_service.attention.clustering import cluster_order
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.selection import Estimate, estimate, select
-from prefill_service.attention.sparse import forced_blocks
+from prefill_service.attention.sparse import DENSE_ABOVE, columns, forced_blocks
 from prefill_service.attention.summaries import BlockSummaries, summarize
 from prefill_service.attention.tiles import Tiles
 
@@ -93,16 +93,16 @@ class Chunk:
     summaries: BlockSummaries
 
     def keep(self, epsilon: float) -> Tensor:
-        """[kv_heads, tiles, blocks] bool."""
-        budget = torch.full((len(self.found.loss),), epsilon)
-        return select(self.found.loss, self.forced, budget.to(self.found.loss.dtype))
+        """[kv_heads, tiles, blocks] bool; as the product, dense where sparse would not pay."""
+        budget = torch.full((len(self.found.loss),), epsilon, dtype=self.found.loss.dtype)
+        keep = select(self.found.loss, self.forced, budget)
+        dense = self.attended(keep) > DENSE_ABOVE * self.tiles.causal_keys
+        keep[dense] = self.found.bias[dense] > -torch.inf
+        return keep
 
-    def attended(self, keep: Tensor) -> float:
-        """Key columns, summed over queries, mean over KV heads: as ``SparseResult.attended``."""
-        queries = torch.tensor([self.tiles.tokens(t) for t in range(self.tiles.count)])
-        summaries = ((self.found.bias > -torch.inf) & ~keep).sum(-1)
-        columns = keep.sum(-1) * self.tiles.block_tokens + summaries
-        return float((columns * queries).sum()) / len(keep) + self.tiles.local_keys
+    def attended(self, keep: Tensor) -> Tensor:
+        """[kv_heads] key columns, summed over the queries."""
+        return columns(keep, self.found.bias.masked_fill(keep, -torch.inf), self.tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Plan:
 
     def density(self, epsilon: float) -> float:
         """Attended over causal key columns."""
-        attended = sum(chunk.attended(chunk.keep(epsilon)) for chunk in self.chunks)
+        attended = sum(float(chunk.attended(chunk.keep(epsilon)).mean()) for chunk in self.chunks)
         return attended / sum(chunk.tiles.causal_keys for chunk in self.chunks)
 
     def epsilon(self, density: float) -> float:
