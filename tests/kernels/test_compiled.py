@@ -58,6 +58,18 @@ def attention(
     return compile_kernel(kernel, arguments, capability, num_warps=warps, num_stages=stages)
 
 
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("block_d", [64, 128, 256])
+@pytest.mark.parametrize("block_tokens", [64, 128])
+def test_pruning_leaves_a_few(capability: int, block_d: int, block_tokens: int) -> None:
+    hopper = capability >= 90
+    left = [c for c in CONFIGS if fits(c, block_d, block_tokens, 2, SHARED[capability], hopper)]
+    assert 1 <= len(left) <= 13
+    assert hopper == any(c.kwargs["TMA"] for c in left)
+    assert all(c.kwargs["BLOCK_N"] <= block_tokens for c in left)
+    assert not [c for c in CONFIGS if fits(c, block_d, 16, 2, SHARED[capability], hopper)]
+
+
 @pytest.mark.parametrize(
     ("head_dim", "config", "options"),
     [
