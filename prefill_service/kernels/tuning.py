@@ -59,7 +59,7 @@ def fits(
         return m == 64 and n == 32 and block_d <= 128
     rows = m // int(config.num_warps)  # accumulator and score rows of a warp
     if hopper:
-        return rows <= 16 and (n <= 64 or block_d <= 128)
+        return rows <= 16 and (block_d <= 128 or (n <= 64 and int(config.num_warps) == 8))
     return rows * block_d <= 16 * 128 and n * block_d * (int(config.num_stages) - 1) <= 64 * 128
 
 
