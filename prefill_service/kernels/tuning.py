@@ -47,8 +47,8 @@ def fits(
 ) -> bool:
     """Whether a configuration suits a head of ``block_d`` elements of ``size`` bytes.
 
-    The register rules are those under which ahead-of-time compilation shows no spills
-    (tests/kernels/test_compiled.py).
+    The register rules are those under which ahead-of-time compilation for sm_80 and sm_90 shows
+    no spills at 16 bits (tests/kernels/test_compiled.py compiles the main ones).
     """
     m, n = int(config.kwargs["BLOCK_M"]), int(config.kwargs["BLOCK_N"])
     if n > block_tokens or (config.kwargs["TMA"] and not hopper):
