@@ -112,10 +112,16 @@ def far_attention(
         work.bias = bias.to(rows.dtype).flatten(0, 1)
         work.k_mean, work.v_mean = (x.to(rows.dtype) for x in (summaries.k_mean, summaries.v_mean))
     lse_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    out = rows.new_zeros(kv_heads * count, packed, head_dim)
+    out = torch.empty_like(rows).view(kv_heads * count, packed, head_dim)
     lse = rows.new_full((kv_heads * count, packed), -torch.inf, dtype=lse_dtype)
     for batch in work.batches():
-        out[batch], lse[batch] = work.attend(batch)
+        if len(batch) == 1:
+            part = slice(batch[0], batch[0] + 1)  # a view, not an index
+            out[part], lse[part] = work.attend(batch, part)
+        else:
+            out[batch], lse[batch] = work.attend(batch, batch)
+    for row in work.empty_rows():
+        out[row] = 0
     return Partial(out.view(rows.shape), lse.view(rows.shape[:3]))
 
 
@@ -134,18 +140,22 @@ class _Work:
     k_mean: Tensor | None = None
     v_mean: Tensor | None = None
     starts: list[int] = field(init=False)
+    k_blocks: list[Tensor] = field(init=False)  # per KV head [blocks, block_tokens, head_dim]
+    v_blocks: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.starts = self.csr.row_ptr.tolist()
+        whole = self.k.shape[1] // self.tiles.block_tokens * self.tiles.block_tokens
+        shape = (-1, self.tiles.block_tokens, self.k.shape[-1])
+        self.k_blocks = [head[:whole].view(shape) for head in self.k]
+        self.v_blocks = [head[:whole].view(shape) for head in self.v]
 
     def batches(self) -> list[list[int]]:
         """Rows to compute together: equally many kept blocks, bounded memory."""
         by_length: dict[tuple[int, int], list[int]] = {}
         for row in range(len(self.starts) - 1):
-            kept = self.starts[row + 1] - self.starts[row]
-            seen = self._seen(row)
-            if kept or seen:
-                by_length.setdefault((kept, seen), []).append(row)
+            if any(lengths := self._lengths(row)):
+                by_length.setdefault(lengths, []).append(row)
         batches = []
         for (kept, seen), rows in by_length.items():
             floats = (kept * self.tiles.block_tokens + seen) * self.k.shape[-1]
@@ -153,34 +163,40 @@ class _Work:
             batches += [rows[i : i + size] for i in range(0, len(rows), size)]
         return batches
 
-    def attend(self, batch: list[int]) -> tuple[Tensor, Tensor]:
-        """Output [batch, rows, head_dim] and LSE [batch, rows]."""
-        row, block = batch[0], self.tiles.block_tokens
-        kept, seen, size = self.starts[row + 1] - self.starts[row], self._seen(row), len(batch)
-        length, head_dim = kept * block + seen, self.k.shape[-1]
-        keys = self.buffers.get("k", (size, length, head_dim), self.k)
-        values = self.buffers.get("v", (size, length, head_dim), self.v)
+    def empty_rows(self) -> list[int]:
+        """Rows that attend to nothing."""
+        return [row for row in range(len(self.starts) - 1) if not any(self._lengths(row))]
+
+    def attend(self, batch: list[int], index: list[int] | slice) -> tuple[Tensor, Tensor]:
+        """Output [batch, rows, head_dim] and LSE [batch, rows]; ``index`` is ``batch``."""
+        size, head_dim = len(batch), self.k.shape[-1]
+        kept, seen = self._lengths(batch[0])
+        tokens = kept * self.tiles.block_tokens
+        keys = self.buffers.get("k", (size, tokens + seen, head_dim), self.k)
+        values = self.buffers.get("v", (size, tokens + seen, head_dim), self.v)
         for i, row in enumerate(batch):
             head = row // self.tiles.count
-            col = self.csr.col[self.starts[row] : self.starts[row + 1]]
-            for target, source, mean in (
-                (keys[i], self.k[head], self.k_mean), (values[i], self.v[head], self.v_mean)
-            ):  # fmt: skip
-                if kept:
-                    blocks = source[: len(source) // block * block].view(-1, block, head_dim)
-                    gathered = target[: kept * block].view(kept, block, head_dim)
-                    torch.index_select(blocks, 0, col, out=gathered)
-                if mean is not None and seen:
-                    target[kept * block :] = mean[head, :seen]
+            if kept:
+                col = self.csr.col[self.starts[row] : self.starts[row + 1]]
+                blocks = (kept, self.tiles.block_tokens, head_dim)
+                torch.index_select(self.k_blocks[head], 0, col, out=keys[i, :tokens].view(blocks))
+                torch.index_select(self.v_blocks[head], 0, col, out=values[i, :tokens].view(blocks))
+            if self.k_mean is not None and self.v_mean is not None and seen:
+                keys[i, tokens:] = self.k_mean[head, :seen]
+                values[i, tokens:] = self.v_mean[head, :seen]
         mask = None
         if self.bias is not None and seen:
-            mask = self.buffers.get("mask", (size, 1, 1, length), self.rows)
-            mask[..., : kept * block] = 0
-            mask[:, 0, 0, kept * block :] = self.bias[batch, :seen]
+            mask = self.buffers.get("mask", (size, 1, 1, tokens + seen), self.rows)
+            mask[..., :tokens] = 0
+            mask[:, 0, 0, tokens:] = self.bias[index, :seen]
             mask = mask.expand(-1, -1, self.rows.shape[2], -1)
-        rows = self.rows.flatten(0, 1)[batch][:, None]
+        rows = self.rows.flatten(0, 1)[index][:, None]
         out, lse = _sdpa(rows, keys[:, None], values[:, None], mask, self.scale)
         return out[:, 0], lse[:, 0]
+
+    def _lengths(self, row: int) -> tuple[int, int]:
+        """Kept blocks and summaries among the row's keys."""
+        return self.starts[row + 1] - self.starts[row], self._seen(row)
 
     def _seen(self, row: int) -> int:
         """Summaries among the row's keys."""

@@ -24,7 +24,11 @@ LEVELS = 256
 LEVELS_PER_OCTAVE = 16
 """Thresholds tried: ``2**(-level / 16)`` times the tile's largest loss; the last one is 0."""
 
+ROW_STEP = 4
+"""Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
+
 _POOLED_TOKENS = 16
+_ALIGNED = 16  # row lengths that vector units and BLAS like
 _MAX_SCORES = 1 << 21
 """Scores held at once: a few MiB, so that the passes over them stay in the cache."""
 
@@ -34,8 +38,8 @@ class Estimate:
     """What is known of each (KV head, tile, candidate block), each [kv_heads, tiles, blocks].
 
     Attributes:
-        loss: attention mass that representing the block by its summary misplaces, mean over the
-            tile's rows; 0 where a block is no candidate of the tile.
+        loss: attention mass that representing the block by its summary misplaces, mean over
+            rows of the tile; 0 where a block is no candidate of the tile.
         bias: logit added to the block's summary key; -inf where it is no candidate.
     """
 
@@ -46,7 +50,7 @@ class Estimate:
 def estimate(
     rows: Tensor, local_lse: Tensor, tiles: Tiles, summaries: BlockSummaries, scale: float
 ) -> Estimate:
-    """Estimate the loss of every candidate block.
+    """Estimate the loss of every candidate block from every fourth token's rows.
 
     Args:
         rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries (``Tiles.pack``).
@@ -88,7 +92,7 @@ def _estimate_tiles(
     kv_heads, count, packed, head_dim = q.shape
     blocks = known.blocks
     # Rows without a query are 0 and add nothing; weights tell how many there are with one.
-    squared = torch.linalg.vector_norm(q, dim=2).square() * weights.amax(1)[:, None]
+    squared = q.square().sum(2) * weights.amax(1)[:, None]  # [kv_heads, tiles, head_dim]
     variance = (squared * scale**2) @ known.k_var.transpose(1, 2)  # [kv_heads, tiles, blocks]
     bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
     candidates = [tiles.candidates(first + tile) for tile in range(count)]
@@ -97,16 +101,19 @@ def _estimate_tiles(
         bias.masked_fill_(torch.arange(blocks, device=q.device) >= limit, -torch.inf)
 
     # The local region takes part in the softmax as one more block, whose mass is known exactly.
-    scores = q.new_empty(kv_heads, count, packed, blocks + 1)
+    asked, local = weights[:, ::ROW_STEP], local_lse[..., ::ROW_STEP]
+    width = -(-(blocks + 1) // _ALIGNED) * _ALIGNED
+    scores = q.new_empty(kv_heads, count, packed // ROW_STEP, width)
     for head in range(kv_heads):
-        flat = q[head].reshape(-1, head_dim)
+        rows = q[head].view(-1, head_dim)[::ROW_STEP]
         means = (known.k_mean[head] * scale).T
-        torch.mm(flat, means, out=scores[head].view(-1, blocks + 1)[:, :blocks])
+        torch.mm(rows, means, out=scores[head].view(-1, width)[:, :blocks])
     scores[..., :blocks] += bias[:, :, None]
-    scores[..., blocks] = local_lse
+    scores[..., blocks] = local
+    scores[..., blocks + 1 :] = -torch.inf
     torch.softmax(scores, -1, out=scores)
-    mass = _mean_rows(weights, scores)[..., :blocks]
-    lse = local_lse - torch.log(scores[..., blocks].clamp(min=torch.finfo(q.dtype).tiny))
+    mass = _mean_rows(asked / asked.sum(1, keepdim=True), scores)[..., :blocks]
+    lse = local - torch.log(scores[..., blocks].clamp(min=torch.finfo(q.dtype).tiny))
     loss = mass * misplaced_share(variance) + _outlier_mass(q, lse, weights, known, scale)
     return torch.where(bias == -torch.inf, 0.0, loss), bias
 
@@ -117,18 +124,22 @@ def _outlier_mass(
     """Mass of each block's farthest key, [kv_heads, tiles, blocks], asked with pooled queries.
 
     Mean and variance hide one key among many (the needle); its own score does not. Queries are
-    averaged over 16 tokens per head, so that this costs a sixteenth of the estimate.
+    averaged over 16 tokens per head. ``lse`` is that of the asked rows, every fourth token's.
     """
     kv_heads, count, packed, head_dim = q.shape
     pools = packed // _POOLED_TOKENS
     weight = weights.reshape(count, pools, _POOLED_TOKENS)
     total = weight.sum(-1)  # [tiles, pools], 0 for pools without a query
-    share = weight / total.clamp(min=torch.finfo(q.dtype).tiny)[..., None]
-    split = (kv_heads, count, pools, _POOLED_TOKENS)
-    pooled = _mean_rows(share, q.view(*split, head_dim)).flatten(1, 2)
-    norm = _mean_rows(share, lse.view(*split, 1)).flatten(1, 2)
+    pooled = _mean_rows(_share(weight), q.view(kv_heads, count, pools, -1, head_dim)).flatten(1, 2)
+    asked = _share(weight[..., ::ROW_STEP])
+    norm = _mean_rows(asked, lse.view(kv_heads, count, pools, -1, 1)).flatten(1, 2)
     scores = pooled @ (known.k_far * scale).transpose(1, 2) - norm  # [kv_heads, tiles * pools, b]
     return _mean_rows(total, scores.exp_().clamp_(max=1).view(kv_heads, count, pools, -1))
+
+
+def _share(weight: Tensor) -> Tensor:
+    """Scaled to a sum of 1 over the last axis, where there is anything."""
+    return weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
