@@ -179,17 +179,15 @@ class AdaptiveAttention:
         block, segment = self._settings.block_tokens, self._settings.segment_tokens
         start, end = state.clustered, chunk_start // segment * segment
         if end > start:
-            shape = (len(k), -1, segment, k.shape[-1])
-            keys = k[:, start:end].view(shape)
-            order = cluster_order(keys, block)  # [kv_heads, segments, segment]
-            index = order[..., None].expand_as(keys)
-            k[:, start:end] = keys.gather(2, index).flatten(1, 2)
-            values = v[:, start:end].view(shape)
-            v[:, start:end] = values.gather(2, index).flatten(1, 2)
+            keys = k[:, start:end].view(len(k), -1, segment, k.shape[-1])
+            offset = torch.arange(start, end, segment, device=k.device)[:, None]
+            order = (cluster_order(keys, block) + offset).flatten(1)  # [kv_heads, end - start]
+            for head in range(len(k)):
+                k[head, start:end] = k[head].index_select(0, order[head])
+                v[head, start:end] = v[head].index_select(0, order[head])
             if not start:
                 state.order = state.order.int()  # a copy of what all layers share
-            offset = torch.arange(start, end, segment, device=k.device)[:, None]
-            state.order[:, start:end] = (order + offset).flatten(1)
+            state.order[:, start:end] = order
             state.clustered = end
         # Blocks after the clustered ones change once more when their segment is complete.
         if blocks * block > start:

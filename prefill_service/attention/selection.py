@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.summaries import BlockSummaries, lift, misplaced_share
+from prefill_service.attention.summary_attention import SummaryAttention, attend_summaries
 from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.csr import BlockCSR
 
@@ -28,23 +29,28 @@ ROW_STEP = 4
 """Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
 
 _POOLED_TOKENS = 16
-_ALIGNED = 16  # row lengths that vector units and BLAS like
-_MAX_SCORES = 1 << 21
-"""Scores held at once: a few MiB, so that the passes over them stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is known of each (KV head, tile, candidate block), each [kv_heads, tiles, blocks].
+    """What is known of each (KV head, tile, candidate block).
 
     Attributes:
-        loss: attention mass that representing the block by its summary misplaces, mean over
-            rows of the tile; 0 where a block is no candidate of the tile.
-        bias: logit added to the block's summary key; -inf where it is no candidate.
+        loss: [kv_heads, tiles, blocks] attention mass that representing the block by its summary
+            misplaces, mean over rows of the tile; 0 where a block is no candidate of the tile.
+        bias: [kv_heads, tiles, blocks] logit added to the block's summary key; -inf where it is no
+            candidate.
+        attention: of every row over all summaries and its local region.
     """
 
     loss: Tensor
     bias: Tensor
+    attention: SummaryAttention
+
+    def heads(self, index: Tensor) -> Estimate:
+        """Of some KV heads."""
+        attention = SummaryAttention(self.attention.shares[index], self.attention.lse[index])
+        return Estimate(self.loss[index], self.bias[index], attention)
 
 
 def estimate(
@@ -59,63 +65,23 @@ def estimate(
         summaries: of the first ``tiles.blocks`` blocks.
         scale: factor on the scores.
     """
-    kv_heads, count, packed, _ = rows.shape
     work = summaries.k_mean.dtype
-    blocks = tiles.blocks
-    loss = torch.zeros(kv_heads, count, blocks, dtype=work, device=rows.device)
-    bias = torch.full_like(loss, -torch.inf)
-    weights = tiles.row_weights(packed // tiles.tile_tokens, loss)  # [tiles, rows]
-    step = max(1, _MAX_SCORES // (kv_heads * packed * max(blocks, 1)))
-    for first in range(0, count, step):
-        end = min(first + step, count)
-        seen = tiles.candidates(end - 1)
-        if not seen:
-            continue
-        part = slice(first, end)
-        loss[:, part, :seen], bias[:, part, :seen] = _estimate_tiles(
-            rows[:, part].to(work), local_lse[:, part].to(work), weights[part],
-            summaries.first(seen), tiles, first, scale,
-        )  # fmt: skip
-    return Estimate(loss, bias)
-
-
-def _estimate_tiles(
-    q: Tensor,
-    local_lse: Tensor,
-    weights: Tensor,
-    known: BlockSummaries,
-    tiles: Tiles,
-    first: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Loss and bias, [kv_heads, some tiles, known blocks]."""
-    kv_heads, count, packed, head_dim = q.shape
-    blocks = known.blocks
+    known = summaries.first(tiles.blocks)
+    q, group = rows.to(work), rows.shape[2] // tiles.tile_tokens
+    weights = tiles.row_weights(group, q)  # [tiles, rows]
     # Rows without a query are 0 and add nothing; weights tell how many there are with one.
     squared = q.square().sum(2) * weights.amax(1)[:, None]  # [kv_heads, tiles, head_dim]
     variance = (squared * scale**2) @ known.k_var.transpose(1, 2)  # [kv_heads, tiles, blocks]
     bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
-    candidates = [tiles.candidates(first + tile) for tile in range(count)]
-    if candidates[0] < blocks:
-        limit = torch.tensor(candidates, device=q.device)[:, None]
-        bias.masked_fill_(torch.arange(blocks, device=q.device) >= limit, -torch.inf)
-
-    # The local region takes part in the softmax as one more block, whose mass is known exactly.
-    asked, local = weights[:, ::ROW_STEP], local_lse[..., ::ROW_STEP]
-    width = -(-(blocks + 1) // _ALIGNED) * _ALIGNED
-    scores = q.new_empty(kv_heads, count, packed // ROW_STEP, width)
-    for head in range(kv_heads):
-        rows = q[head].view(-1, head_dim)[::ROW_STEP]
-        means = (known.k_mean[head] * scale).T
-        torch.mm(rows, means, out=scores[head].view(-1, width)[:, :blocks])
-    scores[..., :blocks] += bias[:, :, None]
-    scores[..., blocks] = local
-    scores[..., blocks + 1 :] = -torch.inf
-    torch.softmax(scores, -1, out=scores)
-    mass = _mean_rows(asked / asked.sum(1, keepdim=True), scores)[..., :blocks]
-    lse = local - torch.log(scores[..., blocks].clamp(min=torch.finfo(q.dtype).tiny))
+    limit = torch.tensor([tiles.candidates(t) for t in range(tiles.count)], device=q.device)
+    hidden = torch.arange(tiles.blocks, device=q.device) >= limit[:, None]  # [tiles, blocks]
+    bias.masked_fill_(hidden, -torch.inf)
+    attention = attend_summaries(q, local_lse.to(work), known.k_mean, bias, scale)
+    asked = _share(weights[:, ::ROW_STEP])
+    mass = _mean_rows(asked, attention.shares[:, :, ::ROW_STEP])[..., : tiles.blocks]
+    lse = attention.lse[..., ::ROW_STEP]
     loss = mass * misplaced_share(variance) + _outlier_mass(q, lse, weights, known, scale)
-    return torch.where(bias == -torch.inf, 0.0, loss), bias
+    return Estimate(loss.masked_fill_(hidden, 0.0), bias, attention)
 
 
 def _outlier_mass(

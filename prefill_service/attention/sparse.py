@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from prefill_service.attention.block_sparse import GatherBuffers, far_attention, local_attention
+from prefill_service.attention.block_sparse import GatherBuffers, kept_attention, local_attention
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend_causal
-from prefill_service.attention.selection import estimate, select, to_csr
+from prefill_service.attention.selection import Estimate, estimate, select, to_csr
 from prefill_service.attention.summaries import BlockSummaries
+from prefill_service.attention.summary_attention import merge_with_summaries
 from prefill_service.attention.tiles import Tiles
 
 DENSE_ABOVE = 0.6
 """Density from which a KV head is attended densely on CPU: there gathering gains nothing."""
+
+
+_MAX_SCORES = 1 << 22
+"""Scores of summaries held at once (16 MiB): longer runs of queries are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,31 @@ def sparse_attention(
     known = summaries.first(tiles.blocks)
     if q.is_cuda:
         return _with_kernels(q, k, v, known, tiles, epsilon, forced.to(q.device), scale)
-    return _with_sdpa(q, k, v, known, tiles, epsilon, forced, scale, buffers)
+    clock = Stopwatch(q.device)
+    rows = tiles.tile_tokens * len(q)
+    step = max(1, _MAX_SCORES // (rows * max(tiles.blocks, 1))) * tiles.tile_tokens
+    parts = []
+    for start in range(0, tiles.queries, step):
+        part = q[:, start : start + step]
+        run = replace(tiles, queries=part.shape[1], q_offset=tiles.q_offset + start)
+        first = start // tiles.tile_tokens
+        must = forced[first : first + run.count, : run.blocks]
+        parts.append(_with_sdpa(part, k, v, known.first(run.blocks), run, epsilon, must, scale,
+                                buffers, clock))  # fmt: skip
+    return parts[0] if len(parts) == 1 else _concatenated(parts, tiles.blocks)
+
+
+def _concatenated(parts: list[SparseResult], blocks: int) -> SparseResult:
+    def padded(x: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, blocks - x.shape[-1]), value=value)
+
+    return SparseResult(
+        torch.cat([part.out for part in parts], 1),
+        torch.cat([part.lse for part in parts], 1),
+        torch.cat([padded(part.keep, False) for part in parts], 1),
+        torch.cat([padded(part.bias, -torch.inf) for part in parts], 1),
+        parts[0].clock,
+    )
 
 
 def _with_sdpa(
@@ -107,8 +136,8 @@ def _with_sdpa(
     forced: Tensor,
     scale: float,
     buffers: GatherBuffers,
+    clock: Stopwatch,
 ) -> SparseResult:
-    clock = Stopwatch(q.device)
     rows = tiles.pack(q, len(k))
     result = local_attention(rows, k, v, tiles, scale, buffers)
     clock.lap("attend")
@@ -120,17 +149,14 @@ def _with_sdpa(
     keep[dense] = found.bias[dense] > -torch.inf
     bias[dense] = -torch.inf
     clock.lap("select")
-    if tiles.blocks and not dense.any():
-        far = far_attention(rows, k, v, to_csr(keep), tiles, scale, buffers, known, bias)
-        result = _join(result, far)
-    elif tiles.blocks:
-        result = _mixed(q, rows, k, v, known, tiles, scale, buffers, result, keep, bias, dense)
+    if tiles.blocks:
+        result = _far(q, rows, k, v, known, tiles, scale, buffers, result, found, keep, dense)
     out, lse = tiles.unpack(result.out, len(q)), tiles.unpack(result.lse, len(q))
     clock.lap("attend")
     return SparseResult(out, lse, keep, bias, clock)
 
 
-def _mixed(
+def _far(
     q: Tensor,
     rows: Tensor,
     k: Tensor,
@@ -140,24 +166,34 @@ def _mixed(
     scale: float,
     buffers: GatherBuffers,
     local: Partial,
+    found: Estimate,
     keep: Tensor,
-    bias: Tensor,
     dense: Tensor,
 ) -> Partial:
-    """The heads in ``dense`` [kv_heads] attended densely, the others sparsely; packed rows."""
+    """The local region's result, joined with all before it; of packed rows.
+
+    The heads in ``dense`` [kv_heads] are attended to densely, the others through their kept
+    blocks and the summaries of the dropped ones.
+    """
+    if not dense.any():
+        kept = kept_attention(rows, k, v, to_csr(keep), tiles, scale, buffers)
+        dropped = (found.bias > -torch.inf) & ~keep
+        return merge_with_summaries(local, kept, found.attention, known.v_mean, dropped)
     out, lse = torch.empty_like(local.out), torch.empty_like(local.lse)
     heads = dense.nonzero()[:, 0]
-    grouped = q.view(len(k), -1, *q.shape[1:])
-    exact = attend_causal(grouped[heads].flatten(0, 1), k[heads], v[heads], tiles.q_offset, scale)
+    grouped = q.reshape(len(k), -1, *q.shape[1:])
+    keys, values = k[heads, : tiles.keys], v[heads, : tiles.keys]
+    exact = attend_causal(grouped[heads].flatten(0, 1), keys, values, tiles.q_offset, scale)
     out[heads] = tiles.pack(exact.out, len(heads))
     lse[heads] = tiles.pack(exact.lse[..., None], len(heads))[..., 0]
     heads = (~dense).nonzero()[:, 0]
     if len(heads):
-        csr, part = to_csr(keep[heads]), Partial(local.out[heads], local.lse[heads])
-        far = far_attention(rows[heads], k[heads], v[heads], csr, tiles, scale, buffers,
-                            known.heads(heads), bias[heads])  # fmt: skip
-        joined = _join(part, far)
-        out[heads], lse[heads] = joined.out, joined.lse
+        part = _far(
+            grouped[heads].flatten(0, 1), rows[heads], k[heads], v[heads], known.heads(heads),
+            tiles, scale, buffers, Partial(local.out[heads], local.lse[heads]),
+            found.heads(heads), keep[heads], torch.zeros_like(dense[heads]),
+        )  # fmt: skip
+        out[heads], lse[heads] = part.out, part.lse
     return Partial(out, lse)
 
 
@@ -189,10 +225,3 @@ def _with_kernels(
     clock.lap("attend")
     keep = (bias == -torch.inf) & (candidates > -torch.inf)
     return SparseResult(out, lse, keep, bias, clock)
-
-
-def _join(a: Partial, b: Partial) -> Partial:
-    """``dense.merge`` of two parts in fewer passes: a convex combination of the outputs."""
-    share = torch.sigmoid(b.lse - a.lse)
-    share = torch.where(b.lse == -torch.inf, 0.0, share).to(a.out.dtype)
-    return Partial(torch.lerp(a.out, b.out, share[..., None]), torch.logaddexp(a.lse, b.lse))

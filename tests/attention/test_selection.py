@@ -126,16 +126,3 @@ def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, gr
             torch.testing.assert_close(found.loss[head, tile, :seen], expected)
             assert (found.bias[head, tile, seen:] == -torch.inf).all()
             assert (found.loss[head, tile, seen:] == 0).all()
-
-
-def test_estimate_in_small_batches_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = Tiles(700, 2000, 128, 64)
-    q, k = rand(4, 700, 16), rand(2, tiles.keys, 16, seed=1)
-    known = summarize(k[:, : tiles.blocks * 64], k[:, : tiles.blocks * 64], 64)
-    rows = tiles.pack(q, 2)
-    lse = torch.zeros(rows.shape[:3], dtype=torch.float64)
-    whole = estimate(rows, lse, tiles, known, SCALE)
-    monkeypatch.setattr("prefill_service.attention.selection._MAX_SCORES", 1)
-    single = estimate(rows, lse, tiles, known, SCALE)
-    torch.testing.assert_close(whole.loss, single.loss)
-    torch.testing.assert_close(whole.bias, single.bias)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from prefill_service.attention.block_sparse import GatherBuffers, far_attention, local_attention
+from prefill_service.attention.block_sparse import GatherBuffers, kept_attention, local_attention
 from prefill_service.attention.selection import to_csr
 from prefill_service.attention.sparse import forced_blocks, sparse_attention
 from prefill_service.attention.summaries import BlockSummaries, summarize
+from prefill_service.attention.summary_attention import attend_summaries, merge_with_summaries
 from prefill_service.attention.tiles import Tiles
 from tests.attention import oracle
 from tests.attention.oracle import rand
@@ -33,14 +35,20 @@ def problem(
     return q, k, v, tiles, known
 
 
-def attend_with(q, k, v, tiles, known, keep, bias):  # type: ignore[no-untyped-def]
+def attend_with(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, known: BlockSummaries, keep: Tensor, bias: Tensor
+) -> Tensor:
+    """``bias`` is that of all candidates, kept or not."""
     buffers = GatherBuffers()
     rows = tiles.pack(q, 2)
-    from prefill_service.attention.sparse import _join
-
     local = local_attention(rows, k, v, tiles, SCALE, buffers)
-    far = far_attention(rows, k, v, to_csr(keep), tiles, SCALE, buffers, known, bias)
-    return tiles.unpack(_join(local, far).out, len(q))
+    if not tiles.blocks:
+        return tiles.unpack(local.out, len(q))
+    kept = kept_attention(rows, k, v, to_csr(keep), tiles, SCALE, buffers)
+    summaries = attend_summaries(rows, local.lse, known.k_mean, bias, SCALE)
+    dropped = (bias > -torch.inf) & ~keep
+    merged = merge_with_summaries(local, kept, summaries, known.v_mean, dropped)
+    return tiles.unpack(merged.out, len(q))
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -53,13 +61,43 @@ def test_given_blocks(queries: int, q_offset: int, group: int, block: int, densi
     q, k, v, tiles, known = problem(queries, q_offset, group, block=block)
     generator = torch.Generator().manual_seed(7)
     keep = torch.rand(2, tiles.count, tiles.blocks, generator=generator) < density
-    bias = rand(2, tiles.count, tiles.blocks, seed=3).masked_fill(keep, -torch.inf)
+    bias = rand(2, tiles.count, tiles.blocks, seed=3)
     for tile in range(tiles.count):
         keep[:, tile, tiles.candidates(tile) :] = False
         bias[:, tile, tiles.candidates(tile) :] = -torch.inf
     got = attend_with(q, k, v, tiles, known, keep, bias)
-    expected = oracle.used_output(q, k, v, tiles, keep, bias, known, SCALE)
+    used = bias.masked_fill(keep, -torch.inf)
+    expected = oracle.used_output(q, k, v, tiles, keep, used, known, SCALE)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # merged by the kernel's fp32 LSE
+
+
+@pytest.mark.parametrize("shift", [-200.0, -60.0, 60.0, 200.0])
+def test_summaries_far_above_or_below_the_truth(shift: float) -> None:
+    # exp(200) is no float32: neither a hopeless estimate nor a lost local region may overflow.
+    q, k, v, tiles, known = problem(200, 517, 4, torch.float32)
+    keep = rand(2, tiles.count, tiles.blocks, seed=8) > 0
+    bias = rand(2, tiles.count, tiles.blocks, seed=3, dtype=torch.float32) + shift
+    for tile in range(tiles.count):
+        keep[:, tile, tiles.candidates(tile) :] = False
+        bias[:, tile, tiles.candidates(tile) :] = -torch.inf
+    got = attend_with(q, k, v, tiles, known, keep, bias)
+    used = bias.masked_fill(keep, -torch.inf)
+    expected = oracle.used_output(q, k, v, tiles, keep, used, known, SCALE)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_long_runs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, tiles, known = problem(700, 1030, 4)
+    forced = forced_blocks(tiles, 1, [990 + 128 * tile for tile in range(tiles.count)])
+    arguments = (q, k, v, known, tiles, torch.full((2,), 0.3), forced, SCALE, GatherBuffers())
+    whole = sparse_attention(*arguments)
+    monkeypatch.setattr("prefill_service.attention.sparse._MAX_SCORES", 1)
+    monkeypatch.setattr("prefill_service.attention.sparse.DENSE_ABOVE", 2.0)
+    cut = sparse_attention(*arguments)
+    assert cut.keep.shape == whole.keep.shape
+    assert cut.attended(tiles).shape == (2,)
+    expected = oracle.used_output(q, k, v, tiles, cut.keep, cut.bias, known, SCALE)
+    torch.testing.assert_close(cut.out, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
