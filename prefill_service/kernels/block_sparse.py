@@ -65,7 +65,7 @@ def attention_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, LOCAL: tl.constexpr, PAGED: tl.constexpr,
     SUMMARIES: tl.constexpr, ORDERED: tl.constexpr, SKIP: tl.constexpr, VALUES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    QUERY_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):
     # fmt: on
     """See ``block_sparse_attention``. Packed row r: head r // tokens, token r % tokens."""
@@ -86,7 +86,7 @@ def attention_kernel(
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
     if i_m * BLOCK_M >= GROUP * tokens:
         return
-    first = q_offset + i_tile * tile_tokens  # position of the tile's first query
+    first = q_offset + i_tile * tile_tokens * QUERY_STEP  # position of the tile's first query
 
     rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < GROUP * tokens
@@ -113,7 +113,8 @@ def attention_kernel(
         o_v = o_n[:, None] * stride_v_token + o_d[None, :]
         last_row = tl.minimum((i_m + 1) * BLOCK_M, GROUP * tokens) - 1
         one_head = i_m * BLOCK_M // tokens == last_row // tokens
-        last = first + tl.where(one_head, last_row % tokens, tokens - 1)
+        last = first + tl.where(one_head, last_row % tokens, tokens - 1) * QUERY_STEP
+        position = first + o_token * QUERY_STEP
         for start in tl.range(first // BLOCK_TOKENS * BLOCK_TOKENS, last + 1, SIDE_N):
             block = start // BLOCK_TOKENS
             within = start % BLOCK_TOKENS
@@ -124,7 +125,7 @@ def attention_kernel(
             p_tile = p_k + block.to(tl.int64) * stride_k_block + within * stride_k_token
             b_k = tl.load(p_tile + o_k, mask=inside, other=0.0)  # [N, D]
             raw = dot(b_q, b_k.T)
-            raw = tl.where(o_key[None, :] <= first + o_token[:, None], raw, float("-inf"))
+            raw = tl.where(o_key[None, :] <= position[:, None], raw, float("-inf"))
             p_tile = p_v + block.to(tl.int64) * stride_v_block + within * stride_v_token
             b_v = tl.load(p_tile + o_v, mask=inside, other=0.0) if VALUES else b_k
             acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
@@ -224,18 +225,20 @@ def block_sparse_attention(
     skip_threshold: float | None = None,
     local: bool = True,
     order: Tensor | None = None,
+    query_step: int = 1,
     lse_only: bool = False,
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query tile over its local region, kept blocks and block summaries.
 
-    Tile t holds the queries at positions p0 = ``q_offset + t * tile_tokens`` onwards; its local
-    region is [floor(p0 / B) * B, own position] with B = ``block_tokens``. No host synchronisation.
+    Query i stands at position ``q_offset + query_step * i``. Tile t holds ``tile_tokens`` of them,
+    from position p0 = ``q_offset + query_step * tile_tokens * t`` on; its local region is
+    [floor(p0 / B) * B, own position] with B = ``block_tokens``. No host synchronisation.
 
     Args:
         q: [q_heads, queries, head_dim] float16, bfloat16 or float32; last dimension contiguous.
-        k, v: [kv_heads, keys, head_dim] like ``q``, at least ``q_offset + queries`` keys; or, with
-            a block table, pages [pages, block_tokens, kv_heads, head_dim]. What lies behind the
+        k, v: [kv_heads, keys, head_dim] like ``q``, keys up to the last query's position at least;
+            or, with a block table, pages [pages, block_tokens, kv_heads, head_dim]. What lies behind the
             last query is never used, not even NaN. A NaN inside the local region reaches all rows
             of its tile, later keys of a row having weight 0 there rather than no part.
         csr: kept blocks; only blocks below floor(p0 / B) may be listed.
@@ -253,6 +256,7 @@ def block_sparse_attention(
         local: attend the local region. Without it a row may see no key at all.
         order: [kv_heads * tiles] int32, the order in which rows are started (``longest_first``);
             default: per KV head from the last tile, which sees most keys, to the first.
+        query_step: distance between the positions of neighbouring queries.
         lse_only: read no values (``v`` may be ``k``) and return ``out`` without any query.
         config: launch configuration. Default: the best measured for this kind of call, found
             at its first call with 8192 keys or more and cached on disk; below, a likely one.
@@ -264,7 +268,7 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, dtypes or values that do not fit.
     """
-    check_attention(q, k, v, block_tokens, tile_tokens, q_offset, scale, block_table)
+    check_attention(q, k, v, block_tokens, tile_tokens, q_offset, query_step, scale, block_table)
     if skip_threshold is not None and not 0 < skip_threshold < 1:
         raise ValueError(f"skip_threshold = {skip_threshold} is not accepted; expected 0 to 1")
     q_heads, queries, head_dim = q.shape
@@ -324,6 +328,7 @@ def block_sparse_attention(
         "ORDERED": order is not None,
         "SKIP": skip_threshold is not None,
         "VALUES": not lse_only,
+        "QUERY_STEP": query_step,
     }
     rows = q_heads // kv_heads * min(tile_tokens, queries)
 
@@ -332,7 +337,7 @@ def block_sparse_attention(
 
     if config is None and triton.knobs.runtime.interpret:
         config = fallback(block_tokens)  # there is nothing to time
-    elif config is None and q_offset + queries < TUNED_FROM:
+    elif config is None and q_offset + query_step * queries < TUNED_FROM:
         config = suitable(q, arguments["BLOCK_D"], block_tokens, tma)[0]
     if config is None:
         _tuned_kernel[grid](**arguments, enable_fp_fusion=True)
@@ -364,6 +369,7 @@ def block_sparse_reference(
     summaries: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     local: bool = True,
+    query_step: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """What ``block_sparse_attention`` computes (without skipping), naively and in float64."""
     if block_table is not None:
@@ -379,8 +385,8 @@ def block_sparse_reference(
         h, t = divmod(row, tiles)
         heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
         tokens = slice(t * tile_tokens, min((t + 1) * tile_tokens, queries))
-        own = q_offset + torch.arange(tokens.start, tokens.stop, device=q.device)
-        candidates = (q_offset + t * tile_tokens) // block_tokens
+        own = q_offset + query_step * torch.arange(tokens.start, tokens.stop, device=q.device)
+        candidates = int(own[0]) // block_tokens
         kept = csr.col[row_ptr[row] : row_ptr[row + 1]]
         seen = torch.isin(position // block_tokens, kept)[None]  # [1, keys]
         if local:

@@ -60,6 +60,7 @@ def check_attention(
     block_tokens: int,
     tile_tokens: int,
     q_offset: int,
+    query_step: int,
     scale: float,
     block_table: Tensor | None,
 ) -> None:
@@ -73,6 +74,8 @@ def check_attention(
         raise ValueError(f"block_tokens = {block_tokens} is not a power of two of 16 or more")
     if tile_tokens < 1 or q_offset < 0:
         raise ValueError(f"tile_tokens = {tile_tokens} must be >= 1, q_offset = {q_offset} >= 0")
+    if query_step < 1:
+        raise ValueError(f"query_step = {query_step} is not accepted; expected 1 or more")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale = {scale} is not accepted; expected a positive number")
     shape = list(k.shape)
@@ -90,8 +93,9 @@ def check_attention(
     if kv_heads == 0 or q.shape[0] % kv_heads:
         raise ValueError(f"{q.shape[0]} query heads are no multiple of {kv_heads} KV heads")
     keys = shape[1] if block_table is None else block_table.shape[-1] * block_tokens
-    if keys < q_offset + q.shape[1]:
-        raise ValueError(f"{keys} keys are fewer than q_offset + queries = {q_offset + q.shape[1]}")
+    needed = q_offset + query_step * (q.shape[1] - 1) + 1
+    if keys < needed:
+        raise ValueError(f"{keys} keys are fewer than the {needed} up to the last query")
     if block_table is None:
         return
     if shape[1] != block_tokens:

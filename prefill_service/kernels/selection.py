@@ -23,6 +23,8 @@ from prefill_service.kernels.dot import dot
 LEVELS = tl.constexpr(256)
 LEVELS_PER_OCTAVE = tl.constexpr(16)
 _BISECTIONS = tl.constexpr(9)  # of the range 0 to LEVELS
+ROW_STEP = tl.constexpr(4)
+"""Every fourth token of a tile is asked for the blocks' mass: neighbours want the same ones."""
 POOL = tl.constexpr(16)
 """Tokens of a pooled query."""
 _TWO_PI = tl.constexpr(2 * math.pi)
@@ -85,7 +87,7 @@ def loss_kernel(
     BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # fmt: on
-    """Losses of BLOCK_N blocks for one (KV head, tile)."""
+    """Losses of BLOCK_N blocks for one (KV head, tile). p_lse: of the asked tokens only."""
     LOG2E: tl.constexpr = 1.4426950408889634
     i_row = tl.program_id(0)
     i_head, i_tile = i_row // tiles, i_row % tiles
@@ -96,13 +98,15 @@ def loss_kernel(
         tl.store(p_loss + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
         return
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
-    rows = GROUP * tokens
+    asked = tl.cdiv(tokens, ROW_STEP)
+    rows = GROUP * asked
     inside = o_n < candidates
     o_d = tl.arange(0, BLOCK_D)
     d_mask = o_d < HEAD_DIM
     mask = inside[:, None] & d_mask[None, :]
     o_block = (i_head.to(tl.int64) * blocks + o_n)[:, None] * HEAD_DIM + o_d[None, :]
-    p_lse += (i_head * GROUP).to(tl.int64) * queries + i_tile * tile_tokens
+    columns = tl.cdiv(queries, ROW_STEP)
+    p_lse += (i_head * GROUP).to(tl.int64) * columns + i_tile * (tile_tokens // ROW_STEP)
     p_q += (i_head * GROUP).to(tl.int64) * stride_q_head
     p_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
 
@@ -112,11 +116,11 @@ def loss_kernel(
     for start in tl.range(0, rows, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         valid = o_m < rows
-        head = (o_m // tokens).to(tl.int64)
-        o_q = head * stride_q_head + (o_m % tokens) * stride_q_token
+        head = (o_m // asked).to(tl.int64)
+        o_q = head * stride_q_head + o_m % asked * ROW_STEP * stride_q_token
         q_mask = valid[:, None] & d_mask[None, :]
         b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)  # [M, D]
-        o_lse = head * queries + o_m % tokens
+        o_lse = head * columns + o_m % asked
         lse = tl.load(p_lse + o_lse, mask=valid, other=float("inf")) * LOG2E
         score = dot(b_q, b_k.T) * (scale * LOG2E) + bias[None, :] - lse[:, None]
         mass += tl.sum(tl.exp2(score), 0)
@@ -126,7 +130,7 @@ def loss_kernel(
     # One key among many (the needle) hides in mean and variance: ask for the farthest by itself.
     b_k = tl.load(p_k_far + o_block, mask=mask, other=0.0)
     p_pooled += i_row.to(tl.int64) * GROUP * pools * HEAD_DIM
-    o_t = tl.arange(0, POOL)
+    o_t = tl.arange(0, POOL // ROW_STEP)
     for start in tl.range(0, GROUP * pools, BLOCK_P):
         o_p = start + tl.arange(0, BLOCK_P)
         first = o_p % pools * POOL
@@ -134,12 +138,13 @@ def loss_kernel(
         valid = o_p < GROUP * pools
         q_mask = valid[:, None] & d_mask[None, :]
         b_q = tl.load(p_pooled + o_p[:, None] * HEAD_DIM + o_d[None, :], mask=q_mask, other=0.0)
-        o_lse = (o_p // pools).to(tl.int64) * queries + first
-        lse_mask = valid[:, None] & (o_t[None, :] < count[:, None])
+        asked = tl.cdiv(count, ROW_STEP)
+        o_lse = (o_p // pools).to(tl.int64) * columns + first // ROW_STEP
+        lse_mask = valid[:, None] & (o_t[None, :] < asked[:, None])
         lse = tl.load(p_lse + o_lse[:, None] + o_t[None, :], mask=lse_mask, other=0.0)
-        lse = tl.sum(lse, 1) / tl.maximum(count, 1)  # [P]
+        lse = tl.sum(lse, 1) / tl.maximum(asked, 1)  # [P]
         score = (dot(b_q, b_k.T) * scale - lse[:, None]) * LOG2E
-        weight = tl.where(valid, count, 0).to(tl.float32) / rows
+        weight = tl.where(valid, count, 0).to(tl.float32) / (GROUP * tokens)
         loss += tl.sum(tl.minimum(tl.exp2(score), 1.0) * weight[:, None], 0)
     tl.store(p_loss + o_row, tl.where(inside, loss, 0.0), mask=o_n < blocks)
 
@@ -242,12 +247,12 @@ def estimate_loss(
     of its keys), B its tokens and f(v) the lift, v / 2 up to e^2 and e sqrt(v) - e^2 / 2 beyond,
     where e is the largest of B normal values to expect: block score s = scale q . k_mean + ln B +
     f(v); mass p = exp(s - lse), lse over all candidate blocks and the row's exact local scores;
-    loss = mean over rows of p * sqrt(1 - exp(-v / 2 pi)), plus the mass of the block's farthest
-    key, asked with queries pooled over 16 tokens.
+    loss = mean of p over the rows of every fourth token * sqrt(1 - exp(-v / 2 pi)), plus the mass
+    of the block's farthest key, asked with queries pooled over 16 tokens.
 
     Args:
         q, k, block_tokens, tile_tokens, q_offset, scale, block_table: as in
-            ``block_sparse_attention``.
+            ``block_sparse_attention``; ``tile_tokens`` a multiple of 4.
         k_mean, k_var, k_far: [kv_heads, blocks, head_dim] of ``block_summaries``; at least the
             blocks before the last tile's first query.
 
@@ -260,6 +265,8 @@ def estimate_loss(
     """
     q_heads, queries, head_dim = q.shape
     kv_heads, blocks, _ = k_mean.shape
+    if tile_tokens < 1 or tile_tokens % ROW_STEP.value:
+        raise ValueError(f"tile_tokens = {tile_tokens} is no multiple of {ROW_STEP.value}")
     tiles = triton.cdiv(queries, tile_tokens)
     if tiles and (q_offset + (tiles - 1) * tile_tokens) // block_tokens > blocks:
         raise ValueError(f"summaries of {blocks} blocks do not reach the last tile's first query")
@@ -289,9 +296,11 @@ def estimate_loss(
     )  # fmt: skip
     none = BlockCSR(*(torch.zeros(n, dtype=torch.int32, device=q.device) for n in (rows + 1, 1)))
     k_mean, k_far = (x.to(q.dtype).contiguous() for x in (k_mean, k_far))
+    step = ROW_STEP.value
     _, lse = block_sparse_attention(
-        q, k, k, none, block_tokens=block_tokens, tile_tokens=tile_tokens, q_offset=q_offset,
-        scale=scale, block_table=block_table, summaries=(k_mean, k_mean), bias=bias, lse_only=True,
+        q[:, ::step], k, k, none, block_tokens=block_tokens, tile_tokens=tile_tokens // step,
+        q_offset=q_offset, scale=scale, block_table=block_table, summaries=(k_mean, k_mean),
+        bias=bias, query_step=step, lse_only=True,
     )  # fmt: skip
     block_m = block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
     loss_kernel[rows, triton.cdiv(blocks, block_n)](
@@ -397,11 +406,13 @@ def estimate_loss_reference(
             bias[h, t, :n] = log_block + lift
             scores = rows @ k_mean[h, :n].T + bias[h, t, :n]
             lse = torch.cat([scores, local], -1).logsumexp(-1)  # [group, tokens]
-            mass = (scores - lse[..., None]).exp().mean((0, 1))
+            asked = slice(None, None, ROW_STEP.value)
+            mass = (scores - lse[..., None]).exp()[:, asked].mean((0, 1))
             loss[h, t, :n] = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
             for start in range(0, len(tokens), POOL.value):
                 part = slice(start, start + POOL.value)
-                score = rows[:, part].mean(1) @ k_far[h, :n].T - lse[:, part].mean(1)[:, None]
+                norm = lse[:, part][:, asked].mean(1)  # [group]
+                score = rows[:, part].mean(1) @ k_far[h, :n].T - norm[:, None]
                 share = len(tokens[part]) / len(tokens)
                 loss[h, t, :n] += score.exp().clamp(max=1).mean(0) * share
     return loss, bias

@@ -18,7 +18,7 @@ from prefill_service.kernels.block_sparse import (
 from prefill_service.kernels.csr import BlockCSR
 from tests.kernels.interpreter import Interpreter
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 TMA = triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True})
 
 
@@ -225,6 +225,24 @@ def test_order_of_rows_changes_nothing(interpret: Interpreter) -> None:
     assert torch.equal(lse, plain[1])
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_every_nth_query(interpret: Interpreter, step: int) -> None:
+    """The rows of every n-th query of a tile are those that all queries together give."""
+    case = Case(q_offset=90, queries=70, tile=6 * step, summarised=True)
+    (q, k, v, csr), options = case.build()
+    out, lse = block_sparse_reference(q, k, v, csr, **options)
+    expected = out[:, ::step], lse[:, ::step]
+    options |= {"tile_tokens": 6, "query_step": step}
+    some = q[:, ::step]
+    check(block_sparse_reference(some, k, v, csr, **options), expected, torch.float64)
+    check(interpret("block_sparse.block_sparse_attention", some, k, v, csr, **options),
+          expected, case.dtype)  # fmt: skip
+    _, lse = interpret(
+        "block_sparse.block_sparse_attention", some, k, k, csr, lse_only=True, **options
+    )
+    torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
+
+
 def test_no_queries() -> None:
     args, options = Case(queries=0, tile=16).build()
     out, lse = block_sparse_attention(*args, **options)
@@ -238,7 +256,9 @@ def test_no_queries() -> None:
         ({"block_tokens": 24}, "block_tokens = 24 is not a power of two"),
         ({"scale": -1.0}, r"scale = -1\.0 is not accepted"),
         ({"skip_threshold": 1.5}, r"skip_threshold = 1\.5"),
-        ({"q_offset": 100}, r"163 keys are fewer than q_offset \+ queries = 170"),
+        ({"q_offset": 100}, "163 keys are fewer than the 170 up to the last query"),
+        ({"query_step": 0}, "query_step = 0 is not accepted"),
+        ({"query_step": 2}, "163 keys are fewer than the 229 up to the last query"),
         ({"tile_tokens": 70}, "row_ptr has 7 entries, expected 3"),
         ({"bias": torch.zeros(2, 3, 11)}, "summaries and bias belong together"),
         ({"order": torch.arange(6)}, r"order is torch\.int64 \[6\], expected int32 \[6\]"),

@@ -22,6 +22,7 @@ def attention(
     dtype: str = "bf16",
     paged: bool = False,
     skip: bool = False,
+    lse_only: bool = False,
 ) -> Code:
     """config: BLOCK_M, BLOCK_N, TMA, warps, stages; must be one that tuning would consider."""
     block_m, block_n, tma, warps, stages = config
@@ -50,7 +51,7 @@ def attention(
     constants = {
         "GROUP": 7, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_TOKENS": 128, "LOCAL": True,
         "PAGED": paged, "SUMMARIES": True, "ORDERED": False, "SKIP": skip,
-        "VALUES": True,
+        "VALUES": not lse_only, "QUERY_STEP": 4 if lse_only else 1,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma,
     }  # fmt: skip
     arguments |= {name: Const(value) for name, value in constants.items()}

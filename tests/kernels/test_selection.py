@@ -142,9 +142,12 @@ def test_the_reference_is_what_the_cpu_selects() -> None:
         assert torch.equal(keep, select(loss, forced, epsilon))
 
 
-@pytest.mark.parametrize("tile", [32, 48])
-def test_the_reference_is_what_the_cpu_estimates(tile: int) -> None:
-    (q, k, k_mean, k_var, k_far), options = inputs(tile=tile, q_offset=333)
+@pytest.mark.parametrize(
+    ("tile", "queries", "q_offset"),
+    [(32, 70, 333), (48, 70, 333), (32, 33, 320), (16, 1, 203), (128, 99, 130)],
+)
+def test_the_reference_is_what_the_cpu_estimates(tile: int, queries: int, q_offset: int) -> None:
+    (q, k, k_mean, k_var, k_far), options = inputs(tile=tile, queries=queries, q_offset=q_offset)
     tiles = Tiles(q.shape[1], options["q_offset"], tile, options["block_tokens"])
     none = BlockCSR(torch.zeros(2 * tiles.count + 1, dtype=torch.int32), torch.zeros(0))
     _, lse = block_sparse_reference(q, k, k, none, **options)
@@ -197,3 +200,5 @@ def test_bad_input_is_named() -> None:
     (q, k, *summaries), options = inputs()
     with pytest.raises(ValueError, match="summaries of 8 blocks do not reach"):
         estimate_loss(q, k, *(x[:, :8] for x in summaries), **options)
+    with pytest.raises(ValueError, match="tile_tokens = 30 is no multiple of 4"):
+        estimate_loss(q, k, *summaries, **{**options, "tile_tokens": 30})
