@@ -237,10 +237,10 @@ def block_sparse_attention(
 
     Args:
         q: [q_heads, queries, head_dim] float16, bfloat16 or float32; last dimension contiguous.
-        k, v: [kv_heads, keys, head_dim] like ``q``, keys up to the last query's position at least;
-            or, with a block table, pages [pages, block_tokens, kv_heads, head_dim]. What lies behind the
-            last query is never used, not even NaN. A NaN inside the local region reaches all rows
-            of its tile, later keys of a row having weight 0 there rather than no part.
+        k, v: [kv_heads, keys, head_dim] like ``q``, up to the last query's position at least; or,
+            with a block table, pages [pages, block_tokens, kv_heads, head_dim]. What lies behind
+            the last query is never used, not even NaN. A NaN inside the local region reaches all
+            rows of its tile, later keys of a row having weight 0 there rather than no part.
         csr: kept blocks; only blocks below floor(p0 / B) may be listed.
         block_tokens: a power of two, 16 or more.
         tile_tokens: queries of a tile; the last tile may be shorter.

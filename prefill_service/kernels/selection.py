@@ -138,11 +138,11 @@ def loss_kernel(
         valid = o_p < GROUP * pools
         q_mask = valid[:, None] & d_mask[None, :]
         b_q = tl.load(p_pooled + o_p[:, None] * HEAD_DIM + o_d[None, :], mask=q_mask, other=0.0)
-        asked = tl.cdiv(count, ROW_STEP)
+        of_pool = tl.cdiv(count, ROW_STEP)  # asked tokens
         o_lse = (o_p // pools).to(tl.int64) * columns + first // ROW_STEP
-        lse_mask = valid[:, None] & (o_t[None, :] < asked[:, None])
+        lse_mask = valid[:, None] & (o_t[None, :] < of_pool[:, None])
         lse = tl.load(p_lse + o_lse[:, None] + o_t[None, :], mask=lse_mask, other=0.0)
-        lse = tl.sum(lse, 1) / tl.maximum(asked, 1)  # [P]
+        lse = tl.sum(lse, 1) / tl.maximum(of_pool, 1)  # [P]
         score = (dot(b_q, b_k.T) * scale - lse[:, None]) * LOG2E
         weight = tl.where(valid, count, 0).to(tl.float32) / (GROUP * tokens)
         loss += tl.sum(tl.minimum(tl.exp2(score), 1.0) * weight[:, None], 0)

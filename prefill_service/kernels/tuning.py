@@ -26,9 +26,9 @@ def suitable(q: Tensor, block_d: int, block_tokens: int, tma: bool) -> list[trit
 
     Where tensor descriptors can be used, one configuration without them is left to compare.
     """
-    shared, hopper = _limits(q.device.index)
+    shared, capability = _limits(q.device.index)
     fitting = [
-        c for c in CONFIGS if fits(c, block_d, block_tokens, q.element_size(), shared, hopper)
+        c for c in CONFIGS if fits(c, block_d, block_tokens, q.element_size(), shared, capability)
     ]
     with_tma = [c for c in fitting if tma and c.kwargs["TMA"]]
     without = [c for c in fitting if not c.kwargs["TMA"]]
@@ -36,20 +36,22 @@ def suitable(q: Tensor, block_d: int, block_tokens: int, tma: bool) -> list[trit
 
 
 @functools.cache
-def _limits(device: int) -> tuple[int, bool]:
-    """Shared memory of a program in bytes, and whether there is a tensor memory accelerator."""
+def _limits(device: int) -> tuple[int, int]:
+    """Shared memory of a program in bytes, and the compute capability: 90 for sm_90."""
     properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    return properties["max_shared_mem"], torch.cuda.get_device_capability(device)[0] >= 9
+    major, minor = torch.cuda.get_device_capability(device)
+    return properties["max_shared_mem"], 10 * major + minor
 
 
 def fits(
-    config: triton.Config, block_d: int, block_tokens: int, size: int, shared: int, hopper: bool
+    config: triton.Config, block_d: int, block_tokens: int, size: int, shared: int, capability: int
 ) -> bool:
     """Whether a configuration suits a head of ``block_d`` elements of ``size`` bytes.
 
-    The register rules are those under which ahead-of-time compilation for sm_80 and sm_90 shows
-    no spills at 16 bits (tests/kernels/test_compiled.py compiles the main ones).
+    The register rules are those under which ahead-of-time compilation for sm_80, sm_90 and sm_100
+    shows no spills at 16 bits (tests/kernels/test_compiled.py compiles the main ones).
     """
+    hopper = capability >= 90  # has the tensor memory accelerator
     m, n = int(config.kwargs["BLOCK_M"]), int(config.kwargs["BLOCK_N"])
     if n > block_tokens or (config.kwargs["TMA"] and not hopper):
         return False
@@ -57,10 +59,17 @@ def fits(
         return False
     if size == 4:
         return m == 64 and n == 32 and block_d <= 128
+    if capability // 10 == 10 and (block_d, *_name(config)) in _SPILLING_ON_BLACKWELL:
+        return False
     rows = m // int(config.num_warps)  # accumulator and score rows of a warp
     if hopper:
         return rows <= 16 and (block_d <= 128 or (n <= 64 and int(config.num_warps) == 8))
     return rows * block_d <= 16 * 128 and n * block_d * (int(config.num_stages) - 1) <= 64 * 128
+
+
+def _name(config: triton.Config) -> tuple[Any, ...]:
+    """As in the list below."""
+    return (*config.kwargs.values(), config.num_warps, config.num_stages)
 
 
 def fallback(block_tokens: int) -> triton.Config:
@@ -88,3 +97,10 @@ CONFIGS = [
     )
 ]
 """What autotuning chooses from, pruned per call by ``fits``; results are cached on disk."""
+
+_SPILLING_ON_BLACKWELL = {
+    (128, 128, 64, True, 8, 4),
+    (128, 128, 128, False, 8, 2),
+    (256, 128, 64, False, 8, 2),
+}
+"""Head size and configuration, of those that spill on sm_100 and not on sm_90."""

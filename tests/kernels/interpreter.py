@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Interpreter:
     """``interpret("block_sparse.longest_first", csr)`` calls it over there, returns or raises.
 
-    Of a function that returns nothing, the arguments come back as it left them.
+    Names are below prefill_service.kernels, or whole where they begin with prefill_service. Of a
+    function that returns nothing, the arguments come back as it left them.
     """
 
     def __init__(self) -> None:
@@ -55,8 +56,9 @@ def serve() -> None:
         name, args, kwargs = pickle.load(calls)
         module, _, function = name.rpartition(".")
         try:
-            called = getattr(importlib.import_module(f"prefill_service.kernels.{module}"), function)
-            result = called(*args, **kwargs)
+            if not module.startswith("prefill_service."):
+                module = f"prefill_service.kernels.{module}"
+            result = getattr(importlib.import_module(module), function)(*args, **kwargs)
             answer = False, args if result is None else result
         except Exception as error:
             answer = True, error

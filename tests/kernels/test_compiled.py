@@ -28,12 +28,10 @@ def attention(
     block_m, block_n, tma, warps, stages = config
     block_d = triton.next_power_of_2(head_dim)
     candidate = next(
-        c
-        for c in CONFIGS
-        if (*c.kwargs.values(), c.num_warps, c.num_stages) == (block_m, block_n, tma, warps, stages)
+        c for c in CONFIGS if (*c.kwargs.values(), c.num_warps, c.num_stages) == config
     )
     size = 4 if dtype == "fp32" else 2
-    assert fits(candidate, block_d, 128, size, SHARED[capability], capability >= 90)
+    assert fits(candidate, block_d, 128, size, SHARED[capability], capability)
     arguments: dict[str, str | Const] = dict.fromkeys(
         ("p_q", "p_k", "p_v", "p_k_mean", "p_v_mean", "p_out"), f"*{dtype}"
     )
@@ -63,12 +61,25 @@ def attention(
 @pytest.mark.parametrize("block_d", [64, 128, 256])
 @pytest.mark.parametrize("block_tokens", [64, 128])
 def test_pruning_leaves_a_few(capability: int, block_d: int, block_tokens: int) -> None:
-    hopper = capability >= 90
-    left = [c for c in CONFIGS if fits(c, block_d, block_tokens, 2, SHARED[capability], hopper)]
+    limits = SHARED[capability], capability
+    left = [c for c in CONFIGS if fits(c, block_d, block_tokens, 2, *limits)]
     assert 1 <= len(left) <= 13
-    assert hopper == any(c.kwargs["TMA"] for c in left)
+    assert (capability >= 90) == any(c.kwargs["TMA"] for c in left)
     assert all(c.kwargs["BLOCK_N"] <= block_tokens for c in left)
-    assert not [c for c in CONFIGS if fits(c, block_d, 16, 2, SHARED[capability], hopper)]
+    assert not [c for c in CONFIGS if fits(c, block_d, 16, 2, *limits)]
+
+
+def test_what_spills_on_blackwell_alone_is_pruned_there_alone() -> None:
+    def left(capability: int, block_d: int) -> set[tuple[object, ...]]:
+        return {
+            (*c.kwargs.values(), c.num_warps, c.num_stages)
+            for c in CONFIGS
+            if fits(c, block_d, 128, 2, SHARED[capability], capability)
+        }
+
+    assert left(90, 64) == left(100, 64)
+    assert left(90, 128) - left(100, 128) == {(128, 64, True, 8, 4), (128, 128, False, 8, 2)}
+    assert left(90, 256) - left(100, 256) == {(128, 64, False, 8, 2)}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.selection import estimate, select
-from prefill_service.attention.summaries import BlockSummaries
+from prefill_service.attention.sparse import forced_blocks, sparse_attention
+from prefill_service.attention.summaries import BlockSummaries, summarize
 from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.block_sparse import block_sparse_reference
 from prefill_service.kernels.block_summaries import block_summaries_reference
@@ -157,6 +159,29 @@ def test_the_reference_is_what_the_cpu_estimates(tile: int, queries: int, q_offs
     loss, bias = estimate_loss_reference(q, k, k_mean, k_var, k_far, **options)
     torch.testing.assert_close(found.loss.double(), loss[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.bias.double(), bias[..., : tiles.blocks], atol=1e-5, rtol=1e-5)
+
+
+def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
+    """What a GPU computes is what a CPU computes, from the queries to the attention output."""
+    (q, k, *_), options = inputs(q_offset=333, queries=50, seed=3)
+    v = torch.randn_like(k)
+    tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
+    known = summarize(k[:, : tiles.blocks * 16], v[:, : tiles.blocks * 16], 16)
+    forced = forced_blocks(tiles, 1, [300, 332])
+    common = (q, k, v, known, tiles, torch.tensor([0.15, 0.3]), forced, options["scale"])
+    a = interpret("prefill_service.attention.sparse._with_kernels", *common)
+    b = sparse_attention(*common, GatherBuffers())  # of CPU tensors: the other back end
+    differs = a.keep != b.keep
+    assert differs.sum() <= 1  # rounding may move one block over its threshold
+    density = b.keep.sum((1, 2)) / sum(tiles.candidates(t) for t in range(tiles.count))
+    assert (density > 0.1).all()
+    assert (density < 0.6).all()  # above, a CPU attends to all blocks
+    # [q_heads, queries]: rows of tiles whose blocks are the same.
+    same = ~differs.any(-1).repeat_interleave(4, 0).repeat_interleave(32, 1)[:, : q.shape[1]]
+    torch.testing.assert_close(a.out[same], b.out[same], atol=1e-4, rtol=0)
+    torch.testing.assert_close(a.lse[same], b.lse[same], atol=1e-4, rtol=0)
+    bias = a.bias.masked_fill(differs, 0), b.bias.masked_fill(differs, 0)
+    torch.testing.assert_close(*bias, atol=1e-4, rtol=0)
 
 
 def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpreter) -> None:
