@@ -10,6 +10,8 @@ from client_helpers import Api, make_client, until, write_clip
 
 from prefill_client import InvalidVideoError, UnavailableError, UploadError, VideoState
 from prefill_client._requests import upload_request_id
+from prefill_client._retry import Backoff, RetryPolicy
+from prefill_client.errors import PrefillError
 
 CHUNK = 256 << 10
 
@@ -21,6 +23,17 @@ def test_upload_request_id_is_a_stable_uuid4():
     assert first == upload_request_id("ab" * 32, 5, "a.mp4")
     others = [("ab" * 32, 6, "a.mp4"), ("cd" * 32, 5, "a.mp4"), ("ab" * 32, 5, "b.mp4")]
     assert len({first, *(upload_request_id(*other) for other in others)}) == 4
+
+
+def test_giving_up_tells_what_the_server_said_last():
+    backoff = Backoff(RetryPolicy(attempts=3))
+    backoff.delay(PrefillError("SHUTTING_DOWN", "the service is stopping"))
+    backoff.delay(PrefillError("INTERNAL", "Internal error from Core"))
+    with pytest.raises(PrefillError, match="the service is stopping"):
+        backoff.delay(PrefillError("INTERNAL", "Internal error from Core"))
+    silent = Backoff(RetryPolicy(attempts=1))
+    with pytest.raises(PrefillError, match="Internal error from Core"):
+        silent.delay(PrefillError("INTERNAL", "Internal error from Core"))
 
 
 async def test_upload(api: Api, server, clip):

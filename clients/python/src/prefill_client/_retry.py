@@ -32,18 +32,26 @@ class Backoff:
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self._failures = 0
+        self._told: PrefillError | None = None  # the last error with a reason of the server's
 
     def reset(self) -> None:
         """Start again: the operation got further."""
         self._failures = 0
+        self._told = None
 
     def delay(self, error: PrefillError) -> float:
-        """Seconds to wait after ``error``. Raises it when there were enough tries."""
+        """Seconds to wait after ``error``. Raises it when there were enough tries.
+
+        A stream that the server ends while we write may break without saying why (gRPC's
+        "Internal error from Core"); then what the server said the time before is raised.
+        """
         policy = self._policy
         self._failures += 1
+        if error.reason not in _BROKEN_STREAM:
+            self._told = error
         asked = error.retry_after_s or 0.0
         if self._failures >= policy.attempts or asked > policy.max_delay_s:
-            raise error
+            raise self._told or error
         longest = min(policy.max_delay_s, policy.initial_delay_s * 2.0 ** (self._failures - 1))
         return max(asked, longest * random.uniform(0.5, 1.0))
 
