@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,6 +57,22 @@ class PatchMass:
         return (self._mass.cpu() / self._sizes).numpy(), self._rows.numpy()
 
 
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What some tiles attend to whatever is selected; equal for all layers and heads.
+
+    Attributes:
+        row: [tiles] grid row of each tile.
+        tokens: [tiles] queries of each tile.
+        local, causal: [tiles, grid] (query, key) pairs of the local region, and of all keys.
+    """
+
+    row: np.ndarray
+    tokens: np.ndarray
+    local: np.ndarray
+    causal: np.ndarray
+
+
 class BlockGrids:
     """Attended (query, key) pairs of every layer and KV head on a coarse grid.
 
@@ -69,6 +86,7 @@ class BlockGrids:
         self.pairs = np.zeros((layers, kv_heads, grid, grid), np.float32)
         self.causal = np.zeros((grid, grid), np.float32)  # the same, had all been attended
         self._tokens = tokens
+        self._last: tuple[Tiles, _Pairs] | None = None  # layers ask for the same tiles in turn
 
     def add(self, layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
         """Take in one sparse attention.
@@ -83,40 +101,42 @@ class BlockGrids:
         of_block = torch.zeros(kv_heads, blocks, self._grid, device=keep.device)
         of_block.scatter_add_(2, cell, torch.ones_like(cell, dtype=torch.float32))
         kept = (keep.float() @ of_block).cpu().numpy()  # [kv_heads, tiles, grid]
-        for tile in range(tiles.count):
-            row, tokens = self._row(tiles, tile), tiles.tokens(tile)
-            self.pairs[layer, :, row] += kept[:, tile] * tokens
-            self.pairs[layer, :, row] += self._local(tiles, tile)
+        known = self._pairs(tiles)
+        self._put(layer, slice(None), known, kept * known.tokens[:, None] + known.local)
 
     def add_dense(self, layer: int, tiles: Tiles, heads: Sequence[int]) -> None:
         """Take in dense attention of some KV heads."""
-        for tile in range(tiles.count):
-            self.pairs[layer, heads, self._row(tiles, tile)] += self._causal(tiles, tile)
+        known = self._pairs(tiles)
+        self._put(layer, list(heads), known, known.causal)
 
     def add_causal(self, tiles: Tiles) -> None:
         """Take in what dense attention of the queries would attend to."""
+        known = self._pairs(tiles)
+        np.add.at(self.causal, known.row, known.causal)
+
+    def _put(self, layer: int, heads: slice | list[int], known: _Pairs, pairs: np.ndarray) -> None:
+        """Add [.., tiles, grid] to the rows of some heads; several tiles may share a row."""
+        summed = np.zeros((*pairs.shape[:-2], self._grid, self._grid), np.float32)
+        np.add.at(np.moveaxis(summed, -2, 0), known.row, np.moveaxis(pairs, -2, 0))
+        self.pairs[layer, heads] += summed
+
+    def _pairs(self, tiles: Tiles) -> _Pairs:
+        if self._last is None or self._last[0] != tiles:
+            self._last = tiles, self._count(tiles)
+        return self._last[1]
+
+    def _count(self, tiles: Tiles) -> _Pairs:
+        grid, total = self._grid, self._tokens
+        edges = -(-np.arange(grid + 1) * total // grid)  # first token of each cell
+        tokens = np.array([tiles.tokens(tile) for tile in range(tiles.count)])
+        first = tiles.q_offset + np.arange(tiles.count) * tiles.tile_tokens
+        row = np.minimum(first + tokens // 2, total - 1) * grid // total
+        local = np.zeros((tiles.count, grid))
+        causal = np.zeros((tiles.count, grid))
         for tile in range(tiles.count):
-            self.causal[self._row(tiles, tile)] += self._causal(tiles, tile)
-
-    def _causal(self, tiles: Tiles, tile: int) -> np.ndarray:
-        """[grid] pairs of a tile's causal attention."""
-        far = np.diff(np.minimum(self._edges(), tiles.local_start(tile))) * tiles.tokens(tile)
-        pairs: np.ndarray = far + self._local(tiles, tile)
-        return pairs
-
-    def _row(self, tiles: Tiles, tile: int) -> int:
-        middle = tiles.q_offset + tile * tiles.tile_tokens + tiles.tokens(tile) // 2
-        return min(middle, self._tokens - 1) * self._grid // self._tokens
-
-    def _edges(self) -> np.ndarray:
-        """First token of each cell, and one past the last."""
-        return -(-np.arange(self._grid + 1) * self._tokens // self._grid)
-
-    def _local(self, tiles: Tiles, tile: int) -> np.ndarray:
-        """[grid] pairs of a tile's local region."""
-        first = tiles.q_offset + tile * tiles.tile_tokens
-        end = first + tiles.tokens(tile)
-        keys = np.arange(tiles.local_start(tile), end)
-        queries = end - np.maximum(keys, first)
-        pairs: np.ndarray = np.bincount(keys * self._grid // self._tokens, queries, self._grid)
-        return pairs
+            start, end = tiles.local_start(tile), int(first[tile] + tokens[tile])
+            keys = np.arange(start, end)
+            queries = end - np.maximum(keys, first[tile])
+            local[tile] = np.bincount(keys * grid // total, queries, grid)
+            causal[tile] = local[tile] + np.diff(np.minimum(edges, start)) * tokens[tile]
+        return _Pairs(row, tokens, local, causal)
