@@ -59,8 +59,8 @@ def test_patch_mass_against_a_loop() -> None:
         for row in range(6):
             seen = int(position[row % 2]) + 1
             for key in range(60):  # both rows are in the patch [60, 100)
-                patch = int(np.searchsorted(ends, order[head, key], side="right"))
+                patch = int(np.searchsorted(ends, int(order[head, key]), side="right"))
                 size = np.diff(ends, prepend=0)[patch]
-                expected[patch] += p[head, row, key] * seen / size
+                expected[patch] += float(p[head, row, key]) * seen / size
     np.testing.assert_allclose(got, expected)
     assert rows.tolist() == [12, 12, 0, 0]
