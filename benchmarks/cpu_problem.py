@@ -16,11 +16,16 @@ from torch import Tensor
 from benchmarks.inputs import PATCH_GRID, synthetic
 from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
 from prefill_service.attention.block_sparse import GatherBuffers, local_attention
-from prefill_service.attention.clustering import cluster_order
+from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.selection import Estimate, estimate, select
-from prefill_service.attention.sparse import DENSE_ABOVE, columns, forced_blocks
+from prefill_service.attention.sparse import (
+    DENSE_ABOVE,
+    columns,
+    forced_blocks,
+    previous_patch,
+)
 from prefill_service.attention.summaries import BlockSummaries, summarize
 from prefill_service.attention.tiles import Tiles
 
@@ -136,11 +141,9 @@ def plan(problem: Problem) -> Plan:
     ordered_k, ordered_v = k.clone(), v.clone()
     whole = problem.tokens // segment * segment
     if whole:
-        keys = k[:, :whole].unflatten(1, (-1, segment))
-        values = v[:, :whole].unflatten(1, (-1, segment))
-        index = cluster_order(keys, block)[..., None].expand_as(keys)
-        ordered_k[:, :whole] = keys.gather(2, index).flatten(1, 2)
-        ordered_v[:, :whole] = values.gather(2, index).flatten(1, 2)
+        order = order_segments(k[:, :whole], block, segment, SETTINGS.sink_blocks * block)
+        index = order[..., None].expand(-1, -1, k.shape[-1])
+        ordered_k[:, :whole], ordered_v[:, :whole] = k.gather(1, index), v.gather(1, index)
     end = problem.tokens // block * block
     raster = summarize(k[:, :end], v[:, :end], block)
     ordered = summarize(ordered_k[:, :end], ordered_v[:, :end], block)
@@ -148,7 +151,7 @@ def plan(problem: Problem) -> Plan:
     for start in range(0, problem.tokens, problem.chunk):
         queries = min(problem.chunk, problem.tokens - start)
         tiles = Tiles(queries, start, SETTINGS.tile_tokens, block)
-        clustered = start // segment * segment
+        clustered = int(previous_patch(problem.patch_ends, start)) // segment * segment
         known = _join(ordered.first(clustered // block), raster.first(tiles.blocks))
         rows = tiles.pack(problem.q[:, start : start + queries], len(k))
         local = local_attention(rows, k, v, tiles, problem.scale, GatherBuffers())
@@ -169,9 +172,7 @@ def _join(first: BlockSummaries, all_blocks: BlockSummaries) -> BlockSummaries:
 def _forced(problem: Problem, tiles: Tiles) -> Tensor:
     """The sink, and blocks from the previous temporal patch on."""
     first = [tiles.q_offset + tile * tiles.tile_tokens for tile in range(tiles.count)]
-    ends = problem.patch_ends
-    previous = np.searchsorted(ends, first, side="right") - 1
-    recent = np.where(previous > 0, ends[np.maximum(previous, 1) - 1], 0)
+    recent = previous_patch(problem.patch_ends, first)
     return forced_blocks(tiles, SETTINGS.sink_blocks, recent.tolist())
 
 

@@ -1,14 +1,13 @@
 """Token-adaptive attention of one prefill on one rank: exact while short, then sparse, measured.
 
-Keys and values live in one buffer per layer. Once no query falls into a segment any more, its
-rows are put in clustered order, in place; dense attention may go on using it, since it needs no
-mask there. Each sparse attention is certified on sampled rows, and KV heads that miss the floor
-are computed again with a smaller epsilon, then densely.
+Keys and values live in one buffer per layer. Once a segment lies before all that a query keeps by
+place, its rows are put in clustered order, in place; dense attention may go on using it, since it
+needs no mask there. Each sparse attention is certified on sampled rows, and KV heads that miss
+the floor are computed again with a smaller epsilon, then densely.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,18 @@ from torch import Tensor
 
 from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.certificate import Certificate, certify, exact_rows, sample_rows
-from prefill_service.attention.clustering import cluster_order
+from prefill_service.attention.clock import Stopwatch
+from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.observe import BlockGrids, PatchMass
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport, RankAttention
-from prefill_service.attention.sparse import SparseResult, forced_blocks, sparse_attention
+from prefill_service.attention.sparse import (
+    SparseResult,
+    forced_blocks,
+    previous_patch,
+    sparse_attention,
+)
 from prefill_service.attention.summaries import BlockSummaries, empty_summaries, summarize
 from prefill_service.attention.tiles import Tiles
 
@@ -40,7 +45,7 @@ class SparseSettings:
         block_tokens: tokens per key block.
         tile_tokens: tokens per query tile, a multiple of the block.
         segment_blocks: blocks per clustered segment, a power of two.
-        sink_blocks: first blocks of the prompt that every tile keeps.
+        sink_blocks: first blocks of the prompt that every tile keeps; at most a segment.
     """
 
     from_tokens: int
@@ -123,19 +128,20 @@ class AdaptiveAttention:
         tiles = self._tiles(start, q.shape[1])
         k, v = kv[: tiles.keys].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         state, report = self._states[layer], self._reports[layer]
-        began = time.perf_counter()
+        clock = Stopwatch(k.device)
         self._cluster(state, k, v, chunk_start, tiles.blocks)
-        report.select_s += time.perf_counter() - began
+        clock.lap("cluster")
         run = _Run(self._settings, state, tiles, self._forced(tiles), scale, self._buffers)
         heads = torch.arange(len(k), device=k.device)
         result = run.sparse(q, k, v, heads, self._policy.epsilon)
-        began = time.perf_counter()
+        clock.lap("sparse")
         out, attended, proof = self._certified(run, q, k, v, result, layer)
-        report.select_s += result.clock.seconds("select")
-        report.attend_s += result.clock.seconds("attend")
         self._note(layer, tiles, attended, proof)
         self._patch_mass.add(proof.exact, run.position(layer), state.order[:, : tiles.keys])
-        report.certify_s += time.perf_counter() - began
+        clock.lap("certify")
+        report.select_s += clock.seconds("cluster") + result.clock.seconds("select")
+        report.attend_s += result.clock.seconds("attend")
+        report.certify_s += clock.seconds("certify")
         return out
 
     def observe(self, layer: int, q: Tensor, kv: Tensor, start: int, scale: float) -> None:
@@ -143,7 +149,7 @@ class AdaptiveAttention:
         if not q.shape[1]:
             return
         tiles = self._tiles(start, q.shape[1])
-        began = time.perf_counter()
+        clock = Stopwatch(kv.device)
         k, v = kv[: tiles.keys].permute(1, 2, 0, 3)
         sampled = _sampled(tiles, layer)
         position = start + sampled.to(q.device)
@@ -153,7 +159,8 @@ class AdaptiveAttention:
         self._grids.add_dense(layer, tiles, range(len(k)))
         self._note(layer, tiles, [float(tiles.causal_keys)] * len(k),
                    Certificate(ones, torch.zeros_like(ones), p))  # fmt: skip
-        self._reports[layer].certify_s += time.perf_counter() - began
+        clock.lap("certify")
+        self._reports[layer].certify_s += clock.seconds("certify")
 
     def report(self) -> RankAttention:
         """What was measured so far."""
@@ -175,13 +182,16 @@ class AdaptiveAttention:
     def _cluster(
         self, state: _LayerState, k: Tensor, v: Tensor, chunk_start: int, blocks: int
     ) -> None:
-        """Order the segments that ended before this chunk, and summarise what is new."""
+        """Order the segments that ended before this chunk, and summarise what is new.
+
+        What is kept by place stays in place: the sinks, and the temporal patch before this chunk.
+        """
         block, segment = self._settings.block_tokens, self._settings.segment_tokens
-        start, end = state.clustered, chunk_start // segment * segment
+        recent = int(previous_patch(self._patch_ends, chunk_start))
+        start, end = state.clustered, recent // segment * segment
         if end > start:
-            keys = k[:, start:end].view(len(k), -1, segment, k.shape[-1])
-            offset = torch.arange(start, end, segment, device=k.device)[:, None]
-            order = (cluster_order(keys, block) + offset).flatten(1)  # [kv_heads, end - start]
+            fixed = 0 if start else self._settings.sink_blocks * block
+            order = start + order_segments(k[:, start:end], block, segment, fixed)
             for head in range(len(k)):
                 k[head, start:end] = k[head].index_select(0, order[head])
                 v[head, start:end] = v[head].index_select(0, order[head])
@@ -196,9 +206,7 @@ class AdaptiveAttention:
 
     def _forced(self, tiles: Tiles) -> Tensor:
         first = [tiles.q_offset + t * tiles.tile_tokens for t in range(tiles.count)]
-        own = np.searchsorted(self._patch_ends, first, side="right")
-        previous = np.maximum(own - 1, 0)
-        recent = np.where(previous > 0, self._patch_ends[previous - 1], 0)
+        recent = previous_patch(self._patch_ends, first)
         return forced_blocks(tiles, self._settings.sink_blocks, recent.tolist())
 
     def _certified(
@@ -209,25 +217,27 @@ class AdaptiveAttention:
         out, attended = result.out, result.attended(run.tiles)
         proof = run.certify(q, k, v, result, heads, layer)
         floor, report = self._policy.min_kept_mass, self._reports[layer]
-        self._grids.add(layer, run.tiles, result.keep, run.state.order)
-        for factor in _RETRY_FACTORS:
+        for turn, factor in enumerate(_RETRY_FACTORS):
             poor = (proof.kept_mass.mean(1) < floor).nonzero()[:, 0]
             if not len(poor):
-                return out, attended.tolist(), proof
-            report.tiles_redone += len(poor) * run.tiles.count
+                break
+            if not turn:  # whoever needs a second retry has had a first
+                report.tiles_redone += len(poor) * run.tiles.count
             retry = run.sparse(q, k, v, poor, self._policy.epsilon * factor)
             again = run.certify(q, k, v, retry, poor, layer)
             run.rows(out, len(k))[poor] = run.rows(retry.out, len(poor))
-            attended[poor.cpu()] = retry.attended(run.tiles)
+            result.keep[poor], attended[poor.cpu()] = retry.keep, retry.attended(run.tiles)
             proof.kept_mass[poor], proof.output_error[poor] = again.kept_mass, again.output_error
         poor = (proof.kept_mass.mean(1) < floor).nonzero()[:, 0]
         if len(poor):
             dense = attend_causal(run.rows(q, len(k))[poor].flatten(0, 1), k[poor], v[poor],
                                   run.tiles.q_offset, run.scale)  # fmt: skip
             run.rows(out, len(k))[poor] = run.rows(dense.out, len(poor))
+            result.keep[poor] = ~run.tiles.hidden(k.device)
             attended[poor.cpu()] = float(run.tiles.causal_keys)
             proof.kept_mass[poor], proof.output_error[poor] = 1.0, 0.0
             report.tiles_dense += len(poor) * run.tiles.count
+        self._grids.add(layer, run.tiles, result.keep, run.state.order)
         return out, attended.tolist(), proof
 
     def _note(self, layer: int, tiles: Tiles, attended: list[float], proof: Certificate) -> None:

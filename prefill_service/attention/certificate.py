@@ -90,10 +90,12 @@ def certify(
         lse: [q_heads, queries].
         k, v: [kv_heads, tiles.keys, head_dim].
         keep, bias: [kv_heads, tiles, blocks] of ``SparseResult``.
-        sampled: [samples] queries.
+        sampled: [samples] queries, on any device.
     """
     kv_heads, block = len(k), tiles.block_tokens
     group = len(q) // kv_heads
+    seen = [tiles.candidates(int(i) // tiles.tile_tokens) for i in sampled] * group
+    sampled = sampled.to(q.device)
     scores, p, exact = exact_rows(q[:, sampled], k, v, tiles.q_offset + sampled, scale)
     used = out[:, sampled].to(exact.dtype).reshape(exact.shape)
     log_norm = lse[:, sampled].to(exact.dtype).reshape(*exact.shape[:2], 1)
@@ -107,7 +109,7 @@ def certify(
         spread = (logit.exp() / block)[..., None]  # [kv_heads, rows, blocks, 1], 0 if kept
         far = approximate[..., :end].view(*exact.shape[:2], tiles.blocks, block)
         # A block that the row's tile has no candidate for is part of the local region.
-        count = torch.tensor([tiles.candidates(int(t)) for t in tile], device=q.device)
+        count = torch.tensor(seen, device=q.device)
         local = torch.arange(tiles.blocks, device=q.device) >= count[:, None]
         far.copy_(torch.where((keep[:, tile] | local)[..., None], far, spread))
     kept_mass = torch.minimum(p, approximate).sum(-1)

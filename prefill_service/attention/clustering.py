@@ -10,6 +10,8 @@ arXiv 2510.21270, has the same licence, with another order).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,32 @@ def cluster_order(keys: Tensor, block_tokens: int) -> Tensor:
             x = x.view(*half, head_dim)
             norm = norm.gather(1, rank).view(half)
     return order.reshape(keys.shape[:-1])
+
+
+def order_segments(
+    keys: Tensor, block_tokens: int, segment_tokens: int, fixed_tokens: int = 0
+) -> Tensor:
+    """Clustered order of whole segments; the first tokens may have to stay where they are.
+
+    Args:
+        keys: [kv_heads, tokens, head_dim], tokens a multiple of ``segment_tokens``.
+        block_tokens, segment_tokens: see ``cluster_order``.
+        fixed_tokens: at most a segment. The blocks that hold them keep their tokens; the rest of
+            the first segment is clustered in runs that double in length.
+
+    Returns:
+        [kv_heads, tokens] int64, a permutation of the positions.
+    """
+    edges = [segment_tokens if fixed_tokens else 0]
+    while edges[0] // 2 >= max(fixed_tokens, block_tokens):
+        edges.insert(0, edges[0] // 2)
+    parts = [torch.arange(edges[0], device=keys.device).expand(len(keys), -1)]
+    parts += [cluster_order(keys[:, a:b], block_tokens) + a for a, b in pairwise(edges)]
+    starts = torch.arange(edges[-1], keys.shape[1], segment_tokens, device=keys.device)
+    if len(starts):
+        segments = keys[:, edges[-1] :].view(len(keys), -1, segment_tokens, keys.shape[-1])
+        parts.append((cluster_order(segments, block_tokens) + starts[:, None]).flatten(1))
+    return torch.cat(parts, 1)
 
 
 def _along_principal_direction(x: Tensor, norm: Tensor) -> Tensor:

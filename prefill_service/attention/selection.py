@@ -73,8 +73,7 @@ def estimate(
     squared = q.square().sum(2) * weights.amax(1)[:, None]  # [kv_heads, tiles, head_dim]
     variance = (squared * scale**2) @ known.k_var.transpose(1, 2)  # [kv_heads, tiles, blocks]
     bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
-    limit = torch.tensor([tiles.candidates(t) for t in range(tiles.count)], device=q.device)
-    hidden = torch.arange(tiles.blocks, device=q.device) >= limit[:, None]  # [tiles, blocks]
+    hidden = tiles.hidden(q.device)  # [tiles, blocks]
     bias.masked_fill_(hidden, -torch.inf)
     attention = attend_summaries(q, local_lse.to(work), known.k_mean, bias, scale)
     asked = _share(weights[:, ::ROW_STEP])

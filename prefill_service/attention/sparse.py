@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,17 @@ def columns(keep: Tensor, bias: Tensor, tiles: Tiles) -> Tensor:
     per_query = keep.sum(-1) * tiles.block_tokens + (bias > -torch.inf).sum(-1)
     weights = torch.tensor(tokens, dtype=torch.float64, device=keep.device)
     return per_query.double() @ weights + tiles.local_keys
+
+
+def previous_patch(patch_ends: np.ndarray, position: int | list[int]) -> np.ndarray:
+    """First token of the temporal patch before the one that ``position`` lies in; 0 if none is.
+
+    Args:
+        patch_ends: [patches] one past each patch's last token.
+    """
+    own = np.searchsorted(patch_ends, position, side="right")
+    starts: np.ndarray = np.where(own > 1, patch_ends[np.maximum(own, 2) - 2], 0)
+    return starts
 
 
 def forced_blocks(tiles: Tiles, sink_blocks: int, recent_from: list[int]) -> Tensor:

@@ -46,6 +46,11 @@ class Tiles:
         """Candidates of the last tile; no tile has more."""
         return self.candidates(self.count - 1)
 
+    def hidden(self, device: torch.device) -> Tensor:
+        """[tiles, blocks] bool, blocks that are no candidates of a tile."""
+        limit = torch.tensor([self.candidates(tile) for tile in range(self.count)], device=device)
+        return torch.arange(self.blocks, device=device) >= limit[:, None]
+
     def local_start(self, tile: int) -> int:
         """First key of the tile's local region."""
         return self.candidates(tile) * self.block_tokens

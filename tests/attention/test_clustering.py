@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefill_service.attention.clustering import cluster_order
+from prefill_service.attention.clustering import cluster_order, order_segments
 from tests.attention.oracle import rand
 
 
@@ -20,6 +20,25 @@ def test_it_is_a_permutation(segment: int, block: int, dtype: torch.dtype) -> No
     order = cluster_order(rand(2, 3, segment, 16, dtype=dtype), block)
     assert order.shape == (2, 3, segment)
     assert torch.equal(order.sort(-1).values, torch.arange(segment).expand(2, 3, -1))
+
+
+@pytest.mark.parametrize("fixed", [0, 64, 128, 192, 512])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_segments_are_ordered_each_by_itself_around_what_is_fixed(
+    segments: int, fixed: int
+) -> None:
+    keys = rand(2, segments * 512, 16)
+    order = order_segments(keys, 64, 512, fixed)
+    own = order.view(2, segments, 512)
+    sorted_order = own.sort(-1).values.flatten(1)
+    assert torch.equal(sorted_order, torch.arange(segments * 512).expand(2, -1))
+    assert torch.equal(order[:, :fixed], torch.arange(fixed).expand(2, -1))
+    start = 0 if not fixed else 512
+    for segment in range(start, segments * 512, 512):
+        alone = cluster_order(keys[:, segment : segment + 512], 64) + segment
+        assert torch.equal(order[:, segment : segment + 512], alone)
+    if fixed <= 128:  # the rest of the first segment is clustered too
+        assert (order[:, fixed:512] != torch.arange(fixed, 512)).double().mean() > 0.5
 
 
 def test_interleaved_kinds_are_separated() -> None:
