@@ -24,6 +24,7 @@ _LENGTHS = tuple(1 << power for power in range(10, 18))
 _DENSITY = 4  # every fourth block is kept: what balanced keeps of a hard input
 _GAIN = 0.9  # sparse has to win by more than the noise
 _BUDGET_S = 3.0
+_TURNS = 3
 
 
 def measure_crossover(
@@ -40,14 +41,15 @@ def measure_crossover(
     """The shortest of a few lengths at which a sparse chunk beats a dense one.
 
     One chunk of queries at the end of 1 K, 2 K, ... keys, a quarter of the blocks kept, ordering
-    and summaries of a chunk's keys included. Stops at the first win, or after some seconds.
+    and summaries of a chunk's keys included. Stops at the first win, or after some seconds, not
+    counting the warm-up, in which kernels are compiled.
 
     Returns:
         Tokens; the next length if time ran out, ``NEVER`` if the longest one was no win.
     """
-    began = time.perf_counter()
+    spent_s = 0.0
     for keys in _LENGTHS:
-        if time.perf_counter() - began > _BUDGET_S:
+        if spent_s > _BUDGET_S:
             return keys
         queries = min(chunk_tokens, keys // 2)
         q = torch.randn(q_heads, queries, head_dim, dtype=dtype, device=device)
@@ -59,6 +61,7 @@ def measure_crossover(
             _sparse(q, k, v, tiles, segment_tokens),
         )
         logger.debug("%d keys: dense %.2g s, sparse %.2g s", keys, dense_s, sparse_s)
+        spent_s += _TURNS * (dense_s + sparse_s)
         if sparse_s < _GAIN * dense_s:
             return keys
     return NEVER
@@ -88,9 +91,9 @@ def _sparse(
 
 
 def _fastest(device: torch.device, *contestants: Callable[[], object]) -> list[float]:
-    """Best of three of each, in turns, after one run to warm up."""
+    """Best of some runs of each, in turns, after one to warm up."""
     best = [float("inf")] * len(contestants)
-    for turn in range(4):
+    for turn in range(1 + _TURNS):
         for i, run in enumerate(contestants):
             start = time.perf_counter()
             run()
