@@ -54,7 +54,7 @@ class SPGroup:
         """The largest ``status`` of all ranks. Every rank calls it at the same points."""
         if self.size == 1:
             return status
-        flag = torch.tensor([status], dtype=torch.int32)
+        flag = torch.tensor([status], dtype=torch.int64)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
         return int(flag)
 
