@@ -52,7 +52,7 @@ async def test_kv_follows_epsilon(
         close, _ = await prefill(harness, video, resolve_policy(epsilon=1e-9))
         assert error(close, exact) < 1e-5
         errors = []
-        for epsilon in (0.02, 0.4):
+        for epsilon in (0.3, 0.6):
             got, outcome = await prefill(harness, video, resolve_policy(epsilon=epsilon))
             errors.append(error(got, exact))
             report = outcome.attention
