@@ -80,7 +80,7 @@ def test_estimate_equals_float64(interpret: Interpreter, changes: dict[str, Any]
 
 
 def test_estimate_through_a_block_table(interpret: Interpreter) -> None:
-    (q, k, *summaries), options = inputs()
+    (q, k, *summaries), options = inputs(queries=7, q_offset=153)
     plain = interpret("selection.estimate_loss", q, k, *summaries, **options)
     pages = torch.full((20, 16, 2, 64), torch.nan)
     table = torch.randperm(20)[:10].to(torch.int32)
@@ -115,7 +115,7 @@ def losses(tiles: int = 5, blocks: int = 70, seed: int = 0) -> tuple[Tensor, Ten
     return loss, bias, forced
 
 
-@pytest.mark.parametrize("epsilon", [(0.0, 0.0, 0.0), (0.01, 0.3, 2.0), (1e-6, 1e9, 0.1)])
+@pytest.mark.parametrize("epsilon", [(0.0, 0.3, 2.0), (0.01, 1e9, 1e-6)])
 def test_selection(interpret: Interpreter, epsilon: tuple[float, ...]) -> None:
     loss, bias, forced = losses()
     loss[1, 3, 5] = torch.nan
@@ -163,12 +163,12 @@ def test_the_reference_is_what_the_cpu_estimates(tile: int, queries: int, q_offs
 
 def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     """What a GPU computes is what a CPU computes, from the queries to the attention output."""
-    (q, k, *_), options = inputs(q_offset=333, queries=50, seed=3)
+    (q, k, *_), options = inputs(group=2, q_offset=653, queries=82, seed=3)
     v = torch.randn_like(k)
     tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
     known = summarize(k[:, : tiles.blocks * 16], v[:, : tiles.blocks * 16], 16)
-    forced = forced_blocks(tiles, 1, [300, 332])
-    common = (q, k, v, known, tiles, torch.tensor([0.15, 0.3]), forced, options["scale"])
+    forced = forced_blocks(tiles, 1, [620, 652, 684])
+    common = (q, k, v, known, tiles, torch.tensor([0.1, 0.2]), forced, options["scale"])
     a = interpret("prefill_service.attention.sparse._with_kernels", *common)
     b = sparse_attention(*common, GatherBuffers())  # of CPU tensors: the other back end
     differs = a.keep != b.keep
@@ -177,7 +177,7 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     assert (density > 0.1).all()
     assert (density < 0.6).all()  # above, a CPU attends to all blocks
     # [q_heads, queries]: rows of tiles whose blocks are the same.
-    same = ~differs.any(-1).repeat_interleave(4, 0).repeat_interleave(32, 1)[:, : q.shape[1]]
+    same = ~differs.any(-1).repeat_interleave(2, 0).repeat_interleave(32, 1)[:, : q.shape[1]]
     torch.testing.assert_close(a.out[same], b.out[same], atol=1e-4, rtol=0)
     torch.testing.assert_close(a.lse[same], b.lse[same], atol=1e-4, rtol=0)
     bias = a.bias.masked_fill(differs, 0), b.bias.masked_fill(differs, 0)
@@ -186,7 +186,7 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
 
 def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpreter) -> None:
     """All steps together: summaries, estimate, selection, attention."""
-    (q, k, *_), options = inputs(q_offset=400, queries=64, seed=3)
+    (q, k, *_), options = inputs(group=2, q_offset=400, queries=64, seed=3)
     v = torch.randn_like(k)
     known = interpret("block_summaries.block_summaries", k, v, block_tokens=16)
     k_mean, k_var, v_mean, k_far = known
