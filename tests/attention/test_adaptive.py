@@ -67,6 +67,7 @@ def test_exact_never_goes_sparse_and_nothing_is_reordered() -> None:
     got, report = run(q, k, v, resolve_policy(Quality.EXACT))
     torch.testing.assert_close(got, oracle.dense(q, k, v, 0, SCALE), rtol=0, atol=1e-6)
     assert report.density == 1
+    assert report.layers[0].kept_mass.count == 0  # nothing was compared: there is nothing to be
     assert report.block_map is None
     assert len(report.patch_mass) == 14
 
