@@ -103,12 +103,12 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: to
     [
         Case(),
         Case(group=1, head_dim=128, dtype=torch.float16, summarised=True),
-        Case(group=7, head_dim=80, dtype=torch.bfloat16, paged=True),
+        Case(group=7, queries=40, head_dim=80, dtype=torch.bfloat16, paged=True),
         Case(group=7, head_dim=96, q_offset=37, tile=16, queries=33, summarised=True, paged=True),
         Case(head_dim=256, kv_heads=1, dtype=torch.float16, block=32, tile=24, summarised=True),
         Case(group=3, queries=1, q_offset=200, summarised=True, dtype=torch.bfloat16),
         Case(queries=1, q_offset=0),
-        Case(q_offset=0, tile=128, queries=100),
+        Case(group=2, q_offset=0, tile=128, queries=100),
         Case(density=0.0, q_offset=160),
         Case(density=1.0, q_offset=150, dtype=torch.float16, block=64, tile=16, paged=True),
         Case(density=0.1, q_offset=333, tile=40, summarised=True),
@@ -125,7 +125,9 @@ def test_equals_float64(interpret: Interpreter, case: Case) -> None:
 def test_blocks_through_tensor_descriptors(interpret: Interpreter, paged: bool) -> None:
     """The path of Hopper's tensor memory accelerator, one and two steps to a block."""
     for block in (64, 128):
-        case = Case(block=block, q_offset=400, dtype=torch.float16, summarised=True, paged=paged)
+        case = Case(
+            block=block, queries=40, q_offset=400, dtype=torch.float16, summarised=True, paged=paged
+        )
         args, options = case.build()
         got = interpret("block_sparse.block_sparse_attention", *args, config=TMA, **options)
         check(got, block_sparse_reference(*args, **options), case.dtype)
@@ -176,7 +178,7 @@ def test_scores_of_minus_infinity(interpret: Interpreter) -> None:
 
 
 def test_nan_stays_where_it_is_attended(interpret: Interpreter) -> None:
-    case = Case(density=0.5, tile=16, summarised=True)
+    case = Case(density=0.5, queries=40, tile=16, summarised=True)
     (q, k, v, csr), options = case.build()
     kept = csr.col[csr.row_ptr[0] : csr.row_ptr[1]].tolist()
     dropped = next(j for j in range(90 // 16) if j not in kept)

@@ -23,10 +23,12 @@ def attention(
     paged: bool = False,
     skip: bool = False,
     kept_only: bool = False,
+    lse_only: bool = False,
 ) -> Code:
     """config: BLOCK_M, BLOCK_N, TMA, warps, stages; must be one that tuning would consider.
 
     ``kept_only`` leaves out local region and summaries, and with them most of the compile time.
+    ``lse_only`` is the launch of the estimate: every fourth query and no values.
     """
     block_m, block_n, tma, warps, stages = config
     block_d = triton.next_power_of_2(head_dim)
@@ -52,7 +54,7 @@ def attention(
     constants = {
         "GROUP": 7, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_TOKENS": 128,
         "LOCAL": not kept_only, "PAGED": paged, "SUMMARIES": not kept_only, "ORDERED": False,
-        "SKIP": skip, "VALUES": True, "QUERY_STEP": 1,
+        "SKIP": skip, "VALUES": not lse_only, "QUERY_STEP": 4 if lse_only else 1,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma,
     }  # fmt: skip
     arguments |= {name: Const(value) for name, value in constants.items()}
@@ -107,11 +109,18 @@ def test_attention_on_hopper(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "config"),
-    [(64, (128, 64, False, 8, 3)), (128, (128, 64, False, 8, 2)), (256, (64, 32, False, 8, 2))],
+    ("head_dim", "config", "options"),
+    [
+        (64, (128, 64, False, 8, 3), {"kept_only": True, "skip": True}),
+        (64, (128, 64, False, 8, 2), {"lse_only": True}),
+        (128, (128, 64, False, 8, 2), {}),
+        (256, (64, 32, False, 8, 2), {"kept_only": True}),
+    ],
 )
-def test_attention_on_ampere(head_dim: int, config: tuple[int, int, bool, int, int]) -> None:
-    code = attention(80, head_dim, config, kept_only=head_dim != 128, skip=head_dim == 64)
+def test_attention_on_ampere(
+    head_dim: int, config: tuple[int, int, bool, int, int], options: dict[str, bool]
+) -> None:
+    code = attention(80, head_dim, config, **options)  # type: ignore[arg-type]
     assert code.spills == 0
     assert code.shared <= SHARED[80]
     assert code.count("HMMA") > 0
