@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.certificate import Certificate, certify, exact_rows, sample_rows
+from prefill_service.attention.certificate import (
+    Certificate,
+    certify,
+    exact_rows,
+    sample_rows,
+    visible_mass,
+)
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.dense import attend_causal
@@ -131,13 +137,17 @@ class AdaptiveAttention:
         clock = Stopwatch(k.device)
         self._cluster(state, k, v, chunk_start, tiles.blocks)
         clock.lap("cluster")
-        run = _Run(self._settings, state, tiles, self._forced(tiles), scale, self._buffers)
+        sampled = _sampled(tiles, layer)
+        position = start + sampled.to(k.device)
+        weights = self._patch_mass.weights(position, tiles.keys)
+        run = _Run(state, tiles, self._forced(tiles), scale, self._buffers, sampled, weights)
         heads = torch.arange(len(k), device=k.device)
         result = run.sparse(q, k, v, heads, self._policy.epsilon)
         clock.lap("sparse")
         out, attended, proof = self._certified(run, q, k, v, result, layer)
         self._note(layer, tiles, attended, proof)
-        self._patch_mass.add(proof.exact, run.position(layer), state.order[:, : tiles.keys])
+        order = state.order[:, : tiles.keys]
+        self._patch_mass.add(proof.weighted, len(q), position, order)
         clock.lap("certify")
         report.select_s += clock.seconds("cluster") + result.clock.seconds("select")
         report.attend_s += result.clock.seconds("attend")
@@ -150,11 +160,16 @@ class AdaptiveAttention:
             return
         tiles = self._tiles(start, q.shape[1])
         clock = Stopwatch(kv.device)
-        k, v = kv[: tiles.keys].permute(1, 2, 0, 3)
-        sampled = _sampled(tiles, layer)
-        position = start + sampled.to(q.device)
-        _, p, _ = exact_rows(q[:, sampled.to(q.device)], k, v, position, scale)
-        self._patch_mass.add(p, position, self._states[layer].order[:, : tiles.keys])
+        k = kv[: tiles.keys, 0].transpose(0, 1)
+        sampled = _sampled(tiles, layer).to(q.device)
+        position = start + sampled
+        weights = self._patch_mass.weights(position, tiles.keys)
+        weighted = torch.stack([
+            visible_mass(exact_rows(rows[:, sampled], keys, position, scale)[1], weights)
+            for rows, keys in zip(q.chunk(len(k)), k, strict=True)
+        ])  # fmt: skip
+        order = self._states[layer].order[:, : tiles.keys]
+        self._patch_mass.add(weighted, len(q), position, order)
         self._grids.add_dense(layer, tiles, range(len(k)))
         self._note(layer, tiles, [float(tiles.causal_keys)] * len(k))
         clock.lap("certify")
@@ -213,7 +228,7 @@ class AdaptiveAttention:
         """Output that meets the floor, key columns attended per KV head, and the measurements."""
         heads = torch.arange(len(k), device=k.device)
         out, attended = result.out, result.attended(run.tiles)
-        proof = run.certify(q, k, v, result, heads, layer)
+        proof = run.certify(q, k, v, result, heads)
         floor, report = self._policy.min_kept_mass, self._reports[layer]
         for turn, factor in enumerate(_RETRY_FACTORS):
             poor = (proof.kept_mass.mean(1) < floor).nonzero()[:, 0]
@@ -222,7 +237,7 @@ class AdaptiveAttention:
             if not turn:  # whoever needs a second retry has had a first
                 report.tiles_redone += len(poor) * run.tiles.count
             retry = run.sparse(q, k, v, poor, self._policy.epsilon * factor)
-            again = run.certify(q, k, v, retry, poor, layer)
+            again = run.certify(q, k, v, retry, poor)
             run.rows(out, len(k))[poor] = run.rows(retry.out, len(poor))
             result.keep[poor], attended[poor.cpu()] = retry.keep, retry.attended(run.tiles)
             proof.kept_mass[poor], proof.output_error[poor] = again.kept_mass, again.output_error
@@ -255,22 +270,19 @@ class AdaptiveAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One layer's attention of one run of queries."""
+    """One layer's attention of one run of queries; ``weights`` are those of the sampled rows."""
 
-    settings: SparseSettings
     state: _LayerState
     tiles: Tiles
     forced: Tensor
     scale: float
     buffers: GatherBuffers
+    sampled: Tensor
+    weights: Tensor
 
     def rows(self, x: Tensor, kv_heads: int) -> Tensor:
         """[q_heads, ...] as [kv_heads, group, ...] (a view)."""
         return x.view(kv_heads, -1, *x.shape[1:])
-
-    def position(self, layer: int) -> Tensor:
-        """[samples] positions of the sampled queries."""
-        return (self.tiles.q_offset + _sampled(self.tiles, layer)).to(self.state.order.device)
 
     def sparse(
         self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, epsilon: float
@@ -283,13 +295,12 @@ class _Run:
         )
 
     def certify(
-        self, q: Tensor, k: Tensor, v: Tensor, result: SparseResult, heads: Tensor, layer: int
+        self, q: Tensor, k: Tensor, v: Tensor, result: SparseResult, heads: Tensor
     ) -> Certificate:
         """Measure sampled rows of ``result``, which is of the KV heads ``heads``."""
         q, k, v, summaries = self._of(q, k, v, heads)
         return certify(
-            q, k, v, result.out, result.lse, result.keep, result.bias, summaries, self.tiles,
-            _sampled(self.tiles, layer), self.scale,
+            q, k, v, result, summaries, self.tiles, self.sampled, self.weights, self.scale
         )  # fmt: skip
 
     def _of(

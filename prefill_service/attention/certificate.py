@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefill_service.attention.sparse import SparseResult
 from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.tiles import Tiles
 
@@ -25,12 +26,13 @@ class Certificate:
 
     Attributes:
         kept_mass, output_error: [kv_heads, group * samples].
-        exact: [kv_heads, group * samples, keys] exact attention probabilities.
+        weighted: [kv_heads, keys] exact probabilities times the caller's weights, summed over the
+            rows.
     """
 
     kept_mass: Tensor
     output_error: Tensor
-    exact: Tensor
+    weighted: Tensor
 
 
 def sample_rows(queries: int, samples: int, seed: int) -> Tensor:
@@ -44,75 +46,75 @@ def sample_rows(queries: int, samples: int, seed: int) -> Tensor:
     return ((torch.arange(samples) + shift) * (queries / samples)).long()
 
 
-def exact_rows(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense attention of a few rows.
+def exact_rows(q: Tensor, k: Tensor, position: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention probabilities of a few rows of one KV head.
 
     Args:
-        q: [q_heads, samples, head_dim].
-        k, v: [kv_heads, keys, head_dim], in any order up to the first sampled tile.
+        q: [group, samples, head_dim].
+        k: [keys, head_dim], in any order up to the first sampled tile.
         position: [samples] of the queries.
 
     Returns:
-        Scores [kv_heads, group * samples, keys] (-inf where hidden), their softmax, and the
-        output [kv_heads, group * samples, head_dim], all float32 (or float64).
+        Scores [group * samples, keys], -inf where hidden, and their softmax; float32 (or float64).
     """
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_heads, _, head_dim = q.shape
-    kv_heads, keys, _ = k.shape
-    rows = q.to(work).reshape(kv_heads, -1, head_dim) * scale
-    hidden = torch.arange(keys, device=q.device) > position[:, None]  # [samples, keys]
-    hidden = hidden.repeat(q_heads // kv_heads, 1)
-    # One head at a time: widening all of a half-precision K and V would double the KV memory.
-    scores = torch.stack([rows[h] @ k[h].to(work).T for h in range(kv_heads)])
-    p = torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1)
-    return scores, p, torch.stack([p[h] @ v[h].to(work) for h in range(kv_heads)])
+    hidden = torch.arange(len(k), device=q.device) > position[:, None]  # [samples, keys]
+    scores = (q.to(work).flatten(0, 1) * scale) @ k.to(work).T
+    scores.masked_fill_(hidden.repeat(len(q), 1), -torch.inf)
+    return scores, torch.softmax(scores, -1)
+
+
+def visible_mass(p: Tensor, weights: Tensor) -> Tensor:
+    """[keys]: [group * samples, keys] probabilities times [samples, keys] weights, summed."""
+    return (p.view(-1, *weights.shape) * weights.to(p.dtype)).sum((0, 1))
 
 
 def certify(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keep: Tensor,
-    bias: Tensor,
+    used: SparseResult,
     summaries: BlockSummaries,
     tiles: Tiles,
     sampled: Tensor,
+    weights: Tensor,
     scale: float,
 ) -> Certificate:
     """Measure the rows ``sampled`` of a sparse attention.
 
     Args:
-        q, out: [q_heads, queries, head_dim].
-        lse: [q_heads, queries].
+        q: [q_heads, queries, head_dim].
         k, v: [kv_heads, tiles.keys, head_dim].
-        keep, bias: [kv_heads, tiles, blocks] of ``SparseResult``.
+        used: what is measured.
         sampled: [samples] queries, on any device.
+        weights: [samples, keys] for ``Certificate.weighted``.
     """
-    kv_heads, block = len(k), tiles.block_tokens
-    group = len(q) // kv_heads
+    group = len(q) // len(k)
     seen = [tiles.candidates(int(i) // tiles.tile_tokens) for i in sampled] * group
+    # A block that the row's tile has no candidate for is part of the local region.
+    block = torch.arange(tiles.blocks, device=q.device)
+    local = block >= torch.tensor(seen, device=q.device)[:, None]  # [group * samples, blocks]
     sampled = sampled.to(q.device)
-    scores, p, exact = exact_rows(q[:, sampled], k, v, tiles.q_offset + sampled, scale)
-    used = out[:, sampled].to(exact.dtype).reshape(exact.shape)
-    log_norm = lse[:, sampled].to(exact.dtype).reshape(*exact.shape[:2], 1)
-    tile = (sampled // tiles.tile_tokens).repeat(group)  # [group * samples]
-    approximate = torch.exp(scores - log_norm)
-    end = tiles.blocks * block
-    if end:
-        rows = q[:, sampled].to(exact.dtype).reshape(kv_heads, -1, q.shape[-1]) * scale
-        means = summaries.first(tiles.blocks).k_mean.to(exact.dtype)
-        logit = rows @ means.transpose(1, 2) + bias[:, tile] - log_norm
-        spread = (logit.exp() / block)[..., None]  # [kv_heads, rows, blocks, 1], 0 if kept
-        far = approximate[..., :end].view(*exact.shape[:2], tiles.blocks, block)
-        # A block that the row's tile has no candidate for is part of the local region.
-        count = torch.tensor(seen, device=q.device)
-        local = torch.arange(tiles.blocks, device=q.device) >= count[:, None]
-        far.copy_(torch.where((keep[:, tile] | local)[..., None], far, spread))
-    kept_mass = torch.minimum(p, approximate).sum(-1)
-    error = (used - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+    tile, position = (sampled // tiles.tile_tokens).repeat(group), tiles.q_offset + sampled
+    measured = []
+    # One head at a time: with a million keys even a few rows of all heads are gigabytes.
+    for head in range(len(k)):
+        mine = slice(head * group, (head + 1) * group)
+        scores, p = exact_rows(q[mine, sampled], k[head], position, scale)
+        log_norm = used.lse[mine, sampled].to(p.dtype).view(-1, 1)
+        taken = scores.sub_(log_norm).exp_()  # [group * samples, keys]
+        if tiles.blocks:
+            rows = q[mine, sampled].to(p.dtype).flatten(0, 1) * scale
+            means = summaries.k_mean[head, : tiles.blocks].to(p.dtype)
+            logit = rows @ means.T + used.bias[head, tile] - log_norm
+            spread = (logit.exp() / tiles.block_tokens)[..., None]  # 0 for kept blocks
+            far = taken[:, : tiles.blocks * tiles.block_tokens]
+            far = far.view(len(rows), tiles.blocks, tiles.block_tokens)
+            far.copy_(torch.where((used.keep[head, tile] | local)[..., None], far, spread))
+        exact = p @ v[head].to(p.dtype)
+        error = used.out[mine, sampled].to(p.dtype).flatten(0, 1) - exact
+        error = error.norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+        measured.append((torch.minimum(p, taken).sum(-1), error, visible_mass(p, weights)))
+    kept, errors, masses = (torch.stack(part) for part in zip(*measured, strict=True))
     # What is not a number has no certificate.
-    return Certificate(kept_mass.nan_to_num(0.0), error.nan_to_num(1.0), p)
+    return Certificate(kept.nan_to_num(0.0), errors.nan_to_num(1.0), masses)

@@ -34,23 +34,33 @@ class PatchMass:
         self._mass = torch.zeros(len(ends), dtype=torch.float64, device=device)
         self._rows = torch.zeros(len(ends), dtype=torch.float64)
 
-    def add(self, p: Tensor, position: Tensor, order: Tensor) -> None:
+    def weights(self, position: Tensor, keys: int) -> Tensor:
+        """What a row's probabilities count for: the keys it sees, or 0 from its own patch on.
+
+        Args:
+            position: [samples] of the queries.
+
+        Returns:
+            [samples, keys] float32.
+        """
+        # A row's own patch is left out: it is seen in part, and always holds much.
+        own = self._starts[self._patch_of[position].cpu()].to(position.device)
+        hidden = torch.arange(keys, device=position.device) >= own[:, None]
+        return ((position + 1)[:, None] * ~hidden).float()
+
+    def add(self, weighted: Tensor, heads: int, position: Tensor, order: Tensor) -> None:
         """Take in exact attention probabilities.
 
         Args:
-            p: [kv_heads, group * samples, keys].
+            weighted: [kv_heads, keys] probabilities times ``weights``, summed over the rows.
+            heads: query heads.
             position: [samples] of the queries.
             order: [kv_heads, keys] original position of the keys.
         """
-        kv_heads, rows, keys = p.shape
-        own = self._patch_of[position].cpu()  # [samples]
-        # A row's own patch is left out: it is seen in part, and always holds much.
-        hidden = torch.arange(keys, device=p.device) >= self._starts[own].to(p.device)[:, None]
-        seen = ((position + 1)[:, None] * ~hidden).to(p.dtype)  # [samples, keys]
-        weighted = (p * seen.repeat(rows // len(position), 1)).sum(1)  # [kv_heads, keys]
         self._mass.index_add_(0, self._patch_of[order].flatten(), weighted.flatten().double())
+        own = self._patch_of[position].cpu()
         earlier = torch.arange(len(self._rows)) < own[:, None]  # [samples, patches]
-        self._rows += earlier.sum(0) * (kv_heads * rows // len(position))
+        self._rows += earlier.sum(0) * heads
 
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
         """Mass relative to chance, summed over rows, and the number of rows; each [patches]."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from prefill_service.attention.certificate import visible_mass
 from prefill_service.attention.observe import BlockGrids, PatchMass
 from prefill_service.attention.tiles import Tiles
 from tests.attention.oracle import rand
@@ -52,7 +53,9 @@ def test_patch_mass_against_a_loop() -> None:
     order = torch.stack([shuffled, torch.arange(100)])
     position = torch.tensor([70, 99])
     p = rand(2, 6, 100).softmax(-1)  # two KV heads, three query heads each, two samples
-    mass.add(p, position, order)
+    weights = mass.weights(position, 100)
+    weighted = torch.stack([visible_mass(head, weights) for head in p])
+    mass.add(weighted, 6, position, order)
     got, rows = mass.totals()
     expected = np.zeros(4)
     for head in range(2):
