@@ -210,7 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--q-heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=512, help="queries per call, as on CPU ranks")
+    parser.add_argument("--chunk", type=int, default=1024, help="queries per call")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6, help="no third round after so many")
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)

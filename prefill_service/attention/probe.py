@@ -13,13 +13,13 @@ from torch import Tensor
 from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.clustering import cluster_order
 from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.report import NEVER
 from prefill_service.attention.sparse import sparse_attention
 from prefill_service.attention.summaries import summarize
 from prefill_service.attention.tiles import Tiles
 
 logger = logging.getLogger("prefill_service.attention")
 
-NEVER = 1 << 30
 _LENGTHS = tuple(1 << power for power in range(10, 18))
 _DENSITY = 4  # every fourth block is kept: what balanced keeps of a hard input
 _GAIN = 0.9  # sparse has to win by more than the noise

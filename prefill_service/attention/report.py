@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NEVER = 1 << 30
+"""``sparse_from_tokens`` where no length gains from sparsity."""
+
 _BINS = 1000
 
 
@@ -132,7 +135,8 @@ class AttentionReport:
     """One prefill's attention.
 
     Attributes:
-        sparse_from_tokens: queries that see fewer keys were computed exactly (``exact``: all).
+        sparse_from_tokens: queries that see fewer keys were computed exactly (``exact``: all);
+            ``NEVER`` where no length would have gained.
         layers: one per layer that attends (the last layer's attention is never needed).
         patch_mass: [temporal patches] attention that the sampled rows pay to a patch's tokens,
             relative to uniform attention over the keys they see (1 = no more than chance); mean

@@ -10,6 +10,7 @@ import numpy as np
 
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import (
+    NEVER,
     AttentionReport,
     BlockMap,
     Distribution,
@@ -20,9 +21,6 @@ from prefill_service.video.index import VideoIndex
 
 MAX_PATCHES = 2048
 """Points of the strip over time that are kept; those of a longer video are averaged in runs."""
-
-MAX_CELLS = 256 * 256
-"""Largest block map that is kept: half a megabyte of JSON."""
 
 FLOOR_TOLERANCE = 1e-6
 """The certificate's own float32 rounding, which must not miss a floor of 1."""
@@ -91,7 +89,7 @@ class AttentionDetail:
     """All that is kept of one job's attention (``prefill.v1.InspectPrefillJobResponse``).
 
     Attributes:
-        block_map: ``None`` if nothing was sparse, or the map was beyond ``MAX_CELLS``.
+        block_map: ``None`` if nothing was sparse.
         patches: (second of the video, mass relative to chance) per temporal patch or run of them.
     """
 
@@ -125,7 +123,7 @@ def summarize(policy: AttentionPolicy, report: AttentionReport) -> AttentionSumm
     return AttentionSummary(
         policy,
         all(layer.measures.kept_mass_mean >= floor for layer in layers),
-        report.sparse_from_tokens,
+        0 if policy.exact or report.sparse_from_tokens >= NEVER else report.sparse_from_tokens,
         _measure(report.layers),
         layers,
     )
@@ -158,8 +156,6 @@ def detail(
 ) -> AttentionDetail:
     """The summary with the block map and the strip over time, bounded in size."""
     block_map = report.block_map
-    if block_map is not None and len(block_map.density) > MAX_CELLS:
-        block_map = None
     mass = np.asarray(report.patch_mass, np.float64)  # [temporal patches], or nothing
     if not len(mass):
         return AttentionDetail(summary, block_map)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.attention.probe import NEVER
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.report import NEVER
 from prefill_service.engine.running import PrefillOutcome
 from prefill_service.models.plan import FrameSampling
 from tests.engine.harness import Harness, running_group

@@ -65,7 +65,7 @@ class AttentionReport:
         quality, epsilon: as asked for.
         min_kept_mass: the floor of the kept mass.
         floor_met: whether every layer's mean is at least that.
-        sparse_from_tokens: queries that see fewer keys were computed exactly; 0: no such limit.
+        sparse_from_tokens: queries that see fewer keys were computed exactly; 0: all were.
         total: over all layers, times summed.
         layers: without the last one, whose attention a prefix never needs; empty if nothing was
             measured, and in listings.
