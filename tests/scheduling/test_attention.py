@@ -15,7 +15,7 @@ import torch
 from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.attention.quality import Quality, resolve_policy
-from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
+from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.kv.manifest import Manifest
 from prefill_service.scheduling import attention
 from tests.scheduling.harness import Harness, error_of
@@ -198,13 +198,9 @@ def test_what_is_kept_is_bounded() -> None:
     frames = 2 * patches - 1  # the last patch is one frame short
     plan: Any = SimpleNamespace(frame_indices=np.arange(frames), grid_thw=(patches, 2, 2))
     index: Any = SimpleNamespace(pts=np.arange(frames) * 40 + 1000, time_base=(1, 1000))
-    report = AttentionReport(
-        patch_mass=[float(i % 3) for i in range(patches)],
-        block_map=BlockMap(0, 0, 257, 256, [0.0] * (257 * 256)),
-    )
+    report = AttentionReport(patch_mass=[float(i % 3) for i in range(patches)])
     summary = attention.summarize(resolve_policy(), report)
     detail = attention.detail(summary, report, plan, index)
-    assert detail.block_map is None
     assert len(detail.patches) == attention.MAX_PATCHES
     assert detail.patches[:2] == ((0.0, 1.0), (0.24, 1.0))
     assert detail.patches[-1][0] == pytest.approx((patches - 3) * 0.08)
