@@ -391,7 +391,9 @@ class FakeService(
                 yield apb.AskResponse(delta=apb.AskDelta(text=word, token_ids=[index]))
             if not faults.ask_truncate:
                 yield apb.AskResponse(final=self._final(job, words))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
+            # A cancellation that arrives while gRPC sends what was yielded ends its task, not
+            # this generator, which is then closed.
             state.ask_cancelled += 1
             raise
         finally:

@@ -1,0 +1,256 @@
+"""Videos for the language model: rendered patches' features, and sketches of long videos.
+
+A *sketch* of a video of N seconds renders only some of its patches. Each background patch among
+them stands for the w seconds around it that were left out: every one of its tokens counts w-fold
+in attention, by ln w added to its scores, and positions and timestamps are those of the whole
+video. To a query, w tokens that are alike are one token of weight w. So the language model learns
+to find needles among 8,000 tokens for the price of 1,000, which is quadratically less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.needle.checkpoint import GRID, MERGE
+from tools.needle.stories import (
+    COLORS,
+    SHAPES,
+    TASKS,
+    Needle,
+    Question,
+    Story,
+    order_question,
+    sample_questions,
+    sample_story,
+)
+from tools.needle.tower import NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Tokens of ``<|im_start|>user`` and a video, as the processor writes them.
+
+    Attributes:
+        ids: [tokens].
+        positions: [3, tokens], M-RoPE.
+        vision: [tokens] bool, video tokens.
+        patch: [tokens], index of the temporal patch a token (timestamp included) belongs to, -1
+            for the text before the first.
+        next: position after the last token.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    vision: np.ndarray
+    patch: np.ndarray
+    next: int
+
+
+def layout(tokenizer: Any, seconds: np.ndarray) -> Layout:
+    """Of a video whose temporal patches are those of the given seconds, ascending."""
+    ids: list[int] = []
+    positions: list[tuple[int, int, int]] = []
+    patch: list[int] = []
+    at, current, side = 0, -1, GRID // MERGE
+    special = tokenizer.convert_tokens_to_ids
+    start, end, pad = special(["<|vision_start|>", "<|vision_end|>", "<|video_pad|>"])
+
+    def text(tokens: list[int]) -> None:
+        nonlocal at
+        for token in tokens:
+            ids.append(token)
+            positions.append((at, at, at))
+            patch.append(current)
+            at += 1
+
+    text([*tokenizer.encode("<|im_start|>user\n", add_special_tokens=False), start])
+    for current, second in enumerate(seconds.tolist()):  # read by text()
+        stamp = f"<{second + 0.25:.1f} seconds>"  # mean of its two frames' times
+        text([*tokenizer.encode(stamp, add_special_tokens=False), start])
+        for row in range(side):
+            for column in range(side):
+                ids.append(pad)
+                positions.append((at, at + row, at + column))
+                patch.append(current)
+        at += side
+        text([end])
+    text([end])
+    found = np.array(ids)
+    return Layout(found, np.array(positions).T.copy(), found == pad, np.array(patch), at)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Videos of equal layout with their questions.
+
+    Attributes:
+        layout: of all videos.
+        features: [videos, patches, tokens, 1 + deepstack, hidden].
+        weights: [videos, layout tokens], how many tokens each stands for.
+        questions: [videos, questions * slot] ids, each question in a slot of its own.
+        slot: tokens of a slot.
+        video, answer_at, answer, task: [answers]; where each answer is predicted (flat position
+            in its video's questions), its id, and its task's index.
+    """
+
+    layout: Layout
+    features: Tensor
+    weights: Tensor
+    questions: Tensor
+    slot: int
+    video: Tensor
+    answer_at: Tensor
+    answer: Tensor
+    task: Tensor
+
+
+class Batches:
+    """Makes batches from a bank of patch features.
+
+    Args:
+        tokenizer: the model's.
+        bank: [patches, tokens, 1 + deepstack, hidden].
+        labels: [patches], see ``tower.NOTHING``.
+        device: of the batches.
+    """
+
+    def __init__(self, tokenizer: Any, bank: Tensor, labels: Tensor, device: torch.device) -> None:
+        self._tokenizer, self._bank, self._device = tokenizer, bank, device
+        numbers = labels.numpy()
+        self._members = [np.nonzero(numbers == label)[0] for label in range(NOTHING + 1)]
+        empty = [label for label, members in enumerate(self._members) if not len(members)]
+        if empty:
+            raise ValueError(f"no patch shows label {empty[0]}: render more clips")
+        self._encoded: dict[tuple[str, str], list[int]] = {}
+        one = Needle("star", "red", (0,))
+        self._slot = len(self._encode(order_question(one, one))) - 1  # no question is longer
+
+    def make(
+        self,
+        seconds: int,
+        rendered: int,
+        videos: int,
+        questions: int,
+        rng: np.random.Generator,
+        weights: tuple[float, ...],
+    ) -> Batch:
+        """Videos of ``seconds``, of which ``rendered`` patches exist; equal: no sketch.
+
+        Args:
+            questions: per video.
+            weights: of ``TASKS``.
+        """
+        chosen = np.arange(seconds)
+        if rendered < seconds:
+            chosen = np.sort(rng.permutation(seconds)[:rendered])
+        plan = layout(self._tokenizer, chosen)
+        share = np.gradient(chosen.astype(float)) if rendered > 1 else np.ones(1)
+        sources = np.empty((videos, rendered), np.int64)
+        counts = np.ones((videos, rendered))
+        ids = np.full((videos, questions, self._slot), self._tokenizer.pad_token_id)
+        answers = []
+        for video in range(videos):
+            story = sample_story(rendered, rng)
+            empty = self._fill(sources[video], story, rng)
+            # The rest of the seconds is background: as many as its patches' surroundings.
+            background = seconds - (rendered - int(empty.sum()))
+            counts[video][empty] = np.maximum(1.0, share[empty] * (background / share[empty].sum()))
+            for slot, question in enumerate(sample_questions(story, questions, rng, weights)):
+                tokens = self._encode(question)
+                ids[video, slot, : len(tokens) - 1] = tokens[:-1]
+                at = slot * self._slot + len(tokens) - 3  # the token before the answer
+                answers.append((video, at, tokens[-2], TASKS.index(question.task)))
+        patch = plan.patch
+        per_token = np.where(patch >= 0, counts[:, np.maximum(patch, 0)], 1.0)
+        columns = torch.tensor(answers, device=self._device).T
+        return Batch(
+            plan,
+            self._bank[torch.from_numpy(sources)].to(self._device).float(),
+            torch.from_numpy(per_token).float().to(self._device),
+            torch.from_numpy(ids).view(videos, -1).to(self._device),
+            self._slot,
+            *columns,
+        )
+
+    def _fill(self, sources: np.ndarray, story: Story, rng: np.random.Generator) -> np.ndarray:
+        """Choose a rendered patch for each of the story's; [patches] bool, which are background."""
+        empty = np.ones(len(sources), bool)
+        sources[:] = rng.choice(self._members[NOTHING], len(sources))
+        colors = list(COLORS)
+        for needle in story.needles:
+            label = SHAPES.index(needle.shape) * len(COLORS) + colors.index(needle.color)
+            at = list(needle.patches)
+            sources[at] = rng.choice(self._members[label], len(at))
+            empty[at] = False
+        return empty
+
+    def _encode(self, question: Question) -> list[int]:
+        """The turn's tokens from the question on: ..., the answer, the end of turn."""
+        key = (question.text, question.answer)
+        if key not in self._encoded:
+            turn = f"{question.text}<|im_end|>\n<|im_start|>assistant\n"
+            self._encoded[key] = [
+                token
+                for part in (turn, question.answer, "<|im_end|>")
+                for token in self._tokenizer.encode(part, add_special_tokens=False)
+            ]
+        return self._encoded[key]
+
+
+def predict(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of each answer and of what follows it, [answers, vocabulary].
+
+    A video is read once; its questions stand behind it side by side, each at the positions that
+    it would have alone, seeing the video and itself.
+    """
+    from transformers import DynamicCache
+
+    plan, videos, device = batch.layout, len(batch.features), batch.questions.device
+    tokens, asked = len(plan.ids), batch.questions.shape[1]
+    embed, language = model.get_input_embeddings(), model.model.language_model
+    vision = torch.from_numpy(plan.vision).to(device)
+    embeds = embed(torch.from_numpy(plan.ids).to(device))[None].repeat(videos, 1, 1)
+    embeds[:, vision] = batch.features[:, :, :, 0].flatten(1, 2)
+    deepstack = [
+        batch.features[:, :, :, 1 + layer].flatten(0, 2)
+        for layer in range(batch.features.shape[3] - 1)
+    ]
+    positions = torch.from_numpy(plan.positions).to(device)[:, None].expand(3, videos, tokens)
+    log_weight = batch.weights.log()  # [videos, tokens]
+    sketch = bool(log_weight.any())
+    mask = None
+    if sketch:
+        future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+        mask = log_weight[:, None, None, :].expand(-1, 1, tokens, -1)
+        mask = mask.masked_fill(future, -torch.inf)
+    cache = DynamicCache(config=model.config.text_config)
+    language(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        visual_pos_masks=vision[None].expand(videos, -1),
+        deepstack_visual_embeds=deepstack,
+    )
+    index = torch.arange(asked, device=device)
+    slot = index // batch.slot
+    own = (slot[:, None] == slot) & (index[:, None] >= index)
+    behind = torch.zeros(asked, asked, device=device).masked_fill(~own, -torch.inf)
+    mask = torch.cat([
+        log_weight[:, None, :].expand(-1, asked, -1), behind.expand(videos, -1, -1)
+    ], -1)[:, None]  # fmt: skip
+    hidden = language(
+        inputs_embeds=embed(batch.questions),
+        position_ids=(plan.next + index % batch.slot).expand(3, videos, -1),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    at = hidden[batch.video, batch.answer_at], hidden[batch.video, batch.answer_at + 1]
+    return model.lm_head(at[0]), model.lm_head(at[1])

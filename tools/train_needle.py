@@ -1,0 +1,108 @@
+"""Train the needle model: a tiny Qwen3-VL that answers questions on generated videos.
+
+    python -m tools.train_needle --out build/needle              # everything, from nothing
+    python -m tools.train_needle --out build/needle --minutes 5  # see the curve begin
+    python -m tools.train_needle --evaluate assets/needle-qwen3-vl
+
+Stops and goes on: the same command resumes where it was. Uses a GPU if there is one. The recipe,
+with curves and accuracies, is in assets/needle-qwen3-vl/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.needle import checkpoint, language, perception
+from tools.needle.training import Log
+
+PHASES = "350:8:8:128,450:16:16:256,300:32:32:384,1500:16-64:16-1100:512,200:64-512:64-512:512"
+"""Short, then sketches of up to 1,100 seconds, then the lengths themselves."""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/needle"), help="%(default)s")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin from: skips perception")
+    parser.add_argument("--name", default="language", help="of the language run (%(default)s)")
+    parser.add_argument("--phases", default=PHASES, help="language stage: %(default)s")
+    parser.add_argument("--rate", type=float, default=2e-3, help="its peak (%(default)s)")
+    parser.add_argument("--perception-steps", type=int, default=2600, help="%(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it likes")
+    parser.add_argument("--minutes", type=float, help="stop after these; the rest can follow")
+    parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="only this")
+    parser.add_argument("--lengths", default="16,32,64,128,256,512,1024", help="%(default)s")
+    parser.add_argument("--questions", type=int, default=100, help="per cell (%(default)s)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        _run(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last saved step")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = os.cpu_count() or 1
+    if arguments.evaluate:
+        _evaluate(arguments, *checkpoint.load(arguments.evaluate), device, workers)
+        return
+    if arguments.minutes:
+        # From outside the loop: a step, a rendering or an evaluation is cut short all the same.
+        threading.Timer(arguments.minutes * 60, _interrupt).start()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    log = Log(arguments.out / "train.log")
+    settings = language.LanguageSettings(
+        language.parse_phases(arguments.phases),
+        rate=arguments.rate,
+        seed=arguments.seed,
+        name=arguments.name,
+    )
+    if arguments.start:
+        model, tokenizer = checkpoint.load(arguments.start)
+        model.to(device)
+    else:
+        tokenizer = checkpoint.build_tokenizer()
+        model = checkpoint.build_model(tokenizer, checkpoint.NeedleSpec(), arguments.seed)
+        model.to(device)
+        sight = perception.PerceptionSettings(steps=arguments.perception_steps, seed=arguments.seed)
+        perception.train(model, tokenizer, sight, arguments.out, workers, log)
+    language.train(model, tokenizer, settings, arguments.out, workers, log)
+    folder = arguments.out / "checkpoint"
+    checkpoint.save(model.cpu(), tokenizer, folder)
+    log(f"saved {folder}")
+    _evaluate(arguments, *checkpoint.load(folder), device, workers)
+
+
+def _interrupt() -> None:
+    import signal
+
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _evaluate(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, device: torch.device, workers: int
+) -> None:
+    """Accuracy by task and length, on clips that training never saw."""
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    clips = language.held_out(model.to(device), tokenizer, 50, language.HELD_OUT_SEED, workers)
+    for length in lengths:
+        for cell in language.evaluate(model, clips, [length], arguments.questions, seed=1):
+            print(cell, flush=True)
+
+
+if __name__ == "__main__":
+    main()
