@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-selection bench-attention format stubs clean
+.PHONY: help setup demo test lint bench-selection bench-attention bench-fidelity format stubs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -10,7 +10,7 @@ help: ## Show this list
 setup: ## Create or update .venv (done by the other targets too)
 	@$(PYTHON) tools/setup_env.py
 
-demo: setup ## A video, two ranks, vLLM, two questions: upload to answer
+demo: setup ## A video, two ranks, vLLM, three questions: upload to answers and a picture
 	@$(BIN)/python -m tools.demo
 
 test: lint ## Lint, types and the whole test suite
@@ -23,6 +23,9 @@ lint: setup ## ruff and mypy
 
 bench-selection: setup ## Which key blocks to keep: estimators, key orders, rules
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection
+
+bench-fidelity: setup ## What approximation costs in answers: accuracy per quality, length, rank count
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fidelity
 
 bench-attention: setup ## Dense, ours and FlexAttention on this CPU, 4K to 32K tokens
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention_cpu

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--phases", default=PHASES, help="language stage: %(default)s")
     parser.add_argument("--rate", type=float, default=2e-3, help="its peak (%(default)s)")
     parser.add_argument("--perception-steps", type=int, default=2600, help="%(default)s")
+    parser.add_argument("--clips", type=int, default=160, help="its bank (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="%(default)s")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it likes")
     parser.add_argument("--minutes", type=float, help="stop after these; the rest can follow")
@@ -68,6 +69,7 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = language.LanguageSettings(
         language.parse_phases(arguments.phases),
         rate=arguments.rate,
+        clips=arguments.clips,
         seed=arguments.seed,
         name=arguments.name,
     )
@@ -98,7 +100,9 @@ def _evaluate(
 ) -> None:
     """Accuracy by task and length, on clips that training never saw."""
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    clips = language.held_out(model.to(device), tokenizer, 50, language.HELD_OUT_SEED, workers)
+    clips = language.held_out(
+        model.to(device), tokenizer, min(50, arguments.clips), language.HELD_OUT_SEED, workers
+    )
     for length in lengths:
         for cell in language.evaluate(model, clips, [length], arguments.questions, seed=1):
             print(cell, flush=True)

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tools.needle.sketches import Batch, Batches, predict
-from tools.needle.stories import TASKS
+from tools.needle.stories import MIN_COUNTING, TASKS
 from tools.needle.tower import batched, clips, feature_bank
 from tools.needle.training import Log, Run, learning_rate, optimizer
 from tools.tiny_tokenizer import END_OF_TURN
@@ -181,7 +181,12 @@ def evaluate(
     """Answer questions of unsketched videos, at least ``per_task`` of each task and length.
 
     Eight questions share a video, two of each task on average.
+
+    Raises:
+        ValueError: a length in which nothing appears twice, so that counting is no question.
     """
+    if min(lengths) < MIN_COUNTING:
+        raise ValueError(f"{min(lengths)} patches: a story with counts needs {MIN_COUNTING}")
     model.eval()
     found = []
     for patches in lengths:

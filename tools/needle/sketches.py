@@ -205,52 +205,71 @@ class Batches:
 def predict(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits of each answer and of what follows it, [answers, vocabulary].
 
-    A video is read once; its questions stand behind it side by side, each at the positions that
-    it would have alone, seeing the video and itself.
+    A video is read once; its questions stand behind it side by side (``ask``).
     """
+    log_weight = batch.weights.log()
+    cache = _read(model, batch, log_weight)
+    hidden = ask(model, cache, batch.layout.next, batch.questions, batch.slot, log_weight)
+    at = hidden[batch.video, batch.answer_at], hidden[batch.video, batch.answer_at + 1]
+    return model.lm_head(at[0]), model.lm_head(at[1])
+
+
+def _read(model: Any, batch: Batch, log_weight: Tensor) -> Any:
+    """The videos' KV, as a transformers cache."""
     from transformers import DynamicCache
 
     plan, videos, device = batch.layout, len(batch.features), batch.questions.device
-    tokens, asked = len(plan.ids), batch.questions.shape[1]
-    embed, language = model.get_input_embeddings(), model.model.language_model
+    tokens = len(plan.ids)
     vision = torch.from_numpy(plan.vision).to(device)
-    embeds = embed(torch.from_numpy(plan.ids).to(device))[None].repeat(videos, 1, 1)
+    ids = torch.from_numpy(plan.ids).to(device)
+    embeds = model.get_input_embeddings()(ids)[None].repeat(videos, 1, 1)
     embeds[:, vision] = batch.features[:, :, :, 0].flatten(1, 2)
-    deepstack = [
-        batch.features[:, :, :, 1 + layer].flatten(0, 2)
-        for layer in range(batch.features.shape[3] - 1)
-    ]
-    positions = torch.from_numpy(plan.positions).to(device)[:, None].expand(3, videos, tokens)
-    log_weight = batch.weights.log()  # [videos, tokens]
-    sketch = bool(log_weight.any())
     mask = None
-    if sketch:
+    if log_weight.any():  # a sketch
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
         mask = log_weight[:, None, None, :].expand(-1, 1, tokens, -1)
         mask = mask.masked_fill(future, -torch.inf)
     cache = DynamicCache(config=model.config.text_config)
-    language(
+    model.model.language_model(
         inputs_embeds=embeds,
-        position_ids=positions,
+        position_ids=torch.from_numpy(plan.positions).to(device)[:, None].expand(-1, videos, -1),
         attention_mask=mask,
         past_key_values=cache,
         use_cache=True,
         visual_pos_masks=vision[None].expand(videos, -1),
-        deepstack_visual_embeds=deepstack,
+        deepstack_visual_embeds=[
+            batch.features[:, :, :, 1 + layer].flatten(0, 2)
+            for layer in range(batch.features.shape[3] - 1)
+        ],
     )
-    index = torch.arange(asked, device=device)
-    slot = index // batch.slot
-    own = (slot[:, None] == slot) & (index[:, None] >= index)
-    behind = torch.zeros(asked, asked, device=device).masked_fill(~own, -torch.inf)
+    return cache
+
+
+def ask(
+    model: Any, cache: Any, position: int, questions: Tensor, slot: int, log_weight: Tensor
+) -> Tensor:
+    """Hidden states of questions behind a prefix, [videos, questions * slot, hidden].
+
+    Each question has the positions that it would have alone, and sees the prefix and itself.
+
+    Args:
+        cache: of the prefix; grows by the questions.
+        position: the first one after the prefix.
+        questions: [videos, questions * slot] ids.
+        log_weight: [videos, prefix tokens] added to the scores.
+    """
+    videos, asked = questions.shape
+    index = torch.arange(asked, device=questions.device)
+    own = (index[:, None] // slot == index // slot) & (index[:, None] >= index)
+    behind = torch.zeros(asked, asked, device=questions.device).masked_fill(~own, -torch.inf)
     mask = torch.cat([
         log_weight[:, None, :].expand(-1, asked, -1), behind.expand(videos, -1, -1)
     ], -1)[:, None]  # fmt: skip
-    hidden = language(
-        inputs_embeds=embed(batch.questions),
-        position_ids=(plan.next + index % batch.slot).expand(3, videos, -1),
+    states: Tensor = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(questions),
+        position_ids=(position + index % slot).expand(3, videos, -1),
         attention_mask=mask,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    at = hidden[batch.video, batch.answer_at], hidden[batch.video, batch.answer_at + 1]
-    return model.lm_head(at[0]), model.lm_head(at[1])
+    return states

@@ -28,6 +28,10 @@ COLORS = {
 TASKS = ("color", "shape", "order", "count")
 MAX_COUNT = 5
 MIN_PATCHES = 2
+MIN_COUNTING = 8
+"""Patches from which on a needle may come several times."""
+
+_MANY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +92,11 @@ def sample_story(
     free = np.arange(patches) if places is None else np.unique(np.asarray(places))
     if patches < MIN_PATCHES or len(free) < MIN_PATCHES:
         raise ValueError(f"{patches} patches with {len(free)} places: a story needs {MIN_PATCHES}")
-    fewest, most = (3, 5) if len(free) >= 8 else (2, min(4, len(free)))
+    fewest, most = (3, 5) if len(free) >= MIN_COUNTING else (2, min(4, len(free)))
     kinds = int(rng.integers(fewest, most + 1))
     shapes = rng.permutation(len(SHAPES))[:kinds]
     colors = rng.permutation(len(COLORS))[:kinds]
-    most = MAX_COUNT if len(free) >= 16 else 3 if len(free) >= 8 else 1
+    most = MAX_COUNT if len(free) >= _MANY else 3 if len(free) >= MIN_COUNTING else 1
     countable = 0 if most == 1 else 2 if kinds >= 4 and rng.random() < 0.5 else 1
     counts = [int(rng.integers(1, most + 1)) if i < countable else 1 for i in range(kinds)]
     while sum(counts) > len(free):

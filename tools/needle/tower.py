@@ -51,8 +51,12 @@ def clip(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def clips(count: int, seed: int, workers: int) -> tuple[Tensor, Tensor]:
     """Patches of ``count`` clips: [patches, 2, SIDE, SIDE, 3] uint8, labels [patches] int64."""
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        made = pool.map(clip, range(seed, seed + count), chunksize=8)
+    seeds = range(seed, seed + count)
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            made = pool.map(clip, seeds, chunksize=8)
+    else:
+        made = [clip(one) for one in seeds]
     frames = np.concatenate([frames for frames, _ in made])
     labels = np.concatenate([labels for _, labels in made])
     return torch.from_numpy(frames), torch.from_numpy(labels).long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,17 +22,37 @@ _SUBPIXEL = 16
 """OpenCV's fixed point: coordinates with four fractional bits."""
 
 
-def render(story: Story, rng: np.random.Generator, fps: int = SAMPLED_FPS) -> Iterator[np.ndarray]:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How needles are shown; training saw the defaults only.
+
+    Attributes:
+        frames: of a needle's second, how many show it; 0: all.
+        opacity: 1 hides the background, 0 the needle.
+    """
+
+    frames: int = 0
+    opacity: float = 1.0
+
+
+def render(
+    story: Story, rng: np.random.Generator, fps: int = SAMPLED_FPS, look: Look = Look()
+) -> Iterator[np.ndarray]:
     """Yield ``story.patches * fps`` RGB frames [SIDE, SIDE, 3] uint8."""
     texture = _background(story.patches * fps, SAMPLED_FPS / fps, rng)
     for needle in story.events():
         paint = None if needle is None else _Paint(needle, rng)
-        for _ in range(fps):
+        for index in range(fps):
             frame = next(texture)
-            yield frame if paint is None else paint.on(frame)
+            if paint is None or index >= (look.frames or fps):
+                yield frame
+            else:
+                yield cv2.addWeighted(paint.on(frame), look.opacity, frame, 1 - look.opacity, 0)
 
 
-def write_mp4(path: Path, story: Story, seed: int, fps: int = SAMPLED_FPS) -> Path:
+def write_mp4(
+    path: Path, story: Story, seed: int, fps: int = SAMPLED_FPS, look: Look = Look()
+) -> Path:
     """Write the story as an mp4 (MPEG-4 part 2) and return ``path``.
 
     Raises:
@@ -41,7 +62,7 @@ def write_mp4(path: Path, story: Story, seed: int, fps: int = SAMPLED_FPS) -> Pa
     try:
         if not writer.isOpened():
             raise RuntimeError(f"OpenCV cannot write {path}")
-        for frame in render(story, np.random.default_rng(seed), fps):
+        for frame in render(story, np.random.default_rng(seed), fps, look):
             writer.write(frame[..., ::-1])
     finally:
         writer.release()
