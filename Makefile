@@ -23,6 +23,8 @@ lint: setup ## ruff and mypy
 
 bench-selection: setup ## Which key blocks to keep: estimators, key orders, rules
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection \
+		--checkpoint assets/needle-qwen3-vl
 
 bench-fidelity: setup ## What approximation costs in answers: accuracy per quality, length, rank count
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fidelity

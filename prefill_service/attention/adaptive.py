@@ -17,29 +17,25 @@ from torch import Tensor
 from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.certificate import (
     Certificate,
-    certify,
     exact_rows,
     sample_rows,
+    sample_tiles,
     visible_mass,
 )
+from prefill_service.attention.certified import LayerRun
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.clustering import order_segments
-from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.observe import BlockGrids, PatchMass
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport, RankAttention
-from prefill_service.attention.sparse import (
-    SparseResult,
-    forced_blocks,
-    previous_patch,
-    sparse_attention,
-)
+from prefill_service.attention.sparse import forced_blocks, previous_patch
 from prefill_service.attention.summaries import BlockSummaries, empty_summaries, summarize
 from prefill_service.attention.tiles import Tiles
 
-_RETRY_FACTORS = (0.25, 0.0625)
-_SAMPLE_EVERY = 256
-_MAX_SAMPLES = 8
+_MIN_SAMPLES, _MAX_SAMPLES = 2, 8  # where a chunk has more tiles, one of each is certified
+_CERTIFIED_EVERY, _OBSERVED_EVERY = 64, 256
+_CLOSER = 3
+"""A closer look is at so many times as many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +48,7 @@ class SparseSettings:
         tile_tokens: tokens per query tile, a multiple of the block.
         segment_blocks: blocks per clustered segment, a power of two.
         sink_blocks: first blocks of the prompt that every tile keeps; at most a segment.
+        certify_every_row: instead of some of each tile; to measure what sampling misses.
     """
 
     from_tokens: int
@@ -59,6 +56,7 @@ class SparseSettings:
     tile_tokens: int = 128
     segment_blocks: int = 16
     sink_blocks: int = 1
+    certify_every_row: bool = False
 
     @property
     def segment_tokens(self) -> int:
@@ -137,22 +135,26 @@ class AdaptiveAttention:
         clock = Stopwatch(k.device)
         self._cluster(state, k, v, chunk_start, tiles.blocks)
         clock.lap("cluster")
-        sampled = _sampled(tiles, layer)
+        every = self._settings.certify_every_row
+        sampled, closer = _all_rows(tiles) if every else _certified_rows(tiles, layer)
         position = start + sampled.to(k.device)
         weights = self._patch_mass.weights(position, tiles.keys)
-        run = _Run(state, tiles, self._forced(tiles), scale, self._buffers, sampled, weights)
-        heads = torch.arange(len(k), device=k.device)
-        result = run.sparse(q, k, v, heads, self._policy.epsilon)
+        run = LayerRun(
+            state.summaries, tiles, self._forced(tiles), scale, self._buffers, sampled, weights,
+            closer,
+        )  # fmt: skip
+        done = run.attend(q, k, v, self._policy)
+        report.tiles_redone += done.redone * tiles.count
+        report.tiles_dense += done.dense * tiles.count
+        self._grids.add(layer, tiles, done.keep, state.order)
+        self._note(layer, tiles, done.attended.tolist(), done.proof)
+        self._note_mass(state, tiles, len(q), position, done.proof.weighted)
         clock.lap("sparse")
-        out, attended, proof = self._certified(run, q, k, v, result, layer)
-        self._note(layer, tiles, attended, proof)
-        order = state.order[:, : tiles.keys]
-        self._patch_mass.add(proof.weighted, len(q), position, order)
-        clock.lap("certify")
-        report.select_s += clock.seconds("cluster") + result.clock.seconds("select")
-        report.attend_s += result.clock.seconds("attend")
-        report.certify_s += clock.seconds("certify")
-        return out
+        report.select_s += clock.seconds("cluster") + done.select_s
+        report.attend_s += done.attend_s
+        # All that is neither selection nor attention is there to know what they did.
+        report.certify_s += clock.seconds("sparse") - done.select_s - done.attend_s
+        return done.out
 
     def observe(self, layer: int, q: Tensor, kv: Tensor, start: int, scale: float) -> None:
         """Note queries that were attended to exactly elsewhere; arguments as of ``attend``."""
@@ -161,15 +163,15 @@ class AdaptiveAttention:
         tiles = self._tiles(start, q.shape[1])
         clock = Stopwatch(kv.device)
         k = kv[: tiles.keys, 0].transpose(0, 1)
-        sampled = _sampled(tiles, layer).to(q.device)
+        sampled = _observed_rows(tiles, layer).to(q.device)
         position = start + sampled
         weights = self._patch_mass.weights(position, tiles.keys)
-        weighted = torch.stack([
-            visible_mass(exact_rows(rows[:, sampled], keys, position, scale)[1], weights)
-            for rows, keys in zip(q.chunk(len(k)), k, strict=True)
-        ])  # fmt: skip
-        order = self._states[layer].order[:, : tiles.keys]
-        self._patch_mass.add(weighted, len(q), position, order)
+        weighted, scratch = [], GatherBuffers()
+        for rows, keys in zip(q.chunk(len(k)), k, strict=True):
+            p, _ = exact_rows(rows[:, sampled], keys, position, start, scale, scratch)
+            weighted.append(visible_mass(p, weights))
+        mass = torch.stack(weighted)  # [kv_heads, keys]
+        self._note_mass(self._states[layer], tiles, len(q), position, mass)
         self._grids.add_dense(layer, tiles, range(len(k)))
         self._note(layer, tiles, [float(tiles.causal_keys)] * len(k))
         clock.lap("certify")
@@ -222,37 +224,6 @@ class AdaptiveAttention:
         recent = previous_patch(self._patch_ends, first)
         return forced_blocks(tiles, self._settings.sink_blocks, recent.tolist())
 
-    def _certified(
-        self, run: _Run, q: Tensor, k: Tensor, v: Tensor, result: SparseResult, layer: int
-    ) -> tuple[Tensor, list[float], Certificate]:
-        """Output that meets the floor, key columns attended per KV head, and the measurements."""
-        heads = torch.arange(len(k), device=k.device)
-        out, attended = result.out, result.attended(run.tiles)
-        proof = run.certify(q, k, v, result, heads)
-        floor, report = self._policy.min_kept_mass, self._reports[layer]
-        for turn, factor in enumerate(_RETRY_FACTORS):
-            poor = (proof.kept_mass.mean(1) < floor).nonzero()[:, 0]
-            if not len(poor):
-                break
-            if not turn:  # whoever needs a second retry has had a first
-                report.tiles_redone += len(poor) * run.tiles.count
-            retry = run.sparse(q, k, v, poor, self._policy.epsilon * factor)
-            again = run.certify(q, k, v, retry, poor)
-            run.rows(out, len(k))[poor] = run.rows(retry.out, len(poor))
-            result.keep[poor], attended[poor.cpu()] = retry.keep, retry.attended(run.tiles)
-            proof.kept_mass[poor], proof.output_error[poor] = again.kept_mass, again.output_error
-        poor = (proof.kept_mass.mean(1) < floor).nonzero()[:, 0]
-        if len(poor):
-            dense = attend_causal(run.rows(q, len(k))[poor].flatten(0, 1), k[poor], v[poor],
-                                  run.tiles.q_offset, run.scale)  # fmt: skip
-            run.rows(out, len(k))[poor] = run.rows(dense.out, len(poor))
-            result.keep[poor] = ~run.tiles.hidden(k.device)
-            attended[poor.cpu()] = float(run.tiles.causal_keys)
-            proof.kept_mass[poor], proof.output_error[poor] = 1.0, 0.0
-            report.tiles_dense += len(poor) * run.tiles.count
-        self._grids.add(layer, run.tiles, result.keep, run.state.order)
-        return out, attended.tolist(), proof
-
     def _note(
         self, layer: int, tiles: Tiles, attended: list[float], proof: Certificate | None = None
     ) -> None:
@@ -267,52 +238,36 @@ class AdaptiveAttention:
         if layer == 0:
             self._grids.add_causal(tiles)
 
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One layer's attention of one run of queries; ``weights`` are those of the sampled rows."""
-
-    state: _LayerState
-    tiles: Tiles
-    forced: Tensor
-    scale: float
-    buffers: GatherBuffers
-    sampled: Tensor
-    weights: Tensor
-
-    def rows(self, x: Tensor, kv_heads: int) -> Tensor:
-        """[q_heads, ...] as [kv_heads, group, ...] (a view)."""
-        return x.view(kv_heads, -1, *x.shape[1:])
-
-    def sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, epsilon: float
-    ) -> SparseResult:
-        """Sparse attention of some KV heads."""
-        q, k, v, summaries = self._of(q, k, v, heads)
-        budget = torch.full((len(heads),), epsilon, device=k.device)
-        return sparse_attention(
-            q, k, v, summaries, self.tiles, budget, self.forced, self.scale, self.buffers
-        )
-
-    def certify(
-        self, q: Tensor, k: Tensor, v: Tensor, result: SparseResult, heads: Tensor
-    ) -> Certificate:
-        """Measure sampled rows of ``result``, which is of the KV heads ``heads``."""
-        q, k, v, summaries = self._of(q, k, v, heads)
-        return certify(
-            q, k, v, result, summaries, self.tiles, self.sampled, self.weights, self.scale
-        )  # fmt: skip
-
-    def _of(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, BlockSummaries]:
-        if len(heads) == len(k):
-            return q, k, v, self.state.summaries
-        rows = self.rows(q, len(k))[heads].flatten(0, 1)
-        return rows, k[heads], v[heads], self.state.summaries.heads(heads)
+    def _note_mass(
+        self, state: _LayerState, tiles: Tiles, heads: int, position: Tensor, weighted: Tensor
+    ) -> None:
+        """``weighted`` [kv_heads, keys] is that of the sampled rows at ``position``."""
+        order, stand_for = state.order[:, : tiles.keys], tiles.queries / len(position)
+        self._patch_mass.add(weighted, heads, position, order, stand_for)
 
 
-def _sampled(tiles: Tiles, layer: int) -> Tensor:
-    """The queries that are measured; others in each layer and chunk."""
-    samples = max(2, min(_MAX_SAMPLES, tiles.queries // _SAMPLE_EVERY))
-    return sample_rows(tiles.queries, samples, tiles.q_offset // tiles.tile_tokens + 7 * layer)
+def _all_rows(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Every query, which no closer look could add to."""
+    rows = torch.arange(tiles.queries)
+    return rows, rows
+
+
+def _certified_rows(tiles: Tiles, layer: int) -> tuple[Tensor, Tensor]:
+    """The queries that are certified, some of every tile, and those for a closer look.
+
+    They are others in each layer and chunk.
+    """
+    wanted = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _CERTIFIED_EVERY))
+    per_tile, seed = -(-wanted // tiles.count), _seed(tiles, layer)
+    closer = sample_tiles(tiles, _CLOSER * per_tile, seed + tiles.count)
+    return sample_tiles(tiles, per_tile, seed), closer
+
+
+def _observed_rows(tiles: Tiles, layer: int) -> Tensor:
+    """The queries of exact attention whose mass is noted; others in each layer and chunk."""
+    samples = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _OBSERVED_EVERY))
+    return sample_rows(tiles.queries, samples, _seed(tiles, layer))
+
+
+def _seed(tiles: Tiles, layer: int) -> int:
+    return tiles.q_offset // tiles.tile_tokens + 7 * layer

@@ -33,7 +33,7 @@ class GatherBuffers:
             numel *= size
         held = self._held.get(name)
         if held is None or held.numel() < numel or held.dtype != like.dtype:
-            held = self._held[name] = torch.empty(numel, dtype=like.dtype)
+            held = self._held[name] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return held[:numel].view(shape)
 
 

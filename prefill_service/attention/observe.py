@@ -48,7 +48,9 @@ class PatchMass:
         hidden = torch.arange(keys, device=position.device) >= own[:, None]
         return ((position + 1)[:, None] * ~hidden).float()
 
-    def add(self, weighted: Tensor, heads: int, position: Tensor, order: Tensor) -> None:
+    def add(
+        self, weighted: Tensor, heads: int, position: Tensor, order: Tensor, stand_for: float = 1.0
+    ) -> None:
         """Take in exact attention probabilities.
 
         Args:
@@ -56,11 +58,13 @@ class PatchMass:
             heads: query heads.
             position: [samples] of the queries.
             order: [kv_heads, keys] original position of the keys.
+            stand_for: queries per sampled one: chunks may be sampled more or less densely.
         """
-        self._mass.index_add_(0, self._patch_of[order].flatten(), weighted.flatten().double())
+        weighted = weighted.flatten().double() * stand_for
+        self._mass.index_add_(0, self._patch_of[order].flatten(), weighted)
         own = self._patch_of[position].cpu()
         earlier = torch.arange(len(self._rows)) < own[:, None]  # [samples, patches]
-        self._rows += earlier.sum(0) * heads
+        self._rows += earlier.sum(0) * (heads * stand_for)
 
     def totals(self) -> tuple[np.ndarray, np.ndarray]:
         """Mass relative to chance, summed over rows, and the number of rows; each [patches]."""

@@ -19,6 +19,9 @@ class Quality(StrEnum):
 EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.05, Quality.BALANCED: 0.15, Quality.FAST: 0.3}
 """Attention mass that selection may misplace, per step (docs/attention.md says why these)."""
 
+FLOOR_TOLERANCE = 1e-6
+"""The certificate's own float32 rounding, which must not miss a floor of 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionPolicy:
@@ -27,8 +30,8 @@ class AttentionPolicy:
     Attributes:
         quality: step of the dial.
         epsilon: attention mass that may be misplaced, 0 (exact) to below 1.
-        min_kept_mass: the certificate's floor. A KV head whose measured kept mass is below it is
-            computed again with a smaller epsilon, then densely.
+        min_kept_mass: the certificate's floor. A KV head one of whose query heads is measured below
+            it is computed again with a smaller epsilon, then densely.
     """
 
     quality: Quality

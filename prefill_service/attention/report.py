@@ -72,7 +72,8 @@ class LayerReport:
             the exact attention distribution and the one used.
         output_error: of the same pairs: norm of the output's error over that of the exact output.
         select_s, attend_s, certify_s: seconds (of the slowest rank) in clustering + summaries +
-            selection, in the attention itself, and in the certificate.
+            selection, in the attention itself (of what was computed again, too), and in the
+            certificate.
     """
 
     layer: int

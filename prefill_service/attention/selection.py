@@ -67,20 +67,38 @@ def estimate(
     """
     work = summaries.k_mean.dtype
     known = summaries.first(tiles.blocks)
-    q, group = rows.to(work), rows.shape[2] // tiles.tile_tokens
-    weights = tiles.row_weights(group, q)  # [tiles, rows]
+    q, local_lse = rows.to(work), local_lse.to(work)
+    broken = _broken(q)  # [kv_heads, tiles, rows], or nothing
+    if broken is not None:
+        q = q.masked_fill(broken[..., None], 0.0)
+        local_lse = local_lse.masked_fill(broken, 0.0)
+    weights = tiles.row_weights(rows.shape[2] // tiles.tile_tokens, q)  # [tiles, rows]
     # Rows without a query are 0 and add nothing; weights tell how many there are with one.
     squared = q.square().sum(2) * weights.amax(1)[:, None]  # [kv_heads, tiles, head_dim]
     variance = (squared * scale**2) @ known.k_var.transpose(1, 2)  # [kv_heads, tiles, blocks]
     bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
     hidden = tiles.hidden(q.device)  # [tiles, blocks]
     bias.masked_fill_(hidden, -torch.inf)
-    attention = attend_summaries(q, local_lse.to(work), known.k_mean, bias, scale)
+    attention = attend_summaries(q, local_lse, known.k_mean, bias, scale)
     asked = _share(weights[:, ::ROW_STEP])
     mass = _mean_rows(asked, attention.shares[:, :, ::ROW_STEP])[..., : tiles.blocks]
     lse = attention.lse[..., ::ROW_STEP]
     loss = mass * misplaced_share(variance) + _outlier_mass(q, lse, weights, known, scale)
+    if broken is not None:
+        attention.lse.masked_fill_(broken, torch.nan)
     return Estimate(loss.masked_fill_(hidden, 0.0), bias, attention)
+
+
+def _broken(q: Tensor) -> Tensor | None:
+    """Rows of [..., rows, head_dim] that are not all numbers; ``None`` if there is no such row.
+
+    One of them would otherwise decide what its tile keeps and, through the mean variance, reach
+    all of its rows. Asked for zeros it has no wishes, and its result is set to NaN.
+    """
+    if torch.isfinite(q.sum()):  # one pass, and nothing kept: the usual case
+        return None
+    broken = ~torch.isfinite(q).all(-1)
+    return broken if broken.any() else None
 
 
 def _outlier_mass(

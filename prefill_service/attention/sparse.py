@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,11 @@ from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend_causal
 from prefill_service.attention.selection import Estimate, estimate, select, to_csr
 from prefill_service.attention.summaries import BlockSummaries
-from prefill_service.attention.summary_attention import merge_with_summaries
+from prefill_service.attention.summary_attention import (
+    TINY_SHARE,
+    attend_summaries,
+    merge_with_summaries,
+)
 from prefill_service.attention.tiles import Tiles
 
 DENSE_ABOVE = 0.6
@@ -42,6 +47,14 @@ class SparseResult:
     keep: Tensor
     bias: Tensor
     clock: Stopwatch
+
+    def heads(self, index: Tensor) -> SparseResult:
+        """Of some KV heads."""
+        out, lse = (
+            x.view(len(self.keep), -1, *x.shape[1:])[index].flatten(0, 1)
+            for x in (self.out, self.lse)
+        )
+        return SparseResult(out, lse, self.keep[index], self.bias[index], self.clock)
 
     def attended(self, tiles: Tiles) -> Tensor:
         """[kv_heads] key columns, summed over the queries (``LayerReport.attended``)."""
@@ -190,7 +203,15 @@ def _far(
     if not dense.any():
         kept = kept_attention(rows, k, v, to_csr(keep), tiles, scale, buffers)
         dropped = (found.bias > -torch.inf) & ~keep
-        return merge_with_summaries(local, kept, found.attention, known.v_mean, dropped)
+        merged = merge_with_summaries(local, kept, found.attention, known.v_mean, dropped)
+        if not (merged.lse - found.attention.lse < math.log(TINY_SHARE)).any():
+            return merged
+        # Estimates of kept blocks, so far above the truth that nothing true shows beside them.
+        bias = found.bias.masked_fill(keep, -torch.inf)
+        alone = attend_summaries(
+            rows.to(bias.dtype), local.lse.to(bias.dtype), known.k_mean, bias, scale
+        )
+        return merge_with_summaries(local, kept, alone, known.v_mean, dropped)
     out, lse = torch.empty_like(local.out), torch.empty_like(local.lse)
     heads = dense.nonzero()[:, 0]
     grouped = q.reshape(len(k), -1, *q.shape[1:])
@@ -235,5 +256,5 @@ def _with_kernels(
         q_offset=tiles.q_offset, scale=scale, summaries=(known.k_mean, known.v_mean), bias=bias,
     )  # fmt: skip
     clock.lap("attend")
-    keep = (bias == -torch.inf) & (candidates > -torch.inf)
+    keep = (bias == -torch.inf) & (candidates != -torch.inf)  # NaN is a candidate, and kept
     return SparseResult(out, lse, keep, bias, clock)

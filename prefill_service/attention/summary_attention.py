@@ -15,7 +15,8 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial
 
 _ALIGNED = 16  # row lengths that vector units and BLAS like
-_TINY_SHARE = 1e-30
+TINY_SHARE = 1e-30
+"""Shares below this are next to what float32 loses: they no longer tell what the rest is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def attend_summaries(
     scores = _logits(rows, local_lse, k_mean, bias, scale)
     shares = torch.softmax(scores, -1, out=scores)
     local = shares[..., k_mean.shape[1]]
-    if local.numel() and local.min() < _TINY_SHARE:
+    if local.numel() and local.min() < TINY_SHARE:
         # A local region that is lost in the rest cannot tell how much the rest is.
         lse = torch.logsumexp(_logits(rows, local_lse, k_mean, bias, scale), -1)
     else:

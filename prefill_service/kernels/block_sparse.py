@@ -65,10 +65,16 @@ def attention_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, LOCAL: tl.constexpr, PAGED: tl.constexpr,
     SUMMARIES: tl.constexpr, ORDERED: tl.constexpr, SKIP: tl.constexpr, VALUES: tl.constexpr,
-    QUERY_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    QUERY_STEP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     # fmt: on
-    """See ``block_sparse_attention``. Packed row r: head r // tokens, token r % tokens."""
+    """See ``block_sparse_attention``. Packed row r: head r // tokens, token r % tokens.
+
+    ALIGNED: there are tensor descriptors. It is part of the autotuner's key, so that what was
+    tuned with them is not used without.
+    """
+    tl.static_assert(ALIGNED or not TMA, "TMA needs tensor descriptors")
     PADDED: tl.constexpr = HEAD_DIM != BLOCK_D
     STEPS: tl.constexpr = BLOCK_TOKENS // BLOCK_N  # inner steps per block
     # The masked loops address every element; a narrower tile keeps them within the registers.
@@ -203,7 +209,7 @@ def attention_kernel(
 
 _tuned_kernel = triton.autotune(
     CONFIGS,
-    key=["HEAD_DIM", "BLOCK_TOKENS", "PAGED", "SUMMARIES", "SKIP", "VALUES"],
+    key=["HEAD_DIM", "BLOCK_TOKENS", "PAGED", "SUMMARIES", "SKIP", "VALUES", "ALIGNED"],
     prune_configs_by={"early_config_prune": prune},
     cache_results=True,
 )(attention_kernel)
@@ -249,7 +255,8 @@ def block_sparse_attention(
         block_table: [blocks] or [kv_heads, blocks] int32, page of each logical block.
         summaries: (k_mean, v_mean), both [kv_heads, blocks, head_dim]; comes with ``bias``.
         bias: [kv_heads, tiles, blocks] float32, added to the score of a block's mean key; -inf
-            leaves the summary out. Only blocks below floor(p0 / B) are read.
+            leaves the summary out. Only blocks below floor(p0 / B) are read; those of the last
+            tile there must be.
         skip_threshold: in (0, 1); leaves out a key tile of a kept block if its largest score lies
             so far below every row's running maximum that exp(difference) < threshold (BLASST,
             arXiv 2512.12087). Such keys are missing from the LSE, too.
@@ -275,7 +282,8 @@ def block_sparse_attention(
     paged = block_table is not None
     kv_heads = k.shape[2] if paged else k.shape[0]
     tiles = triton.cdiv(queries, tile_tokens)
-    check_rows(csr, kv_heads, tiles, head_dim, summaries, bias, order)
+    candidates = (q_offset + max(tiles - 1, 0) * tile_tokens * query_step) // block_tokens
+    check_rows(csr, kv_heads, tiles, candidates, head_dim, summaries, bias, order)
     out = torch.empty_like(q[:, :0] if lse_only else q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if queries == 0:
@@ -329,6 +337,7 @@ def block_sparse_attention(
         "SKIP": skip_threshold is not None,
         "VALUES": not lse_only,
         "QUERY_STEP": query_step,
+        "ALIGNED": tma,
     }
     rows = q_heads // kv_heads * min(tile_tokens, queries)
 

@@ -110,12 +110,16 @@ def check_rows(
     csr: BlockCSR,
     kv_heads: int,
     tiles: int,
+    candidates: int,
     head_dim: int,
     summaries: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
     order: Tensor | None,
 ) -> None:
-    """Raise ``ValueError`` for what belongs to rows or blocks and does not fit their number."""
+    """Raise ``ValueError`` for what belongs to rows or blocks and does not fit their number.
+
+    ``candidates`` are the blocks before the last tile's local region: the kernel reads so many.
+    """
     rows = kv_heads * tiles
     if csr.row_ptr.shape != (rows + 1,) and rows:
         raise ValueError(
@@ -134,6 +138,11 @@ def check_rows(
         raise ValueError(
             f"bias is {bias.dtype} {list(bias.shape)}, expected float32 "
             f"[{kv_heads}, {tiles}, blocks]"
+        )
+    if bias.shape[2] < candidates:
+        raise ValueError(
+            f"bias and summaries of {bias.shape[2]} blocks do not reach the {candidates} before "
+            f"the last tile"
         )
     for name, x in zip(("k_mean", "v_mean"), summaries, strict=True):
         if list(x.shape) != [kv_heads, bias.shape[2], head_dim]:

@@ -250,6 +250,9 @@ def estimate_loss(
     loss = mean of p over the rows of every fourth token * sqrt(1 - exp(-v / 2 pi)), plus the mass
     of the block's farthest key, asked with queries pooled over 16 tokens.
 
+    A query that is not a number makes every loss of its tile NaN: all its blocks are then kept, and
+    no row but its own is NaN. (On a CPU its tile's other queries choose.)
+
     Args:
         q, k, block_tokens, tile_tokens, q_offset, scale, block_table: as in
             ``block_sparse_attention``; ``tile_tokens`` a multiple of 4.

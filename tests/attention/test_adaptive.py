@@ -1,4 +1,4 @@
-"""A prefill's attention chunk by chunk: exact, sparse, certified, redone, reported."""
+"""A prefill's attention chunk by chunk: exact, sparse, clustered, reported."""
 
 from __future__ import annotations
 
@@ -7,47 +7,11 @@ import pytest
 import torch
 
 from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
-from prefill_service.attention.dense import attend_causal
-from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
-from prefill_service.attention.report import AttentionReport, combine
+from prefill_service.attention.quality import Quality, resolve_policy
+from prefill_service.attention.report import combine
 from tests.attention import oracle
+from tests.attention.layer import SCALE, error, run
 from tests.attention.oracle import rand
-
-SCALE = 0.3
-PATCH = 50
-
-
-def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    policy: AttentionPolicy,
-    chunk: int = 300,
-    from_tokens: int = 1,
-    patch: int = PATCH,
-) -> tuple[torch.Tensor, AttentionReport]:
-    """One layer of a prefill on one rank; the buffer is reordered on the way."""
-    tokens = k.shape[1]
-    ends = np.append(np.arange(patch, tokens, patch), tokens)
-    attention = AdaptiveAttention(
-        SparseSettings(from_tokens, segment_blocks=4), policy, 1, len(k), k.shape[-1], k.dtype,
-        torch.device("cpu"), ends,
-    )  # fmt: skip
-    kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
-    outs = []
-    for start in range(0, tokens, chunk):
-        part = q[:, start : start + chunk]
-        if attention.is_sparse(start, part.shape[1]):
-            outs.append(attention.attend(0, part, kv, start, start, SCALE))
-        else:
-            keys, values = kv[: start + part.shape[1]].permute(1, 2, 0, 3)
-            outs.append(attend_causal(part, keys, values, start, SCALE).out)
-            attention.observe(0, part, kv, start, SCALE)
-    return torch.cat(outs, 1), combine([attention.report()])
-
-
-def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 1000])
@@ -81,14 +45,16 @@ def test_short_chunks_are_exact_until_sparsity_pays() -> None:
     assert report.sparse_from_tokens == 1000
 
 
-@pytest.mark.parametrize("chunk", [128, 300, 3000])
-def test_structured_keys_are_sparse_and_close(chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "block"), [(128, 64), (300, 64), (3000, 64), (128, 128), (300, 128)]
+)
+def test_structured_keys_are_sparse_and_close(chunk: int, block: int) -> None:
     # Four kinds of key in raster order; queries of a moment want the kind of their moment.
     kinds = rand(4, 32, seed=1) * 0.8
     k = kinds.repeat(750, 1)[None] + 0.1 * rand(2, 3000, 32, seed=2)
     v = rand(4, 32, seed=3).repeat(750, 1)[None] + 0.1 * rand(2, 3000, 32, seed=4)
     q = kinds[torch.arange(3000) // 750].expand(8, -1, -1) + 0.1 * rand(8, 3000, 32, seed=5)
-    got, report = run(q, k, v, resolve_policy(epsilon=0.05), chunk)
+    got, report = run(q, k, v, resolve_policy(epsilon=0.05), chunk, block=block)
     layer = report.layers[0]
     assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 0.05
     assert layer.kept_mass.mean(0) > 0.93
@@ -96,74 +62,11 @@ def test_structured_keys_are_sparse_and_close(chunk: int) -> None:
         assert layer.density == 1
         assert report.block_map is None
     else:
-        assert layer.density < 0.6
+        assert layer.density < (0.6 if block == 64 else 0.7)  # larger blocks keep more for as much
         assert report.block_map is not None
     assert layer.tiles == 2 * sum(
         -(-min(chunk, 3000 - start) // 128) for start in range(0, 3000, chunk)
     )
-
-
-def hidden_needles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two keys of one block that every other query wants, the rest its opposite.
-
-    Pooling the queries cancels the wish, so that the outlier guard is blind to it, and two keys
-    of 64 hardly show in the variance.
-    """
-    wish = torch.zeros(32, dtype=torch.float64)
-    wish[3] = 1
-    k, v = 0.05 * rand(1, 2048, 32, seed=1), rand(1, 2048, 32, seed=2)
-    k[0, [333, 334]] += 6 * wish
-    v[0, [333, 334]] += 5
-    q = 0.05 * rand(2, 2048, 32, seed=3)
-    q[:, 1::2] += 6 * wish / SCALE * 1.2 / 4
-    q[:, 0::2] -= 6 * wish / SCALE * 1.2 / 4
-    return q, k, v
-
-
-def map_density(report: AttentionReport) -> float:
-    """Mean over the cells of the block map."""
-    assert report.block_map is not None
-    return float(np.mean([cell for cell in report.block_map.density if cell >= 0]))
-
-
-def test_needles_that_the_estimate_misses_trigger_the_floor() -> None:
-    q, k, v = hidden_needles()
-    expected = oracle.dense(q, k, v, 0, SCALE)
-    blind, without = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0))
-    missed = without.layers[0]
-    assert missed.tiles_redone == missed.tiles_dense == 0
-    assert missed.kept_mass.least < 0.5  # the certificate sees what the estimate did not
-    assert error(blind, expected) > 0.3
-
-    seen, report = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0.9))
-    layer = report.layers[0]
-    assert 0 < layer.tiles_redone <= layer.tiles
-    assert layer.kept_mass.mean(0) >= 0.9
-    assert error(seen, expected) < 0.5 * error(blind, expected)
-    assert layer.density > missed.density
-    assert map_density(report) > map_density(without)  # maps show what was used
-
-
-def test_what_a_smaller_epsilon_cannot_mend_is_computed_densely() -> None:
-    q, k, v = hidden_needles()
-    got, report = run(q, k, v, resolve_policy(epsilon=0.9, min_kept_mass=1.0))
-    layer = report.layers[0]
-    assert layer.tiles_dense > 0.8 * layer.tiles  # in the first tiles nothing can be lost
-    assert report.density > 0.99
-    assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 1e-3
-
-
-def test_only_the_heads_below_the_floor_are_redone() -> None:
-    q, k, v = hidden_needles()
-    plain = 0.05 * rand(1, 2048, 32, seed=8)
-    q = torch.cat([0.05 * rand(2, 2048, 32, seed=9), q])
-    k, v = torch.cat([plain, k]), torch.cat([rand(1, 2048, 32, seed=10), v])
-    policy = resolve_policy(epsilon=0.3, min_kept_mass=0.9)
-    got, report = run(q, k, v, policy)
-    redone = report.layers[0].tiles_redone
-    assert 0 < redone <= report.layers[0].tiles / 2  # one of two heads; a second retry is none more
-    alone, _ = run(q[:2], k[:1], v[:1], policy)
-    torch.testing.assert_close(got[:2], alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("patch", [50, 300, 700])
@@ -218,7 +121,7 @@ def test_ranks_combine_to_what_one_rank_reports() -> None:
     layer = report.layers[0]
     assert layer.causal == 1024 * 1025 / 2
     assert layer.tiles == 16
-    assert layer.kept_mass.count == 4 * 2 * 4  # chunks x ranks: runs x samples x heads
+    assert layer.kept_mass.count == 4 * 4 * 4  # chunks x ranks: runs x samples x heads
     assert 0 < report.density < 1
     assert report.block_map is not None
     grid = np.array(report.block_map.density).reshape(report.block_map.rows, -1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.certificate import certify, sample_rows
+from prefill_service.attention.certificate import certify, sample_rows, sample_tiles
 from prefill_service.attention.sparse import forced_blocks, sparse_attention
 from prefill_service.attention.summaries import summarize
 from prefill_service.attention.tiles import Tiles
@@ -32,7 +32,7 @@ def test_kept_mass_and_error_of_all_rows(
     )
     rows = torch.arange(queries)
     weights = torch.rand(queries, tiles.keys, generator=torch.Generator().manual_seed(4))
-    proof = certify(q, k, v, used, known, tiles, rows, weights, SCALE)
+    proof = certify(q, k, v, used, known, tiles, rows, weights, SCALE, GatherBuffers())
     mass = oracle.kept_mass(q, k, tiles, used.keep, used.bias, known, SCALE)
     torch.testing.assert_close(proof.kept_mass.view(-1, queries), mass, rtol=0, atol=1e-6)
     p = oracle.causal_scores(q, k, q_offset, SCALE).softmax(-1)
@@ -59,3 +59,36 @@ def test_sampled_rows_are_spread_and_differ() -> None:
     assert sample_rows(1, 2, 9).tolist() == [0]
     seen = {int(row) for seed in range(100) for row in sample_rows(64, 2, seed)}
     assert len(seen) > 60
+
+
+def test_every_tile_is_sampled() -> None:
+    tiles = Tiles(300, 1000, 128, 64)
+    for per_tile in (1, 3):
+        rows = sample_tiles(tiles, per_tile, 5)
+        assert [int(row) // 128 for row in rows] == [0] * per_tile + [1] * per_tile + [2] * per_tile
+        assert (rows.diff() > 0).all()
+        assert rows.max() < 300
+    assert (sample_tiles(tiles, 1, 5) % 128).unique().numel() == 3  # each at a place of its own
+    assert sample_tiles(Tiles(130, 0, 128, 64), 4, 0)[4:].tolist() == [128, 129]
+
+
+def test_rows_that_are_no_numbers_keep_nothing() -> None:
+    # An LSE of -inf makes the mass of every key infinite, and its minimum with the truth perfect.
+    tiles = Tiles(128, 256, 128, 64)
+    q = rand(4, 128, 16)
+    k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
+    known = summarize(k[:, :256], v[:, :256], 64)
+    forced = forced_blocks(tiles, 1, [10_000])
+    used = sparse_attention(
+        q, k, v, known, tiles, torch.full((2,), 0.3), forced, SCALE, GatherBuffers()
+    )
+    used.lse[0, 5], used.out[0, 5] = -torch.inf, torch.nan
+    used.lse[1, 6], used.lse[2, 7], used.out[3, 8] = -torch.inf, torch.nan, torch.inf
+    rows = torch.arange(128)
+    weights = torch.zeros(128, tiles.keys)
+    proof = certify(q, k, v, used, known, tiles, rows, weights, SCALE, GatherBuffers())
+    bad = torch.zeros(4, 128, dtype=torch.bool)
+    bad[range(4), range(5, 9)] = True
+    assert (proof.kept_mass.view(4, 128)[bad] == 0).all()
+    assert (proof.output_error.view(4, 128)[bad] == 1).all()
+    assert (proof.kept_mass.view(4, 128)[~bad] > 0.3).all()

@@ -67,3 +67,8 @@ def test_patch_mass_against_a_loop() -> None:
                 expected[patch] += float(p[head, row, key]) * seen / size
     np.testing.assert_allclose(got, expected)
     assert rows.tolist() == [12, 12, 0, 0]
+    # Samples that stand for twice as many queries count twice.
+    mass.add(weighted, 6, position, order, 2.0)
+    got, rows = mass.totals()
+    np.testing.assert_allclose(got, 3 * expected)
+    assert rows.tolist() == [36, 36, 0, 0]

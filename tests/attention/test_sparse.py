@@ -181,6 +181,24 @@ def test_a_key_that_is_not_a_number_poisons_what_dense_attention_poisons() -> No
     assert not got.out[1].isnan().any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_query_that_is_not_a_number_poisons_itself_alone(value: float) -> None:
+    q, k, v, tiles, known = problem(200, 517, 4)
+    arguments = torch.full((2,), 0.9), forced_blocks(tiles, 1, [10_000] * 2), SCALE
+    clean = sparse_attention(q, k, v, known, tiles, *arguments, GatherBuffers())
+    q[2, 5, 3] = value
+    got = sparse_attention(q, k, v, known, tiles, *arguments, GatherBuffers())
+    poisoned = got.out.isnan().any(-1)
+    assert poisoned.nonzero().tolist() == [[2, 5]]
+    assert got.out[2, 5].isnan().all()
+    assert got.lse[2, 5].isnan()
+    assert got.lse.isfinite().sum() == got.lse.numel() - 1
+    # The others' blocks are chosen by the others.
+    assert torch.equal(got.keep, clean.keep)
+    assert not got.keep.all()
+    torch.testing.assert_close(got.out[~poisoned], clean.out[~poisoned], rtol=0, atol=1e-2)
+
+
 def test_a_tile_is_whole_blocks() -> None:
     q, k, v, _, known = problem(128, 512, 1)
     tiles = Tiles(128, 512, 96, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from prefill_service.kernels import block_sparse
 from prefill_service.kernels.block_sparse import (
     block_sparse_attention,
     block_sparse_reference,
@@ -244,6 +246,30 @@ def test_every_third_query(interpret: Interpreter) -> None:
     torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
 
 
+def test_what_was_tuned_with_tensor_descriptors_is_not_used_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = block_sparse._tuned_kernel.keys
+    launched: list[tuple[Any, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda **arguments: launched.append(tuple(arguments[key] for key in keys))
+
+    monkeypatch.setattr(block_sparse, "_tuned_kernel", Recorder())
+    queries, length = torch.zeros(2, 64, 64).half(), 8192
+    aligned = torch.zeros(2, length, 64).half()
+    shifted = torch.zeros(2 * length * 64 + 1).half()[1:].view(2, length, 64)  # by two bytes
+    none = BlockCSR(torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
+    for k in (aligned, shifted):
+        block_sparse_attention(
+            queries, k, aligned, none, block_tokens=64, tile_tokens=128, q_offset=length - 64,
+            scale=1.0,
+        )  # fmt: skip
+    assert len(launched) == 2
+    assert launched[0] != launched[1]
+
+
 def test_no_queries() -> None:
     args, options = Case(queries=0, tile=16).build()
     out, lse = block_sparse_attention(*args, **options)
@@ -262,6 +288,10 @@ def test_no_queries() -> None:
         ({"query_step": 2}, "163 keys are fewer than the 229 up to the last query"),
         ({"tile_tokens": 70}, "row_ptr has 7 entries, expected 3"),
         ({"bias": torch.zeros(2, 3, 11)}, "summaries and bias belong together"),
+        (
+            {"bias": torch.zeros(2, 3, 8), "summaries": (torch.zeros(2, 8, 64),) * 2},
+            "bias and summaries of 8 blocks do not reach the 9 before the last tile",
+        ),
         ({"order": torch.arange(6)}, r"order is torch\.int64 \[6\], expected int32 \[6\]"),
     ],
 )

@@ -55,7 +55,7 @@ def attention(
         "GROUP": 7, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_TOKENS": 128,
         "LOCAL": not kept_only, "PAGED": paged, "SUMMARIES": not kept_only, "ORDERED": False,
         "SKIP": skip, "VALUES": not lse_only, "QUERY_STEP": 4 if lse_only else 1,
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma,
+        "ALIGNED": tma, "BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": tma,
     }  # fmt: skip
     arguments |= {name: Const(value) for name, value in constants.items()}
     kernel = block_sparse.attention_kernel

@@ -184,6 +184,24 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     torch.testing.assert_close(*bias, atol=1e-4, rtol=0)
 
 
+def test_a_query_that_is_not_a_number_poisons_itself_alone(interpret: Interpreter) -> None:
+    """A GPU keeps all blocks of its tile, a CPU those that the tile's other queries ask for."""
+    (q, k, *_), options = inputs(group=2, q_offset=320, queries=64, seed=3)
+    q[1, 5, 3] = torch.nan
+    tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
+    known = summarize(k[:, : tiles.blocks * 16], k[:, : tiles.blocks * 16], 16)
+    forced = forced_blocks(tiles, 1, [304, 336])
+    common = (q, k, k, known, tiles, torch.tensor([0.4, 0.4]), forced, options["scale"])
+    a = interpret("prefill_service.attention.sparse._with_kernels", *common)
+    b = sparse_attention(*common, GatherBuffers())
+    for got in (a, b):
+        assert got.out.isnan().all(-1).nonzero().tolist() == [[1, 5]]
+        assert got.out.isnan().any(-1).sum() == 1
+    assert a.keep[0, 0, : tiles.candidates(0)].all()
+    assert not a.keep[0, 1, : tiles.candidates(1)].all()
+    assert not b.keep[0, 0, : tiles.candidates(0)].all()
+
+
 def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpreter) -> None:
     """All steps together: summaries, estimate, selection, attention."""
     (q, k, *_), options = inputs(group=2, q_offset=400, queries=64, seed=3)

@@ -1,10 +1,12 @@
 """Videos for the language model: rendered patches' features, and sketches of long videos.
 
-A *sketch* of a video of N seconds renders only some of its patches. Each background patch among
-them stands for the w seconds around it that were left out: every one of its tokens counts w-fold
-in attention, by ln w added to its scores, and positions and timestamps are those of the whole
-video. To a query, w tokens that are alike are one token of weight w. So the language model learns
-to find needles among 8,000 tokens for the price of 1,000, which is quadratically less.
+A *sketch* of a video of N seconds renders only some of its patches, in runs of neighbours. The
+background patches among them stand for the w seconds between the runs that were left out: their
+tokens count w-fold in attention, by ln w added to their scores, and positions and timestamps are
+those of the whole video. To a query, w tokens that are alike are one token of weight w. So the
+language model learns to find needles among 8,000 tokens for the price of 1,000, which is
+quadratically less. It is no substitute for length itself: real backgrounds differ from each other,
+and their extremes grow with their number; the last steps of training need some whole videos.
 """
 
 from __future__ import annotations
@@ -145,11 +147,8 @@ class Batches:
             questions: per video.
             weights: of ``TASKS``.
         """
-        chosen = np.arange(seconds)
-        if rendered < seconds:
-            chosen = np.sort(rng.permutation(seconds)[:rendered])
+        chosen, left_out = _choose(seconds, rendered, rng)
         plan = layout(self._tokenizer, chosen)
-        share = np.gradient(chosen.astype(float)) if rendered > 1 else np.ones(1)
         sources = np.empty((videos, rendered), np.int64)
         counts = np.ones((videos, rendered))
         ids = np.full((videos, questions, self._slot), self._tokenizer.pad_token_id)
@@ -157,9 +156,9 @@ class Batches:
         for video in range(videos):
             story = sample_story(rendered, rng)
             empty = self._fill(sources[video], story, rng)
-            # The rest of the seconds is background: as many as its patches' surroundings.
-            background = seconds - (rendered - int(empty.sum()))
-            counts[video][empty] = np.maximum(1.0, share[empty] * (background / share[empty].sum()))
+            # Needles stand for nothing but themselves: their share goes to the background.
+            bearing = left_out * empty
+            counts[video] += bearing * (left_out.sum() / max(bearing.sum(), 1e-9))
             for slot, question in enumerate(sample_questions(story, questions, rng, weights)):
                 tokens = self._encode(question)
                 ids[video, slot, : len(tokens) - 1] = tokens[:-1]
@@ -200,6 +199,31 @@ class Batches:
                 for token in self._tokenizer.encode(part, add_special_tokens=False)
             ]
         return self._encoded[key]
+
+
+def _choose(seconds: int, rendered: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Which seconds a sketch renders, ascending, and how many more each stands for.
+
+    Runs of neighbours have 1 to 16 patches. What lies between two runs is borne by the last patch
+    of the first, or by all of its patches alike: a model that has seen both relies on neither.
+    """
+    if rendered == seconds:
+        return np.arange(seconds), np.zeros(seconds)
+    length = int(rng.choice([1, 2, 4, 8, 16]))
+    sizes = np.full(-(-rendered // length), length)
+    sizes[-1] -= sizes.sum() - rendered
+    # Gaps before each run and after the last share the seconds that are left out.
+    cuts = np.sort(rng.integers(0, seconds - rendered + 1, len(sizes)))
+    gaps = np.diff(cuts, append=seconds - rendered)
+    starts = cuts + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    chosen = np.concatenate([start + np.arange(n) for start, n in zip(starts, sizes, strict=True)])
+    gaps[0] += cuts[0]
+    evenly = rng.random() < 0.5
+    bearing = [
+        np.full(n, gap / n) if evenly else np.append(np.zeros(n - 1), gap)
+        for n, gap in zip(sizes, gaps, strict=True)
+    ]
+    return chosen, np.concatenate(bearing)
 
 
 def predict(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

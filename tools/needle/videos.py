@@ -35,8 +35,11 @@ class Look:
     opacity: float = 1.0
 
 
+PLAIN = Look()
+
+
 def render(
-    story: Story, rng: np.random.Generator, fps: int = SAMPLED_FPS, look: Look = Look()
+    story: Story, rng: np.random.Generator, fps: int = SAMPLED_FPS, look: Look = PLAIN
 ) -> Iterator[np.ndarray]:
     """Yield ``story.patches * fps`` RGB frames [SIDE, SIDE, 3] uint8."""
     texture = _background(story.patches * fps, SAMPLED_FPS / fps, rng)
@@ -51,7 +54,7 @@ def render(
 
 
 def write_mp4(
-    path: Path, story: Story, seed: int, fps: int = SAMPLED_FPS, look: Look = Look()
+    path: Path, story: Story, seed: int, fps: int = SAMPLED_FPS, look: Look = PLAIN
 ) -> Path:
     """Write the story as an mp4 (MPEG-4 part 2) and return ``path``.
 

@@ -1,0 +1,135 @@
+"""Command line; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import fidelity, tables
+from benchmarks.fidelity import adversarial, results, service
+from benchmarks.fidelity.scoring import Asked, Reader, Setting, fresh_video
+
+QUALITIES = ("exact", "high", "balanced", "fast")
+SWEEP = (0.02, 0.1, 0.2, 0.5)
+TRUTH_UP_TO = 256
+"""Temporal patches up to which all rows are attended exactly as well."""
+CHECKPOINT = Path("assets/needle-qwen3-vl")
+SERVICE_PATCHES = (64, 128, 256, 384, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One video for one worker."""
+
+    checkpoint: Path
+    sparse_from: int
+    patches: int
+    questions: int
+    seed: int
+    settings: tuple[Setting, ...]
+
+
+def run(work: Work) -> list[Asked]:
+    """In a worker."""
+    reader = _reader(work.checkpoint, work.sparse_from)
+    frames, questions = fresh_video(work.patches, work.questions, work.seed)
+    truth = work.patches <= TRUTH_UP_TO
+    return reader.compare(frames, questions, work.settings, measure_truth=truth)
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(checkpoint: Path, sparse_from: int) -> Reader:
+    """A worker keeps its model."""
+    torch.set_num_threads(1)
+    return Reader(checkpoint, sparse_from)
+
+
+def works(options: argparse.Namespace) -> Iterator[Work]:
+    """The longest first, so that no worker waits at the end."""
+    settings = [Setting(quality, ranks) for ranks in options.ranks for quality in QUALITIES]
+    settings += [Setting(f"epsilon={epsilon}") for epsilon in options.sweep]
+    for patches in sorted(options.patches, reverse=True):
+        for index in range(options.videos):
+            seed = options.seed * 100_000 + index
+            yield Work(options.checkpoint, options.sparse_from, patches, options.questions, seed,
+                       tuple(settings))  # fmt: skip
+
+
+def in_process(options: argparse.Namespace) -> list[Asked]:
+    """All videos, over worker processes of one thread each."""
+    todo = list(works(options))
+    asked: list[Asked] = []
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for number, found in enumerate(pool.imap(run, todo), 1):
+            asked += found
+            if number % options.videos == 0:
+                print(f"{todo[number - 1].patches} patches: {options.videos} videos", flush=True)
+    return sorted(asked, key=lambda one: one.patches)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=fidelity.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--patches", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--videos", type=int, default=26, help="per length")
+    parser.add_argument("--questions", type=int, default=12, help="per video")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--sweep", type=float, nargs="*", default=SWEEP, help="epsilons, one rank")
+    parser.add_argument("--sparse-from", type=int, default=512, help="tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--service", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--adversarial", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=tables.RESULTS / "fidelity.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, print, write JSON and PNG."""
+    options = parse(arguments)
+    started = time.perf_counter()
+    header: dict[str, Any] = tables.settings(
+        checkpoint=str(options.checkpoint), seed=options.seed, chunk=512,
+        sparse_from=options.sparse_from, videos=options.videos, questions=options.questions,
+    )  # fmt: skip
+    asked = in_process(options)
+    rows = results.rows_of(asked)
+    tables.write(options.out, rows)
+    results.print_table(rows, [results.ALL])
+    header["losses"] = results.losses(asked)
+    print("\npoints of accuracy lost against exact, over all lengths and tasks:")
+    names = list(header["losses"][0])
+    print(tables.markdown(names, [list(one.values()) for one in header["losses"]]), flush=True)
+    if options.adversarial:
+        header["adversarial"] = adversarial.report(options.checkpoint, options.sparse_from,
+                                                   options.seed, options.workers)  # fmt: skip
+    if options.service:
+        log = options.out.with_suffix(".service.log")
+        more, differing = service.measure(
+            options.checkpoint, SERVICE_PATCHES, 8, QUALITIES, options.seed,
+            options.sparse_from, log,
+        )  # fmt: skip
+        log.unlink()
+        rows += more
+        results.print_table(more, [results.ALL])
+        header["service_exact_differs_from_vllm"] = differing
+        print(f"exact answers that differ from vLLM alone, token for token: {differing}")
+    header["seconds"] = round(time.perf_counter() - started)
+    tables.write(options.out, rows)
+    tables.write(options.out.with_suffix(".meta.json"), header)
+    results.draw(rows, options.out.with_suffix(".png"))
+    print(f"{header['seconds']} s; {len(rows)} rows in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Needle videos prefilled at several qualities and asked the same questions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.fidelity.rehearsal import Prefix, Rehearsal, rehearse
+from prefill_service.attention.adaptive import SparseSettings
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from tools.needle import checkpoint, sketches, stories, tower, videos
+from tools.needle.stories import TASKS, Question, Story
+from tools.needle.videos import PLAIN, Look
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to prefill: a step of the dial (or ``epsilon=...``) and a number of ranks."""
+
+    quality: str
+    ranks: int = 1
+
+    @property
+    def policy(self) -> AttentionPolicy:
+        """What a request of this quality gets."""
+        if self.quality.startswith("epsilon="):
+            return resolve_policy(epsilon=float(self.quality.removeprefix("epsilon=")))
+        return resolve_policy(Quality(self.quality))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What became of one video under one setting.
+
+    Attributes:
+        setting: which.
+        patches, tokens: of the video's prefix.
+        tasks: [questions] index into ``TASKS``.
+        right: [questions] whether the answer's first token is the true one.
+        same: [questions] whether it is the exact prefill's, on as many ranks.
+        density, certified: of the report; ``certified`` is None where nothing was sampled.
+        true_mass: kept mass over all rows; None where it was not measured.
+        floor_met: of the report.
+    """
+
+    setting: Setting
+    patches: int
+    tokens: int
+    tasks: list[int]
+    right: list[bool]
+    same: list[bool]
+    density: float
+    certified: float | None
+    true_mass: float | None
+    floor_met: bool
+
+
+class Reader:
+    """A needle checkpoint in this process: sees frames, prefills them, answers.
+
+    Args:
+        folder: the checkpoint.
+        sparse_from: length in tokens from which attention may be sparse.
+        chunk_tokens: per chunk and rank.
+    """
+
+    def __init__(self, folder: Path, sparse_from: int = 512, chunk_tokens: int = 512) -> None:
+        self._sparse = SparseSettings(sparse_from)
+        self._chunk_tokens = chunk_tokens
+        self._model, self._tokenizer = checkpoint.load(folder)
+        self._model.eval()
+        opened = open_checkpoint(str(folder))
+        self._prefill = PrefillModel(opened, torch.float32, torch.device("cpu"))
+
+    @torch.no_grad()
+    def prefix(self, frames: np.ndarray) -> Prefix:
+        """Of a video's frames, [2 * patches, SIDE, SIDE, 3]."""
+        pairs = torch.from_numpy(frames).view(-1, 2, *frames.shape[1:])
+        with tower.batched(self._model):
+            parts = [tower.features(self._model, part) for part in pairs.split(256)]
+        merged, *deepstack = (torch.cat(found).flatten(0, 1) for found in zip(*parts, strict=True))
+        plan = sketches.layout(self._tokenizer, np.arange(len(pairs)))
+        ends = np.searchsorted(plan.patch, np.arange(len(pairs)), side="right")
+        ends[-1] = len(plan.ids)
+        return Prefix(
+            plan.ids.astype(np.int32), plan.positions, ends, int(plan.ids[plan.vision][0]),
+            VisionFeatures(merged, deepstack), checkpoint.TOKENS_PER_PATCH,
+        )  # fmt: skip
+
+    def prefill(
+        self, prefix: Prefix, setting: Setting, sparse: SparseSettings | None = None
+    ) -> Rehearsal:
+        """KV and report."""
+        return rehearse(
+            self._prefill, prefix, setting.policy, ranks=setting.ranks,
+            chunk_tokens=self._chunk_tokens, settings=sparse or self._sparse,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def answers(self, prefix: Prefix, kv: list[torch.Tensor], texts: Sequence[str]) -> list[str]:
+        """First word of the answer to each question, alone behind the prefix."""
+        from transformers import DynamicCache
+
+        turns = [
+            self._tokenizer.encode(
+                f"{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+            )
+            for text in texts
+        ]
+        slot = max(map(len, turns))
+        ids = torch.full((len(turns), slot), self._tokenizer.pad_token_id)
+        for row, turn in zip(ids, turns, strict=True):
+            row[: len(turn)] = torch.tensor(turn)
+        cache = DynamicCache(config=self._model.config.text_config)
+        for layer, (k, v) in enumerate(kv):
+            cache.update(k[None], v[None], layer)
+        tokens = len(prefix.token_ids)
+        hidden = sketches.ask(
+            self._model, cache, int(prefix.position_ids.max()) + 1, ids.view(1, -1), slot,
+            torch.zeros(1, tokens),
+        )  # fmt: skip
+        last = torch.tensor([index * slot + len(turn) - 1 for index, turn in enumerate(turns)])
+        best = self._model.lm_head(hidden[0, last]).argmax(-1)
+        return [self._tokenizer.decode([token]) for token in best.tolist()]
+
+    def compare(
+        self,
+        frames: np.ndarray,
+        questions: Sequence[Question],
+        settings: Sequence[Setting],
+        *,
+        measure_truth: bool,
+    ) -> list[Asked]:
+        """Ask the same questions under every setting.
+
+        Args:
+            settings: with ``exact`` among them for every number of ranks.
+            measure_truth: also certify every row, in passes of their own.
+        """
+        prefix = self.prefix(frames)
+        texts = [question.text for question in questions]
+        exact: dict[int, list[str]] = {}
+        asked = []
+        for setting in sorted(settings, key=lambda s: s.quality != Quality.EXACT):
+            done = self.prefill(prefix, setting)
+            words = self.answers(prefix, done.kv, texts)
+            if setting.quality == Quality.EXACT:
+                exact[setting.ranks] = words
+            masses = [layer.kept_mass for layer in done.report.layers]
+            sampled = sum(mass.count for mass in masses)
+            certified = sum(mass.total for mass in masses) / sampled if sampled else None
+            asked.append(
+                Asked(
+                    setting,
+                    len(prefix.patch_ends),
+                    len(prefix.token_ids),
+                    [TASKS.index(question.task) for question in questions],
+                    [w == q.answer for w, q in zip(words, questions, strict=True)],
+                    [w == e for w, e in zip(words, exact[setting.ranks], strict=True)],
+                    done.report.density,
+                    certified,
+                    self._truth(prefix, setting) if measure_truth else None,
+                    all(mass.mean(1.0) >= setting.policy.min_kept_mass for mass in masses),
+                )
+            )
+        return asked
+
+    def _truth(self, prefix: Prefix, setting: Setting) -> float | None:
+        """Kept mass over all rows that were sparse."""
+        if setting.policy.exact:
+            return None
+        every = replace(self._sparse, certify_every_row=True)
+        masses = [layer.kept_mass for layer in self.prefill(prefix, setting, every).report.layers]
+        rows = sum(mass.count for mass in masses)
+        return sum(mass.total for mass in masses) / rows if rows else None
+
+
+def filmed(story: Story, seed: int, look: Look = PLAIN) -> np.ndarray:
+    """The story's frames after an mp4 round trip."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = videos.write_mp4(Path(folder) / "story.mp4", story, seed, look=look)
+        return videos.read_frames(path)
+
+
+def fresh_video(patches: int, questions: int, seed: int) -> tuple[np.ndarray, list[Question]]:
+    """A seeded video and questions, a quarter of each task."""
+    rng = np.random.default_rng((seed, patches))
+    story = stories.sample_story(patches, rng)
+    asked = []
+    for task in range(len(TASKS)):
+        weights = [float(index == task) for index in range(len(TASKS))]
+        asked += stories.sample_questions(story, questions // len(TASKS), rng, weights)
+    return filmed(story, seed), asked

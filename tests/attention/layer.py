@@ -1,0 +1,48 @@
+"""One layer's attention of a whole prefill on one rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.attention.report import AttentionReport, combine
+
+SCALE = 0.3
+PATCH = 50
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: AttentionPolicy,
+    chunk: int = 300,
+    from_tokens: int = 1,
+    patch: int = PATCH,
+    block: int = 64,
+) -> tuple[torch.Tensor, AttentionReport]:
+    """One layer of a prefill on one rank; the buffer is reordered on the way."""
+    tokens = k.shape[1]
+    ends = np.append(np.arange(patch, tokens, patch), tokens)
+    attention = AdaptiveAttention(
+        SparseSettings(from_tokens, block, segment_blocks=4), policy, 1, len(k), k.shape[-1],
+        k.dtype, torch.device("cpu"), ends,
+    )  # fmt: skip
+    kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
+    outs = []
+    for start in range(0, tokens, chunk):
+        part = q[:, start : start + chunk]
+        if attention.is_sparse(start, part.shape[1]):
+            outs.append(attention.attend(0, part, kv, start, start, SCALE))
+        else:
+            keys, values = kv[: start + part.shape[1]].permute(1, 2, 0, 3)
+            outs.append(attend_causal(part, keys, values, start, SCALE).out)
+            attention.observe(0, part, kv, start, SCALE)
+    return torch.cat(outs, 1), combine([attention.report()])
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()

@@ -1,0 +1,137 @@
+"""The fidelity suite runs, its prefill is the ranks', and a slice of its table holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.fidelity import __main__ as fidelity
+from benchmarks.fidelity import adversarial, results
+from benchmarks.fidelity.scoring import Asked, Reader, Setting, fresh_video
+from prefill_service.models.plan import FrameSampling
+from tests.engine.harness import running_group
+from tools.needle import stories, videos
+
+ASSET = Path(__file__).resolve().parents[2] / "assets" / "needle-qwen3-vl"
+KEYS = {
+    "task", "temporal_patches", "video_tokens", "quality", "ranks", "questions", "accuracy",
+    "accuracy_exact", "agreement_with_exact", "kept_mass", "kept_mass_certified", "density",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("quality", "ranks"), [("exact", 1), ("balanced", 2)])
+async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ranks: int) -> None:
+    patches, setting = 70, Setting(quality, ranks)
+    story = stories.sample_story(patches, np.random.default_rng(4))
+    path = videos.write_mp4(tmp_path / "a.mp4", story, seed=4)
+    async with running_group(
+        ASSET, tmp_path, ranks, chunk_tokens=200, sparse_from_tokens=400
+    ) as harness:
+        plan, _ = await harness.plan(path, FrameSampling())
+        task = replace(harness.task(path, plan), policy=setting.policy)
+        outcome = await harness.prefill(task)
+        served = harness.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
+    reader = Reader(ASSET, sparse_from=400, chunk_tokens=200)
+    done = reader.prefill(reader.prefix(videos.read_frames(path)), setting)
+    rehearsed = torch.stack(done.kv).transpose(2, 3)
+    assert (rehearsed - served).norm() / served.norm() < 1e-4
+    assert done.report.density == pytest.approx(outcome.attention.density, abs=0.01)
+    assert (done.report.density < 0.95) == (quality != "exact")
+
+
+def test_a_slice_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """New videos, another seed: retrieval survives the default quality."""
+    out = tmp_path / "fidelity.json"
+    fidelity.main([
+        *("--checkpoint", str(ASSET), "--patches", "64", "192", "--videos", "3", "--seed", "77"),
+        *("--ranks", "1", "--sweep", "0.5", "--workers", "1", "--questions", "16"),
+        *("--no-service", "--no-adversarial", "--out", str(out)),
+    ])  # fmt: skip
+    rows = json.loads(out.read_text())
+    meta = json.loads(out.with_suffix(".meta.json").read_text())
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert all(row.keys() >= KEYS for row in rows)
+    pooled = {
+        (row["temporal_patches"], row["quality"]): row for row in rows if row["task"] == "all"
+    }
+    assert len(pooled) == 2 * 5
+    for patches in (64, 192):
+        exact, balanced = pooled[patches, "exact"], pooled[patches, "balanced"]
+        assert exact["questions"] == 48
+        assert exact["agreement_with_exact"] == 1
+        assert exact["density"] == 1
+        assert exact["accuracy"] >= 0.85
+        assert balanced["agreement_with_exact"] >= 0.9
+        assert balanced["kept_mass"] == pytest.approx(balanced["kept_mass_certified"], abs=0.02)
+        assert pooled[patches, "epsilon=0.5"]["density"] <= balanced["density"]
+    assert pooled[192, "balanced"]["density"] < pooled[64, "balanced"]["density"] < 1
+    assert {loss["quality"] for loss in meta["losses"]} == {
+        "exact", "high", "balanced", "fast", "epsilon=0.5",
+    }  # fmt: skip
+    assert "points of accuracy lost" in capsys.readouterr().out
+
+
+def test_losses_and_intervals() -> None:
+    def asked(quality: str, right: list[bool], patches: int = 64) -> Asked:
+        tasks = [index % 4 for index in range(len(right))]
+        return Asked(Setting(quality), patches, 955, tasks, right, right, 0.5, None, None, True)
+
+    many = [asked("exact", [True] * 4), asked("exact", [True] * 4, 128)]
+    many += [asked("fast", [True, True, True, False]), asked("fast", [True] * 4, 128)]
+    exact, fast = results.losses(many)
+    assert (exact["points_lost"], exact["low"], exact["high"]) == (0, 0, 0)
+    assert fast["points_lost"] == 12.5
+    assert (fast["low"], fast["high"]) == (0, 25)
+    assert (fast["worst_cell"], fast["worst_points_lost"]) == ("count at 64", 100)
+    rows = {(r["quality"], r["temporal_patches"], r["task"]): r for r in results.rows_of(many)}
+    assert rows["fast", 64, "all"]["accuracy"] == 0.75
+    assert rows["fast", 64, "all"]["accuracy_exact"] == 1
+    assert rows["fast", 64, "count"]["questions"] == 1
+    low, high = results.wilson(300, 300)
+    assert (round(low, 3), high) == (0.987, pytest.approx(1))
+    assert results.wilson(0, 0) == (0, 1)
+
+
+@pytest.mark.parametrize("case", adversarial.CASES)
+def test_adversarial_videos_are_what_they_say(case: str) -> None:
+    for seed in range(5):
+        story, questions, look = adversarial.CASES[case](np.random.default_rng(seed))
+        shown = sorted(p for needle in story.needles for p in needle.patches)
+        assert len(set(shown)) == len(shown)
+        assert questions
+        for question in questions:
+            assert question.answer
+        if case == "first and last patch":
+            assert shown == [0, adversarial.PATCHES - 1]
+        if case == "two in one block":
+            assert shown[1] - shown[0] == 1
+        if case == "at chunk borders of two ranks":
+            assert all(p % 64 in (63, 0) for p in shown)
+        if case == "twice, and asked twice":
+            assert questions[0] == questions[1]
+            assert [q.answer for q in questions if q.task == "count"] == ["2"]
+        assert (look.frames == 1) == (case == "one frame only")
+
+
+def test_silent_failures_are_counted() -> None:
+    def asked(quality: str, same: list[bool], floor_met: bool) -> Asked:
+        tasks = [0] * len(same)
+        return Asked(Setting(quality), 64, 955, tasks, same, same, 0.5, 0.9, None, floor_met)
+
+    many = [asked(quality, [True], True) for quality in ("exact", "high")]
+    many += [asked("balanced", [True, False], True), asked("fast", [False, False], False)]
+    silent = {row["quality"]: row["silent_failures"] for row in adversarial.rows("case", many)}
+    assert silent == {"exact": 0, "high": 0, "balanced": 1, "fast": 0}
+
+
+def test_fresh_videos_are_reproducible() -> None:
+    frames, questions = fresh_video(20, 8, 5)
+    again, same = fresh_video(20, 8, 5)
+    assert np.array_equal(frames, again)
+    assert questions == same
+    assert [q.task for q in questions] == [t for t in stories.TASKS for _ in range(2)]
