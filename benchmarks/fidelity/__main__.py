@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--patches", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--videos", type=int, default=26, help="per length")
-    parser.add_argument("--questions", type=int, default=12, help="per video")
+    parser.add_argument("--questions", type=int, default=4, help="of each task, per video")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sweep", type=float, nargs="*", default=SWEEP, help="epsilons, one rank")
     parser.add_argument("--sparse-from", type=int, default=512, help="tokens (%(default)s)")
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.service:
         log = options.out.with_suffix(".service.log")
         more, differing = service.measure(
-            options.checkpoint, SERVICE_PATCHES, 8, QUALITIES, options.seed,
+            options.checkpoint, SERVICE_PATCHES, 3, QUALITIES, options.seed,
             options.sparse_from, log,
         )  # fmt: skip
         log.unlink()

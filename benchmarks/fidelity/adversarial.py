@@ -25,7 +25,7 @@ from tools.needle.videos import PLAIN, Look
 
 PATCHES = 256
 VIDEOS = 8
-QUESTIONS = 8
+QUESTIONS_PER_TASK = 3
 QUALITIES = ("exact", "high", "balanced", "fast")
 _PATCHES_PER_SHARE = 32
 """Temporal patches of 15 to 16 tokens in a rank's share of a chunk of 512."""
@@ -34,7 +34,7 @@ Case = Callable[[np.random.Generator], tuple[Story, list[Question], Look]]
 
 
 def _asked(story: Story, rng: np.random.Generator) -> list[Question]:
-    return stories.sample_questions(story, QUESTIONS, rng)
+    return stories.distinct_questions(story, QUESTIONS_PER_TASK, rng)
 
 
 def _within(places: Sequence[int], look: Look = PLAIN) -> Case:

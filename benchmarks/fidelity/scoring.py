@@ -189,12 +189,10 @@ def filmed(story: Story, seed: int, look: Look = PLAIN) -> np.ndarray:
         return videos.read_frames(path)
 
 
-def fresh_video(patches: int, questions: int, seed: int) -> tuple[np.ndarray, list[Question]]:
-    """A seeded video and questions, a quarter of each task."""
+def fresh_video(patches: int, per_task: int, seed: int) -> tuple[np.ndarray, list[Question]]:
+    """A seeded video in which two shapes may be counted, and different questions of it."""
     rng = np.random.default_rng((seed, patches))
     story = stories.sample_story(patches, rng)
-    asked = []
-    for task in range(len(TASKS)):
-        weights = [float(index == task) for index in range(len(TASKS))]
-        asked += stories.sample_questions(story, questions // len(TASKS), rng, weights)
-    return filmed(story, seed), asked
+    while patches >= stories.MIN_COUNTING and story.countable < 2:
+        story = stories.sample_story(patches, rng)
+    return filmed(story, seed), stories.distinct_questions(story, per_task, rng)

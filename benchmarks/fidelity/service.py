@@ -23,13 +23,13 @@ _START_S = 600.0
 
 
 def film(folder: Path, patches: Sequence[int], questions: int, seed: int) -> list[Film]:
-    """One video per length with its questions, as files."""
+    """One video per length, with questions of each task, as files."""
     films = []
     for number, length in enumerate(patches):
         rng = np.random.default_rng((seed, number, length))
         story = stories.sample_story(length, rng)
         path = videos.write_mp4(folder / f"{number}-{length}.mp4", story, seed + number)
-        films.append(Film(path, length, stories.sample_questions(story, questions, rng)))
+        films.append(Film(path, length, stories.distinct_questions(story, questions, rng)))
     return films
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prefill_service.attention.quality import AttentionPolicy, Quality
+from prefill_service.attention.quality import FLOOR_TOLERANCE, AttentionPolicy, Quality
 from prefill_service.attention.report import (
     NEVER,
     AttentionReport,
@@ -21,9 +21,6 @@ from prefill_service.video.index import VideoIndex
 
 MAX_PATCHES = 2048
 """Points of the strip over time that are kept; those of a longer video are averaged in runs."""
-
-FLOOR_TOLERANCE = 1e-6
-"""The certificate's own float32 rounding, which must not miss a floor of 1."""
 
 
 @dataclass(frozen=True, slots=True)

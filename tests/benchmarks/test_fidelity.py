@@ -49,7 +49,7 @@ def test_a_slice_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "fidelity.json"
     fidelity.main([
         *("--checkpoint", str(ASSET), "--patches", "64", "192", "--videos", "3", "--seed", "77"),
-        *("--ranks", "1", "--sweep", "0.5", "--workers", "1", "--questions", "16"),
+        *("--ranks", "1", "--sweep", "0.5", "--workers", "1", "--questions", "4"),
         *("--no-service", "--no-adversarial", "--out", str(out)),
     ])  # fmt: skip
     rows = json.loads(out.read_text())
@@ -62,7 +62,7 @@ def test_a_slice_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(pooled) == 2 * 5
     for patches in (64, 192):
         exact, balanced = pooled[patches, "exact"], pooled[patches, "balanced"]
-        assert exact["questions"] == 48
+        assert exact["questions"] >= 36
         assert exact["agreement_with_exact"] == 1
         assert exact["density"] == 1
         assert exact["accuracy"] >= 0.85
@@ -130,8 +130,9 @@ def test_silent_failures_are_counted() -> None:
 
 
 def test_fresh_videos_are_reproducible() -> None:
-    frames, questions = fresh_video(20, 8, 5)
-    again, same = fresh_video(20, 8, 5)
+    frames, questions = fresh_video(20, 4, 5)
+    again, same = fresh_video(20, 4, 5)
     assert np.array_equal(frames, again)
     assert questions == same
-    assert [q.task for q in questions] == [t for t in stories.TASKS for _ in range(2)]
+    assert len(set(questions)) == len(questions)
+    assert [sum(q.task == task for q in questions) for task in stories.TASKS] == [4, 4, 4, 2]

@@ -35,7 +35,9 @@ def test_stories_are_consistent(patches: int) -> None:
         assert Counter(e.shape for e in story.events() if e) == {
             n.shape: len(n.patches) for n in story.needles
         }
-        for question in stories.sample_questions(story, 12, rng):
+        different = stories.distinct_questions(story, 3, rng)
+        assert len(set(different)) == len(different) <= 12
+        for question in [*stories.sample_questions(story, 12, rng), *different]:
             assert question.answer == answer_of(story, question.task, question.text)
 
 

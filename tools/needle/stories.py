@@ -156,3 +156,19 @@ def sample_questions(
         else:
             questions.append(color_question(story.needles[rng.integers(len(story.needles))]))
     return questions
+
+
+def distinct_questions(story: Story, per_task: int, rng: np.random.Generator) -> list[Question]:
+    """At most ``per_task`` different questions of each task, in the order of ``TASKS``."""
+    once = story.needles[story.countable :]
+    possible = (
+        [color_question(needle) for needle in story.needles],
+        [shape_question(needle) for needle in story.needles],
+        [order_question(a, b) for a in once for b in once if a is not b],
+        [count_question(needle) for needle in story.needles[: story.countable]],
+    )
+    return [
+        questions[index]
+        for questions in possible
+        for index in rng.permutation(len(questions))[:per_task]
+    ]
