@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -219,7 +221,7 @@ def _places(ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def capture(checkpoint: Path, *, patches: int, side: int, seed: int) -> dict[str, Any]:
-    """Queries, keys and values of every layer of a Qwen2.5-VL or Qwen3-VL on a rendered video.
+    """Queries, keys and values of every layer of a Qwen2.5-VL or Qwen3-VL on a needle video.
 
     Args:
         checkpoint: folder with the model and its processor.
@@ -234,7 +236,7 @@ def capture(checkpoint: Path, *, patches: int, side: int, seed: int) -> dict[str
     from transformers.video_utils import VideoMetadata
 
     from prefill_service.compat import ensure_torchvision
-    from tools.make_video import render_frames
+    from tools.needle import stories, videos
 
     ensure_torchvision()
     layers: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
@@ -255,7 +257,11 @@ def capture(checkpoint: Path, *, patches: int, side: int, seed: int) -> dict[str
         dtype=torch.float32,
         attn_implementation={"text_config": "capture", "vision_config": "sdpa"},
     ).eval()
-    frames = [frame[..., ::-1].copy() for frame in render_frames(patches, 2.0, side, side, seed)]
+    rng = np.random.default_rng(seed)
+    frames = [
+        cv2.resize(frame, (side, side))
+        for frame in videos.render(stories.sample_story(patches, rng), rng)
+    ]
     metadata = VideoMetadata(
         total_num_frames=len(frames),
         fps=2.0,

@@ -121,7 +121,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--kv", type=Path, help="file of captured tensors (see --save-kv)")
     source.add_argument("--checkpoint", type=Path, help="Qwen2.5-VL or Qwen3-VL folder to capture")
-    parser.add_argument("--patches", type=int, default=256, help="of the video for --checkpoint")
+    parser.add_argument("--patches", type=int, default=512, help="of the video for --checkpoint")
     parser.add_argument("--side", type=int, default=96, help="pixels of its frames")
     parser.add_argument(
         "--save-kv", type=Path, default=Path("build/captured-kv.pt"), help="what it captured"
@@ -155,7 +155,7 @@ def sources(options: argparse.Namespace) -> tuple[str, list[AttentionInput]]:
         inputs.save(options.save_kv, captured)
     if options.checkpoint or options.kv:
         # A prefill needs the last layer's keys and values, but not its attention.
-        return "selection-model", inputs.load(options.kv or options.save_kv)[:-1]
+        return "selection-trained", inputs.load(options.kv or options.save_kv)[:-1]
     made = [inputs.synthetic(kind, options.tokens, seed=options.seed) for kind in options.kinds]
     return "selection", made
 

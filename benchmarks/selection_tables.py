@@ -21,6 +21,7 @@ METHODS = (
     ("oracle, clustered, dropped", ORACLE, "clustered", "top-p", False),
     ("ours without summaries", OURS, "clustered", LOSS_BUDGET, False),
     ("ours in raster order", OURS, "raster", LOSS_BUDGET, True),
+    ("ours with Quest's bound", "queries x min/max bound", "clustered", "fixed budget", True),
     ("ours", OURS, "clustered", LOSS_BUDGET, True),
 )
 
