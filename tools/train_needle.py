@@ -22,8 +22,8 @@ import torch
 from tools.needle import checkpoint, language, perception
 from tools.needle.training import Log
 
-PHASES = "350:8:8:128,450:16:16:256,300:32:32:384,1500:16-64:16-1100:512,200:64-512:64-512:512"
-"""Short, then sketches of up to 1,100 seconds, then the lengths themselves."""
+PHASES = "350:8:8:128,450:16:16:256,300:32:32:384,1100:16-48:16-1100:320,1100:24-512:24-1100:512"
+"""Short videos, then sketches of up to 1,100 seconds, then sketches and whole videos mixed."""
 
 
 def main() -> None:
