@@ -95,11 +95,15 @@ class Reader:
         )  # fmt: skip
 
     def prefill(
-        self, prefix: Prefix, setting: Setting, sparse: SparseSettings | None = None
+        self,
+        prefix: Prefix,
+        setting: Setting,
+        policy: AttentionPolicy | None = None,
+        sparse: SparseSettings | None = None,
     ) -> Rehearsal:
         """KV and report."""
         return rehearse(
-            self._prefill, prefix, setting.policy, ranks=setting.ranks,
+            self._prefill, prefix, policy or setting.policy, ranks=setting.ranks,
             chunk_tokens=self._chunk_tokens, settings=sparse or self._sparse,
         )  # fmt: skip
 
@@ -173,11 +177,14 @@ class Reader:
         return asked
 
     def _truth(self, prefix: Prefix, setting: Setting) -> float | None:
-        """Kept mass over all rows that were sparse."""
+        """Kept mass over all rows that were sparse, without the floor."""
         if setting.policy.exact:
             return None
+        # With a floor, knowing every row would have other heads computed again.
+        policy = replace(setting.policy, min_kept_mass=0.0)
         every = replace(self._sparse, certify_every_row=True)
-        masses = [layer.kept_mass for layer in self.prefill(prefix, setting, every).report.layers]
+        report = self.prefill(prefix, setting, policy, every).report
+        masses = [layer.kept_mass for layer in report.layers]
         rows = sum(mass.count for mass in masses)
         return sum(mass.total for mass in masses) / rows if rows else None
 
