@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import fidelity, tables
 from benchmarks.fidelity import adversarial, results, service
-from benchmarks.fidelity.scoring import Asked, Reader, Setting, fresh_video
+from benchmarks.fidelity.scoring import Asked, Setting
+from benchmarks.fidelity.videos import Work, run
+from benchmarks.fidelity.workers import spread
 
 QUALITIES = ("exact", "high", "balanced", "fast")
 SWEEP = (0.02, 0.1, 0.2, 0.5)
-TRUTH_UP_TO = 256
-"""Temporal patches up to which all rows are attended exactly as well."""
 CHECKPOINT = Path("assets/needle-qwen3-vl")
 SERVICE_PATCHES = (64, 128, 256, 384, 512)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One video for one worker."""
-
-    checkpoint: Path
-    sparse_from: int
-    patches: int
-    questions: int
-    seed: int
-    settings: tuple[Setting, ...]
-
-
-def run(work: Work) -> list[Asked]:
-    """In a worker."""
-    reader = _reader(work.checkpoint, work.sparse_from)
-    frames, questions = fresh_video(work.patches, work.questions, work.seed)
-    truth = work.patches <= TRUTH_UP_TO
-    return reader.compare(frames, questions, work.settings, measure_truth=truth)
-
-
-@functools.lru_cache(maxsize=1)
-def _reader(checkpoint: Path, sparse_from: int) -> Reader:
-    """A worker keeps its model."""
-    torch.set_num_threads(1)
-    return Reader(checkpoint, sparse_from)
 
 
 def works(options: argparse.Namespace) -> Iterator[Work]:
@@ -67,11 +36,10 @@ def in_process(options: argparse.Namespace) -> list[Asked]:
     """All videos, over worker processes of one thread each."""
     todo = list(works(options))
     asked: list[Asked] = []
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for number, found in enumerate(pool.imap(run, todo), 1):
-            asked += found
-            if number % options.videos == 0:
-                print(f"{todo[number - 1].patches} patches: {options.videos} videos", flush=True)
+    for number, found in enumerate(spread(run, todo, options.workers), 1):
+        asked += found
+        if number % options.videos == 0:
+            print(f"{todo[number - 1].patches} patches: {options.videos} videos", flush=True)
     return sorted(asked, key=lambda one: one.patches)
 
 

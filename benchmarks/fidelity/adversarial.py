@@ -7,18 +7,16 @@ printed beside it.
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import tables
-from benchmarks.fidelity.scoring import Asked, Reader, Setting, filmed
+from benchmarks.fidelity.scoring import Asked, Setting, filmed
+from benchmarks.fidelity.workers import reader, spread
 from tools.needle import stories
 from tools.needle.stories import COLORS, SHAPES, Needle, Question, Story
 from tools.needle.videos import PLAIN, Look
@@ -128,14 +126,9 @@ def run(work: Work) -> list[Asked]:
     story, questions, look = CASES[work.case](np.random.default_rng((work.seed, number)))
     settings = [Setting(quality, ranks) for quality in QUALITIES for ranks in (1, 2)]
     frames = filmed(story, work.seed, look)
-    reader = _reader(work.checkpoint, work.sparse_from)
-    return reader.compare(frames, questions, settings, measure_truth=False)
-
-
-@functools.lru_cache(maxsize=1)
-def _reader(checkpoint: Path, sparse_from: int) -> Reader:
-    torch.set_num_threads(1)
-    return Reader(checkpoint, sparse_from)
+    return reader(work.checkpoint, work.sparse_from).compare(
+        frames, questions, settings, measure_truth=False
+    )
 
 
 def rows(case: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
@@ -166,8 +159,7 @@ def report(checkpoint: Path, sparse_from: int, seed: int, workers: int) -> list[
         for case in CASES
         for index in range(VIDEOS)
     ]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        answered = pool.map(run, works, chunksize=1)
+    answered = list(spread(run, works, workers))
     found = []
     for case in CASES:
         mine = [a for w, asked in zip(works, answered, strict=True) if w.case == case
