@@ -16,10 +16,10 @@ from tools.needle.stories import TASKS
 
 ALL = "all"
 _RESAMPLES = 2000
+MEASURES = ("kept_mass", "kept_mass_certified", "density")
 COLUMNS = (
     "where", "task", "temporal_patches", "video_tokens", "quality", "ranks", "questions",
-    "accuracy", "low", "high", "accuracy_exact", "agreement_with_exact", "kept_mass",
-    "kept_mass_certified", "density",
+    "accuracy", "low", "high", "accuracy_exact", "agreement_with_exact", *MEASURES,
 )  # fmt: skip
 
 
@@ -52,8 +52,12 @@ def row(
         "high": round(high, 4),
         "accuracy_exact": round(float(np.mean(right_exact)), 4),
         "agreement_with_exact": round(float(np.mean(same)), 4),
-        **{name: None if value is None else round(value, 4) for name, value in measures.items()},
+        **{name: _rounded(measures.get(name)) for name in MEASURES},
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def rows_of(asked: Sequence[Asked]) -> list[dict[str, Any]]:
