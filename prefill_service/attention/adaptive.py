@@ -49,6 +49,7 @@ class SparseSettings:
         segment_blocks: blocks per clustered segment, a power of two.
         sink_blocks: first blocks of the prompt that every tile keeps; at most a segment.
         certify_every_row: instead of some of each tile; to measure what sampling misses.
+        certify_rows: of each chunk, if it has so many; 0: a 64th of them, 8 at most.
     """
 
     from_tokens: int
@@ -57,6 +58,7 @@ class SparseSettings:
     segment_blocks: int = 16
     sink_blocks: int = 1
     certify_every_row: bool = False
+    certify_rows: int = 0
 
     @property
     def segment_tokens(self) -> int:
@@ -78,10 +80,13 @@ class AdaptiveAttention:
 
     Args:
         settings: sizes.
-        policy: the request's epsilon and floor.
+        policy: the request's epsilon and floor, and how heads share the epsilon.
         layers: layers that attend.
         kv_heads, head_dim, dtype, device: of K and V.
         patch_ends: [patches] one past each temporal patch's last token.
+
+    Raises:
+        ValueError: the policy's budgets are those of other layers or heads.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class AdaptiveAttention:
         self._settings, self._policy = settings, policy
         self._patch_ends = patch_ends
         tokens = int(patch_ends[-1])
+        epsilons = policy.head_epsilons(layers, kv_heads)
+        self._epsilons = [torch.tensor(layer, device=device) for layer in epsilons]
         self._reports = [LayerReport(layer, [0.0] * kv_heads) for layer in range(layers)]
         self._patch_mass = PatchMass(patch_ends, device)
         self._grids = BlockGrids(layers, kv_heads, tokens)
@@ -136,14 +143,14 @@ class AdaptiveAttention:
         self._cluster(state, k, v, chunk_start, tiles.blocks)
         clock.lap("cluster")
         every = self._settings.certify_every_row
-        sampled, closer = _all_rows(tiles) if every else _certified_rows(tiles, layer)
+        sampled, closer = _all_rows(tiles) if every else self._certified_rows(tiles, layer)
         position = start + sampled.to(k.device)
         weights = self._patch_mass.weights(position, tiles.keys)
         run = LayerRun(
             state.summaries, tiles, self._forced(tiles), scale, self._buffers, sampled, weights,
-            closer,
+            closer, self._epsilons[layer],
         )  # fmt: skip
-        done = run.attend(q, k, v, self._policy)
+        done = run.attend(q, k, v, self._policy.min_kept_mass)
         report.tiles_redone += done.redone * tiles.count
         report.tiles_dense += done.dense * tiles.count
         self._grids.add(layer, tiles, done.keep, state.order)
@@ -219,6 +226,17 @@ class AdaptiveAttention:
             fresh = slice(start, blocks * block)
             state.summaries.put(start // block, summarize(k[:, fresh], v[:, fresh], block))
 
+    def _certified_rows(self, tiles: Tiles, layer: int) -> tuple[Tensor, Tensor]:
+        """The queries that are certified, some of every tile, and those for a closer look.
+
+        They are others in each layer and chunk.
+        """
+        few = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _CERTIFIED_EVERY))
+        wanted = min(self._settings.certify_rows, tiles.queries) or few
+        per_tile, seed = -(-wanted // tiles.count), _seed(tiles, layer)
+        closer = sample_tiles(tiles, _CLOSER * per_tile, seed + tiles.count)
+        return sample_tiles(tiles, per_tile, seed), closer
+
     def _forced(self, tiles: Tiles) -> Tensor:
         first = [tiles.q_offset + t * tiles.tile_tokens for t in range(tiles.count)]
         recent = previous_patch(self._patch_ends, first)
@@ -233,7 +251,7 @@ class AdaptiveAttention:
         report.causal += tiles.causal_keys
         report.tiles += tiles.count * len(attended)
         if proof is not None:
-            report.kept_mass.add(proof.kept_mass)
+            report.add_kept_mass(proof.kept_mass)
             report.output_error.add(proof.output_error)
         if layer == 0:
             self._grids.add_causal(tiles)
@@ -250,17 +268,6 @@ def _all_rows(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Every query, which no closer look could add to."""
     rows = torch.arange(tiles.queries)
     return rows, rows
-
-
-def _certified_rows(tiles: Tiles, layer: int) -> tuple[Tensor, Tensor]:
-    """The queries that are certified, some of every tile, and those for a closer look.
-
-    They are others in each layer and chunk.
-    """
-    wanted = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _CERTIFIED_EVERY))
-    per_tile, seed = -(-wanted // tiles.count), _seed(tiles, layer)
-    closer = sample_tiles(tiles, _CLOSER * per_tile, seed + tiles.count)
-    return sample_tiles(tiles, per_tile, seed), closer
 
 
 def _observed_rows(tiles: Tiles, layer: int) -> Tensor:

@@ -11,7 +11,7 @@ from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.certificate import Certificate, certify, finite_rows
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import attend_causal
-from prefill_service.attention.quality import FLOOR_TOLERANCE, AttentionPolicy
+from prefill_service.attention.quality import FLOOR_TOLERANCE
 from prefill_service.attention.sparse import SparseResult, sparse_attention
 from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.tiles import Tiles
@@ -75,6 +75,7 @@ class LayerRun:
         sampled: [samples] queries that are measured.
         weights: [samples, keys] for ``Certificate.weighted``.
         closer: more queries, measured where ``sampled`` misses the floor.
+        epsilon: [kv_heads] attention mass that selection may misplace.
     """
 
     summaries: BlockSummaries
@@ -85,16 +86,18 @@ class LayerRun:
     sampled: Tensor
     weights: Tensor
     closer: Tensor
+    epsilon: Tensor
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, policy: AttentionPolicy) -> Certified:
-        """Attention that holds the policy's floor wherever that is a matter of approximation.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, floor: float) -> Certified:
+        """Attention that holds the floor wherever that is a matter of approximation.
 
         Args:
             q: [q_heads, queries, head_dim].
             k, v: [kv_heads, keys, head_dim].
+            floor: kept mass (``AttentionPolicy.min_kept_mass``).
         """
-        heads, floor = torch.arange(len(k), device=k.device), policy.min_kept_mass
-        used = self._sparse(q, k, v, heads, policy.epsilon)
+        heads = torch.arange(len(k), device=k.device)
+        used = self._sparse(q, k, v, heads, 1.0)
         proof = self._certify(q, k, v, used, heads, self.sampled, self.weights)
         done = Certified(used.out, used.keep, used.attended(self.tiles), proof)
         clocks = [used.clock]
@@ -103,7 +106,7 @@ class LayerRun:
         for factor in _RETRY_FACTORS:
             if not len(poor):
                 break
-            retry = self._sparse(q, k, v, poor, policy.epsilon * factor)
+            retry = self._sparse(q, k, v, poor, factor)
             again = self._certify(q, k, v, retry, poor, self.sampled)
             _rows(done.out, len(k))[poor] = _rows(retry.out, len(poor))
             done.keep[poor], done.attended[poor.cpu()] = retry.keep, retry.attended(self.tiles)
@@ -117,13 +120,13 @@ class LayerRun:
         return done
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, epsilon: float
+        self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, factor: float
     ) -> SparseResult:
-        """Sparse attention of some KV heads."""
+        """Sparse attention of some KV heads, with ``factor`` times their epsilon."""
+        epsilon = factor * self.epsilon[heads]
         q, k, v, summaries = self._of(q, k, v, heads)
-        budget = torch.full((len(heads),), epsilon, device=k.device)
         return sparse_attention(
-            q, k, v, summaries, self.tiles, budget, self.forced, self.scale, self.buffers
+            q, k, v, summaries, self.tiles, epsilon, self.forced, self.scale, self.buffers
         )
 
     def _certify(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+from prefill_service.attention.head_budgets import HeadBudgetProfile
 
 
 class Quality(StrEnum):
@@ -32,11 +34,14 @@ class AttentionPolicy:
         epsilon: attention mass that may be misplaced, 0 (exact) to below 1.
         min_kept_mass: the certificate's floor. A KV head one of whose query heads is measured below
             it is computed again with a smaller epsilon, then densely.
+        budgets: how ``epsilon`` is shared among the heads; ``None``: each has the same. What the
+            service is configured with, not what a request asks for.
     """
 
     quality: Quality
     epsilon: float
     min_kept_mass: float
+    budgets: HeadBudgetProfile | None = None
 
     @property
     def exact(self) -> bool:
@@ -48,7 +53,27 @@ class AttentionPolicy:
         """Name for the manifest; part of the prefix id, so that unequal KV has unequal ids."""
         if self.exact:
             return "exact"
-        return f"sparse:epsilon={self.epsilon!r},min_kept_mass={self.min_kept_mass!r}"
+        name = f"sparse:epsilon={self.epsilon!r},min_kept_mass={self.min_kept_mass!r}"
+        return f"{name},budgets={self.budgets.digest}" if self.budgets else name
+
+    def with_budgets(self, budgets: HeadBudgetProfile | None) -> AttentionPolicy:
+        """The same policy, its epsilon shared among the heads; ``exact`` has none to share."""
+        return self if self.exact else replace(self, budgets=budgets)
+
+    def head_epsilons(self, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
+        """[layers][kv_heads] epsilons.
+
+        Raises:
+            ValueError: the budgets are those of another shape.
+        """
+        if self.budgets is None:
+            return ((self.epsilon,) * kv_heads,) * layers
+        if self.budgets.shape != (layers, kv_heads):
+            raise ValueError(
+                f"budgets are of {self.budgets.shape} layers and KV heads; "
+                f"expected {(layers, kv_heads)}"
+            )
+        return self.budgets.at(self.epsilon)
 
 
 def resolve_policy(

@@ -74,6 +74,7 @@ class LayerReport:
         select_s, attend_s, certify_s: seconds (of the slowest rank) in clustering + summaries +
             selection, in the attention itself (of what was computed again, too), and in the
             certificate.
+        head_mass: [q_heads] sum of ``kept_mass`` over the sampled rows; empty if there were none.
     """
 
     layer: int
@@ -87,6 +88,17 @@ class LayerReport:
     select_s: float = 0.0
     attend_s: float = 0.0
     certify_s: float = 0.0
+    head_mass: list[float] = field(default_factory=list)
+
+    def add_kept_mass(self, values: Tensor) -> None:
+        """Take in [kv_heads, group, samples] of a certificate."""
+        self.kept_mass.add(values)
+        self._add_head_mass(values.double().sum(-1).flatten().tolist())
+
+    def _add_head_mass(self, sums: list[float]) -> None:
+        if sums:
+            mine = self.head_mass or [0.0] * len(sums)
+            self.head_mass = [a + b for a, b in zip(mine, sums, strict=True)]
 
     def merge(self, other: LayerReport) -> None:
         """Take in another rank's part of the same layer."""
@@ -100,6 +112,7 @@ class LayerReport:
         self.select_s = max(self.select_s, other.select_s)
         self.attend_s = max(self.attend_s, other.attend_s)
         self.certify_s = max(self.certify_s, other.certify_s)
+        self._add_head_mass(other.head_mass)
 
     @property
     def head_density(self) -> list[float]:

@@ -1,0 +1,181 @@
+"""Budgets per layer and KV head: the epsilons that calibration found, in a file of their own.
+
+Heads differ in how many keys they need, and they do so alike on every input, so that one budget
+for all of them is too much for some and too little for others (S-HPLB, arXiv 2603.10353). Their
+unit here is the KV head: the query heads of its group read the same blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefill_service.errors import Reason, ServiceError
+
+VERSION = 1
+
+MAX_EPSILON = 0.95
+"""Largest epsilon of a head: at 1 it would keep nothing but what it keeps by place."""
+
+_DIGEST_LETTERS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBudgetProfile:
+    """Epsilons of every head of one model, calibrated together.
+
+    Attributes:
+        model_fingerprint: of the checkpoint that was calibrated (``kv.fingerprint``).
+        epsilon: at which all heads together attend as many keys as with the profile.
+        head_epsilons: [layers that attend][kv_heads] attention mass that a head may misplace
+            where a request asks for ``epsilon``; 0 to ``MAX_EPSILON``.
+        layer_sensitivity: [layers that attend] relative deviation of the prefix's KV when one
+            layer alone is approximated coarsely; empty if it was not measured. For the reader:
+            selection does not use it.
+    """
+
+    model_fingerprint: str
+    epsilon: float
+    head_epsilons: tuple[tuple[float, ...], ...]
+    layer_sensitivity: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the value and what is accepted.
+        """
+        if not 0 < self.epsilon < 1:
+            raise ValueError(
+                f"epsilon = {self.epsilon!r} is not accepted; expected 0 < epsilon < 1"
+            )
+        heads = {len(row) for row in self.head_epsilons}
+        if len(heads) > 1:
+            raise ValueError(f"head_epsilons has layers of {sorted(heads)} heads; expected equal")
+        for layer, row in enumerate(self.head_epsilons):
+            for head, value in enumerate(row):
+                if not 0 <= value <= MAX_EPSILON:
+                    raise ValueError(
+                        f"head_epsilons[{layer}][{head}] = {value!r} is not accepted; "
+                        f"expected 0 to {MAX_EPSILON}"
+                    )
+        if self.layer_sensitivity and len(self.layer_sensitivity) != len(self.head_epsilons):
+            raise ValueError(
+                f"layer_sensitivity has {len(self.layer_sensitivity)} layers; "
+                f"expected {len(self.head_epsilons)}, as head_epsilons, or none"
+            )
+        for layer, value in enumerate(self.layer_sensitivity):
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"layer_sensitivity[{layer}] = {value!r} is not accepted; expected 0 or more"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers that attend, KV heads."""
+        return len(self.head_epsilons), len(self.head_epsilons[0]) if self.head_epsilons else 0
+
+    @property
+    def digest(self) -> str:
+        """Short hash of all that changes the KV."""
+        told = json.dumps([self.model_fingerprint, self.epsilon, self.head_epsilons])
+        return hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]
+
+    def at(self, epsilon: float) -> tuple[tuple[float, ...], ...]:
+        """[layers][kv_heads] epsilons of a request that asks for ``epsilon``: in proportion."""
+        factor = epsilon / self.epsilon
+        return tuple(
+            tuple(min(value * factor, MAX_EPSILON) for value in row) for row in self.head_epsilons
+        )
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        staging = path.with_name(f".{path.name}.new")
+        staging.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+        staging.replace(path)
+
+
+def load_profile(path: Path, fingerprint: str, layers: int, kv_heads: int) -> HeadBudgetProfile:
+    """Read a profile that is to serve a checkpoint.
+
+    Args:
+        fingerprint: of the checkpoint.
+        layers: of it that attend in a prefill: all but the last.
+        kv_heads: of each.
+
+    Raises:
+        ServiceError: CONFIG_INVALID; the file cannot be read, is no profile, or is another
+            model's.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise _invalid(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _invalid(path, f"is no JSON: {error}") from error
+    try:
+        profile = _from_json(data)
+    except ValueError as error:
+        raise _invalid(path, f"is no profile: {error}") from error
+    if profile.model_fingerprint != fingerprint:
+        raise _invalid(
+            path,
+            f"was made for the model {profile.model_fingerprint[:_DIGEST_LETTERS]}, but this one "
+            f"is {fingerprint[:_DIGEST_LETTERS]}: calibrate it",
+        )
+    if profile.shape != (layers, kv_heads):
+        raise _invalid(
+            path,
+            f"has {profile.shape[0]} layers of {profile.shape[1]} KV heads; expected {layers} "
+            f"of {kv_heads}",
+        )
+    return profile
+
+
+def _from_json(data: Any) -> HeadBudgetProfile:
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds {type(data).__name__}, expected an object")
+    names = {"version", *HeadBudgetProfile.__dataclass_fields__}
+    if missing := names - data.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
+    if unknown := data.keys() - names:
+        raise ValueError(f"{', '.join(sorted(unknown))} not known")
+    if data["version"] != VERSION:
+        raise ValueError(f"version = {data['version']!r} is not accepted; expected {VERSION}")
+    if not isinstance(data["model_fingerprint"], str):
+        raise ValueError(f"model_fingerprint = {data['model_fingerprint']!r}; expected a string")
+    rows = data["head_epsilons"]
+    if not isinstance(rows, list):
+        raise ValueError(f"head_epsilons = {rows!r}; expected a list of lists of numbers")
+    return HeadBudgetProfile(
+        data["model_fingerprint"],
+        _numbers("epsilon", [data["epsilon"]])[0],
+        tuple(_numbers(f"head_epsilons[{layer}]", row) for layer, row in enumerate(rows)),
+        _numbers("layer_sensitivity", data["layer_sensitivity"]),
+    )
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} = {values!r}; expected a list of numbers")
+    for value in values:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{name} holds {value!r}; expected numbers")
+    return tuple(map(float, values))
+
+
+def _invalid(path: Path, what: str) -> ServiceError:
+    return ServiceError(
+        Reason.CONFIG_INVALID,
+        f"engine.head_budgets: {path} {what}",
+        name="engine.head_budgets",
+        path=path,
+    )
