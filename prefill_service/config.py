@@ -92,6 +92,7 @@ class EngineConfig:
         0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", zero=True
     )
     sparse_block_tokens: int = _opt(64, "Keys per block of sparse attention, 64 or 128.")
+    head_budgets: str = _opt("", "Profile of `calibrate`: how heads share the sparse budget.")
     kv_pool_bytes: int = _opt(
         0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True
     )

@@ -29,6 +29,7 @@ from prefill_service.scheduling.scheduler import Scheduler
 from prefill_service.video.store import VideoStore
 
 if TYPE_CHECKING:
+    from prefill_service.attention.head_budgets import HeadBudgetProfile
     from prefill_service.decode.decoder import Decoder
     from prefill_service.engine.group import RankGroup
     from prefill_service.models.planner import PromptPlanner
@@ -51,6 +52,7 @@ class Parts:
     group: RankGroup
     decoder: Decoder
     submit_early: bool = True
+    budgets: HeadBudgetProfile | None = None
 
 
 def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Parts:
@@ -59,6 +61,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     Raises:
         ServiceError: MODEL_INVALID, CONFIG_INVALID.
     """
+    from prefill_service.attention.head_budgets import load_profile
     from prefill_service.decode.decoder import Decoder
     from prefill_service.engine.group import RankGroup
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
@@ -68,11 +71,17 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     checkpoint = open_checkpoint(engine.model)
     device = resolve_device(engine.device)
     dtype = resolve_dtype(engine.dtype, checkpoint, device)
+    budgets = None
+    if engine.head_budgets:
+        layers, heads = checkpoint.num_layers - 1, checkpoint.num_kv_heads
+        path = Path(engine.head_budgets).expanduser()
+        budgets = load_profile(path, checkpoint.fingerprint, layers, heads)
     return Parts(
         PromptPlanner(checkpoint, dtype),
         RankGroup(engine, config.video, checkpoint, dtype, device, runtime_dir),
         Decoder(config.decoder, str(checkpoint.path), dtype, data_dir),
         submit_early=device != "cpu",
+        budgets=budgets,
     )
 
 
@@ -155,6 +164,7 @@ class Service:
             videos,
             parts.planner,
             lambda: parts.decoder.max_model_len or config.decoder.max_model_len,
+            parts.budgets,
         )
         stack.callback(planning.close)
         metrics = Metrics()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from prefill_service.attention.head_budgets import HeadBudgetProfile
+from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.scheduling.jobs import PrefillSpec
@@ -26,14 +28,20 @@ class Planning:
 
     Args:
         context_limit: the decoder's context in tokens, or 0 as long as that is unknown.
+        budgets: how the heads share every request's epsilon.
     """
 
     def __init__(
-        self, videos: VideoStore, planner: PromptPlanner, context_limit: Callable[[], int]
+        self,
+        videos: VideoStore,
+        planner: PromptPlanner,
+        context_limit: Callable[[], int],
+        budgets: HeadBudgetProfile | None = None,
     ) -> None:
         self._videos = videos
         self._planner = planner
         self._context_limit = context_limit
+        self._budgets = budgets
         self._plans: OrderedDict[tuple[str, FrameSampling, str, str], PrefixPlan] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
 
@@ -52,6 +60,10 @@ class Planning:
         """Identity of the model."""
         return self._planner.checkpoint.fingerprint
 
+    def policy(self, asked: AttentionPolicy) -> AttentionPolicy:
+        """What the ranks do where a request asks for ``asked``; names the prefix."""
+        return asked.with_budgets(self._budgets)
+
     async def plan(self, spec: PrefillSpec) -> PrefixPlan:
         """Plan a prefix.
 
@@ -64,7 +76,7 @@ class Planning:
 
     async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:
         """``plan`` for a caller that holds the video already."""
-        profile = spec.attention.profile
+        profile = self.policy(spec.attention).profile
         key = (video.record.sha256, spec.sampling, spec.system_prompt, profile)
         plan = self._plans.get(key)
         if plan is None:
@@ -111,7 +123,7 @@ class Planning:
             video.record.sha256,
             spec.sampling,
             spec.system_prompt,
-            spec.attention.profile,
+            self.policy(spec.attention).profile,
         )
 
     def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:

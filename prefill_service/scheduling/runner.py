@@ -74,10 +74,11 @@ class PrefillRunner:
             ServiceError: KV_POOL_FULL, or why the ranks failed.
         """
         index = await asyncio.to_thread(VideoIndex.load, video.index_path)
-        manifest, kv_bytes = await self._reserve(plan, policy)
+        used = self._planning.policy(policy)
+        manifest, kv_bytes = await self._reserve(plan, used)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
-        task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path), policy)
+        task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path), used)
         try:
             outcome = await self._group.prefill(task, on_progress)
             attention = summarize(policy, outcome.attention)
@@ -92,7 +93,7 @@ class PrefillRunner:
             "%s: %d tokens in %.2f s, slowest rank's stages %s, %d bytes received from other ranks,"
             " attention %s, density %.3f, kept mass %.4f",
             job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
-            policy.profile, attention.total.density, attention.total.kept_mass_mean,
+            used.profile, attention.total.density, attention.total.kept_mass_mean,
         )  # fmt: skip
         return _result(plan, manifest, kv_bytes, prefix.standing, attention), report
 

@@ -24,6 +24,7 @@ from prefill.v1 import (
     prefill_service_pb2 as prefill_pb,
 )
 
+from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.config import ServiceConfig, load_config
 from prefill_service.service import Parts, Service
 from tests.scheduling.parts import Decoder, Group, Planner
@@ -127,6 +128,7 @@ async def serving(
     decoder: Decoder | None = None,
     connect: bool = True,
     wait: bool = True,
+    budgets: HeadBudgetProfile | None = None,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Harness]:
     """Run a service on a copy of the template's data; sections are configuration."""
@@ -140,7 +142,7 @@ async def serving(
     decoder = decoder or Decoder(group)
 
     def build(config: ServiceConfig, data: Path, runtime: Path) -> Parts:
-        return Parts(Planner(), group, decoder)  # type: ignore[arg-type]
+        return Parts(Planner(), group, decoder, budgets=budgets)  # type: ignore[arg-type]
 
     service = Service(load_config(None, sections), build)
     harness = Harness(service, group, decoder, video_id)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from prefill.v1 import prefill_service_pb2 as pb
 
+from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.kv.manifest import Manifest
@@ -68,6 +69,23 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
             assert (await s.prefills.CreatePrefillJob(request)).job.job_id == job.job_id
         assert jobs["custom"].spec.attention.epsilon == 0.0625
         assert not jobs["default"].spec.attention.HasField("epsilon")
+
+
+async def test_head_budgets_reach_the_ranks_and_the_prefix_id(serve: Serve) -> None:
+    budgets = HeadBudgetProfile("model", 0.15, ((0.1, 0.2),))
+    async with serve() as s:
+        plain = (await s.ended((await create(s)).job_id))[-1]
+    async with serve(budgets=budgets) as s:
+        job = (await s.ended((await create(s)).job_id))[-1]
+        exact = (await s.ended((await create(s, quality=pb.QUALITY_EXACT)).job_id))[-1]
+        shared, other = (task.policy for task in s.group.tasks)
+    assert job.result.prefix_id != plain.result.prefix_id
+    profile = Manifest.from_json(job.result.manifest_json).profile
+    assert profile == shared.profile == f"{BALANCED.profile},budgets={budgets.digest}"
+    assert shared.budgets == budgets
+    assert job.spec == plain.spec  # the request's own words
+    assert other == resolve_policy(Quality.EXACT)
+    assert Manifest.from_json(exact.result.manifest_json).profile == "exact"
 
 
 @pytest.mark.parametrize(
