@@ -86,6 +86,9 @@ class EngineConfig:
     chunk_tokens: int = _opt(
         0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", zero=True
     )
+    mlp_chunk_tokens: int = _opt(
+        1024, "Tokens that an MLP or norm takes at once; 0: a whole chunk.", zero=True
+    )
     threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.", zero=True)
     page_tokens: int = _opt(64, "Tokens per KV page.")
     sparse_from_tokens: int = _opt(

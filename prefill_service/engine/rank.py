@@ -76,7 +76,9 @@ class Rank:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
-        model = PrefillModel(spec.checkpoint, getattr(torch, spec.dtype), device)
+        model = PrefillModel(
+            spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
+        )
         timeout_s = spec.engine.collective_timeout_s
         group = form_group(spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s)
         chunk = chunk_tokens(spec.engine, device.type)

@@ -17,6 +17,7 @@ from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.families import FAMILIES
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.models.row_chunks import limit_rows
 
 ensure_torchvision()
 
@@ -58,9 +59,16 @@ class PrefillModel:
         checkpoint: which.
         dtype: of weights and KV.
         device: where.
+        mlp_chunk_tokens: tokens that an MLP or norm takes at once; 0 for all.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        mlp_chunk_tokens: int = 0,
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
@@ -75,6 +83,10 @@ class PrefillModel:
             .to(device)
             .eval()
         )
+        if mlp_chunk_tokens:
+            limit_rows(self._model.language_model.layers, mlp_chunk_tokens)
+            merged = self._model.config.vision_config.spatial_merge_size**2
+            limit_rows(self._model.visual.blocks, mlp_chunk_tokens * merged)
         self.num_heads = int(self._model.language_model.config.num_attention_heads)
         processors: Any = AutoVideoProcessor
         self._video_processor = processors.from_pretrained(checkpoint.path)
