@@ -1,4 +1,4 @@
-"""``prefill-service``: serve, healthcheck, version."""
+"""``prefill-service``: serve, calibrate, healthcheck, version."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import prefill_service
+from prefill_service.calibration.arguments import add_calibrate
 from prefill_service.config import ServiceConfig, load_config
 from prefill_service.errors import Reason, ServiceError
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_config_options(serve)
     serve.set_defaults(run=_serve)
+    add_calibrate(commands)
     check = commands.add_parser(
         "healthcheck", help="ask a running service for its health; exit code 0 if it serves"
     )

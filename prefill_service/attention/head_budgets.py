@@ -103,13 +103,16 @@ class HeadBudgetProfile:
         staging.replace(path)
 
 
-def load_profile(path: Path, fingerprint: str, layers: int, kv_heads: int) -> HeadBudgetProfile:
+def load_profile(
+    path: Path, fingerprint: str, layers: int, kv_heads: int, option: str = "engine.head_budgets"
+) -> HeadBudgetProfile:
     """Read a profile that is to serve a checkpoint.
 
     Args:
         fingerprint: of the checkpoint.
         layers: of it that attend in a prefill: all but the last.
         kv_heads: of each.
+        option: that names the file, for errors.
 
     Raises:
         ServiceError: CONFIG_INVALID; the file cannot be read, is no profile, or is another
@@ -118,21 +121,23 @@ def load_profile(path: Path, fingerprint: str, layers: int, kv_heads: int) -> He
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise _invalid(path, f"cannot be read: {error.strerror}") from error
+        raise _invalid(option, path, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise _invalid(path, f"is no JSON: {error}") from error
+        raise _invalid(option, path, f"is no JSON: {error}") from error
     try:
         profile = _from_json(data)
     except ValueError as error:
-        raise _invalid(path, f"is no profile: {error}") from error
+        raise _invalid(option, path, f"is no profile: {error}") from error
     if profile.model_fingerprint != fingerprint:
         raise _invalid(
+            option,
             path,
             f"was made for the model {profile.model_fingerprint[:_DIGEST_LETTERS]}, but this one "
             f"is {fingerprint[:_DIGEST_LETTERS]}: calibrate it",
         )
     if profile.shape != (layers, kv_heads):
         raise _invalid(
+            option,
             path,
             f"has {profile.shape[0]} layers of {profile.shape[1]} KV heads; expected {layers} "
             f"of {kv_heads}",
@@ -172,10 +177,6 @@ def _numbers(name: str, values: Any) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def _invalid(path: Path, what: str) -> ServiceError:
-    return ServiceError(
-        Reason.CONFIG_INVALID,
-        f"engine.head_budgets: {path} {what}",
-        name="engine.head_budgets",
-        path=path,
-    )
+def _invalid(option: str, path: Path, what: str) -> ServiceError:
+    text = f"{option}: {path} {what}"
+    return ServiceError(Reason.CONFIG_INVALID, text, name=option, path=path)

@@ -31,7 +31,7 @@ class BudgetCurves:
     """Measured curves of all heads; made by ``measured_curves``.
 
     Attributes:
-        epsilons: [points] ascending from 0, where attention is exact.
+        epsilons: [layers, kv_heads, points] ascending from 0, where attention is exact.
         density: [layers, kv_heads, points] attended over causal keys; does not rise.
         kept_mass: [layers, kv_heads, points]; does not rise. Linear between points.
     """
@@ -54,34 +54,41 @@ class BudgetCurves:
         return self._first(self.density, self.density_at(largest))
 
     def _at(self, curves: np.ndarray, epsilons: np.ndarray) -> np.ndarray:
-        found = [
-            np.interp(x, self.epsilons, curve)
-            for x, curve in zip(epsilons.flat, curves.reshape(-1, len(self.epsilons)), strict=True)
-        ]
-        return np.reshape(found, epsilons.shape)
+        points = curves.shape[-1]
+        heads = zip(
+            epsilons.flat,
+            self.epsilons.reshape(-1, points),
+            curves.reshape(-1, points),
+            strict=True,
+        )
+        return np.reshape([np.interp(*head) for head in heads], epsilons.shape)
 
     def _last(self, curves: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Largest epsilon at which a falling curve is not below its value."""
-        end = len(self.epsilons) - 1
+        end = curves.shape[-1] - 1
         before = np.maximum((curves >= values[..., None]).sum(-1) - 1, 0)
         return self._between(curves, values, before, np.minimum(before + 1, end))
 
     def _first(self, curves: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Smallest epsilon at which a falling curve is not above its value."""
-        end = len(self.epsilons) - 1
+        end = curves.shape[-1] - 1
         after = np.minimum((curves > values[..., None]).sum(-1), end)
         return self._between(curves, values, np.maximum(after - 1, 0), after)
 
     def _between(
         self, curves: np.ndarray, values: np.ndarray, before: np.ndarray, after: np.ndarray
     ) -> np.ndarray:
-        high = np.take_along_axis(curves, before[..., None], -1)[..., 0]
-        low = np.take_along_axis(curves, after[..., None], -1)[..., 0]
+        high, low = _pick(curves, before), _pick(curves, after)
         drop = high - low
         share = np.where(drop > 0, (high - values) / np.where(drop > 0, drop, 1.0), 0.0).clip(0, 1)
-        start, end = self.epsilons[before], self.epsilons[after]
+        start, end = _pick(self.epsilons, before), _pick(self.epsilons, after)
         found: np.ndarray = start + share * (end - start)
         return found
+
+
+def _pick(curves: np.ndarray, index: np.ndarray) -> np.ndarray:
+    found: np.ndarray = np.take_along_axis(curves, index[..., None], -1)[..., 0]
+    return found
 
 
 def measured_curves(
@@ -93,25 +100,28 @@ def measured_curves(
     mass neither. Exact attention, epsilon 0, is known without measuring.
 
     Args:
-        epsilons: [points] ascending, more than 0.
-        density, kept_mass: [layers, kv_heads, points].
+        epsilons: [layers, kv_heads, points] in any order, more than 0.
+        density, kept_mass: of the same shape.
 
     Raises:
-        ValueError: epsilons that do not ascend from above 0, or unequal shapes.
+        ValueError: no points, an epsilon that is not above 0, or unequal shapes.
     """
-    if not len(epsilons) or epsilons[0] <= 0 or (np.diff(epsilons) <= 0).any():
-        raise ValueError(f"epsilons {epsilons.tolist()} do not ascend from above 0")
+    if epsilons.ndim != 3 or not epsilons.size or not epsilons.min() > 0:
+        raise ValueError(
+            f"epsilons of shape {epsilons.shape} from {epsilons.min(initial=np.inf)}; "
+            "expected [layers, kv_heads, points] above 0"
+        )
     for name, curve in (("density", density), ("kept_mass", kept_mass)):
-        if curve.ndim != 3 or curve.shape[2] != len(epsilons) or curve.shape != density.shape:
-            raise ValueError(
-                f"{name} has shape {curve.shape}; expected [layers, kv_heads, {len(epsilons)}]"
-            )
-    exact = np.ones((*density.shape[:2], 1))
+        if curve.shape != epsilons.shape:
+            raise ValueError(f"{name} has shape {curve.shape}; expected {epsilons.shape}")
+    order = epsilons.argsort(-1)
+    exact = np.ones((*epsilons.shape[:2], 1))
     falling = [
-        np.minimum.accumulate(np.concatenate([exact, curve], -1), -1)
+        np.minimum.accumulate(np.concatenate([exact, np.take_along_axis(curve, order, -1)], -1), -1)
         for curve in (density, kept_mass)
     ]
-    return BudgetCurves(np.concatenate([[0.0], epsilons]), *falling)
+    ascending = np.take_along_axis(epsilons, order, -1)
+    return BudgetCurves(np.concatenate([0 * exact, ascending], -1), *falling)
 
 
 def assign_epsilons(

@@ -27,7 +27,13 @@ def random_curves(seed: int) -> BudgetCurves:
         steps = rng.random(shape) ** power * (rng.random(shape) > 0.3)
         falling = 1 - np.cumsum(steps, -1) / rng.uniform(1, 20, (*shape[:2], 1)) / len(GRID)
         curves.append(falling + rng.normal(0, 0.01, shape) * (rng.random() > 0.5))
-    return measured_curves(GRID, *(curve.clip(0.01, 1) for curve in curves))
+    return curves_of(*(curve.clip(0.01, 1) for curve in curves))
+
+
+def curves_of(density: np.ndarray, kept_mass: np.ndarray) -> BudgetCurves:
+    """At the epsilons of the grid, backwards: their order is nothing to rely on."""
+    epsilons = np.broadcast_to(GRID, density.shape)
+    return measured_curves(*(x[..., ::-1] for x in (epsilons, density, kept_mass)))
 
 
 def uniform(curves: BudgetCurves) -> tuple[float, float]:
@@ -75,7 +81,7 @@ def test_an_easy_head_pays_for_a_hard_one() -> None:
     # The easy one loses nothing on a third of its keys; the hard one lacks a fifth of its mass.
     density = np.array([[[0.9, 0.8, 0.6, 0.4, 0.2], [0.9, 0.8, 0.6, 0.4, 0.2]]])
     kept_mass = np.array([[[1.0, 1.0, 0.99, 0.98, 0.97], [0.95, 0.9, 0.8, 0.6, 0.3]]])
-    curves = measured_curves(GRID, density, kept_mass)
+    curves = curves_of(density, kept_mass)
     easy, hard = assign_epsilons(curves, 1.2, 0.8)[0]
     assert easy > BASE > hard
     assert curves.density_at(np.array([[easy, hard]])).sum() == pytest.approx(1.2)
@@ -84,12 +90,12 @@ def test_an_easy_head_pays_for_a_hard_one() -> None:
 
 def test_where_a_larger_epsilon_saves_nothing_the_smaller_one_is_taken() -> None:
     flat = np.array([[[0.3, 0.3, 0.3, 0.3, 0.3]]])  # what the head keeps by place is all
-    curves = measured_curves(GRID, flat, np.array([[[0.99, 0.98, 0.97, 0.96, 0.95]]]))
+    curves = curves_of(flat, np.array([[[0.99, 0.98, 0.97, 0.96, 0.95]]]))
     assert assign_epsilons(curves, 0.3, 0.97)[0, 0] == pytest.approx(GRID[0])
 
 
 def test_exact_heads_are_left_at_what_costs_nothing() -> None:
-    curves = measured_curves(GRID, np.ones((2, 2, 5)), np.ones((2, 2, 5)))
+    curves = curves_of(np.ones((2, 2, 5)), np.ones((2, 2, 5)))
     assert (assign_epsilons(curves, 4.0, 1.0) == 0).all()  # dense at any epsilon
 
 
@@ -97,7 +103,7 @@ def test_weights_move_keys_to_the_sensitive_layer() -> None:
     density = np.tile([0.9, 0.8, 0.6, 0.4, 0.2], (2, 1, 1))
     kept_mass = np.tile([0.95, 0.9, 0.8, 0.7, 0.6], (2, 1, 1))
     kept_mass[1] += 0.02  # so that there is room above the floor
-    curves = measured_curves(GRID, density, kept_mass)
+    curves = curves_of(density, kept_mass)
     budget, worst = uniform(curves)
     plain = assign_epsilons(curves, budget, worst)
     weighed = assign_epsilons(curves, budget, worst, layer_weights(np.array([0.3, 0.1])))
@@ -114,14 +120,15 @@ def test_a_budget_that_does_not_pay_is_named() -> None:
 @pytest.mark.parametrize(
     ("epsilons", "shape", "message"),
     [
-        ([0.0, 0.1], (1, 1, 2), r"\[0.0, 0.1\] do not ascend from above 0"),
-        ([0.2, 0.1], (1, 1, 2), r"do not ascend"),
-        ([], (1, 1, 0), r"\[\] do not ascend"),
-        ([0.1, 0.2], (1, 1, 3), r"shape \(1, 1, 3\); expected \[layers, kv_heads, 2\]"),
+        ([[[0.0, 0.1]]], (1, 1, 2), r"shape \(1, 1, 2\) from 0.0; expected .* above 0"),
+        ([[[0.1, np.nan]]], (1, 1, 2), r"from nan; expected"),
+        ([[[]]], (1, 1, 0), r"shape \(1, 1, 0\) from inf"),
+        ([0.1, 0.2], (1, 1, 2), r"shape \(2,\) from 0.1"),
+        ([[[0.1, 0.2]]], (1, 1, 3), r"density has shape \(1, 1, 3\); expected \(1, 1, 2\)"),
     ],
 )
 def test_measurements_that_are_none_are_refused(
-    epsilons: list[float], shape: tuple[int, int, int], message: str
+    epsilons: list[object], shape: tuple[int, int, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         measured_curves(np.array(epsilons), np.ones(shape), np.ones(shape))

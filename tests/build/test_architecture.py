@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "kv": {"models.plan"},
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
     "engine": {"models", "attention", "parallel", "kv", "video"},
+    "calibration": {"engine", "models", "attention", "video"},
     "decode": {"kv", "models.plan"},
     "scheduling": {"attention", "engine", "models", "kv", "video", "decode"},
     "api": {"scheduling", "attention", "engine", "models", "kv", "video", "decode"},

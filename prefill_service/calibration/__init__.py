@@ -1,0 +1,1 @@
+"""``prefill-service calibrate``: measures what each head needs and writes its budget."""

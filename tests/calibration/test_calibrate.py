@@ -1,0 +1,188 @@
+"""``prefill-service calibrate`` on a tiny model: its profile, used by the ranks, holds its word."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefill_service.attention.head_budgets import HeadBudgetProfile, load_profile
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.report import LayerReport
+from prefill_service.cli import main
+from prefill_service.config import EngineConfig, ServiceConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.plan import FrameSampling
+from prefill_service.service import build_parts
+from tests.engine.harness import Harness, running_group
+
+EPSILON = 0.3
+FPS = 4.0
+SIZES = ["--sparse-from-tokens", "400", "--chunk-tokens", "200", "--fps", str(FPS)]
+
+
+@pytest.fixture(scope="module")
+def video(make_video: Callable[..., Path]) -> Path:
+    return make_video(seconds=20.0, fps=10, width=160, height=120)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint("qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def profile(model: Path, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("profile") / "budgets.json"
+    arguments = ["--model", str(model), "--videos", str(video), "--epsilon", str(EPSILON)]
+    assert main(["calibrate", *arguments, "--out", str(out), *SIZES]) == 0
+    return out
+
+
+def load(path: Path, model: Path) -> HeadBudgetProfile:
+    checkpoint = open_checkpoint(str(model))
+    return load_profile(
+        path, checkpoint.fingerprint, checkpoint.num_layers - 1, checkpoint.num_kv_heads
+    )
+
+
+async def prefill(harness: Harness, video: Path, policy: AttentionPolicy) -> list[LayerReport]:
+    plan, _ = await harness.plan(video, FrameSampling(fps=FPS))
+    plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
+    task = replace(harness.task(video, plan), policy=policy)
+    return (await harness.prefill(task)).attention.layers
+
+
+def worst(layers: list[LayerReport]) -> float:
+    """Kept mass of the worst query head."""
+    mass = np.array([layer.head_mass for layer in layers])  # [layers, q_heads]
+    rows = np.array([layer.kept_mass.count / mass.shape[1] for layer in layers])
+    return float((mass / rows[:, None]).min())
+
+
+async def test_the_ranks_attend_no_more_and_the_worst_head_does_not_fall(
+    model: Path, video: Path, profile: Path, tmp_path: Path
+) -> None:
+    budgets = load(profile, model)
+    assert budgets.epsilon == EPSILON
+    assert len({value for row in budgets.head_epsilons for value in row}) > 1
+    assert len(budgets.layer_sensitivity) == budgets.shape[0]
+    assert min(budgets.layer_sensitivity) > 0
+    uniform = AttentionPolicy(Quality.CUSTOM, EPSILON, 0.0)
+    async with running_group(
+        model, tmp_path, 1, chunk_tokens=200, sparse_from_tokens=400
+    ) as harness:
+        before = await prefill(harness, video, uniform)
+        after = await prefill(harness, video, uniform.with_budgets(budgets))
+        exact = await prefill(harness, video, resolve_policy(Quality.EXACT).with_budgets(budgets))
+    spent, budget = (sum(sum(layer.attended) for layer in layers) for layers in (after, before))
+    assert 0.95 * budget <= spent <= budget
+    assert worst(after) > worst(before)
+    assert all(layer.density == 1 for layer in exact)
+
+
+def test_check_prints_what_the_profile_does(
+    model: Path, video: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model), "--videos", str(video), "--check", str(profile)]
+    assert main(["calibrate", *arguments, *SIZES]) == 0
+    printed = capsys.readouterr()
+    last = printed.out.splitlines()[-1]
+    before, after = (
+        float(part) for part in last.split("kept mass ")[1].split(",")[0].split(" -> ")
+    )
+    assert after >= before
+    assert 0.95 <= float(last.split("attended keys ")[1].split()[0]) <= 1
+    assert f"the profile: {video.name}" in printed.err
+
+
+def config(model: Path, path: Path) -> ServiceConfig:
+    return ServiceConfig(
+        engine=EngineConfig(model=str(model), device="cpu", head_budgets=str(path))
+    )
+
+
+def test_the_service_takes_a_profile_of_its_model_only(
+    model: Path, profile: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    parts = build_parts(config(model, profile), tmp_path, tmp_path)
+    assert parts.budgets == load(profile, model)
+    with pytest.raises(ServiceError, match="was made for the model") as error:
+        build_parts(config(checkpoint("qwen3_vl", seed=1), profile), tmp_path, tmp_path)
+    assert error.value.reason is Reason.CONFIG_INVALID
+    fewer = json.loads(profile.read_text())
+    fewer["head_epsilons"].pop()
+    fewer["layer_sensitivity"].pop()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(fewer))
+    layers = len(fewer["head_epsilons"])
+    with pytest.raises(ServiceError, match=f"has {layers} layers .* expected {layers + 1} of"):
+        build_parts(config(model, other), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--videos", "nothing.mp4", "--out", "p.json"], 1, "nothing.mp4: no such file"),
+        (["--videos", "text.mp4", "--out", "p.json"], 1, "text.mp4: "),
+        (["--videos", "v.mp4", "--out", "p.json", "--sparse-from-tokens", "9000"], 1,
+         "too short to be sparse, which begins at 9000 tokens"),
+        (["--videos", "v.mp4", "--out", "p.json", "--epsilon", "1"], 2,
+         "--epsilon 1.0 is not accepted; expected more than 0 and at most 0.95"),
+        (["--videos", "v.mp4", "--out", "no/p.json"], 2, "--out no/p.json is not accepted"),
+        (["--videos", "v.mp4", "--out", "p.json", "--rows", "0"], 2, "--rows 0 is not accepted"),
+        (["--videos", "v.mp4", "--check", "p.json"], 2, "--check: p.json cannot be read: No such"),
+        (["--videos", "v.mp4"], 2, "one of the arguments --out --check is required"),
+        (["--videos", "v.mp4", "--out", "p.json", "--fps", "2", "--num-frames", "8"], 1,
+         "v.mp4: fps and num_frames exclude each other"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_calibrated_is_said_in_one_line(
+    model: Path, video: Path, arguments: list[str], code: int, text: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(video, "v.mp4")
+    Path("text.mp4").write_text("not a video " * 100)
+    try:
+        got: Any = main(["calibrate", "--model", str(model), *arguments])
+    except SystemExit as exit_:
+        got = exit_.code
+    error = capsys.readouterr().err
+    assert got == code
+    assert text in error
+    assert error.count("\n") == 1
+    assert not Path("p.json").exists()
+
+
+def test_ctrl_c_leaves_nothing(model: Path, video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    command = [sys.executable, "-m", "prefill_service.cli", "calibrate", "--model", str(model)]
+    arguments = ["--videos", str(video), "--out", str(out), *SIZES]
+    with subprocess.Popen(
+        [*command, *arguments], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epsilon"):
+                break
+        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(20) == 130
+    assert rest.endswith("prefill-service: interrupted, nothing was written\n")
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
