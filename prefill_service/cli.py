@@ -17,6 +17,7 @@ import prefill_service
 from prefill_service.calibration.arguments import add_calibrate
 from prefill_service.config import ServiceConfig, load_config
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.planning.command import add_arguments as add_plan_arguments
 
 CONFIG_ERROR, FAILURE = 2, 1
 
@@ -94,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM client key (mTLS)")
     check.set_defaults(run=_healthcheck)
+    plan = commands.add_parser(
+        "plan", help="show how a prefill would be spread over ranks, and why", allow_abbrev=False
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_plan)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
 
@@ -193,6 +199,12 @@ def _healthcheck(args: argparse.Namespace) -> int:
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
     print(status)
     return 0 if status == "SERVING" else FAILURE
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from prefill_service.planning.command import run
+
+    return run(args)
 
 
 def _version(args: argparse.Namespace) -> int:

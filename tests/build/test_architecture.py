@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "attention": {"kernels"},
     "parallel": {"attention", "models.plan"},
+    "planning": set(),
     "video": set(),
     "kv": {"models.plan"},
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
