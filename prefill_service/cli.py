@@ -1,4 +1,4 @@
-"""``prefill-service``: serve, calibrate, healthcheck, version."""
+"""``prefill-service``: serve, calibrate, plan, healthcheck, version."""
 
 from __future__ import annotations
 
