@@ -99,6 +99,11 @@ class EngineConfig:
     kv_pool_bytes: int = _opt(
         0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True
     )
+    kv_working_bytes: int = _opt(
+        0, "KV bytes a rank computes with; 0: the ranks' share of a quarter of the device.",
+        zero=True,
+    )  # fmt: skip
+    kv_offload: str = _opt("off", "Where KV beyond kv_working_bytes goes: off (refused) or host.")
     heartbeat_timeout_s: float = _opt(10.0, "A rank that is silent for longer is killed.")
     stall_timeout_s: float = _opt(300.0, "A busy rank without progress for longer is killed.")
     collective_timeout_s: float = _opt(600.0, "Timeout of one collective.")
@@ -231,6 +236,8 @@ def validate(config: ServiceConfig) -> None:
           "auto, cpu or cuda")  # fmt: skip
     check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
           "auto, float32, bfloat16 or float16")  # fmt: skip
+    check(engine.kv_offload in ("off", "host"), "engine.kv_offload", engine.kv_offload,
+          "off or host")  # fmt: skip
     check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
     check(engine.sparse_block_tokens in (64, 128), "engine.sparse_block_tokens",
           engine.sparse_block_tokens, "64 or 128")  # fmt: skip
@@ -275,9 +282,12 @@ def resolve_threads(engine: EngineConfig) -> int:
 
 def resolve_kv_pool_bytes(engine: EngineConfig) -> int:
     """KV bytes over all ranks: as configured, or a quarter of what this machine or cgroup has."""
-    if engine.kv_pool_bytes:
-        return engine.kv_pool_bytes
+    return engine.kv_pool_bytes or memory_bytes() // 4
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or of the cgroup where that is less."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory // 4
+    return memory

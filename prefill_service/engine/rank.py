@@ -24,7 +24,13 @@ from prefill_service.attention.probe import measure_crossover
 from prefill_service.config import HEARTBEAT_S
 from prefill_service.engine import messages as msg
 from prefill_service.engine.pipeline import RankContext, Status, TaskAborted, run_task
-from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout, sparse_settings
+from prefill_service.engine.spec import (
+    RankSpec,
+    chunk_tokens,
+    kv_budget,
+    kv_layout,
+    sparse_settings,
+)
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_server import PageServer
 from prefill_service.kv.segment import ShardStore
@@ -76,6 +82,12 @@ class Rank:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
+        self._budget = kv_budget(spec.engine, spec.checkpoint, spec.dtype, spec.device)
+        if self._budget.offload:
+            raise ServiceError(
+                Reason.CONFIG_INVALID,
+                'engine.kv_offload = "host" is not supported by this exchange; use "off"',
+            )
         model = PrefillModel(
             spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
         )
@@ -107,6 +119,12 @@ class Rank:
 
     def _run_task(self, context: RankContext, task: msg.PrefillTask) -> None:
         cancelled = self._cancelled[task.job_id]
+        try:
+            self._budget.check(task.plan.num_tokens)  # of which every rank thinks the same
+        except ServiceError as refusal:
+            self._cancelled.pop(task.job_id, None)
+            self._send(msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict()))
+            return
         try:
             self._send(run_task(context, task, cancelled))
         except TaskAborted as aborted:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefill_service.attention.adaptive import SparseSettings
-from prefill_service.config import EngineConfig, VideoConfig
+from prefill_service.config import (
+    EngineConfig,
+    VideoConfig,
+    memory_bytes,
+    resolve_kv_pool_bytes,
+)
+from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.models.checkpoint import Checkpoint
 
@@ -48,3 +54,23 @@ def kv_layout(checkpoint: Checkpoint, dtype: str, engine: EngineConfig) -> KVLay
         dtype,
         engine.page_tokens,
     )
+
+
+def kv_budget(engine: EngineConfig, checkpoint: Checkpoint, dtype: str, device: str) -> KVBudget:
+    """Bounds on a prefix's KV memory; the front end and the ranks of a machine find the same."""
+    return KVBudget(
+        kv_layout(checkpoint, dtype, engine),
+        resolve_kv_pool_bytes(engine),
+        engine.kv_working_bytes or _device_share(engine.ranks, device),
+        offload=engine.kv_offload == "host",
+    )
+
+
+def _device_share(ranks: int, device: str) -> int:
+    """A quarter of the memory, divided among the ranks that have it in common."""
+    if device == "cpu":
+        return memory_bytes() // 4 // ranks
+    import torch
+
+    ranks_of_a_gpu = -(-ranks // torch.cuda.device_count())
+    return int(torch.cuda.get_device_properties(0).total_memory) // 4 // ranks_of_a_gpu

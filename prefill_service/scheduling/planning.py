@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.budget import KVBudget
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.scheduling.jobs import PrefillSpec
 from prefill_service.video.index import VideoIndex
@@ -29,6 +30,7 @@ class Planning:
     Args:
         context_limit: the decoder's context in tokens, or 0 as long as that is unknown.
         budgets: how the heads share every request's epsilon.
+        memory: bounds on a prefix's KV; without it only the ranks refuse what does not fit.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Planning:
         planner: PromptPlanner,
         context_limit: Callable[[], int],
         budgets: HeadBudgetProfile | None = None,
+        memory: KVBudget | None = None,
     ) -> None:
         self._videos = videos
         self._planner = planner
         self._context_limit = context_limit
         self._budgets = budgets
+        self._memory = memory
         self._plans: OrderedDict[tuple[str, FrameSampling, str, str], PrefixPlan] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
 
@@ -69,7 +73,7 @@ class Planning:
 
         Raises:
             ServiceError: UNKNOWN_VIDEO, VIDEO_NOT_READY, INVALID_REQUEST (the sampling does not
-                suit the video), CONTEXT_EXCEEDED (naming what would fit).
+                suit the video), CONTEXT_EXCEEDED or KV_POOL_FULL (naming what would fit).
         """
         async with self._videos.hold(spec.video_id) as video:
             return await self.plan_held(spec, video)
@@ -91,6 +95,10 @@ class Planning:
             self._plans.popitem(last=False)
         if plan.num_tokens >= self.limit:
             raise await self._exceeded(plan.num_tokens, video, spec.sampling)
+        if self._memory is not None and plan.num_tokens > self._memory.fitting_tokens:
+            fitting = self._memory.fitting_tokens
+            advice = await self._call(self._suggest, video, spec.sampling, fitting)
+            raise self._memory.refusal(plan.num_tokens, advice)
         return plan
 
     async def prompt(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
