@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,15 +17,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.head_budgets import HeadBudgetProfile, load_profile
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
+from prefill_service.calibration.prefill import LocalPrefill
+from prefill_service.calibration.prefix import encode_video, plan_video
 from prefill_service.cli import main
 from prefill_service.config import EngineConfig, ServiceConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.plan import FrameSampling
+from prefill_service.models.planner import PromptPlanner
+from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.service import build_parts
 from tests.engine.harness import Harness, running_group
 
@@ -58,11 +65,34 @@ def load(path: Path, model: Path) -> HeadBudgetProfile:
     )
 
 
-async def prefill(harness: Harness, video: Path, policy: AttentionPolicy) -> list[LayerReport]:
+async def prefill(
+    harness: Harness, video: Path, policy: AttentionPolicy
+) -> tuple[list[LayerReport], torch.Tensor]:
+    """By a rank: its report, and KV [layers, 2, tokens, kv_heads, head_dim]."""
     plan, _ = await harness.plan(video, FrameSampling(fps=FPS))
     plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
     task = replace(harness.task(video, plan), policy=policy)
-    return (await harness.prefill(task)).attention.layers
+    layers = (await harness.prefill(task)).attention.layers
+    return layers, harness.read_kv(task)
+
+
+class InProcess:
+    """The calibration's own prefills of the same video."""
+
+    def __init__(self, model: Path, video: Path, folder: Path) -> None:
+        checkpoint = open_checkpoint(str(model))
+        self._model = PrefillModel(checkpoint, torch.float32, torch.device("cpu"))
+        planner = PromptPlanner(checkpoint, "float32")
+        planned = plan_video(video, planner, FrameSampling(fps=FPS), 400)
+        self._video = encode_video(planned, self._model, 200, folder)
+
+    def prefill(
+        self, policy: AttentionPolicy, only: int | None = None
+    ) -> tuple[list[LayerReport], torch.Tensor]:
+        """Report and KV, as of the ranks."""
+        settings = SparseSettings(400)
+        run = LocalPrefill(self._model, self._video, settings, policy, only, keep=True)
+        return run.run(), torch.stack(run.pages).transpose(1, 2)
 
 
 def worst(layers: list[LayerReport]) -> float:
@@ -84,13 +114,36 @@ async def test_the_ranks_attend_no_more_and_the_worst_head_does_not_fall(
     async with running_group(
         model, tmp_path, 1, chunk_tokens=200, sparse_from_tokens=400
     ) as harness:
-        before = await prefill(harness, video, uniform)
-        after = await prefill(harness, video, uniform.with_budgets(budgets))
-        exact = await prefill(harness, video, resolve_policy(Quality.EXACT).with_budgets(budgets))
+        before, _ = await prefill(harness, video, uniform)
+        after, kv = await prefill(harness, video, uniform.with_budgets(budgets))
+        exact, _ = await prefill(
+            harness, video, resolve_policy(Quality.EXACT).with_budgets(budgets)
+        )
     spent, budget = (sum(sum(layer.attended) for layer in layers) for layers in (after, before))
     assert 0.95 * budget <= spent <= budget
     assert worst(after) > worst(before)
     assert all(layer.density == 1 for layer in exact)
+    # What was calibrated is what the ranks do.
+    prefills = await asyncio.to_thread(InProcess, model, video, tmp_path)
+    layers, ours = prefills.prefill(uniform.with_budgets(budgets))
+    assert [layer.attended for layer in layers] == [layer.attended for layer in after]
+    assert [layer.head_mass for layer in layers] == [
+        pytest.approx(layer.head_mass, abs=1e-3) for layer in after
+    ]
+    assert ((ours - kv).norm() / kv.norm()).item() < 1e-5
+
+
+def test_one_layer_alone_is_approximated(model: Path, video: Path, tmp_path: Path) -> None:
+    prefills = InProcess(model, video, tmp_path)
+    _, exact = prefills.prefill(resolve_policy(Quality.EXACT))
+    policy = AttentionPolicy(Quality.CUSTOM, 2 * EPSILON, 0.0)
+    for layer in range(len(exact) - 1):
+        reports, kv = prefills.prefill(policy, only=layer)
+        assert torch.equal(kv[: layer + 1], exact[: layer + 1])
+        assert (kv[layer + 1 :] != exact[layer + 1 :]).any()
+        assert [bool(report.head_mass) for report in reports] == [
+            number == layer for number in range(len(reports))
+        ]
 
 
 def test_check_prints_what_the_profile_does(
