@@ -1,0 +1,229 @@
+"""Offloaded working KV: the same bits, below its bound, and hidden where SPPO's rule decides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefill_service.attention.dense import attend_causal
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.budget import KVBudget
+from prefill_service.kv.copying import CopyEngine, HostRows
+from prefill_service.kv.copying_cuda import CudaCopyEngine
+from prefill_service.kv.copying_file import FileCopyEngine
+from prefill_service.kv.manifest import KVLayout
+from prefill_service.kv.offload import ChunkCosts, OffloadedKV, hidden_share, open_working
+from prefill_service.kv.working import ResidentKV, WorkingKV, WorkingShape
+
+CPU = torch.device("cpu")
+SHAPE = WorkingShape(5, 301, 2, 16, torch.float32, CPU)
+CHUNK = 64
+
+
+def chunks(shape: WorkingShape) -> Iterator[tuple[int, int]]:
+    for start in range(0, shape.tokens, CHUNK):
+        yield start, min(start + CHUNK, shape.tokens)
+
+
+def run(kv: WorkingKV, shape: WorkingShape, reorder: bool = False) -> Tensor:
+    """A prefill's loop: each layer's rows are made of the outputs of the layer before.
+
+    With ``reorder``, rows before the chunk change places now and then, as clustering makes them.
+    Layers are released when the next one begins, as an exchange does with rows under way.
+    """
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for number, (start, end) in enumerate(chunks(shape)):
+        kv.start_chunk(start, end)
+        x = torch.randn(shape.kv_heads, end - start, shape.head_dim, generator=generator)
+        x = x.to(shape.device, shape.dtype)
+        for layer in range(shape.layers):
+            if layer:
+                kv.release(layer - 1)
+            buffer = kv.acquire(layer)
+            assert kv.layer(layer) is buffer
+            buffer[start:end, 0] = x.transpose(0, 1)
+            buffer[start:end, 1] = x.transpose(0, 1).flip(-1)
+            if reorder and start and (number + layer) % 2:
+                first = start // 3
+                buffer[first:start] = buffer[first:start].flip(0).clone()
+                kv.touch(layer, first, first + 1)
+                kv.touch(layer, first, start)
+            k, v = buffer[:end].permute(1, 2, 0, 3)
+            x = attend_causal(x, k, v, start, 0.5).out + x
+        kv.release(shape.layers - 1)
+        outputs.append(x.cpu())
+    return torch.cat(outputs, 1)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[bool, Tensor]:
+    return {reorder: run(ResidentKV(SHAPE), SHAPE, reorder) for reorder in (False, True)}
+
+
+@pytest.mark.parametrize("share", [hidden_share, lambda _: 0.0, lambda _: 0.4, lambda _: 1.0])
+@pytest.mark.parametrize("layers", [2, 2.6, 4, 7])
+@pytest.mark.parametrize("reorder", [False, True])
+def test_same_bits_below_the_bound(
+    tmp_path: Path, expected: dict[bool, Tensor], share: object, layers: float, reorder: bool
+) -> None:
+    limit = int(layers * SHAPE.layer_bytes)
+    kv = OffloadedKV(SHAPE, limit, FileCopyEngine(SHAPE, tmp_path), share)  # type: ignore[arg-type]
+    assert torch.equal(run(kv, SHAPE, reorder), expected[reorder])
+    report = kv.report()
+    kv.close()
+    kv.close()
+    assert report.high_water_bytes <= limit
+    away = SHAPE.layers * SHAPE.layer_bytes - (report.high_water_bytes - 2 * SHAPE.layer_bytes)
+    assert report.offloaded_bytes == away  # every row has one home
+    assert (report.moved_bytes > 0) == (report.offloaded_bytes > 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_rows_return_as_they_were(tmp_path: Path) -> None:
+    shape = replace(SHAPE, dtype=torch.bfloat16)
+    kv = OffloadedKV(shape, 2 * shape.layer_bytes, FileCopyEngine(shape, tmp_path))
+    assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
+    kv.close()
+
+
+def test_inference_mode_tensors_travel(tmp_path: Path, expected: dict[bool, Tensor]) -> None:
+    with torch.inference_mode():
+        kv = OffloadedKV(SHAPE, 3 * SHAPE.layer_bytes, FileCopyEngine(SHAPE, tmp_path))
+        assert torch.equal(run(kv, SHAPE), expected[False])
+    kv.close()
+
+
+def test_what_is_chosen(tmp_path: Path) -> None:
+    layout = KVLayout(SHAPE.layers + 1, SHAPE.kv_heads, SHAPE.head_dim, "float32", 16)
+    everything = SHAPE.layers * SHAPE.layer_bytes
+    budget = KVBudget(layout, 1 << 40, everything - 1, offload=True)
+    assert budget.offloads(SHAPE.tokens)
+    kv = open_working(budget, SHAPE, tmp_path)
+    assert isinstance(kv, OffloadedKV)
+    kv.close()
+    for fits in (replace(budget, working_bytes=everything), replace(budget, offload=False)):
+        assert not fits.offloads(SHAPE.tokens)
+        assert isinstance(open_working(fits, SHAPE, tmp_path), ResidentKV)
+    with pytest.raises(ServiceError, match=r"the limit is 99; raise engine\.kv_working_bytes"):
+        open_working(replace(budget, working_bytes=99), SHAPE, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- stalls --------------------------------------------------------------------------------
+
+
+class SlowFile(FileCopyEngine):
+    """A file at a bandwidth of 16 MB/s."""
+
+    bandwidth = 16e6
+
+    def _move(self, rows: Tensor, home: HostRows, inward: bool) -> None:
+        start = time.perf_counter()
+        super()._move(rows, home, inward)
+        left = rows.numel() * rows.element_size() / self.bandwidth
+        time.sleep(max(0.0, left - (time.perf_counter() - start)))
+
+
+SLOW = WorkingShape(6, 12 * CHUNK, 2, 64, torch.float32, CPU)  # 1 KiB a row, 4 ms a chunk's layer
+
+
+def timed(tmp_path: Path, share: object) -> tuple[float, float, list[int], int]:
+    """Seconds stalled, seconds computed, rows offloaded after each chunk, and the high water."""
+    kv = OffloadedKV(SLOW, 1 << 40, SlowFile(SLOW, tmp_path), share)  # type: ignore[arg-type]
+    away, computed = [], 0.0
+    for number, (start, end) in enumerate(chunks(SLOW)):
+        kv.start_chunk(start, end)
+        away.append(kv.report().offloaded_bytes // SLOW.layers // SLOW.row_bytes)
+        for layer in range(SLOW.layers):
+            kv.acquire(layer)
+            seconds = 0.006 + 0.002 * number  # attention to all before takes longer and longer
+            time.sleep(seconds)
+            computed += seconds
+            kv.release(layer)
+    report = kv.report()
+    kv.close()
+    return report.stalled_s, computed, away, report.high_water_bytes
+
+
+def test_copies_hide_where_the_rule_decides_and_stall_where_forced(tmp_path: Path) -> None:
+    stalled, computed, away, high = timed(tmp_path, hidden_share)
+    forced, _, _, least = timed(tmp_path, lambda _: 1.0)
+    growth = [b - a for a, b in pairwise(away)]
+    assert away[0] == 0  # nothing is known of the first chunk's time
+    assert away[-1] > 3 * CHUNK
+    assert sum(growth[-4:]) > 0  # later chunks take longer, and may send more away
+    assert high < (SLOW.layers + 2) * SLOW.layer_bytes
+    assert least == 2 * SLOW.layer_bytes
+    assert stalled < 0.1 * computed, (stalled, forced, computed, away)
+    assert forced > 0.1 * computed
+    assert stalled < 0.2 * forced
+
+
+def test_the_rule() -> None:
+    costs = ChunkCosts(1.0, new_bytes=1000, host_bytes=0, kept_bytes=0, host_rate=500.0,
+                       device_rate=1e4)  # fmt: skip
+    assert hidden_share(costs) == pytest.approx(0.4)
+    assert hidden_share(replace(costs, compute_s=10)) == 1.0
+    assert hidden_share(replace(costs, compute_s=0)) == 0.0
+    assert hidden_share(replace(costs, host_bytes=200)) == pytest.approx(0.2)
+    assert hidden_share(replace(costs, kept_bytes=4000)) == pytest.approx(0.2)
+    assert hidden_share(replace(costs, host_bytes=400, kept_bytes=4000)) == 0.0
+
+
+# ---- failures ------------------------------------------------------------------------------
+
+
+def test_more_than_the_disk_is_refused(tmp_path: Path) -> None:
+    huge = replace(SHAPE, tokens=1 << 38)
+    with pytest.raises(ServiceError, match=r"no space for \d+ bytes of offloaded KV in") as caught:
+        FileCopyEngine(huge, tmp_path)
+    assert caught.value.reason is Reason.KV_POOL_FULL
+
+
+def test_a_copy_that_fails_ends_the_prefill(tmp_path: Path) -> None:
+    class Broken(FileCopyEngine):
+        broken = False
+
+        def _move(self, rows: Tensor, home: HostRows, inward: bool) -> None:
+            if self.broken:
+                raise OSError(5, "Input/output error")
+            super()._move(rows, home, inward)
+
+    engine = Broken(SHAPE, tmp_path)
+    kv = OffloadedKV(SHAPE, 2 * SHAPE.layer_bytes, engine)
+    engine.broken = True
+    with pytest.raises(ServiceError, match=r"cannot be moved: Input/output error") as caught:
+        run(kv, SHAPE)
+    assert caught.value.reason is Reason.PREFILL_FAILED
+    kv.close()
+
+
+def test_three_layers_at_a_time_are_a_bug(tmp_path: Path) -> None:
+    kv = OffloadedKV(SHAPE, 2 * SHAPE.layer_bytes, FileCopyEngine(SHAPE, tmp_path))
+    kv.start_chunk(0, 10)
+    kv.acquire(0)
+    kv.acquire(1)
+    with pytest.raises(RuntimeError, match=r"layer 2 is wanted while \[0, 1\] are acquired"):
+        kv.acquire(2)
+    kv.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("layers", [2, 4])
+def test_cuda_streams(layers: int) -> None:
+    shape = replace(SHAPE, dtype=torch.bfloat16, device=torch.device("cuda"))
+    engine: CopyEngine = CudaCopyEngine(shape)
+    kv = OffloadedKV(shape, layers * shape.layer_bytes, engine)
+    assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
+    report = kv.report()
+    assert 0 <= report.stalled_s < 10
+    assert report.high_water_bytes <= layers * shape.layer_bytes
+    kv.close()
