@@ -1,0 +1,157 @@
+"""The registry under pressure: never above its bound, never a leased prefix, oldest first."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun
+from prefill_service.scheduling.prefixes import Lease, PrefixRegistry
+
+POOL = 1000
+LAYOUT = KVLayout(1, 1, 4, "float32", 16)
+
+
+class Ranks:
+    """What the ranks were told: the prefixes they hold, least recently used first, and leases."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.leases: dict[str, set[str]] = {}
+
+    def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
+        self.leases.setdefault(prefix_id, set()).add(lease_id)
+
+    def release(self, prefix_id: str, lease_id: str) -> None:
+        self.leases.get(prefix_id, set()).discard(lease_id)
+
+    def drop(self, prefix_id: str) -> None:
+        self.held.pop(prefix_id, None)
+
+
+def manifest(prefix_id: str, generation: int = 0) -> Manifest:
+    return Manifest(
+        prefix_id, "engine", generation, "model", LAYOUT, 1, (ShardRun(0, 1, 0, 0),), ("unix:/r",),
+        "hash", 0,
+    )  # fmt: skip
+
+
+class Model:
+    """The registry, driven at random, beside the least that must be true of it."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.ranks = Ranks()
+        self.gone: list[str] = []
+        self.registry = PrefixRegistry(
+            self.ranks,  # type: ignore[arg-type]
+            POOL, 30.0, self.gone.append,
+        )  # fmt: skip
+        self.computing: set[str] = set()
+        self.leases: list[Lease] = []
+        self.generation = 0
+        self.count = self.evictions = self.refusals = 0
+
+    def leased(self) -> set[str]:
+        return {lease.manifest.prefix_id for lease in self.leases}
+
+    async def arrive(self) -> None:
+        size = self.random.choice((50, 150, 300, 700, POOL, POOL + 1))
+        fixed = self.leased() | self.computing
+        room = POOL - sum(self.ranks.held[name] for name in fixed)
+        before = dict(self.ranks.held)
+        if size > room:
+            with pytest.raises(ServiceError, match=f"needs {size} bytes of KV, the pool") as caught:
+                await self.registry.make_room(size, wait_s=0)
+            assert caught.value.reason is Reason.KV_POOL_FULL
+            assert self.ranks.held == before  # nothing is lost for what has no room anyway
+            self.refusals += 1
+            return
+        await self.registry.make_room(size)
+        lost = [name for name in before if name not in self.ranks.held]
+        assert not set(lost) & fixed
+        # Exactly as many of the least recently used as were needed.
+        candidates = [name for name in before if name not in fixed]
+        assert lost == candidates[: len(lost)]
+        if lost:
+            assert sum(self.ranks.held.values()) + before[lost[-1]] + size > POOL
+        self.evictions += len(lost)
+        self.count += 1
+        name = f"prefix{self.count}"
+        self.registry.add(manifest(name, self.generation), size)
+        self.ranks.held[name] = size
+        self.computing.add(name)
+
+    def finish(self) -> None:
+        if self.computing:
+            name = self.random.choice(sorted(self.computing))
+            self.computing.remove(name)
+            if self.random.random() < 0.2:
+                self.registry.discard(name)
+                self.leases = [x for x in self.leases if x.manifest.prefix_id != name]
+            else:
+                self.registry.complete(name)
+
+    def lease(self) -> None:
+        if self.ranks.held:
+            name = self.random.choice(sorted(self.ranks.held))
+            self.leases.append(self.registry.lease(name))
+            self.ranks.held[name] = self.ranks.held.pop(name)  # the youngest now
+
+    def release(self) -> None:
+        if self.leases:
+            lease = self.leases.pop(self.random.randrange(len(self.leases)))
+            assert lease.lease_id in self.ranks.leases[lease.manifest.prefix_id]
+            self.registry.release(lease)
+            self.registry.release(lease)
+            assert lease.lease_id not in self.ranks.leases[lease.manifest.prefix_id]
+
+    def die(self) -> None:
+        self.registry.lose_generation(self.generation)
+        assert all(lease.lost.is_set() for lease in self.leases)
+        self.generation += 1
+        self.ranks.held.clear()
+        self.ranks.leases.clear()
+        self.computing.clear()
+        self.leases.clear()
+
+    def check(self) -> None:
+        registry = self.registry
+        assert registry.used_bytes == sum(self.ranks.held.values()) <= POOL
+        fixed = self.leased() | self.computing
+        assert registry.leased_bytes == sum(self.ranks.held[name] for name in fixed)
+        assert not any(lease.lost.is_set() for lease in self.leases)
+        for lease in self.leases:
+            assert lease.lease_id in self.ranks.leases[lease.manifest.prefix_id]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_random_arrivals_leases_and_evictions(seed: int) -> None:
+    model = Model(seed)
+    for _ in range(400):
+        action = model.random.choices(
+            ("arrive", "finish", "lease", "release", "die"), (6, 6, 4, 4.5, 0.05)
+        )[0]
+        if action == "arrive":
+            await model.arrive()
+        else:
+            getattr(model, action)()
+        model.check()
+    assert model.evictions > 5
+    assert model.refusals > 5
+
+
+async def test_a_prefix_larger_than_the_pool_says_what_to_change() -> None:
+    registry = PrefixRegistry(
+        SimpleNamespace(),  # type: ignore[arg-type]
+        POOL, 30.0, lambda _: None,
+    )  # fmt: skip
+    with pytest.raises(ServiceError) as caught:
+        await registry.make_room(POOL + 1)  # at once, whatever others would release
+    assert caught.value.message == (
+        "the prefix needs 1001 bytes of KV, the pool has 1000; "
+        "raise engine.kv_pool_bytes or look at fewer or smaller frames"
+    )
