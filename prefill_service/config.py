@@ -22,6 +22,9 @@ from prefill_service.errors import Reason, ServiceError
 HEARTBEAT_S = 1.0
 """How often a rank says that it lives."""
 
+EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring")
+"""``parallel.exchanges.ExchangeKind``, without importing torch."""
+
 LEAST_DECODER_BYTES = 512 << 20
 """Address space: of a decoder process, the libraries alone map up to 400 MiB (OpenCV)."""
 
@@ -83,6 +86,11 @@ class EngineConfig:
     ranks: int = _opt(2, "Ranks of the sequence-parallel group.")
     device: str = _opt("auto", "cpu, cuda or auto.")
     dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
+    exchange: str = _opt(
+        "gather",
+        "How ranks exchange keys: gather, ring, ulysses, usp, pass_q or multi_ring.",
+    )
+    ulysses_degree: int = _opt(0, "Of usp: ranks that share heads; 0: chosen.", zero=True)
     chunk_tokens: int = _opt(
         0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", zero=True
     )
@@ -234,6 +242,9 @@ def validate(config: ServiceConfig) -> None:
     check(1 <= engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
     check(engine.device in ("auto", "cpu", "cuda"), "engine.device", engine.device,
           "auto, cpu or cuda")  # fmt: skip
+    check(engine.exchange in EXCHANGES, "engine.exchange", engine.exchange, " or ".join(EXCHANGES))
+    check(engine.ranks % (engine.ulysses_degree or 1) == 0, "engine.ulysses_degree",
+          engine.ulysses_degree, f"a divisor of the {engine.ranks} ranks")  # fmt: skip
     check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
           "auto, float32, bfloat16 or float16")  # fmt: skip
     check(engine.kv_offload in ("off", "host"), "engine.kv_offload", engine.kv_offload,

@@ -42,7 +42,8 @@ class Prefix:
 
     def features_of(self, share: Share) -> list[VisionFeatures]:
         """Those of a share's patches."""
-        part = slice(share.first_patch * self.patch_tokens, share.end_patch * self.patch_tokens)
+        (piece,) = share.pieces
+        part = slice(piece.first_patch * self.patch_tokens, piece.end_patch * self.patch_tokens)
         deepstack = [layer[part] for layer in self.features.deepstack]
         return [VisionFeatures(self.features.embeds[part], deepstack)]
 
@@ -93,11 +94,10 @@ def rehearse(
         for member, share in zip(members, chunk, strict=True):
             if not share.num_tokens:
                 continue
-            member.begin(chunk[0].start_token, share, members)
-            mine = slice(share.start_token, share.end_token)
+            member.begin(chunk[0].contiguous[0], share, members)
             model.prefill(
-                prefix.token_ids[mine],
-                prefix.position_ids[:, mine],
+                share.take(prefix.token_ids),
+                share.take(prefix.position_ids),
                 prefix.video_token_id,
                 prefix.features_of(share),
                 member,
@@ -115,7 +115,7 @@ class _Rank:
         self.replica, self.attention = replica, attention
         self._pages = pages
         self._chunk_start = 0
-        self._share = Share(0, 0, 0, 0)
+        self._share = Share(())
         self._members: list[_Rank] = []
 
     def begin(self, chunk_start: int, share: Share, members: list[_Rank]) -> None:
@@ -124,7 +124,7 @@ class _Rank:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """To the pages, and to every rank's replica."""
-        rows = slice(self._share.start_token, self._share.end_token)
+        rows = slice(*self._share.contiguous)
         fused = torch.stack([k, v], 1)  # [tokens, 2, kv_heads, head_dim]
         self._pages[layer][rows] = fused
         if layer < len(self.replica):
@@ -133,7 +133,7 @@ class _Rank:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """As ``engine.pipeline`` does."""
-        start, kv = self._share.start_token, self.replica[layer]
+        (start, _), kv = self._share.contiguous, self.replica[layer]
         if self.attention.is_sparse(start, q.shape[1]):
             return self.attention.attend(layer, q, kv, start, self._chunk_start, scale)
         k, v = kv[: start + q.shape[1]].permute(1, 2, 0, 3)

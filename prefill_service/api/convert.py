@@ -250,6 +250,22 @@ def _result_to_proto(result: PrefillResult, brief: bool) -> prefill_service_pb2.
         kv_transfer_params_json="" if brief else result.kv_transfer_params_json,
         manifest_json="" if brief else result.manifest_json,
         attention=attention_to_proto(result.attention, brief),
+        communication=_communication_to_proto(result) if result.exchange else None,
+    )
+
+
+def _communication_to_proto(result: PrefillResult) -> prefill_service_pb2.CommunicationReport:
+    return prefill_service_pb2.CommunicationReport(
+        exchange=result.exchange,
+        collectives=[
+            prefill_service_pb2.CollectiveUse(
+                name=name,
+                calls=use.calls,
+                bytes_received=use.bytes_received,
+                elapsed=duration(use.seconds),
+            )
+            for name, use in sorted(result.communication.items())
+        ],
     )
 
 

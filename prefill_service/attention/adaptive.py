@@ -184,6 +184,12 @@ class AdaptiveAttention:
         clock.lap("certify")
         self._reports[layer].certify_s += clock.seconds("certify")
 
+    def count(self, layer: int, start: int, queries: int) -> None:
+        """Count queries attended to exactly, of whose keys this rank holds only a part."""
+        tiles, report = self._tiles(start, queries), self._reports[layer]
+        self._grids.add_dense(layer, tiles, range(len(report.attended)))
+        self._note(layer, tiles, [float(tiles.causal_keys)] * len(report.attended))
+
     def report(self) -> RankAttention:
         """What was measured so far."""
         mass, rows = self._patch_mass.totals()

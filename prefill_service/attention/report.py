@@ -154,7 +154,7 @@ class AttentionReport:
         layers: one per layer that attends (the last layer's attention is never needed).
         patch_mass: [temporal patches] attention that the sampled rows pay to a patch's tokens,
             relative to uniform attention over the keys they see (1 = no more than chance); mean
-            over layers, query heads and the rows that see the patch.
+            over layers, query heads and the rows that see the patch. Empty if no row was sampled.
         block_map: of the layer and KV head of the lowest density; ``None`` if nothing was sparse.
     """
 
@@ -202,7 +202,7 @@ def combine(parts: Sequence[RankAttention]) -> AttentionReport:
     return AttentionReport(
         first.sparse_from_tokens,
         first.layers,
-        (mass / np.maximum(rows, 1)).tolist(),
+        (mass / np.maximum(rows, 1)).tolist() if rows.any() else [],
         _sparsest_map(first.layers, pairs, causal),
     )
 

@@ -53,9 +53,7 @@ class ChunkFeeder:
         self._on_frames = on_frames
         # The video's last patch may be short of frames; slicing leaves that to the processor.
         self._chunks = [
-            frame_indices[s.first_patch * frames_per_patch : s.end_patch * frames_per_patch]
-            for s in shares
-            if s.num_patches
+            share.patches(frame_indices, frames_per_patch) for share in shares if share.num_patches
         ]
         self._queue: queue.Queue[ChunkPixels | BaseException] = queue.Queue(maxsize=1)
         self._stop = threading.Event()

@@ -16,12 +16,12 @@ from prefill_service.engine import messages as msg
 from prefill_service.engine.process import RankProcess
 from prefill_service.engine.running import PrefillOutcome, RunningTask
 from prefill_service.engine.shards import shard_runs
-from prefill_service.engine.spec import RankSpec, chunk_tokens, kv_layout
+from prefill_service.engine.spec import RankSpec, chunk_layout, exchange_choice, kv_layout
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import ShardRun
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.layout import deal_patches
+from prefill_service.parallel.exchanges import ExchangeChoice
 
 logger = logging.getLogger("prefill_service.group")
 
@@ -41,6 +41,9 @@ class RankGroup:
         engine, video: configuration.
         checkpoint, dtype, device: of the model.
         runtime_dir: for sockets and rendezvous; short, since Unix socket paths are.
+
+    Raises:
+        ServiceError: CONFIG_INVALID, an exchange that this model's heads do not allow.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class RankGroup:
         self._runtime_dir = runtime_dir
         self.generation = 0
         self.layout = kv_layout(checkpoint, dtype, engine)
+        self.exchange = exchange_choice(checkpoint, engine)
         self.endpoints: tuple[str, ...] = ()
         self.on_lost: Callable[[int], None] | None = None
         self._ranks: list[RankProcess] = []
@@ -173,11 +177,12 @@ class RankGroup:
 
     # ---- work ------------------------------------------------------------------------------
 
-    def shard_map(self, plan: PrefixPlan) -> tuple[ShardRun, ...]:
-        """Which rank will hold which tokens of ``plan``."""
-        layout = deal_patches(
-            plan.patch_ends, self._engine.ranks, chunk_tokens(self._engine, self._device)
-        )
+    def shard_map(
+        self, plan: PrefixPlan, exchange: ExchangeChoice | None = None
+    ) -> tuple[ShardRun, ...]:
+        """Which rank will hold which tokens of ``plan``, with the group's or another exchange."""
+        choice = exchange or self.exchange
+        layout = chunk_layout(plan.patch_ends, self._engine, self._device, choice)
         return shard_runs(layout, self.layout)
 
     async def prefill(

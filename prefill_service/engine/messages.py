@@ -9,6 +9,8 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.report import RankAttention
 from prefill_service.kv.manifest import Manifest
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.parallel.meter import CollectiveUse
 
 
 class Stage(StrEnum):
@@ -29,6 +31,7 @@ class PrefillTask:
     video_path: str
     index_path: str
     policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
+    exchange: ExchangeChoice = field(default_factory=ExchangeChoice)
 
 
 # ---- front end to rank ------------------------------------------------------------------
@@ -117,7 +120,7 @@ class RankDone:
     job_id: str
     rank: int
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    bytes_received: int = 0
+    communication: dict[str, CollectiveUse] = field(default_factory=dict)
     attention: RankAttention | None = None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.report import NEVER
 from prefill_service.config import VideoConfig
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
@@ -21,9 +22,12 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.segment import ShardStore, ShardWriter
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.parallel.exchange import AttentionShape
+from prefill_service.parallel.exchanges import make_exchange
 from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.group import SPGroup
 from prefill_service.parallel.layout import Share, deal_patches
+from prefill_service.parallel.mesh import SPMesh
 from prefill_service.video.frames import FrameStream
 
 _PROGRESS_INTERVAL_S = 0.2
@@ -72,7 +76,8 @@ class RankContext:
     """What this rank is and has, for every task.
 
     Attributes:
-        model, group, store: this rank's.
+        model, store: this rank's.
+        meshes: the ranks, by Ulysses degree.
         kv_layout: of a page.
         video: limits for decoding.
         chunk_tokens: tokens per chunk and rank.
@@ -82,7 +87,7 @@ class RankContext:
     """
 
     model: PrefillModel
-    group: SPGroup
+    meshes: Mapping[int, SPMesh]
     store: ShardStore
     kv_layout: KVLayout
     video: VideoConfig
@@ -90,6 +95,11 @@ class RankContext:
     sparse: SparseSettings
     send: Callable[[Progress], None]
     tick: Callable[[], None]
+
+    @property
+    def group(self) -> SPGroup:
+        """All ranks."""
+        return self.meshes[1].world
 
 
 def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -> RankDone:
@@ -102,7 +112,7 @@ def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -
     # A rank without any share (fewer patches than ranks) holds one unused page.
     pages = max(1, pages_of_rank(manifest.runs, rank.group.rank, rank.kv_layout))
     writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
-    bytes_before = rank.group.meter.bytes_received
+    before = dict(rank.group.meter.uses)
     run = _TaskRun(rank, task, writer, cancelled)
     try:
         run.execute()
@@ -116,7 +126,7 @@ def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -
         task.job_id,
         rank.group.rank,
         {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
-        rank.group.meter.bytes_received - bytes_before,
+        rank.group.meter.since(before),
         run.attention.report(),
     )
 
@@ -141,20 +151,27 @@ class _TaskRun:
                 Progress(task.job_id, group.rank, stage, done, total, seconds)
             )
         )
-        self._chunks = deal_patches(task.plan.patch_ends, group.size, rank.chunk_tokens)
+        self._chunks = deal_patches(
+            task.plan.patch_ends, group.size, rank.chunk_tokens, task.exchange.kind.order
+        )
         self._shares = list(self._chunks.of_rank(group.rank))
         self._last_layer = layout.num_layers - 1
-        self._exchange = GatherExchange(
-            group,
+        shape = AttentionShape(
             self._last_layer,
             task.plan.num_tokens,
+            model.num_heads,
             layout.num_kv_heads,
             layout.head_dim,
+            model.attention_scale,
             model.dtype,
             model.device,
         )
+        sparse = rank.sparse
+        if not task.exchange.kind.replicates:
+            sparse = replace(sparse, from_tokens=NEVER)
+        self._exchange = make_exchange(task.exchange, rank.meshes, self._chunks, shape)
         self.attention = AdaptiveAttention(
-            rank.sparse,
+            sparse,
             task.policy,
             self._last_layer,
             layout.num_kv_heads,
@@ -163,7 +180,8 @@ class _TaskRun:
             model.device,
             task.plan.patch_ends,
         )
-        self._chunk_start = self._share_start = 0
+        self._chunk_start = 0
+        self._share = Share(())
         self._page = 0  # next free page of this rank
         self._patches_done = self._tokens_done = 0
         preprocess = model.preprocessor(task.plan)
@@ -185,8 +203,8 @@ class _TaskRun:
             features = self._encode(share)
             self._checkpoint()
             start = time.perf_counter()
-            self._exchange.start_chunk([(s.start_token, s.end_token) for s in chunk])
-            self._chunk_start, self._share_start = chunk[0].start_token, share.start_token
+            self._exchange.start_chunk(chunk)
+            self._chunk_start, self._share = chunk[0].ranges[0][0], share
             if share.num_tokens:
                 self._prefill(share, features)
             else:
@@ -207,18 +225,22 @@ class _TaskRun:
             # On a GPU a layer is far shorter than a second; there, once per chunk is enough.
             self._checkpoint()
         if len(k):
-            self._writer.write(layer, self._page, k, v)
+            self._write(layer, k, v)
         if layer < self._last_layer:
             self._exchange.store(layer, k, v)
         self._rank.tick()
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
-        start = self._share_start
+        if not isinstance(self._exchange, GatherExchange):
+            for start, end in self._share.ranges:
+                self.attention.count(layer, start, end - start)
+            return self._exchange.attend(layer, q)
+        start, _ = self._share.contiguous
         if self.attention.is_sparse(start, q.shape[1]):
             kv = self._exchange.complete(layer)
             return self.attention.attend(layer, q, kv, start, self._chunk_start, scale)
-        out = self._exchange.attend(layer, q, scale)
+        out = self._exchange.attend(layer, q)
         self.attention.observe(layer, q, self._exchange.complete(layer), start, scale)
         return out
 
@@ -243,26 +265,36 @@ class _TaskRun:
         return [features]
 
     def _prefill(self, share: Share, features: list[VisionFeatures]) -> None:
-        tokens = slice(share.start_token, share.end_token)
         self._rank.model.prefill(
-            self._plan.token_ids[tokens],
-            self._plan.position_ids[:, tokens],
+            share.take(self._plan.token_ids),
+            share.take(self._plan.position_ids),
             self._plan.video_token_id,
             features,
             self,
         )
-        pages = self._rank.kv_layout.pages_for(share.num_tokens)
+        pages = sum(self._rank.kv_layout.pages_for(p.num_tokens) for p in share.pieces)
         self._writer.seal_pages(self._page, pages)
         self._page += pages
 
     def _stand_by(self) -> None:
-        """A rank without a share in this chunk still receives the others' keys and values."""
+        """A rank without a share in this chunk still takes part in the others' exchanges."""
         layout, model = self._rank.kv_layout, self._rank.model
-        empty = torch.empty(
-            (0, layout.num_kv_heads, layout.head_dim), dtype=model.dtype, device=model.device
-        )
+
+        def nothing(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=model.dtype, device=model.device)
+
+        none = nothing(0, layout.num_kv_heads, layout.head_dim)
         for layer in range(layout.num_layers):
-            self.store(layer, empty, empty)
+            self.store(layer, none, none)
+            if layer < self._last_layer:
+                self._exchange.attend(layer, nothing(model.num_heads, 0, layout.head_dim))
+
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """This rank's keys and values to its pages; each piece of a share begins a page."""
+        page, sizes = self._page, [piece.num_tokens for piece in self._share.pieces]
+        for part_k, part_v in zip(torch.split(k, sizes), torch.split(v, sizes), strict=True):
+            self._writer.write(layer, page, part_k, part_v)
+            page += self._rank.kv_layout.pages_for(len(part_k))
 
     def _checkpoint(self, error: ServiceError | None = None) -> None:
         """Synchronisation point: all ranks go on, or all raise."""

@@ -36,6 +36,7 @@ from prefill_service.kv.page_server import PageServer
 from prefill_service.kv.segment import ShardStore
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.group import form_group
+from prefill_service.parallel.mesh import form_meshes
 
 logger = logging.getLogger("prefill_service.rank")
 
@@ -78,9 +79,7 @@ class Rank:
     def _load(self) -> RankContext:
         spec = self._spec
         torch.set_num_threads(spec.threads)
-        device = torch.device(f"cuda:{spec.rank}" if spec.device == "cuda" else "cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device, staged = _device(spec)
         layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
         self._budget = kv_budget(spec.engine, spec.checkpoint, spec.dtype, spec.device)
         if self._budget.offload:
@@ -92,7 +91,10 @@ class Rank:
             spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
         )
         timeout_s = spec.engine.collective_timeout_s
-        group = form_group(spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s)
+        group = form_group(
+            spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s, staged
+        )
+        meshes = form_meshes(group, timeout_s)
         chunk = chunk_tokens(spec.engine, device.type)
         from_tokens = spec.engine.sparse_from_tokens or self._crossover(model, chunk)
         # The slowest rank decides, so that all of them report one figure.
@@ -100,7 +102,7 @@ class Rank:
         logger.info("sparse attention from %d keys on", from_tokens)
         return RankContext(
             model=model,
-            group=group,
+            meshes=meshes,
             store=ShardStore(layout, spec.generation),
             kv_layout=layout,
             video=spec.video,
@@ -175,6 +177,21 @@ class Rank:
     def _send(self, message: object) -> None:
         with self._send_lock:
             self._pipe.send(message)
+
+
+def _device(spec: RankSpec) -> tuple[torch.device, bool]:
+    """This rank's device, and whether ranks share GPUs, so that NCCL cannot connect them."""
+    if spec.device != "cuda":
+        return torch.device("cpu"), False
+    count = torch.cuda.device_count()
+    device = torch.device(f"cuda:{spec.rank % count}")
+    torch.cuda.set_device(device)
+    if spec.engine.ranks > count:
+        logger.warning(
+            "%d ranks share %d GPUs: what they exchange goes through the host",
+            spec.engine.ranks, count,
+        )  # fmt: skip
+    return device, spec.engine.ranks > count
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.engine import messages as msg
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.meter import CollectiveUse, moved, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +18,20 @@ class PrefillOutcome:
 
     Attributes:
         stage_seconds: per stage, the slowest rank's time.
-        bytes_received: in collectives, over all ranks.
+        communication: collectives by name: calls and bytes of all ranks, the slowest one's time.
         seconds: wall clock.
         attention: over all ranks.
     """
 
     stage_seconds: dict[str, float]
-    bytes_received: int
+    communication: dict[str, CollectiveUse]
     seconds: float
     attention: AttentionReport = field(default_factory=AttentionReport)
+
+    @property
+    def bytes_received(self) -> int:
+        """From other ranks, over all ranks; without agreements."""
+        return moved(self.communication)
 
 
 @dataclass(slots=True)
@@ -55,6 +61,6 @@ class RunningTask:
             str(stage): max(rank.stage_seconds.get(str(stage), 0.0) for rank in done)
             for stage in msg.Stage
         }
-        received = sum(rank.bytes_received for rank in done)
+        communication = total(rank.communication for rank in done)
         attention = combine([rank.attention for rank in done if rank.attention is not None])
-        return PrefillOutcome(stages, received, seconds, attention)
+        return PrefillOutcome(stages, communication, seconds, attention)

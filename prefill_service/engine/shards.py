@@ -7,16 +7,16 @@ from prefill_service.parallel.layout import ChunkLayout
 
 
 def shard_runs(layout: ChunkLayout, kv: KVLayout) -> tuple[ShardRun, ...]:
-    """One run per chunk and rank that has tokens there, in token order; pages count up per rank."""
+    """One run per range of a rank's share, in token order; pages count up per rank."""
     runs = []
     next_page: dict[int, int] = {}
     for chunk in layout.shares:
         for rank, share in enumerate(chunk):
-            if share.num_tokens:
+            for start, end in share.ranges:
                 page = next_page.get(rank, 0)
-                runs.append(ShardRun(share.start_token, share.end_token, rank, page))
-                next_page[rank] = page + kv.pages_for(share.num_tokens)
-    return tuple(runs)
+                runs.append(ShardRun(start, end, rank, page))
+                next_page[rank] = page + kv.pages_for(end - start)
+    return tuple(sorted(runs, key=lambda run: run.start_token))
 
 
 def pages_of_rank(runs: tuple[ShardRun, ...], rank: int, kv: KVLayout) -> int:

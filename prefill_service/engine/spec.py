@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.config import (
@@ -11,9 +14,12 @@ from prefill_service.config import (
     memory_bytes,
     resolve_kv_pool_bytes,
 )
+from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.models.checkpoint import Checkpoint
+from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind, choose_exchange
+from prefill_service.parallel.layout import ChunkLayout, deal_patches
 
 _DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 
@@ -37,6 +43,31 @@ class RankSpec:
 def chunk_tokens(engine: EngineConfig, device: str) -> int:
     """Tokens per chunk and rank: as configured, or a device's default."""
     return engine.chunk_tokens or _DEFAULT_CHUNK_TOKENS[device]
+
+
+def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig) -> ExchangeChoice:
+    """The configured exchange.
+
+    Raises:
+        ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks.
+    """
+    kind, wanted = ExchangeKind(engine.exchange), engine.ulysses_degree
+    try:
+        return choose_exchange(kind, engine.ranks, checkpoint.num_heads, wanted)
+    except ValueError as error:
+        text = f"engine.exchange = {engine.exchange!r} is not accepted: {error}"
+        raise ServiceError(Reason.CONFIG_INVALID, text, name="engine.exchange") from error
+
+
+def chunk_layout(
+    patch_ends: Sequence[int] | np.ndarray,
+    engine: EngineConfig,
+    device: str,
+    exchange: ExchangeChoice,
+) -> ChunkLayout:
+    """Which rank computes which tokens of a prompt."""
+    tokens = chunk_tokens(engine, device)
+    return deal_patches(patch_ends, engine.ranks, tokens, exchange.kind.order)
 
 
 def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:

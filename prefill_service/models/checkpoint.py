@@ -20,7 +20,7 @@ class Checkpoint:
         path: local folder.
         family: ``model_type``, one of ``FAMILIES``.
         fingerprint: hash of configuration and weights (``kv.fingerprint``).
-        num_layers, num_kv_heads, head_dim: of the language model.
+        num_layers, num_heads, num_kv_heads, head_dim: of the language model.
         max_position_embeddings: longest context.
         dtype: the dtype its configuration names, e.g. ``"bfloat16"``.
     """
@@ -29,6 +29,7 @@ class Checkpoint:
     family: str
     fingerprint: str
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
@@ -68,6 +69,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         family=family,
         fingerprint=fingerprint_model(path),
         num_layers=int(text["num_hidden_layers"]),
+        num_heads=heads,
         num_kv_heads=int(text.get("num_key_value_heads", heads)),
         head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
         max_position_embeddings=int(text["max_position_embeddings"]),

@@ -88,6 +88,7 @@ class PrefillModel:
             merged = self._model.config.vision_config.spatial_merge_size**2
             limit_rows(self._model.visual.blocks, mlp_chunk_tokens * merged)
         self.num_heads = int(self._model.language_model.config.num_attention_heads)
+        self.attention_scale = float(self._model.language_model.layers[0].self_attn.scaling)
         processors: Any = AutoVideoProcessor
         self._video_processor = processors.from_pretrained(checkpoint.path)
 

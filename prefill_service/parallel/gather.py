@@ -8,13 +8,13 @@ A rank starts on the keys it has (past chunks, its own tokens) while the others'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from prefill_service.attention.dense import Partial, attend, merge
+from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.group import PendingSlice, SPGroup
+from prefill_service.parallel.layout import Range, Share
 
 
 class GatherExchange:
@@ -25,37 +25,25 @@ class GatherExchange:
 
     Args:
         group: the ranks.
-        num_layers: layers that attend.
-        num_tokens: tokens of the prompt.
-        kv_heads, head_dim, dtype, device: of K and V.
+        shape: of the model's attention.
     """
 
-    def __init__(
-        self,
-        group: SPGroup,
-        num_layers: int,
-        num_tokens: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._group = group
-        shape = (num_tokens, 2, kv_heads, head_dim)
-        self._kv = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._pending: list[list[PendingSlice]] = [[] for _ in range(num_layers)]
-        self._ranges: list[tuple[int, int]] = []
+    def __init__(self, group: SPGroup, shape: AttentionShape) -> None:
+        self._group, self._scale = group, shape.scale
+        size = (shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
+        self._kv = [
+            torch.empty(size, dtype=shape.dtype, device=shape.device)
+            for _ in range(shape.num_layers)
+        ]
+        self._pending: list[list[PendingSlice]] = [[] for _ in range(shape.num_layers)]
+        self._ranges: list[Range] = []
 
-    def start_chunk(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Announce a chunk: per rank, its tokens [start, end), contiguous over the ranks."""
-        self._ranges = list(ranges)
+    def start_chunk(self, chunk: tuple[Share, ...]) -> None:
+        """See ``Exchange``; shares are one piece each, contiguous over the ranks."""
+        self._ranges = [share.contiguous for share in chunk]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put this rank's keys and values in place and send them off.
-
-        Args:
-            k, v: [tokens, kv_heads, head_dim] of this rank's share; empty if it has none.
-        """
+        """See ``Exchange``: put them in place and send them off."""
         self._wait(layer)  # what the chunk before left under way
         kv = self._kv[layer]
         start, end = self._ranges[self._group.rank]
@@ -63,23 +51,18 @@ class GatherExchange:
         kv[start:end, 1] = v
         self._pending[layer] = self._group.broadcast_slices([kv[a:b] for a, b in self._ranges])
 
-    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Causal attention of this rank's queries over all tokens up to each of them.
-
-        Args:
-            q: [q_heads, tokens, head_dim] of this rank's share.
-
-        Returns:
-            [q_heads, tokens, head_dim].
-        """
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """See ``Exchange``."""
+        if not q.shape[1]:
+            return q
         start, end = self._ranges[self._group.rank]
         chunk_start = self._ranges[0][0]
-        partials = [self._partial(layer, q, start, end, scale, causal=True)]
+        partials = [self._partial(layer, q, start, end, causal=True)]
         if chunk_start:
-            partials.append(self._partial(layer, q, 0, chunk_start, scale))
+            partials.append(self._partial(layer, q, 0, chunk_start))
         if start > chunk_start:
             self._wait(layer, before_rank=self._group.rank)
-            partials.append(self._partial(layer, q, chunk_start, start, scale))
+            partials.append(self._partial(layer, q, chunk_start, start))
         return merge(partials).out
 
     def complete(self, layer: int) -> Tensor:
@@ -95,15 +78,15 @@ class GatherExchange:
         return self._kv[layer]
 
     def finish(self) -> None:
-        """Wait for everything still under way (also after an aborted chunk)."""
+        """See ``Exchange``."""
         for layer in range(len(self._kv)):
             self._wait(layer)
 
     def _partial(
-        self, layer: int, q: Tensor, start: int, end: int, scale: float, causal: bool = False
+        self, layer: int, q: Tensor, start: int, end: int, causal: bool = False
     ) -> Partial:
         k, v = self._kv[layer][start:end].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
-        return attend(q, k, v, causal=causal, scale=scale)
+        return attend(q, k, v, causal=causal, scale=self._scale)
 
     def _wait(self, layer: int, before_rank: int | None = None) -> None:
         later = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -9,12 +10,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prefill_service.parallel.meter import CONTROL, CommMeter
+
 
 @dataclass(slots=True)
-class CommMeter:
-    """Bytes this rank received in collectives."""
+class Transfer:
+    """Messages under way. Holds what is being sent until it is gone."""
 
-    bytes_received: int = 0
+    name: str
+    meter: CommMeter
+    works: list[dist.Work]
+    arriving: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Block until all has arrived and left (on CUDA: until the stream may go on)."""
+        with self.meter.timed(self.name):
+            for work in self.works:
+                work.wait()
+            for place, staged in self.arriving:
+                place.copy_(staged)
+        self.works, self.arriving, self.kept = [], [], []
+
+
+@dataclass(slots=True)
+class PendingSlice:
+    """A broadcast under way from ``source``."""
+
+    source: int
+    _transfer: Transfer
+
+    def wait(self) -> None:
+        """Block until the slice is there (on CUDA: until the stream may read it)."""
+        self._transfer.wait()
 
 
 @dataclass(slots=True)
@@ -23,6 +51,11 @@ class SPGroup:
 
     Data travels over ``data`` (gloo on CPU, NCCL on CUDA); small host-side decisions over
     ``control``, which is always gloo, so that agreeing never synchronises a GPU.
+
+    Attributes:
+        rank, size: of this rank in this group.
+        staged: CUDA tensors travel through the host, because ranks share a GPU, which NCCL
+            refuses.
     """
 
     rank: int
@@ -30,6 +63,7 @@ class SPGroup:
     data: dist.ProcessGroup | None
     control: dist.ProcessGroup | None
     meter: CommMeter = field(default_factory=CommMeter)
+    staged: bool = False
 
     def broadcast_slices(self, slices: list[Tensor]) -> list[PendingSlice]:
         """Each rank sends its slice to all; ``slices[r]`` is rank r's, received in place.
@@ -44,49 +78,101 @@ class SPGroup:
         for source, part in enumerate(slices):
             if part.numel() == 0 or self.size == 1:
                 continue
-            work = dist.broadcast(part, group=self.data, group_src=source, async_op=True)
-            if source != self.rank:
-                self.meter.bytes_received += part.numel() * part.element_size()
-            pending.append(PendingSlice(source, work))
+            mine = source == self.rank
+            staged = self._outgoing(part) if mine else self._incoming(part)
+            with self.meter.timed("broadcast"):
+                work = dist.broadcast(staged, group=self.data, group_src=source, async_op=True)
+            self.meter.received("broadcast", 0 if mine else _bytes(part))
+            arriving = [] if mine or staged is part else [(part, staged)]
+            transfer = Transfer("broadcast", self.meter, [work], arriving, [staged])
+            pending.append(PendingSlice(source, transfer))
         return pending
+
+    def send_recv(
+        self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor], name: str = "send_recv"
+    ) -> Transfer:
+        """Messages to and from some ranks of the group, started together.
+
+        Args:
+            send: per rank, a contiguous tensor; empty ones are skipped on both sides.
+            receive: per rank, the contiguous tensor to fill.
+            name: under which the meter counts it, as one call.
+        """
+        ops, arriving, kept = [], [], []
+        for peer, part in send.items():
+            if part.numel():
+                staged = self._outgoing(part)
+                kept.append(staged)
+                ops.append(dist.P2POp(dist.isend, staged, group=self.data, group_peer=peer))
+        for peer, place in receive.items():
+            if place.numel():
+                staged = self._incoming(place)
+                kept.append(staged)
+                if staged is not place:
+                    arriving.append((place, staged))
+                ops.append(dist.P2POp(dist.irecv, staged, group=self.data, group_peer=peer))
+        with self.meter.timed(name):
+            works = dist.batch_isend_irecv(ops) if ops else []
+        self.meter.received(name, sum(_bytes(place) for place in receive.values()))
+        return Transfer(name, self.meter, works, arriving, kept)
+
+    def all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
+        """Rank r gets ``send[r]``; ``receive[r]`` is filled from rank r, sizes as they are.
+
+        This rank's own part is copied at once.
+        """
+        receive[self.rank].copy_(send[self.rank])
+        others = [r for r in range(self.size) if r != self.rank]
+        return self.send_recv(
+            {r: send[r].contiguous() for r in others}, {r: receive[r] for r in others}, "all_to_all"
+        )
 
     def agree(self, status: int) -> int:
         """The largest ``status`` of all ranks. Every rank calls it at the same points."""
         if self.size == 1:
             return status
         flag = torch.tensor([status], dtype=torch.int64)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
+        with self.meter.timed(CONTROL):
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
+        self.meter.received(CONTROL, _bytes(flag) * (self.size - 1))
         return int(flag)
 
+    def _outgoing(self, part: Tensor) -> Tensor:
+        return part.cpu() if self.staged and part.is_cuda else part
 
-@dataclass(slots=True)
-class PendingSlice:
-    """A broadcast under way from ``source``."""
+    def _incoming(self, place: Tensor) -> Tensor:
+        # Not empty_like: of a view, that keeps strides which gloo does not receive into.
+        if self.staged and place.is_cuda:
+            return torch.empty(place.shape, dtype=place.dtype)
+        return place
 
-    source: int
-    _work: dist.Work
 
-    def wait(self) -> None:
-        """Block until the slice is there (on CUDA: until the stream may read it)."""
-        self._work.wait()
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def form_group(
-    rank: int, size: int, init_method: str, device: torch.device, timeout_s: float
+    rank: int,
+    size: int,
+    init_method: str,
+    device: torch.device,
+    timeout_s: float,
+    staged: bool = False,
 ) -> SPGroup:
     """Join the group. With one rank there is nothing to join.
 
     Args:
         init_method: torch's rendezvous, e.g. ``file:///path``.
         timeout_s: of each collective.
+        staged: ranks share a GPU; see ``SPGroup``.
     """
     if size == 1:
         return SPGroup(0, 1, None, None)
     timeout = timedelta(seconds=timeout_s)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" and not staged else "gloo"
     dist.init_process_group(
         backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout
     )
     data = dist.group.WORLD
     control = data if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    return SPGroup(rank, size, data, control)
+    return SPGroup(rank, size, data, control, staged=staged)

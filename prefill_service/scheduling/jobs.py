@@ -14,6 +14,7 @@ from prefill_service.attention.report import AttentionReport
 from prefill_service.engine.messages import Progress, Stage
 from prefill_service.errors import ServiceError
 from prefill_service.models.plan import FrameSampling
+from prefill_service.parallel.meter import CollectiveUse
 from prefill_service.scheduling.attention import AttentionSummary, policy_from_dict, summarize
 
 
@@ -59,6 +60,8 @@ class PrefillResult:
     Attributes:
         shards: (first token, one past the last, rank) per run.
         kv_bytes: bytes of the pages over all ranks.
+        exchange, communication: how ranks met each other's keys, and what that moved; empty in
+            jobs from before these were kept.
     """
 
     prefix_id: str
@@ -72,11 +75,14 @@ class PrefillResult:
     kv_transfer_params_json: str
     manifest_json: str
     attention: AttentionSummary
+    exchange: str = ""
+    communication: Mapping[str, CollectiveUse] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillResult:
-        """Rebuild a result from ``dataclasses.asdict``, also one without a report."""
+        """Rebuild a result from ``dataclasses.asdict``, also one without reports."""
         attention = data.get("attention")
+        uses = data.get("communication", {})
         return cls(
             **{
                 **data,
@@ -85,6 +91,7 @@ class PrefillResult:
                 "attention": AttentionSummary.from_dict(attention)
                 if attention
                 else summarize(resolve_policy(Quality.EXACT), AttentionReport()),
+                "communication": {name: CollectiveUse(**use) for name, use in uses.items()},
             }
         )
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefill_service.attention.quality import AttentionPolicy
@@ -78,7 +79,10 @@ class PrefillRunner:
         manifest, kv_bytes = await self._reserve(plan, used)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
-        task = PrefillTask(job_id, plan, manifest, str(video.path), str(video.index_path), used)
+        task = PrefillTask(
+            job_id, plan, manifest, str(video.path), str(video.index_path), used,
+            self._group.exchange,
+        )  # fmt: skip
         try:
             outcome = await self._group.prefill(task, on_progress)
             attention = summarize(policy, outcome.attention)
@@ -95,7 +99,11 @@ class PrefillRunner:
             job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
             used.profile, attention.total.density, attention.total.kept_mass_mean,
         )  # fmt: skip
-        return _result(plan, manifest, kv_bytes, prefix.standing, attention), report
+        result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
+        moved = replace(
+            result, exchange=str(self._group.exchange), communication=outcome.communication
+        )
+        return moved, report
 
     async def _reserve(self, plan: PrefixPlan, policy: AttentionPolicy) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""

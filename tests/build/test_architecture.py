@@ -28,8 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"models", "attention", "parallel", "kv", "video"},
     "calibration": {"engine", "models", "attention", "video"},
     "decode": {"kv", "models.plan"},
-    "scheduling": {"attention", "engine", "models", "kv", "video", "decode"},
-    "api": {"scheduling", "attention", "engine", "models", "kv", "video", "decode"},
+    "scheduling": {"attention", "engine", "parallel", "models", "kv", "video", "decode"},
+    "api": {"scheduling", "attention", "engine", "parallel", "models", "kv", "video", "decode"},
 }
 
 

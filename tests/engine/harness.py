@@ -20,6 +20,7 @@ from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.models.planner import PromptPlanner
+from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
@@ -46,7 +47,10 @@ class Harness:
     def index_path(self, video: Path) -> Path:
         return self.folder / f"{video.stem}.npz"
 
-    def task(self, video: Path, plan: PrefixPlan) -> PrefillTask:
+    def task(
+        self, video: Path, plan: PrefixPlan, exchange: ExchangeChoice | None = None
+    ) -> PrefillTask:
+        exchange = exchange or self.group.exchange
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id="test",
@@ -54,13 +58,14 @@ class Harness:
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=self.group.layout,
             num_tokens=plan.num_tokens,
-            runs=self.group.shard_map(plan),
+            runs=self.group.shard_map(plan, exchange),
             endpoints=self.group.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
         )
         job_id = f"job_{uuid.uuid4().hex}"
-        return PrefillTask(job_id, plan, manifest, str(video), str(self.index_path(video)))
+        index = str(self.index_path(video))
+        return PrefillTask(job_id, plan, manifest, str(video), index, exchange=exchange)
 
     async def prefill(self, task: PrefillTask) -> PrefillOutcome:
         self.group.grant(task.plan.prefix_id, "lease", 60.0)

@@ -25,6 +25,8 @@ from prefill_service.kv.manifest import KVLayout, ShardRun
 from prefill_service.kv.protocol import HandoffReport
 from prefill_service.kv.reports import send_report
 from prefill_service.models.plan import FrameSampling, PrefixPlan
+from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.parallel.meter import CollectiveUse
 from prefill_service.video.index import VideoIndex
 
 TOKENS_PER_FRAME = 16
@@ -112,6 +114,7 @@ class Group:
     def __init__(self, restart_s: float = 0.1, start_s: float = 0.0) -> None:
         self.step_s = 0.0
         self.restart_s, self.start_s = restart_s, start_s
+        self.exchange = ExchangeChoice()
         self.generation = 0
         self.ready = False
         self.on_lost: Callable[[int], None] | None = None
@@ -190,7 +193,9 @@ class Group:
             raise
         ready.set()
         self.tasks.append(task)
-        return PrefillOutcome({"decode": 0.1}, 1, 0.1, report(task))
+        return PrefillOutcome(
+            {"decode": 0.1}, {"broadcast": CollectiveUse(1, 1, 0.01)}, 0.1, report(task)
+        )
 
     def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         assert ttl_s > 0

@@ -29,6 +29,8 @@ from prefill_client.errors import (
 from prefill_client.types import (
     Answer,
     AskOptions,
+    CollectiveUse,
+    CommunicationReport,
     FrameOptions,
     Inspection,
     Job,
@@ -62,6 +64,8 @@ __all__ = [
     "CancelledError",
     "CapacityError",
     "Client",
+    "CollectiveUse",
+    "CommunicationReport",
     "ContextExceededError",
     "DeadlineExceededError",
     "FrameOptions",

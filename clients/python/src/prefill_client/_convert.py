@@ -133,6 +133,19 @@ def _result(message: prefill_pb.PrefillResult) -> types.PrefillResult:
         kv_transfer_params_json=message.kv_transfer_params_json,
         manifest_json=message.manifest_json,
         attention=_attention(message.attention) if message.HasField("attention") else None,
+        communication=_communication(message.communication)
+        if message.HasField("communication")
+        else None,
+    )
+
+
+def _communication(message: prefill_pb.CommunicationReport) -> types.CommunicationReport:
+    return types.CommunicationReport(
+        message.exchange,
+        tuple(
+            types.CollectiveUse(use.name, use.calls, use.bytes_received, _seconds(use.elapsed))
+            for use in message.collectives
+        ),
     )
 
 

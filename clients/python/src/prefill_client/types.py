@@ -110,10 +110,28 @@ class ShardRange:
 
 
 @dataclass(frozen=True)
+class CollectiveUse:
+    """One kind of collective: calls and bytes over all ranks, the slowest rank's time in it."""
+
+    name: str
+    calls: int
+    bytes_received: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class CommunicationReport:
+    """What the ranks of a prefill exchanged, and how."""
+
+    exchange: str
+    collectives: tuple[CollectiveUse, ...]
+
+
+@dataclass(frozen=True)
 class PrefillResult:
     """What a finished job offers. See PrefillResult in the API reference.
 
-    ``attention`` is None from a server that is older than the report.
+    ``attention`` and ``communication`` are None from a server that is older than the report.
     """
 
     prefix_id: str
@@ -127,6 +145,7 @@ class PrefillResult:
     kv_transfer_params_json: str
     manifest_json: str
     attention: AttentionReport | None
+    communication: CommunicationReport | None = None
 
 
 @dataclass(frozen=True)

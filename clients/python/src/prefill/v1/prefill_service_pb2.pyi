@@ -189,8 +189,28 @@ class AttentionReport(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[LayerAttention]
     def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ..., floor_met: _Optional[bool] = ..., sparse_from_tokens: _Optional[int] = ..., total: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ...) -> None: ...
 
+class CollectiveUse(_message.Message):
+    __slots__ = ("name", "calls", "bytes_received", "elapsed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    calls: int
+    bytes_received: int
+    elapsed: _duration_pb2.Duration
+    def __init__(self, name: _Optional[str] = ..., calls: _Optional[int] = ..., bytes_received: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class CommunicationReport(_message.Message):
+    __slots__ = ("exchange", "collectives")
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
+    exchange: str
+    collectives: _containers.RepeatedCompositeFieldContainer[CollectiveUse]
+    def __init__(self, exchange: _Optional[str] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ...) -> None: ...
+
 class PrefillResult(_message.Message):
-    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json", "attention")
+    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json", "attention", "communication")
     PREFIX_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VIDEO_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +222,7 @@ class PrefillResult(_message.Message):
     KV_TRANSFER_PARAMS_JSON_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    COMMUNICATION_FIELD_NUMBER: _ClassVar[int]
     prefix_id: str
     prefix_tokens: int
     video_tokens: int
@@ -213,7 +234,8 @@ class PrefillResult(_message.Message):
     kv_transfer_params_json: str
     manifest_json: str
     attention: AttentionReport
-    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ...) -> None: ...
+    communication: CommunicationReport
+    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ..., communication: _Optional[_Union[CommunicationReport, _Mapping]] = ...) -> None: ...
 
 class PrefillJob(_message.Message):
     __slots__ = ("job_id", "spec", "state", "progress", "attempts", "queue_position", "error", "result", "create_time", "start_time", "end_time", "prefix_tokens")

@@ -1,0 +1,87 @@
+"""Which heads a rank of a Ulysses group computes, and attention over uneven splits of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefill_service.attention.dense import Partial, attend
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSplit:
+    """Query heads in ``parts`` runs as even as possible, with the KV heads that each run reads.
+
+    KV heads that two runs read are replicated: where there are more parts than KV heads, and where
+    a run ends inside a group.
+
+    Attributes:
+        q_heads, kv_heads: of the model; the first is a multiple of the second.
+        parts: ranks that share them.
+    """
+
+    q_heads: int
+    kv_heads: int
+    parts: int
+
+    def __post_init__(self) -> None:
+        if self.q_heads % self.kv_heads:
+            raise ValueError(f"{self.q_heads} query heads are no multiple of {self.kv_heads}")
+        if self.parts > self.q_heads:
+            raise ValueError(
+                f"a Ulysses degree of {self.parts} exceeds the model's {self.q_heads} query heads"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q_heads // self.kv_heads
+
+    def queries(self, part: int) -> slice:
+        """Query heads of a part."""
+        each, rest = divmod(self.q_heads, self.parts)
+        bounds = [index * each + min(index, rest) for index in (part, part + 1)]
+        return slice(*bounds)
+
+    def keys(self, part: int) -> slice:
+        """KV heads that they read."""
+        queries = self.queries(part)
+        return slice(queries.start // self.group, (queries.stop - 1) // self.group + 1)
+
+    def runs(self, part: int) -> Iterator[tuple[slice, slice]]:
+        """The part cut where the query heads per KV head change.
+
+        Yields:
+            Query heads and KV heads, counted within the part; the first a multiple of the second.
+        """
+        queries, keys, group = self.queries(part), self.keys(part), self.group
+        counts = [
+            min(queries.stop, (head + 1) * group) - max(queries.start, head * group)
+            for head in range(keys.start, keys.stop)
+        ]
+        q = k = 0
+        while k < len(counts):
+            more = next((i for i in range(k, len(counts)) if counts[i] != counts[k]), len(counts))
+            size = counts[k] * (more - k)
+            yield slice(q, q + size), slice(k, more)
+            q, k = q + size, more
+
+    def attend(
+        self, part: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> Partial:
+        """``dense.attend`` of a part's heads.
+
+        Args:
+            q: [the part's query heads, queries, head_dim].
+            k, v: [the part's KV heads, keys, head_dim].
+        """
+        found = [
+            attend(q[queries], k[keys], v[keys], causal=causal, scale=scale)
+            for queries, keys in self.runs(part)
+        ]
+        if len(found) == 1:
+            return found[0]
+        return Partial(torch.cat([p.out for p in found]), torch.cat([p.lse for p in found]))

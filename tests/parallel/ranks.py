@@ -1,0 +1,42 @@
+"""Real gloo ranks for tests: spawned, joined, their results collected."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prefill_service.parallel.group import SPGroup, form_group
+
+TIMEOUT_S = 60.0
+
+
+def run_ranks(work: Callable[..., Any], size: int, folder: Path, *arguments: Any) -> list[Any]:
+    """``work(group, *arguments)`` on ``size`` ranks; what each returned (saved with torch)."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_run, args=(work, rank, size, folder, arguments), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0] * size
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _run(
+    work: Callable[..., Any], rank: int, size: int, folder: Path, arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    group: SPGroup = form_group(
+        rank, size, f"file://{folder}/rendezvous", torch.device("cpu"), TIMEOUT_S
+    )
+    torch.save(work(group, *arguments), folder / f"rank-{rank}.pt")
+    if size > 1:
+        dist.destroy_process_group()
