@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--name", default="language", help="of the language run (%(default)s)")
     parser.add_argument("--phases", default=PHASES, help="language stage: %(default)s")
     parser.add_argument("--rate", type=float, default=2e-3, help="its peak (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=100, help="its steps (%(default)s)")
     parser.add_argument("--perception-steps", type=int, default=2600, help="%(default)s")
     parser.add_argument("--clips", type=int, default=160, help="its bank (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="%(default)s")
@@ -69,6 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = language.LanguageSettings(
         language.parse_phases(arguments.phases),
         rate=arguments.rate,
+        warm_up=arguments.warm_up,
         clips=arguments.clips,
         seed=arguments.seed,
         name=arguments.name,
