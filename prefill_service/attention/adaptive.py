@@ -24,12 +24,12 @@ from prefill_service.attention.certificate import (
 )
 from prefill_service.attention.certified import LayerRun
 from prefill_service.attention.clock import Stopwatch
-from prefill_service.attention.clustering import order_segments
+from prefill_service.attention.keys import KeySource, LayerState, ReplicatedKeys, Segments
 from prefill_service.attention.observe import BlockGrids, PatchMass
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport, RankAttention
 from prefill_service.attention.sparse import forced_blocks, previous_patch
-from prefill_service.attention.summaries import BlockSummaries, empty_summaries, summarize
+from prefill_service.attention.summaries import empty_summaries
 from prefill_service.attention.tiles import Tiles
 
 _MIN_SAMPLES, _MAX_SAMPLES = 2, 8  # where a chunk has more tiles, one of each is certified
@@ -65,14 +65,11 @@ class SparseSettings:
         """Tokens per clustered segment."""
         return self.block_tokens * self.segment_blocks
 
-
-@dataclass(slots=True)
-class _LayerState:
-    """One layer's view of the keys: how far they are clustered, and where each came from."""
-
-    summaries: BlockSummaries
-    order: Tensor  # [kv_heads, tokens], original position of each row of the buffer
-    clustered: int = 0  # rows before this one are in clustered order
+    @property
+    def segments(self) -> Segments:
+        """How past keys are cut."""
+        block = self.block_tokens
+        return Segments(block, self.segment_tokens, self.sink_blocks * block)
 
 
 class AdaptiveAttention:
@@ -112,7 +109,7 @@ class AdaptiveAttention:
         blocks = tokens // settings.block_tokens if self._sparse_at(tokens) else 0
         raster = torch.arange(tokens, device=device).expand(kv_heads, -1)
         self._states = [
-            _LayerState(empty_summaries(kv_heads, blocks, head_dim, dtype, device), raster)
+            LayerState(empty_summaries(kv_heads, blocks, head_dim, dtype, device), raster)
             for _ in range(layers)
         ]
 
@@ -121,7 +118,14 @@ class AdaptiveAttention:
         return queries > 0 and self._sparse_at(start + queries)
 
     def attend(
-        self, layer: int, q: Tensor, kv: Tensor, start: int, chunk_start: int, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        kv: Tensor,
+        start: int,
+        chunk_start: int,
+        scale: float,
+        source: KeySource | None = None,
     ) -> Tensor:
         """Sparse causal attention of queries [start, start + queries).
 
@@ -132,25 +136,30 @@ class AdaptiveAttention:
             start: position of the first query.
             chunk_start: position of the first query of any rank in this chunk.
             scale: factor on the scores.
+            source: brings into ``kv`` what is not there; without it all is.
 
         Returns:
             [q_heads, queries, head_dim].
         """
+        source = source or ReplicatedKeys(kv, self._settings.segments)
         tiles = self._tiles(start, q.shape[1])
         k, v = kv[: tiles.keys].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         state, report = self._states[layer], self._reports[layer]
         clock = Stopwatch(k.device)
-        self._cluster(state, k, v, chunk_start, tiles.blocks)
+        # What is kept by place stays in place: the sinks, and the patch before this chunk.
+        recent = int(previous_patch(self._patch_ends, chunk_start))
+        source.prepare(layer, state, recent, tiles)
         clock.lap("cluster")
         every = self._settings.certify_every_row
         sampled, closer = _all_rows(tiles) if every else self._certified_rows(tiles, layer)
         position = start + sampled.to(k.device)
         weights = self._patch_mass.weights(position, tiles.keys)
         run = LayerRun(
-            state.summaries, tiles, self._forced(tiles), scale, self._buffers, sampled, weights,
-            closer, self._epsilons[layer],
+            source, state.summaries, tiles, self._forced(tiles), scale, self._buffers, sampled,
+            weights, closer, self._epsilons[layer],
         )  # fmt: skip
         done = run.attend(q, k, v, self._policy.min_kept_mass)
+        source.close()
         report.tiles_redone += done.redone * tiles.count
         report.tiles_dense += done.dense * tiles.count
         self._grids.add(layer, tiles, done.keep, state.order)
@@ -207,31 +216,6 @@ class AdaptiveAttention:
         sizes = self._settings
         return Tiles(queries, start, sizes.tile_tokens, sizes.block_tokens)
 
-    def _cluster(
-        self, state: _LayerState, k: Tensor, v: Tensor, chunk_start: int, blocks: int
-    ) -> None:
-        """Order the segments that ended before this chunk, and summarise what is new.
-
-        What is kept by place stays in place: the sinks, and the temporal patch before this chunk.
-        """
-        block, segment = self._settings.block_tokens, self._settings.segment_tokens
-        recent = int(previous_patch(self._patch_ends, chunk_start))
-        start, end = state.clustered, recent // segment * segment
-        if end > start:
-            fixed = 0 if start else self._settings.sink_blocks * block
-            order = start + order_segments(k[:, start:end], block, segment, fixed)
-            for head in range(len(k)):
-                k[head, start:end] = k[head].index_select(0, order[head])
-                v[head, start:end] = v[head].index_select(0, order[head])
-            if not start:
-                state.order = state.order.int()  # a copy of what all layers share
-            state.order[:, start:end] = order
-            state.clustered = end
-        # Blocks after the clustered ones change once more when their segment is complete.
-        if blocks * block > start:
-            fresh = slice(start, blocks * block)
-            state.summaries.put(start // block, summarize(k[:, fresh], v[:, fresh], block))
-
     def _certified_rows(self, tiles: Tiles, layer: int) -> tuple[Tensor, Tensor]:
         """The queries that are certified, some of every tile, and those for a closer look.
 
@@ -263,7 +247,7 @@ class AdaptiveAttention:
             self._grids.add_causal(tiles)
 
     def _note_mass(
-        self, state: _LayerState, tiles: Tiles, heads: int, position: Tensor, weighted: Tensor
+        self, state: LayerState, tiles: Tiles, heads: int, position: Tensor, weighted: Tensor
     ) -> None:
         """``weighted`` [kv_heads, keys] is that of the sampled rows at ``position``."""
         order, stand_for = state.order[:, : tiles.keys], tiles.queries / len(position)

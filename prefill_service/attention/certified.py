@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.certificate import Certificate, certify, finite_rows
+from prefill_service.attention.certificate import Certificate, finite_rows
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.keys import KeySource, Measurement, all_heads
 from prefill_service.attention.quality import FLOOR_TOLERANCE
 from prefill_service.attention.sparse import SparseResult, sparse_attention
 from prefill_service.attention.summaries import BlockSummaries
@@ -69,6 +70,7 @@ class LayerRun:
     """One layer's attention of one run of queries.
 
     Attributes:
+        source: of keys that are not here.
         summaries: of the keys' blocks.
         forced: [tiles, blocks] bool (``forced_blocks``).
         scale: factor on the scores.
@@ -78,6 +80,7 @@ class LayerRun:
         epsilon: [kv_heads] attention mass that selection may misplace.
     """
 
+    source: KeySource
     summaries: BlockSummaries
     tiles: Tiles
     forced: Tensor
@@ -96,13 +99,16 @@ class LayerRun:
             k, v: [kv_heads, keys, head_dim].
             floor: kept mass (``AttentionPolicy.min_kept_mass``).
         """
-        heads = torch.arange(len(k), device=k.device)
+        heads = all_heads(k)
         used = self._sparse(q, k, v, heads, 1.0)
         proof = self._certify(q, k, v, used, heads, self.sampled, self.weights)
         done = Certified(used.out, used.keep, used.attended(self.tiles), proof)
         clocks = [used.clock]
         poor = heads[self._misses(q, k, v, used, heads, proof.kept_mass, floor)]
         done.redone = len(poor)
+        if len(poor):  # all their blocks at once: what k and v are copied from must be there
+            every = torch.ones(len(poor), self.tiles.blocks, dtype=torch.bool, device=k.device)
+            self.source.fetch(every, poor)
         for factor in _RETRY_FACTORS:
             if not len(poor):
                 break
@@ -126,8 +132,9 @@ class LayerRun:
         epsilon = factor * self.epsilon[heads]
         q, k, v, summaries = self._of(q, k, v, heads)
         return sparse_attention(
-            q, k, v, summaries, self.tiles, epsilon, self.forced, self.scale, self.buffers
-        )
+            q, k, v, summaries, self.tiles, epsilon, self.forced, self.scale, self.buffers,
+            lambda wanted: self.source.fetch(wanted, heads),
+        )  # fmt: skip
 
     def _certify(
         self,
@@ -141,9 +148,8 @@ class LayerRun:
     ) -> Certificate:
         """Measure sampled rows of ``result``, which is of the KV heads ``heads``."""
         q, k, v, summaries = self._of(q, k, v, heads)
-        return certify(
-            q, k, v, result, summaries, self.tiles, sampled, weights, self.scale, self.buffers
-        )
+        asked = Measurement(self.tiles, self.scale, heads, sampled, weights)
+        return self.source.certify(q, k, v, result, summaries, asked, self.buffers)
 
     def _misses(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,6 +109,7 @@ def sparse_attention(
     forced: Tensor,
     scale: float,
     buffers: GatherBuffers,
+    fetch: Callable[[Tensor], None] | None = None,
 ) -> SparseResult:
     """Attend with the fewest kept blocks that misplace an estimated ``epsilon`` of the mass.
 
@@ -120,10 +122,13 @@ def sparse_attention(
         epsilon: [kv_heads].
         forced: [tiles, blocks] bool (``forced_blocks``).
         scale: factor on the scores.
+        fetch: called, once or more, with the [kv_heads, blocks] bool that are about to be read,
+            of the first so many blocks; without it all are there.
     """
     known = summaries.first(tiles.blocks)
     if q.is_cuda:
-        return _with_kernels(q, k, v, known, tiles, epsilon, forced.to(q.device), scale)
+        must = forced.to(q.device)
+        return _with_kernels(q, k, v, known, tiles, epsilon, must, scale, fetch)
     clock = Stopwatch(q.device)
     rows = tiles.tile_tokens * len(q)
     step = max(1, _MAX_SCORES // (rows * max(tiles.blocks, 1))) * tiles.tile_tokens
@@ -134,7 +139,7 @@ def sparse_attention(
         first = start // tiles.tile_tokens
         must = forced[first : first + run.count, : run.blocks]
         parts.append(_with_sdpa(part, k, v, known.first(run.blocks), run, epsilon, must, scale,
-                                buffers, clock))  # fmt: skip
+                                buffers, clock, fetch))  # fmt: skip
     return parts[0] if len(parts) == 1 else _concatenated(parts, tiles.blocks)
 
 
@@ -162,6 +167,7 @@ def _with_sdpa(
     scale: float,
     buffers: GatherBuffers,
     clock: Stopwatch,
+    fetch: Callable[[Tensor], None] | None,
 ) -> SparseResult:
     rows = tiles.pack(q, len(k))
     result = local_attention(rows, k, v, tiles, scale, buffers)
@@ -174,6 +180,9 @@ def _with_sdpa(
     keep[dense] = found.bias[dense] > -torch.inf
     bias[dense] = -torch.inf
     clock.lap("select")
+    if fetch:
+        fetch(keep.any(1))
+        clock.lap("fetch")
     if tiles.blocks:
         result = _far(q, rows, k, v, known, tiles, scale, buffers, result, found, keep, dense)
     out, lse = tiles.unpack(result.out, len(q)), tiles.unpack(result.lse, len(q))
@@ -239,6 +248,7 @@ def _with_kernels(
     epsilon: Tensor,
     forced: Tensor,
     scale: float,
+    fetch: Callable[[Tensor], None] | None,
 ) -> SparseResult:
     # Triton is imported where it runs: without a GPU nothing needs it.
     from prefill_service.kernels.block_sparse import block_sparse_attention
@@ -250,11 +260,14 @@ def _with_kernels(
         tile_tokens=tiles.tile_tokens, q_offset=tiles.q_offset, scale=scale,
     )  # fmt: skip
     csr, bias = select_blocks(loss, candidates, forced, epsilon.float())
+    keep = (bias == -torch.inf) & (candidates != -torch.inf)  # NaN is a candidate, and kept
     clock.lap("select")
+    if fetch:
+        fetch(keep.any(1))
+        clock.lap("fetch")
     out, lse = block_sparse_attention(
         q, k, v, csr, block_tokens=tiles.block_tokens, tile_tokens=tiles.tile_tokens,
         q_offset=tiles.q_offset, scale=scale, summaries=(known.k_mean, known.v_mean), bias=bias,
     )  # fmt: skip
     clock.lap("attend")
-    keep = (bias == -torch.inf) & (candidates != -torch.inf)  # NaN is a candidate, and kept
     return SparseResult(out, lse, keep, bias, clock)
