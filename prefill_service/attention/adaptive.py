@@ -117,6 +117,14 @@ class AdaptiveAttention:
         """Whether queries [start, start + queries) are to go through ``attend``."""
         return queries > 0 and self._sparse_at(start + queries)
 
+    def state(self, layer: int) -> LayerState:
+        """What is known of a layer's keys."""
+        return self._states[layer]
+
+    def recent(self, chunk_start: int) -> int:
+        """Token from which on a chunk's queries keep all by place: the patch before the chunk."""
+        return int(previous_patch(self._patch_ends, chunk_start))
+
     def attend(
         self,
         layer: int,
@@ -147,8 +155,7 @@ class AdaptiveAttention:
         state, report = self._states[layer], self._reports[layer]
         clock = Stopwatch(k.device)
         # What is kept by place stays in place: the sinks, and the patch before this chunk.
-        recent = int(previous_patch(self._patch_ends, chunk_start))
-        source.prepare(layer, state, recent, tiles)
+        source.prepare(layer, state, self.recent(chunk_start), tiles)
         clock.lap("cluster")
         every = self._settings.certify_every_row
         sampled, closer = _all_rows(tiles) if every else self._certified_rows(tiles, layer)
@@ -164,7 +171,8 @@ class AdaptiveAttention:
         report.tiles_dense += done.dense * tiles.count
         self._grids.add(layer, tiles, done.keep, state.order)
         self._note(layer, tiles, done.attended.tolist(), done.proof)
-        self._note_mass(state, tiles, len(q), position, done.proof.weighted)
+        if done.proof.weighted.shape[1]:
+            self._note_mass(state, tiles, len(q), position, done.proof.weighted)
         clock.lap("sparse")
         report.select_s += clock.seconds("cluster") + done.select_s
         report.attend_s += done.attend_s

@@ -40,6 +40,18 @@ class BlockSummaries:
         parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
         return BlockSummaries(*(part[:, :blocks] for part in parts))
 
+    def of(self, index: Tensor) -> BlockSummaries:
+        """Of some blocks."""
+        parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
+        return BlockSummaries(*(part[:, index] for part in parts))
+
+    def scatter(self, index: Tensor, other: BlockSummaries) -> None:
+        """Overwrite some blocks."""
+        self.k_mean[:, index] = other.k_mean
+        self.k_var[:, index] = other.k_var
+        self.v_mean[:, index] = other.v_mean
+        self.k_far[:, index] = other.k_far
+
     def put(self, start: int, other: BlockSummaries) -> None:
         """Overwrite the blocks from ``start`` on."""
         end = start + other.blocks
