@@ -22,7 +22,7 @@ from prefill_service.errors import Reason, ServiceError
 HEARTBEAT_S = 1.0
 """How often a rank says that it lives."""
 
-EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring")
+EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring", "demand")
 """``parallel.exchanges.ExchangeKind``, without importing torch."""
 
 LEAST_DECODER_BYTES = 512 << 20

@@ -22,11 +22,12 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.segment import ShardStore, ShardWriter
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.exchanges import make_exchange
 from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.layout import Share, deal_patches
+from prefill_service.parallel.layout import Range, Share, deal_patches
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.video.frames import FrameStream
 
@@ -167,9 +168,11 @@ class _TaskRun:
             model.device,
         )
         sparse = rank.sparse
-        if not task.exchange.kind.replicates:
+        if not task.exchange.kind.sparse:
             sparse = replace(sparse, from_tokens=NEVER)
-        self._exchange = make_exchange(task.exchange, rank.meshes, self._chunks, shape)
+        self._exchange = make_exchange(
+            task.exchange, rank.meshes, self._chunks, shape, sparse.segments
+        )
         self.attention = AdaptiveAttention(
             sparse,
             task.policy,
@@ -180,7 +183,7 @@ class _TaskRun:
             model.device,
             task.plan.patch_ends,
         )
-        self._chunk_start = 0
+        self._chunk: Range = (0, 0)
         self._share = Share(())
         self._page = 0  # next free page of this rank
         self._patches_done = self._tokens_done = 0
@@ -204,7 +207,8 @@ class _TaskRun:
             self._checkpoint()
             start = time.perf_counter()
             self._exchange.start_chunk(chunk)
-            self._chunk_start, self._share = chunk[0].ranges[0][0], share
+            bounds = [bound for part in chunk for piece in part.ranges for bound in piece]
+            self._chunk, self._share = (min(bounds), max(bounds)), share
             if share.num_tokens:
                 self._prefill(share, features)
             else:
@@ -232,6 +236,8 @@ class _TaskRun:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
+        if isinstance(self._exchange, DemandExchange):
+            return self._attend_on_demand(self._exchange, layer, q, scale)
         if not isinstance(self._exchange, GatherExchange):
             for start, end in self._share.ranges:
                 self.attention.count(layer, start, end - start)
@@ -239,9 +245,22 @@ class _TaskRun:
         start, _ = self._share.contiguous
         if self.attention.is_sparse(start, q.shape[1]):
             kv = self._exchange.complete(layer)
-            return self.attention.attend(layer, q, kv, start, self._chunk_start, scale)
+            return self.attention.attend(layer, q, kv, start, self._chunk[0], scale)
         out = self._exchange.attend(layer, q)
         self.attention.observe(layer, q, self._exchange.complete(layer), start, scale)
+        return out
+
+    def _attend_on_demand(
+        self, exchange: DemandExchange, layer: int, q: Tensor, scale: float
+    ) -> Tensor:
+        start, end = self._share.contiguous
+        attention, (first, last) = self.attention, self._chunk
+        if attention.is_sparse(first, last - first):  # for some rank: then summaries are due
+            exchange.advance(layer, attention.state(layer), attention.recent(first))
+        if attention.is_sparse(start, end - start):
+            return attention.attend(layer, q, exchange.kv, start, first, scale, exchange)
+        out = exchange.attend(layer, q)
+        attention.observe(layer, q, exchange.kv, start, scale)
         return out
 
     # ---- steps -----------------------------------------------------------------------------
@@ -287,7 +306,8 @@ class _TaskRun:
         for layer in range(layout.num_layers):
             self.store(layer, none, none)
             if layer < self._last_layer:
-                self._exchange.attend(layer, nothing(model.num_heads, 0, layout.head_dim))
+                none_asked = nothing(model.num_heads, 0, layout.head_dim)
+                self.attend(layer, none_asked, model.attention_scale)
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """This rank's keys and values to its pages; each piece of a share begins a page."""

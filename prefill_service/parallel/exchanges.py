@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from prefill_service.attention.keys import Segments
 from prefill_service.parallel.cycles import hamiltonian_cycles
+from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape, Exchange
 from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.layout import ChunkLayout, Order
@@ -25,17 +27,18 @@ class ExchangeKind(StrEnum):
     USP = "usp"
     PASS_Q = "pass_q"
     MULTI_RING = "multi_ring"
+    DEMAND = "demand"
 
     @property
     def order(self) -> Order:
         """The layout that keeps its causal work even."""
-        dealt = self in (ExchangeKind.GATHER, ExchangeKind.ULYSSES)
+        dealt = self in (ExchangeKind.GATHER, ExchangeKind.ULYSSES, ExchangeKind.DEMAND)
         return Order.DEALT if dealt else Order.ZIGZAG
 
     @property
-    def replicates(self) -> bool:
-        """Every rank has all keys and values, as sparse attention needs them today."""
-        return self is ExchangeKind.GATHER
+    def sparse(self) -> bool:
+        """Selected blocks can be attended to; the others compute every prefix exactly."""
+        return self in (ExchangeKind.GATHER, ExchangeKind.DEMAND)
 
 
 def ulysses_degree(kind: ExchangeKind, ranks: int, q_heads: int, wanted: int = 0) -> int:
@@ -95,17 +98,21 @@ def make_exchange(
     meshes: Mapping[int, SPMesh],
     layout: ChunkLayout,
     shape: AttentionShape,
+    segments: Segments,
 ) -> Exchange:
     """An exchange for one prompt.
 
     Args:
         meshes: by Ulysses degree (``form_meshes``).
         layout: of the prompt, in the exchange's order.
+        segments: sizes of sparse attention.
     """
     mesh = meshes[choice.degree]
     match choice.kind:
         case ExchangeKind.GATHER:
             return GatherExchange(mesh.world, shape)
+        case ExchangeKind.DEMAND:
+            return DemandExchange(mesh.world, layout, shape, segments)
         case ExchangeKind.PASS_Q:
             return PassQExchange(mesh.world, layout, shape)
         case ExchangeKind.MULTI_RING:

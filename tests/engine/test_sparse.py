@@ -14,17 +14,21 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.report import NEVER
 from prefill_service.engine.running import PrefillOutcome
 from prefill_service.models.plan import FrameSampling
+from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
 from tests.engine.harness import Harness, running_group
 
 VIDEO = {"seconds": 20.0, "fps": 10, "width": 160, "height": 120}
 
 
 async def prefill(
-    harness: Harness, video: Path, policy: AttentionPolicy
+    harness: Harness,
+    video: Path,
+    policy: AttentionPolicy,
+    exchange: ExchangeKind = ExchangeKind.GATHER,
 ) -> tuple[torch.Tensor, PrefillOutcome]:
     plan, _ = await harness.plan(video, FrameSampling(fps=8.0))
-    plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
-    task = replace(harness.task(video, plan), policy=policy)
+    plan = replace(plan, prefix_id=f"pfx_{policy.profile}_{exchange}")
+    task = replace(harness.task(video, plan, ExchangeChoice(exchange)), policy=policy)
     outcome = await harness.prefill(task)
     return harness.read_kv(task), outcome
 
@@ -68,10 +72,23 @@ async def test_kv_follows_epsilon(
             assert len(report.patch_mass) == 80  # 160 frames, two per temporal patch
             assert np.isfinite(report.patch_mass).all()
             assert report.block_map is not None
+            # Fetching only what was selected changes nothing but what travels.
+            same, demand = await prefill(
+                harness, video, resolve_policy(epsilon=epsilon), ExchangeKind.DEMAND
+            )
+            assert error(same, got) < 1e-5
+            assert demand.attention.density == pytest.approx(report.density, abs=2e-3)
+            for layer, other in zip(report.layers, demand.attention.layers, strict=True):
+                assert other.kept_mass.count == layer.kept_mass.count
+                assert other.kept_mass.mean(0) == pytest.approx(layer.kept_mass.mean(0), abs=1e-3)
+            if ranks > 1:
+                assert demand.communication["blocks"].bytes_received > 0
         assert 1e-6 < errors[0] < errors[1]
 
         # Layer 0's keys are computed before any attention; the rest has been approximated.
         assert torch.equal(got[0], exact[0])
+        same, _ = await prefill(harness, video, resolve_policy(Quality.EXACT), ExchangeKind.DEMAND)
+        assert error(same, exact) < 1e-6
         again, _ = await prefill(harness, video, resolve_policy(Quality.EXACT, min_kept_mass=0.5))
         assert torch.equal(again, exact)  # bit for bit, after sparse ones in the same process
 
