@@ -89,6 +89,7 @@ class DemandExchange:
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         """See ``Exchange``; shares are contiguous."""
         self._ranges = [share.contiguous for share in chunk]
+        self._chunk_start = self._ranges[0][0]
         self._chunk_end = max(end for _, end in self._ranges)
         tokens = [np.arange(start, end) for start, end in self._ranges]
         homes = [self._homes.home_of(of_rank) for of_rank in tokens]
@@ -108,8 +109,9 @@ class DemandExchange:
         kv = torch.stack([k, v], 1)  # [tokens, 2, kv_heads, head_dim]
         self.kv[start:end] = kv
         block = self._sizes.block_tokens
-        if not self._cached:
-            self._here.fill_(False)
+        # The chunk before may have ended within a block, which now has more tokens.
+        kept = self._chunk_start // block if self._cached else 0
+        self._here[:, kept:] = False
         self._here[:, -(-start // block) : end // block] = True
         own = self._own[layer].flatten(0, 1)
         own[self._place] = kv[self._staying]

@@ -73,6 +73,8 @@ CASES = {
     "dense in the end": Case(20, 37, 150, 1, resolve_policy(epsilon=0.6, min_kept_mass=0.9999)),
     "exact": Case(20, 37, 150, 2, resolve_policy(epsilon=0.0)),
     "small shares": Case(30, 37, 37, 7, resolve_policy(epsilon=0.2)),
+    "shares in a block": Case(60, 7, 7, 1, resolve_policy(epsilon=0.2)),
+    "exact, shares in a block": Case(40, 7, 7, 2, resolve_policy(epsilon=0.0)),
     "one patch": Case(1, 30, 150, 1, resolve_policy(epsilon=0.2), from_tokens=1),
 }
 
@@ -88,8 +90,8 @@ class Spied(DemandExchange):
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         super().store(layer, k, v)
         start, end = self._ranges[self._group.rank]
-        if not self._cached:
-            self.have[layer].clear()
+        whole = self._ranges[0][0] // 16 if self._cached else 0  # blocks of earlier chunks
+        self.have[layer] = {(head, b) for head, b in self.have[layer] if b < whole}
         mine = [b for b in range(end // 16) if start <= b * 16]
         self.have[layer] |= {(head, b) for head in range(KV_HEADS) for b in mine}
 
