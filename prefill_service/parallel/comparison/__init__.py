@@ -1,0 +1,1 @@
+"""Approximate sequence parallelism as published, to compare with: Spava, Star Attention, APB."""

@@ -1,0 +1,340 @@
+"""Spava, Star Attention and APB on real gloo ranks, against attention under an explicit mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefill_service.attention.dense import Partial, attend
+from prefill_service.parallel.comparison import attention as comparison_attention
+from prefill_service.parallel.comparison.attention import ComparisonAttention
+from prefill_service.parallel.comparison.layout import SequenceSplit, split_evenly
+from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode, PassingScore
+from prefill_service.parallel.comparison.modes import comparison_mode
+from prefill_service.parallel.comparison.passing import passing_counts, start_passing
+from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.meter import moved
+from tests.parallel.ranks import run_ranks
+from tests.parallel.test_exchanges import Wire
+
+HEAD_DIM, SCALE, E = 16, 0.25, 8
+SPAVA, STAR, APB = Comparison.SPAVA, Comparison.STAR, Comparison.APB
+ALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt. ``blocks``: sizes of the first blocks if not even; the last has the rest."""
+
+    method: Comparison
+    context: int
+    question: int
+    anchor: int | None
+    passing: int | None
+    kv_heads: int = 2
+    ratio: int = 1
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def q_heads(self) -> int:
+        return self.kv_heads * self.ratio
+
+    def mode(self, ranks: int) -> ComparisonMode:
+        return comparison_mode(self.method, self.context, ranks, self.anchor, self.passing)
+
+    def split(self, ranks: int) -> SequenceSplit:
+        mode = self.mode(ranks)
+        even = split_evenly(self.context, self.question, ranks, mode)
+        if not self.blocks or ranks == 1:
+            return even
+        sizes = self.blocks[: even.num_blocks - 1]
+        ends = [even.anchor_tokens + sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return SequenceSplit(
+            ranks, even.anchor_tokens, (*ends, self.context), self.question, even.question_leads
+        )
+
+
+def cases(ranks: int) -> dict[str, Case]:
+    blocks = 1 if ranks == 1 else 2 * ranks
+    return {
+        "all pass, ratio 1": Case(SPAVA, 101, 5, 10, ALL),
+        "all pass, ratio 4": Case(SPAVA, 101, 5, 10, ALL, 2, 4),
+        "all pass, ratio 7": Case(SPAVA, 101, 5, 10, ALL, 1, 7),
+        "all pass, uneven": Case(SPAVA, 120, 3, 7, ALL, 2, 2, (1, 30, 2, 19, 3, 5, 1)),
+        "some pass, ratio 1": Case(SPAVA, 101, 5, 10, 4),
+        "some pass, ratio 4": Case(SPAVA, 101, 5, 10, 4, 2, 4),
+        "some pass, ratio 7": Case(SPAVA, 101, 5, 10, 7, 1, 7),
+        "some pass, uneven": Case(SPAVA, 120, 3, 7, 4, 2, 2, (1, 30, 2, 19, 3, 5, 1)),
+        "even": Case(SPAVA, 12 + blocks * 11, 6, 12, 5, 2, 4),
+        "question of one": Case(SPAVA, 60, 1, 5, 2, 1, 4),
+        "blocks of one": Case(SPAVA, 3 + blocks, 2, 3, 2),
+        "no anchor": Case(SPAVA, 61, 4, 0, 3),
+        "star": Case(STAR, 103, 4, None, None, 2, 4),
+        "apb": Case(APB, 103, 4, 9, 6, 2, 4),
+        "apb, all pass": Case(APB, 103, 4, 9, ALL, 1, 7),
+    }
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def all_rows(case: Case, split: SequenceSplit) -> torch.Tensor:
+    """[q_heads + 2 kv_heads, rows, d]: the prompt, then, of APB's later ranks, lead and anchor."""
+    extra = split.question_tokens + split.anchor_tokens if split.question_leads else 0
+    return random(case.q_heads + 2 * case.kv_heads, split.num_tokens + extra, HEAD_DIM, seed=7)
+
+
+def rows_of(split: SequenceSplit, rank: int) -> torch.Tensor:
+    """Where a rank's rows are in ``all_rows``."""
+    ranges = split.computed(rank)
+    if split.leads(rank):
+        lead = split.num_tokens + split.question_tokens
+        ranges[:2] = [(split.num_tokens, lead), (lead, lead + split.anchor_tokens)]
+    return torch.cat([torch.arange(start, end) for start, end in ranges])
+
+
+def visible(case: Case, split: SequenceSplit, mode: ComparisonMode) -> torch.Tensor:
+    """[q_heads, rows, rows] bool: the method, written down pair by pair."""
+    q, k, _ = all_rows(case, split).split([case.q_heads, case.kv_heads, case.kv_heads])
+    n, anchor, context, rows = (
+        split.num_tokens, split.anchor_tokens, split.context_tokens, q.shape[1],
+    )  # fmt: skip
+    seen = torch.zeros(case.q_heads, rows, rows, dtype=torch.bool)
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+    seen[:, :anchor, :anchor] = causal[:anchor, :anchor]
+    seen[:, context:n, :n] = causal[context:n, :n]
+    seen[:, n:, n:] = causal[n:, n:]  # APB's lead and the anchor after it
+    spans = [split.block(index) for index in range(split.num_blocks)]
+    for index, (start, end) in enumerate(spans):
+        seen[:, start:end, start:end] = causal[: end - start, : end - start]
+        if split.question_leads and index:
+            seen[:, start:end, n:] = True
+        else:
+            seen[:, start:end, :anchor] = True
+    for head in range(case.kv_heads):
+        group = slice(head * case.ratio, (head + 1) * case.ratio)
+        dots = torch.einsum("hqd,kd->hqk", q[group, context:n], k[head]).flatten(0, 1)
+        own = dots.mean(0) if mode.score is PassingScore.MEAN else dots.max(0).values
+        for index, (start, end) in enumerate(spans):
+            pooled = [max(own[max(start, t - 2) : min(end, t + 3)]) for t in range(start, end)]
+            order = sorted(range(start, end), key=lambda t: (-pooled[t - start], -own[t]))
+            for t in order[: mode.passing_tokens]:
+                for later, stop in spans[index + 1 :]:
+                    seen[group, later:stop, t] = True
+    return seen
+
+
+def emulate(case: Case, split: SequenceSplit, seen: torch.Tensor) -> torch.Tensor:
+    """[q_heads, rows, head_dim]."""
+    q, k, v = all_rows(case, split).split([case.q_heads, case.kv_heads, case.kv_heads])
+    k, v = (x.repeat_interleave(case.ratio, 0) for x in (k, v))
+    return (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+def dense(case: Case, split: SequenceSplit) -> torch.Tensor:
+    seen = torch.ones(split.num_tokens, split.num_tokens, dtype=torch.bool).tril()
+    whole = all_rows(case, split)[:, : split.num_tokens]
+    q, k, v = whole.split([case.q_heads, case.kv_heads, case.kv_heads])
+    k, v = (x.repeat_interleave(case.ratio, 0) for x in (k, v))
+    return (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    split, mode = case.split(group.size), case.mode(group.size)
+    rows = all_rows(case, split)[:, rows_of(split, group.rank)]
+    q, k, v = rows.split([case.q_heads, case.kv_heads, case.kv_heads])
+    pairs = 0
+
+    def counted(
+        q: torch.Tensor, k: torch.Tensor, *rest: Any, causal: bool, scale: float
+    ) -> Partial:
+        nonlocal pairs
+        n = q.shape[1]
+        pairs += n * (n + 1) // 2 if causal else n * k.shape[1]
+        return attend(q, k, *rest, causal=causal, scale=scale)
+
+    before = dict(group.meter.uses)
+    with Wire() as wire, monkeypatch.context() as patch:
+        patch.setattr(comparison_attention, "attend", counted)
+        out = ComparisonAttention(group, split, mode, SCALE).attend(q, k, v)
+    return {
+        "out": out, "wire": wire.received, "uses": group.meter.since(before), "pairs": pairs,
+        "needle": {} if case.passing == ALL else needle_reaches(group, case, split, mode),
+    }  # fmt: skip
+
+
+def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: ComparisonMode) -> Any:
+    """Per needle's block and own later block: whether each KV head's passing set has the needle."""
+    found = {}
+    for target in range(split.num_blocks):
+        whole = all_rows(case, split).clone()
+        q, k, v = whole.split([case.q_heads, case.kv_heads, case.kv_heads])
+        start, end = split.block(target)
+        needle = (start + end - 1) // 2
+        q[:, split.context_tokens : split.num_tokens, 0] += 3
+        k[:, needle] = 0
+        k[:, needle, 0] = 100
+        mine = rows_of(split, group.rank)
+        counts = passing_counts(split, mode.passing_tokens)
+        passed = start_passing(group, split, counts, mode.score, q[:, mine], k[:, mine], v[:, mine])
+        for block in split.blocks_of(group.rank):
+            keys, values = passed.before(block)
+            if block > target:
+                there = (keys == k[:, None, needle]).all(-1)  # [kv_heads, keys]
+                same = (values == v[:, None, needle]).all(-1)
+                found[target, block] = bool((there & same).any(-1).all())
+        passed.finish()
+    return found
+
+
+def run_rank(group: SPGroup) -> dict[str, dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return {
+            name: run_case(group, case, monkeypatch) for name, case in cases(group.size).items()
+        }
+
+
+Ran = tuple[int, list[dict[str, dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda size: f"{size} ranks")
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """What each rank found for each case."""
+    size: int = request.param
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    return size, run_ranks(run_rank, size, folder)
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, what: object) -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=1e-9, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def test_equals_the_method_under_an_explicit_mask(ran: Ran) -> None:
+    """Seed 19 (g), and (h): uneven and one-token blocks, a question of one token."""
+    size, results = ran
+    for name, case in cases(size).items():
+        split, mode = case.split(size), case.mode(size)
+        expected = emulate(case, split, visible(case, split, mode))
+        for rank, result in enumerate(results):
+            mine = rows_of(split, rank)
+            check(result[name]["out"], expected[:, mine], (name, rank))
+
+
+def test_equals_dense_attention_where_all_passes_or_one_rank_has_all(ran: Ran) -> None:
+    """Seed 19 (a) and (f)."""
+    size, results = ran
+    for name, case in cases(size).items():
+        if size > 1 and not (case.method is SPAVA and case.passing == ALL):
+            continue
+        split = case.split(size)
+        for rank, result in enumerate(results):
+            expected = dense(case, split)[:, rows_of(split, rank)]
+            check(result[name]["out"], expected, (name, rank))
+
+
+def test_the_question_is_exact_whatever_passes(ran: Ran) -> None:
+    """Seed 19 (b), on every rank and for every method."""
+    size, results = ran
+    for name, case in cases(size).items():
+        expected = dense(case, case.split(size))[:, -case.question :]
+        for rank, result in enumerate(results):
+            check(result[name]["out"][:, -case.question :], expected, (name, rank))
+
+
+def test_bytes_are_the_published_ones(ran: Ran) -> None:
+    """Seed 19 (c): two passing sets of each other rank, and the question's merge."""
+    size, results = ran
+    for name, case in cases(size).items():
+        counts = passing_counts(case.split(size), case.mode(size).passing_tokens)
+        merge = (size - 1) * case.question * case.q_heads * (HEAD_DIM + 1) * E
+        for rank, result in enumerate(results):
+            mine = sum(counts[index] for index in case.split(size).blocks_of(rank))
+            expected = merge + (sum(counts) - mine) * 2 * case.kv_heads * HEAD_DIM * E
+            assert result[name]["wire"] == moved(result[name]["uses"]) == expected, (name, rank)
+    even = cases(size)["even"]
+    passed = 2 * (size - 1) * 5 * 2 * even.kv_heads * HEAD_DIM * E
+    merge = (size - 1) * even.question * even.q_heads * (HEAD_DIM + 1) * E
+    assert {result["even"]["wire"] for result in results} == {passed + merge}
+
+
+def test_ranks_attend_to_equally_many_pairs(ran: Ran) -> None:
+    """Seed 19 (d). Rank 0 alone has the question's own pairs."""
+    size, results = ran
+    case = cases(size)["even"]
+    pairs = [result["even"]["pairs"] for result in results]
+    pairs[0] -= case.question * (case.question + 1) // 2
+    assert len(set(pairs)) == 1
+    split, mode = case.split(size), case.mode(size)
+    seen = int(visible(case, split, mode)[0].sum())
+    # Every rank computes the anchor's rows again.
+    again = (size - 1) * case.mode(size).anchor_tokens * (mode.anchor_tokens + 1) // 2
+    assert sum(result["even"]["pairs"] for result in results) == seen + again
+
+
+def test_a_key_that_stands_out_reaches_every_later_block(ran: Ran) -> None:
+    """Seed 19 (i), for a needle in every block and every KV head, also where two keys pass."""
+    size, results = ran
+    for name, case in cases(size).items():
+        if case.passing == ALL:
+            continue
+        blocks = case.split(size).num_blocks
+        found = {at: there for result in results for at, there in result[name]["needle"].items()}
+        later = {(a, b) for b in range(blocks) for a in range(b)}
+        assert found == dict.fromkeys(later, case.method is not STAR), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_each_token_is_kept_by_one_rank(size: int) -> None:
+    """Seed 19 (e)."""
+    for name, case in cases(size).items():
+        if case.blocks and size > 4:
+            continue
+        split = case.split(size)
+        kept = sorted(t for r in range(size) for a, b in split.held(r) for t in range(a, b))
+        assert kept == list(range(split.num_tokens)), name
+        for rank in range(size):
+            computed = {t for a, b in split.computed(rank) for t in range(a, b)}
+            assert computed >= {t for a, b in split.held(rank) for t in range(a, b)}, name
+
+
+def test_published_lengths() -> None:
+    context = 148_512
+    assert [comparison_mode(method, context, 8) for method in Comparison] == [
+        ComparisonMode(SPAVA, 2432, 1280, PassingScore.MEAN),
+        ComparisonMode(STAR, 16502, 0, PassingScore.MEAN, 1),
+        ComparisonMode(APB, 2432, 2432, PassingScore.MAX, 1, True),
+    ]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    mode = comparison_mode(SPAVA, 100, 4, 8, 2)
+    with pytest.raises(ValueError, match=r"a context of 15 tokens is too short .* at least 16"):
+        split_evenly(15, 1, 4, mode)
+    assert split_evenly(16, 1, 4, mode).block_ends == tuple(range(9, 17))
+    with pytest.raises(ValueError, match="a question of 0 tokens; at least 1"):
+        split_evenly(100, 0, 4, mode)
+    with pytest.raises(ValueError, match="a block of tokens 20 to 20 is empty"):
+        SequenceSplit(2, 10, (20, 20, 30, 40), 1)
+    with pytest.raises(ValueError, match="3 blocks are neither 1 nor 2 for 2 ranks"):
+        SequenceSplit(2, 10, (20, 30, 40), 1)
+    with pytest.raises(ValueError, match="star passes no tokens on, 5 were asked for"):
+        comparison_mode(STAR, 100, 4, None, 5)
+    with pytest.raises(ValueError, match="-1 passing tokens: neither may be negative"):
+        comparison_mode(SPAVA, 100, 4, 8, -1)
+    with pytest.raises(ValueError, match="3 blocks per rank; there are 1 or 2"):
+        ComparisonMode(SPAVA, 8, 2, blocks_per_rank=3)
+    with pytest.raises(ValueError, match="a leading question needs one block per rank"):
+        ComparisonMode(APB, 8, 2, question_leads=True)
+    group, split = SPGroup(0, 1, None, None), split_evenly(100, 2, 1, mode)
+    with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):
+        ComparisonAttention(group, split_evenly(100, 2, 4, mode), mode, SCALE)
+    q = random(2, 101, HEAD_DIM, seed=1)
+    with pytest.raises(ValueError, match=r"101 queries, 101 keys .* rank 0 has 102 rows"):
+        ComparisonAttention(group, split, mode, SCALE).attend(q, q, q)
