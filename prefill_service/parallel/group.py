@@ -54,7 +54,7 @@ class SPGroup:
 
     Attributes:
         rank, size: of this rank in this group.
-        staged: CUDA tensors travel through the host, because ranks share a GPU, which NCCL
+        staged: tensors travel through copies on the host, because ranks share a GPU, which NCCL
             refuses.
     """
 
@@ -149,13 +149,11 @@ class SPGroup:
         return [row.tolist() for row in found]
 
     def _outgoing(self, part: Tensor) -> Tensor:
-        return part.cpu() if self.staged and part.is_cuda else part
+        return part.to("cpu", copy=True) if self.staged else part
 
     def _incoming(self, place: Tensor) -> Tensor:
         # Not empty_like: of a view, that keeps strides which gloo does not receive into.
-        if self.staged and place.is_cuda:
-            return torch.empty(place.shape, dtype=place.dtype)
-        return place
+        return torch.empty(place.shape, dtype=place.dtype) if self.staged else place
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -182,7 +180,14 @@ def form_group(
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" and not staged else "gloo"
     dist.init_process_group(
-        backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout
+        backend,
+        init_method=init_method,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        # NCCL connects at its first collective, in which all ranks must take part, and with the
+        # first messages of a short video some have none. Given its device, it connects here.
+        device_id=device if backend == "nccl" else None,
     )
     data = dist.group.WORLD
     control = data if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
