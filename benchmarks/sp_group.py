@@ -1,0 +1,105 @@
+"""A rank group outside the service: the KV of a video's prefix, read back from the ranks."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prefill_service.config import EngineConfig, VideoConfig
+from prefill_service.engine.group import RankGroup
+from prefill_service.engine.messages import PrefillTask
+from prefill_service.kv.local_client import LocalClient
+from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.plan import FrameSampling
+from prefill_service.models.planner import PromptPlanner
+from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
+from prefill_service.video.probe import probe_video
+
+NEVER = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a group computed.
+
+    Attributes:
+        kv: [layers, 2, tokens, kv_heads, head_dim], on the host.
+        received: bytes over all ranks.
+        seconds: wall clock of the job.
+    """
+
+    kv: Tensor
+    received: int
+    seconds: float
+
+
+async def prefill_video(
+    model: Path,
+    video: Path,
+    folder: Path,
+    ranks: int,
+    kinds: Sequence[ExchangeKind],
+    device: str,
+    dtype: str,
+    chunk_tokens: int,
+) -> dict[ExchangeKind, Prefix]:
+    """One prefill per exchange, exact, by a group that starts, computes and leaves.
+
+    Args:
+        folder: for the index and sockets; short, since Unix socket paths are.
+    """
+    checkpoint = open_checkpoint(str(model))
+    config = EngineConfig(
+        model=str(model), ranks=ranks, device=device, dtype=dtype, threads_per_rank=1,
+        chunk_tokens=chunk_tokens, sparse_from_tokens=NEVER,
+    )  # fmt: skip
+    index = await probe_video(video, VideoConfig())
+    index.save(folder / "index.npz")
+    plan = PromptPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=4.0), "")
+    group = RankGroup(config, VideoConfig(), checkpoint, dtype, device, folder)
+    found = {}
+    await group.start()
+    try:
+        for kind in kinds:
+            exchange = choose_exchange(kind, ranks, checkpoint.num_heads, 0)
+            manifest = Manifest(
+                prefix_id=plan.prefix_id,
+                engine_id="benchmark",
+                generation=group.generation,
+                model_fingerprint=checkpoint.fingerprint,
+                layout=group.layout,
+                num_tokens=plan.num_tokens,
+                runs=group.shard_map(plan, exchange),
+                endpoints=group.endpoints,
+                token_ids_hash=hash_token_ids(plan.token_ids),
+                position_delta=plan.position_delta,
+            )
+            task = PrefillTask(
+                f"job_{uuid.uuid4().hex}", plan, manifest, str(video), str(folder / "index.npz"),
+                exchange=exchange,
+            )  # fmt: skip
+            group.grant(plan.prefix_id, "lease", 600.0)
+            outcome = await group.prefill(task, lambda progress: None)
+            found[kind] = Prefix(_read(manifest), outcome.bytes_received, outcome.seconds)
+            group.drop(plan.prefix_id)
+    finally:
+        await group.stop()
+    return found
+
+
+def _read(manifest: Manifest) -> Tensor:
+    layout, tokens = manifest.layout, manifest.num_tokens
+    shape = (layout.num_layers, 2, tokens, layout.num_kv_heads, layout.head_dim)
+    kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
+    with LocalClient(manifest, "lease", 60.0) as client:
+        for batch in client.fetch(0, tokens):
+            for page, data in zip(batch.pages, batch.data, strict=True):
+                place = slice(page.start_token, page.start_token + page.num_tokens)
+                kv[:, :, place] = data[:, :, : page.num_tokens]
+    return kv

@@ -1,0 +1,160 @@
+"""A prompt's random Q, K and V, its attention through an exchange, and the same on one rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.sp_ranks import TIMEOUT_S
+from prefill_service.attention.keys import Segments
+from prefill_service.parallel.exchange import AttentionShape
+from prefill_service.parallel.exchanges import ExchangeChoice, choose_exchange, make_exchange
+from prefill_service.parallel.exchanges import ExchangeKind as Kind
+from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.layout import ChunkLayout, Share, deal_patches
+from prefill_service.parallel.mesh import SPMesh, form_meshes
+from prefill_service.parallel.meter import moved
+from prefill_service.planning.chunking import chunking_of
+from prefill_service.planning.schemes import Exchange, Scheme
+from prefill_service.planning.shapes import ModelShape
+from prefill_service.planning.traffic import Traffic, traffic
+
+DENSE = (Kind.GATHER, Kind.RING, Kind.ULYSSES, Kind.USP, Kind.PASS_Q, Kind.MULTI_RING)
+"""Exchanges whose bytes follow from the layout alone, not from what attention selects."""
+SEGMENTS = Segments(block_tokens=64, segment_tokens=1024, fixed_tokens=64)
+"""For ``demand``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Random inputs of ``layers`` layers of attention over one prompt.
+
+    Attributes:
+        patch_ends: see ``deal_patches``.
+        chunk: tokens per chunk and rank.
+    """
+
+    patch_ends: tuple[int, ...]
+    chunk: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int = 2
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt."""
+        return self.patch_ends[-1]
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.head_dim**-0.5)
+
+    def choice(self, kind: Kind, ranks: int) -> ExchangeChoice:
+        """The exchange with its mesh."""
+        return choose_exchange(kind, ranks, self.q_heads, 0)
+
+    def layout(self, kind: Kind, ranks: int) -> ChunkLayout:
+        """Which rank has which tokens."""
+        return deal_patches(self.patch_ends, ranks, self.chunk, kind.order)
+
+    def shape(self, dtype: torch.dtype, device: torch.device) -> AttentionShape:
+        """For ``make_exchange``."""
+        return AttentionShape(
+            self.layers, self.tokens, self.q_heads, self.kv_heads, self.head_dim, self.scale,
+            dtype, device,
+        )  # fmt: skip
+
+    def layer(self, layer: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Q [q_heads, tokens, head_dim], K and V [kv_heads, tokens, head_dim]."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + layer)
+        heads = [self.q_heads, self.kv_heads, self.kv_heads]
+        drawn = torch.randn(sum(heads), self.tokens, self.head_dim, generator=generator)
+        return list(drawn.to(dtype).to(device).split(heads))
+
+    def dense(self, layer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Causal attention in float64, head by head."""
+        q, k, v = (x.double() for x in self.layer(layer, dtype, device))
+        hidden = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=device).triu(1)
+        group = self.q_heads // self.kv_heads
+        rows = []
+        for head in range(self.q_heads):
+            scores = (q[head] @ k[head // group].T) * self.scale
+            rows.append(scores.masked_fill_(hidden, -torch.inf).softmax(-1) @ v[head // group])
+        return torch.stack(rows)
+
+    def predicted(self, kind: Kind, ranks: int, dtype: torch.dtype) -> Traffic:
+        """What the planner's formulas say that each rank receives per layer, chunk by chunk.
+
+        Of the exchanges in ``DENSE``.
+        """
+        shape = ModelShape(
+            "random", self.layers + 1, 1, 1, self.q_heads, self.kv_heads, self.head_dim,
+            dtype.itemsize,
+        )  # fmt: skip
+        choice, layout = self.choice(kind, ranks), self.layout(kind, ranks)
+        chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
+        return traffic(Scheme(Exchange(kind.value), ranks, choice.degree), shape, chunking)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one rank saw.
+
+    Attributes:
+        tokens: [own tokens] their positions.
+        out: [layers, q_heads, own tokens, head_dim], on the host.
+        received: bytes, by the meter.
+        seconds: from first chunk to last, waiting included.
+    """
+
+    tokens: Tensor
+    out: Tensor
+    received: int
+    seconds: float
+
+
+def run_exchanges(
+    group: SPGroup, device: torch.device, work: Sequence[tuple[Problem, Kind, torch.dtype]]
+) -> list[Run]:
+    """Each of them, one after another; for ``run_ranks``."""
+    meshes = form_meshes(group, TIMEOUT_S)
+    return [run_exchange(meshes, problem, kind, dtype, device) for problem, kind, dtype in work]
+
+
+def run_exchange(
+    meshes: Mapping[int, SPMesh], problem: Problem, kind: Kind, dtype: torch.dtype,
+    device: torch.device,
+) -> Run:  # fmt: skip
+    """All chunks and layers, on one rank of many that do the same."""
+    group = meshes[1].world
+    choice, layout = problem.choice(kind, group.size), problem.layout(kind, group.size)
+    exchange = make_exchange(choice, meshes, layout, problem.shape(dtype, device), SEGMENTS)
+    data = [problem.layer(layer, dtype, device) for layer in range(problem.layers)]
+    before, parts, mine = dict(group.meter.uses), [], []
+    group.agree(0)  # begin together
+    start = time.perf_counter()
+    for chunk in layout.shares:
+        tokens = _positions(chunk[group.rank])
+        exchange.start_chunk(chunk)
+        mine.append(tokens)
+        outs = []
+        for layer, (q, k, v) in enumerate(data):
+            at = tokens.to(device)
+            exchange.store(layer, k[:, at].transpose(0, 1), v[:, at].transpose(0, 1))
+            outs.append(exchange.attend(layer, q[:, at]))
+        parts.append(torch.stack(outs))
+    exchange.finish()
+    out = torch.cat(parts, 2).cpu()  # waits for the device
+    seconds = time.perf_counter() - start
+    return Run(torch.cat(mine), out, moved(group.meter.since(before)), seconds)
+
+
+def _positions(share: Share) -> Tensor:
+    return torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in share.ranges)])
