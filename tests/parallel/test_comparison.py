@@ -12,7 +12,11 @@ import torch
 from prefill_service.attention.dense import Partial, attend
 from prefill_service.parallel.comparison import attention as comparison_attention
 from prefill_service.parallel.comparison.attention import ComparisonAttention
-from prefill_service.parallel.comparison.layout import SequenceSplit, split_evenly
+from prefill_service.parallel.comparison.layout import (
+    SequenceSplit,
+    split_evenly,
+    split_patches,
+)
 from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode, PassingScore
 from prefill_service.parallel.comparison.modes import comparison_mode
 from prefill_service.parallel.comparison.passing import passing_counts, start_passing
@@ -48,13 +52,13 @@ class Case:
 
     def split(self, ranks: int) -> SequenceSplit:
         mode = self.mode(ranks)
-        even = split_evenly(self.context, self.question, ranks, mode)
+        even = split_evenly(self.context, self.question, ranks, mode, 4)
         if not self.blocks or ranks == 1:
             return even
         sizes = self.blocks[: even.num_blocks - 1]
         ends = [even.anchor_tokens + sum(sizes[: i + 1]) for i in range(len(sizes))]
         return SequenceSplit(
-            ranks, even.anchor_tokens, (*ends, self.context), self.question, even.question_leads
+            ranks, even.anchor_tokens, (*ends, self.context), self.question, even.question_at
         )
 
 
@@ -84,17 +88,18 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def all_rows(case: Case, split: SequenceSplit) -> torch.Tensor:
-    """[q_heads + 2 kv_heads, rows, d]: the prompt, then, of APB's later ranks, lead and anchor."""
-    extra = split.question_tokens + split.anchor_tokens if split.question_leads else 0
+    """[q_heads + 2 kv_heads, rows, d]: the prompt, then, of APB's later ranks, their anchor."""
+    copied = split.question_at is not None
+    extra = split.question_tokens + split.anchor_tokens if copied else 0
     return random(case.q_heads + 2 * case.kv_heads, split.num_tokens + extra, HEAD_DIM, seed=7)
 
 
 def rows_of(split: SequenceSplit, rank: int) -> torch.Tensor:
     """Where a rank's rows are in ``all_rows``."""
     ranges = split.computed(rank)
-    if split.leads(rank):
-        lead = split.num_tokens + split.question_tokens
-        ranges[:2] = [(split.num_tokens, lead), (lead, lead + split.anchor_tokens)]
+    if split.copies_question(rank):
+        anchor = split.num_tokens + split.question_tokens + split.anchor_tokens
+        ranges[:3] = [(split.num_tokens, anchor)]
     return torch.cat([torch.arange(start, end) for start, end in ranges])
 
 
@@ -108,11 +113,11 @@ def visible(case: Case, split: SequenceSplit, mode: ComparisonMode) -> torch.Ten
     causal = torch.ones(rows, rows, dtype=torch.bool).tril()
     seen[:, :anchor, :anchor] = causal[:anchor, :anchor]
     seen[:, context:n, :n] = causal[context:n, :n]
-    seen[:, n:, n:] = causal[n:, n:]  # APB's lead and the anchor after it
+    seen[:, n:, n:] = causal[n:, n:]  # the anchor with the copy
     spans = [split.block(index) for index in range(split.num_blocks)]
     for index, (start, end) in enumerate(spans):
         seen[:, start:end, start:end] = causal[: end - start, : end - start]
-        if split.question_leads and index:
+        if split.question_at is not None and index:
             seen[:, start:end, n:] = True
         else:
             seen[:, start:end, :anchor] = True
@@ -300,8 +305,25 @@ def test_each_token_is_kept_by_one_rank(size: int) -> None:
         kept = sorted(t for r in range(size) for a, b in split.held(r) for t in range(a, b))
         assert kept == list(range(split.num_tokens)), name
         for rank in range(size):
-            computed = {t for a, b in split.computed(rank) for t in range(a, b)}
-            assert computed >= {t for a, b in split.held(rank) for t in range(a, b)}, name
+            computed = [t for a, b in split.computed(rank) for t in range(a, b)]
+            assert len(computed) == split.rows(rank).count
+            held = [list(range(a, b)) for a, b in split.held(rank)]
+            assert held == [computed[rows] for rows in split.held_rows(rank)], name
+
+
+def test_videos_are_split_at_patches() -> None:
+    ends = [30, 50, 70, 90, 110, 130, 150, 170, 195]  # the first has text, and so has the last
+    spava = comparison_mode(SPAVA, 195, 2, 40, 5)
+    assert split_patches(ends, 6, 2, spava) == SequenceSplit(2, 50, (90, 130, 170, 195), 6)
+    none = comparison_mode(SPAVA, 195, 2, 0, 5)
+    assert split_patches(ends, 6, 2, none) == SequenceSplit(2, 0, (70, 110, 150, 195), 6)
+    apb = comparison_mode(APB, 195, 2, 50, 5)
+    assert split_patches(ends, 6, 2, apb, 11) == SequenceSplit(2, 50, (130, 195), 6, 11)
+    text = r"9 temporal patches .* an anchor of 111 tokens leaves 3, 4 blocks need as many"
+    with pytest.raises(ValueError, match=text):
+        split_patches(ends, 6, 2, comparison_mode(SPAVA, 195, 2, 111, 5))
+    with pytest.raises(ValueError, match="an anchor of 500 tokens leaves 0, 4 blocks"):
+        split_patches(ends, 6, 2, comparison_mode(SPAVA, 195, 2, 500, 5))
 
 
 def test_published_lengths() -> None:
@@ -322,6 +344,8 @@ def test_what_cannot_be_is_refused() -> None:
         split_evenly(100, 0, 4, mode)
     with pytest.raises(ValueError, match="a block of tokens 20 to 20 is empty"):
         SequenceSplit(2, 10, (20, 20, 30, 40), 1)
+    with pytest.raises(ValueError, match="after 11 tokens is outside an anchor of 10"):
+        SequenceSplit(2, 10, (20, 30), 1, 11)
     with pytest.raises(ValueError, match="3 blocks are neither 1 nor 2 for 2 ranks"):
         SequenceSplit(2, 10, (20, 30, 40), 1)
     with pytest.raises(ValueError, match="star passes no tokens on, 5 were asked for"):
@@ -330,8 +354,8 @@ def test_what_cannot_be_is_refused() -> None:
         comparison_mode(SPAVA, 100, 4, 8, -1)
     with pytest.raises(ValueError, match="3 blocks per rank; there are 1 or 2"):
         ComparisonMode(SPAVA, 8, 2, blocks_per_rank=3)
-    with pytest.raises(ValueError, match="a leading question needs one block per rank"):
-        ComparisonMode(APB, 8, 2, question_leads=True)
+    with pytest.raises(ValueError, match="a question in the anchor needs one block per rank"):
+        ComparisonMode(APB, 8, 2, question_in_anchor=True)
     group, split = SPGroup(0, 1, None, None), split_evenly(100, 2, 1, mode)
     with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):
         ComparisonAttention(group, split_evenly(100, 2, 4, mode), mode, SCALE)

@@ -79,11 +79,11 @@ class ComparisonAttention:
         passed = start_passing(self._group, self._split, self._counts, self._mode.score, q, k, v)
         gathered = self._start_question(q, k, v)
         out = torch.empty_like(q)
-        out[:, rows.prefix] = self._part(q, k, v, rows.prefix, rows.prefix, causal=True).out
+        out[:, rows.anchor] = self._part(q, k, v, rows.anchor, rows.anchor, causal=True).out
         for block, where in zip(self._split.blocks_of(self._group.rank), rows.blocks, strict=True):
             parts = [
                 self._part(q, k, v, where, where, causal=True),
-                self._part(q, k, v, where, rows.prefix, causal=False),
+                self._part(q, k, v, where, rows.anchor, causal=False),
             ]
             earlier = passed.before(block)
             parts.append(attend(q[:, where], *earlier, causal=False, scale=self._scale))

@@ -2,13 +2,18 @@
 
     [anchor | block 0 | block 1 | ... | question]
 
-A rank's rows of a layer are [copy of the question, APB only | anchor | its blocks | question].
+A rank's rows of a layer are [anchor | its blocks | question]; with APB, ranks after the first have
+a copy of the question in their anchor.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
 
 from prefill_service.parallel.comparison.mode import ComparisonMode
 from prefill_service.parallel.layout import Range
@@ -19,21 +24,14 @@ class RankRows:
     """Where a rank's rows are.
 
     Attributes:
-        lead: rows of the copy of the question.
-        prefix: that copy and the anchor, which all blocks of the rank see.
+        anchor: the anchor, with the copy of the question if the rank has one.
         blocks: each of the rank's blocks.
         question: the question.
     """
 
-    lead: slice
-    prefix: slice
+    anchor: slice
     blocks: tuple[slice, ...]
     question: slice
-
-    @property
-    def anchor(self) -> slice:
-        """The anchor alone."""
-        return slice(self.lead.stop, self.prefix.stop)
 
     @property
     def count(self) -> int:
@@ -50,23 +48,29 @@ class SequenceSplit:
         anchor_tokens: first tokens of the prompt.
         block_ends: one past each block's last token; the first begins at the anchor's end.
         question_tokens: last tokens of the prompt.
-        question_leads: see ``ComparisonMode``.
+        question_at: anchor tokens before the copy of the question; ``None``: no rank has one.
 
     Raises:
-        ValueError: an empty block or question, or blocks that do not come out even over the ranks.
+        ValueError: an empty block or question, blocks that do not come out even over the ranks, or
+            a copy outside the anchor.
     """
 
     ranks: int
     anchor_tokens: int
     block_ends: tuple[int, ...]
     question_tokens: int
-    question_leads: bool = False
+    question_at: int | None = None
 
     def __post_init__(self) -> None:
         if self.question_tokens < 1:
             raise ValueError(f"a question of {self.question_tokens} tokens; at least 1 is needed")
         if self.num_blocks not in (self.ranks, 2 * self.ranks):
             raise ValueError(f"{self.num_blocks} blocks are neither 1 nor 2 for {self.ranks} ranks")
+        if self.question_at is not None and not 0 <= self.question_at <= self.anchor_tokens:
+            raise ValueError(
+                f"a copy of the question after {self.question_at} tokens is outside an anchor of "
+                f"{self.anchor_tokens}"
+            )
         for start, end in pairwise((self.anchor_tokens, *self.block_ends)):
             if end <= start:
                 raise ValueError(f"a block of tokens {start} to {end} is empty")
@@ -98,10 +102,9 @@ class SequenceSplit:
     def anchor_slice(self, rank: int) -> Range:
         """Tokens of the anchor whose KV the rank answers for: each has one rank.
 
-        Anchors that a question leads have seen it; the first rank's, which none leads, is the one
-        that counts.
+        Anchors with a copy of the question have seen it; the first rank's, without, counts.
         """
-        if self.question_leads:
+        if self.question_at is not None:
             return (0, self.anchor_tokens) if rank == 0 else (0, 0)
         return self.anchor_tokens * rank // self.ranks, self.anchor_tokens * (
             rank + 1
@@ -114,30 +117,44 @@ class SequenceSplit:
             ranges.append((self.context_tokens, self.num_tokens))
         return [(start, end) for start, end in ranges if end > start]
 
+    def held_rows(self, rank: int) -> list[slice]:
+        """Where ``held`` is among the rank's rows."""
+        rows = self.rows(rank)
+        anchor = [rows.anchor.start + token for token in self.anchor_slice(rank)]
+        parts = [slice(*anchor), *rows.blocks, *([rows.question] if rank == 0 else [])]
+        return [part for part in parts if part.stop > part.start]
+
     def computed(self, rank: int) -> list[Range]:
         """Tokens of the rank's rows, in the rows' order."""
         question = (self.context_tokens, self.num_tokens)
         blocks = [self.block(index) for index in self.blocks_of(rank)]
-        lead = [question] if self.leads(rank) else []
-        return [*lead, (0, self.anchor_tokens), *blocks, question]
+        anchor = [(0, self.anchor_tokens)]
+        if self.copies_question(rank):
+            assert self.question_at is not None
+            anchor = [(0, self.question_at), question, (self.question_at, self.anchor_tokens)]
+        return [*anchor, *blocks, question]
 
-    def leads(self, rank: int) -> bool:
-        """Whether the rank has a copy of the question ahead of its anchor."""
-        return self.question_leads and rank > 0
+    def copies_question(self, rank: int) -> bool:
+        """Whether the rank has a copy of the question in its anchor."""
+        return self.question_at is not None and rank > 0
 
     def rows(self, rank: int) -> RankRows:
         """Where the rank's rows are."""
-        ends = [0]
-        for start, end in self.computed(rank):
+        copied = self.question_tokens if self.copies_question(rank) else 0
+        ends = [self.anchor_tokens + copied]
+        for start, end in map(self.block, self.blocks_of(rank)):
             ends.append(ends[-1] + end - start)
-        parts = [slice(start, end) for start, end in pairwise(ends)]
-        lead = parts.pop(0) if self.leads(rank) else slice(0, 0)
-        anchor, *blocks, question = parts
-        return RankRows(lead, slice(0, anchor.stop), tuple(blocks), question)
+        blocks = tuple(slice(start, end) for start, end in pairwise(ends))
+        question = slice(ends[-1], ends[-1] + self.question_tokens)
+        return RankRows(slice(0, ends[0]), blocks, question)
 
 
 def split_evenly(
-    context_tokens: int, question_tokens: int, ranks: int, mode: ComparisonMode
+    context_tokens: int,
+    question_tokens: int,
+    ranks: int,
+    mode: ComparisonMode,
+    text_tokens: int = 0,
 ) -> SequenceSplit:
     """Blocks as even as possible; the first ones take a token more, having least to attend to.
 
@@ -146,6 +163,7 @@ def split_evenly(
         question_tokens: at its end.
         ranks: of the group.
         mode: gives the anchor and the number of blocks.
+        text_tokens: text at the beginning; a copy of the question comes after it.
 
     Raises:
         ValueError: the context has no token for some block, or the question none.
@@ -159,4 +177,42 @@ def split_evenly(
         )
     each, more = divmod(context_tokens - anchor, blocks)
     ends = [anchor + index * each + min(index, more) for index in range(1, blocks + 1)]
-    return SequenceSplit(ranks, anchor, tuple(ends), question_tokens, mode.question_leads)
+    at = min(text_tokens, anchor) if mode.question_in_anchor else None
+    return SequenceSplit(ranks, anchor, tuple(ends), question_tokens, at)
+
+
+def split_patches(
+    patch_ends: Sequence[int] | np.ndarray,
+    question_tokens: int,
+    ranks: int,
+    mode: ComparisonMode,
+    text_tokens: int = 0,
+) -> SequenceSplit:
+    """``split_evenly`` of a video: whole temporal patches, because a rank encodes whole ones.
+
+    The anchor ends with the patch that the published length ends in.
+
+    Args:
+        patch_ends: [patches] one past each patch's last token, ascending.
+        question_tokens: after the last of them.
+        ranks: of the group.
+        mode: gives the anchor and the number of blocks.
+        text_tokens: text at the beginning; a copy of the question comes after it.
+
+    Raises:
+        ValueError: fewer patches after the anchor than blocks, or no question.
+    """
+    blocks, anchor = mode.num_blocks(ranks), mode.anchor_tokens
+    ends = [int(end) for end in patch_ends]
+    taken = bisect_left(ends, anchor) + 1 if anchor else 0
+    left = max(0, len(ends) - taken)
+    if left < blocks:
+        raise ValueError(
+            f"a video of {len(ends)} temporal patches is too short for {mode.method} on {ranks} "
+            f"ranks: an anchor of {anchor} tokens leaves {left}, {blocks} blocks need as many"
+        )
+    each, more = divmod(left, blocks)
+    cuts = [taken + index * each + min(index, more) for index in range(1, blocks + 1)]
+    whole = ends[taken - 1] if taken else 0
+    at = min(text_tokens, whole) if mode.question_in_anchor else None
+    return SequenceSplit(ranks, whole, tuple(ends[cut - 1] for cut in cuts), question_tokens, at)

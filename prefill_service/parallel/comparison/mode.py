@@ -40,11 +40,11 @@ class ComparisonMode:
         passing_tokens: keys per KV head that a block passes on to all later blocks.
         score: chooses them.
         blocks_per_rank: 2: 2P blocks, of which rank r has r and 2P-1-r; 1: P blocks.
-        question_leads: ranks after the first have a copy of the question ahead of their anchor.
+        question_in_anchor: ranks after the first have a copy of the question in their anchor.
 
     Raises:
-        ValueError: negative lengths, other numbers of blocks, or two blocks a rank where the
-            question leads: the first rank, which has no copy, would have the last block too.
+        ValueError: negative lengths, other numbers of blocks, or two blocks a rank where there are
+            copies: the first rank, which has none, would have the last block too.
     """
 
     method: Comparison
@@ -52,7 +52,7 @@ class ComparisonMode:
     passing_tokens: int
     score: PassingScore = PassingScore.MEAN
     blocks_per_rank: int = 2
-    question_leads: bool = False
+    question_in_anchor: bool = False
 
     def __post_init__(self) -> None:
         if self.anchor_tokens < 0 or self.passing_tokens < 0:
@@ -62,8 +62,8 @@ class ComparisonMode:
             )
         if self.blocks_per_rank not in (1, 2):
             raise ValueError(f"{self.blocks_per_rank} blocks per rank; there are 1 or 2")
-        if self.question_leads and self.blocks_per_rank != 1:
-            raise ValueError("a leading question needs one block per rank, not 2")
+        if self.question_in_anchor and self.blocks_per_rank != 1:
+            raise ValueError("a question in the anchor needs one block per rank, not 2")
 
     def num_blocks(self, ranks: int) -> int:
         """Blocks of the prompt. One rank passes nothing on, so there one block is the whole."""
