@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from prefill_service.errors import ServiceError
 from prefill_service.kv.working import WorkingShape
 
 _PROBE_BYTES = 16 << 20
@@ -77,27 +78,22 @@ class CopyEngine(ABC):
     Attributes:
         host_rate, device_rate: speed of copies to and from the store, and within the device.
         moved_bytes: to and from the store.
+        failure: why copies no longer take place. Nobody is interrupted by it: ranks have to stay
+            in step until they agree to stop.
     """
 
     def __init__(self) -> None:
         self.host_rate, self.device_rate = Rate(), Rate()
         self.moved_bytes = 0
+        self.failure: ServiceError | None = None
 
     @abstractmethod
     def submit(self, copies: Sequence[Copy]) -> Ticket:
-        """Begin copies, after those submitted before and what the computing has begun so far.
-
-        Raises:
-            ServiceError: an earlier copy failed.
-        """
+        """Begin copies, after those submitted before and what the computing has begun so far."""
 
     @abstractmethod
     def wait(self, ticket: Ticket) -> None:
-        """Let the computing go on only when the copies are done.
-
-        Raises:
-            ServiceError: they failed.
-        """
+        """Let the computing go on only when the copies are done, or will never be."""
 
     @abstractmethod
     def mark(self) -> Mark:

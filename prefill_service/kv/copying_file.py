@@ -42,7 +42,7 @@ class FileCopyEngine(CopyEngine):
         folder: for the file.
 
     Raises:
-        ServiceError: KV_POOL_FULL if there is no space.
+        ServiceError: KV_POOL_FULL if there is no space; PREFILL_FAILED if nothing can be moved.
     """
 
     def __init__(self, shape: WorkingShape, folder: Path) -> None:
@@ -50,7 +50,6 @@ class FileCopyEngine(CopyEngine):
         self._layer_bytes, self._row_bytes = shape.layer_bytes, shape.row_bytes
         self._folder = folder
         self._stalled_s = 0.0
-        self._failure: ServiceError | None = None
         self._file = tempfile.TemporaryFile(dir=folder, prefix="offload-")  # noqa: SIM115
         try:
             self._reserve(shape.layers * shape.layer_bytes)
@@ -61,12 +60,13 @@ class FileCopyEngine(CopyEngine):
         self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
         self._thread.start()
         probe(self, shape)
+        if self.failure is not None:
+            self.close()
+            raise self.failure
         self._stalled_s = 0.0
 
     def submit(self, copies: Sequence[Copy]) -> Ticket:
         """See ``CopyEngine``."""
-        if self._failure is not None:
-            raise self._failure
         work = _Work(copies)
         self._queue.put(work)
         return work
@@ -78,8 +78,6 @@ class FileCopyEngine(CopyEngine):
             start = time.perf_counter()
             ticket.done.wait()
             self._stalled_s += time.perf_counter() - start
-        if self._failure is not None:
-            raise self._failure
 
     def mark(self) -> Mark:
         """See ``CopyEngine``."""
@@ -109,17 +107,17 @@ class FileCopyEngine(CopyEngine):
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             try:
-                if self._failure is None:
+                if self.failure is None:
                     for copy in work.copies:
                         self._copy(copy)
             except OSError as error:
-                self._failure = ServiceError(
+                self.failure = ServiceError(
                     Reason.PREFILL_FAILED,
                     f"offloaded KV in {self._folder} cannot be moved: {error.strerror}",
                     folder=self._folder,
                 )
             except Exception as error:  # whoever waits must be told, whatever it is
-                self._failure = ServiceError(
+                self.failure = ServiceError(
                     Reason.PREFILL_FAILED, f"offloaded KV cannot be moved: {error!r}"
                 )
             finally:

@@ -24,7 +24,7 @@ from prefill_service.kv.budget import WORKING_SLOTS, KVBudget
 from prefill_service.kv.copying import Copy, CopyEngine, HostRows, Mark, Ticket
 from prefill_service.kv.copying_cuda import CudaCopyEngine
 from prefill_service.kv.copying_file import FileCopyEngine
-from prefill_service.kv.working import ResidentKV, WorkingKV, WorkingReport, WorkingShape
+from prefill_service.kv.working import WorkingReport, WorkingShape
 
 _HEADROOM = 0.8
 """Share of the computing that copies may fill: they are not as even as their mean."""
@@ -68,8 +68,8 @@ class _Run:
     kept: Tensor | None  # [layers, end - start, *row]
 
 
-def open_working(budget: KVBudget, shape: WorkingShape, folder: Path) -> WorkingKV:
-    """The working set of one prefix: resident if it fits or must, else offloaded.
+def open_working(budget: KVBudget, shape: WorkingShape, folder: Path) -> OffloadedKV | None:
+    """The working set of one prefix where it has to be offloaded, else nothing.
 
     Args:
         budget: bound, and whether offloading is configured.
@@ -80,7 +80,7 @@ def open_working(budget: KVBudget, shape: WorkingShape, folder: Path) -> Working
         ServiceError: KV_POOL_FULL if not even offloaded it fits, or there is no room for its rows.
     """
     if not budget.offload or shape.layers * shape.layer_bytes <= budget.working_bytes:
-        return ResidentKV(shape)
+        return None
     engine = CudaCopyEngine(shape) if shape.device.type == "cuda" else FileCopyEngine(shape, folder)
     try:
         return OffloadedKV(shape, budget.working_bytes, engine)
@@ -90,7 +90,9 @@ def open_working(budget: KVBudget, shape: WorkingShape, folder: Path) -> Working
 
 
 class OffloadedKV:
-    """A working set of which only part is on the device. See ``WorkingKV``.
+    """A working set of which only part is on the device; an exchange's ``WorkingLayers``.
+
+    When copies fail, what it gives is worthless from then on, and ``failure`` says why.
 
     Args:
         shape: its sizes.
@@ -101,6 +103,8 @@ class OffloadedKV:
     Raises:
         ServiceError: KV_POOL_FULL if ``limit_bytes`` is less than the two buffers.
     """
+
+    resident = False
 
     def __init__(
         self,
@@ -133,14 +137,14 @@ class OffloadedKV:
         self._spans: list[tuple[Mark, Mark]] = []  # of computing, between two layers' waits
 
     def start_chunk(self, start: int, end: int) -> None:
-        """See ``WorkingKV``."""
+        """See ``WorkingLayers``."""
         compute_s = self._expected_seconds(end - start)
         self._resumed, self._spans = None, []
         self._chunk = (start, end)
         self._settle(start, end, compute_s)
 
     def acquire(self, layer: int) -> Tensor:
-        """See ``WorkingKV``."""
+        """See ``WorkingLayers``."""
         if self._resumed is not None:
             self._spans.append((self._resumed, self._engine.mark()))
         self._fetch(layer)
@@ -154,16 +158,16 @@ class OffloadedKV:
         return self._buffers[layer]
 
     def layer(self, layer: int) -> Tensor:
-        """See ``WorkingKV``."""
+        """See ``WorkingLayers``."""
         return self._buffers[layer]
 
     def touch(self, layer: int, start: int, end: int) -> None:
-        """See ``WorkingKV``."""
+        """See ``WorkingLayers``."""
         first, last = self._touched.get(layer, (start, end))
         self._touched[layer] = (min(first, start), max(last, end))
 
     def release(self, layer: int) -> None:
-        """See ``WorkingKV``."""
+        """See ``WorkingLayers``."""
         buffer = self._buffers.pop(layer)
         start, end = self._chunk
         copies = self._copies(layer, buffer, start, end, inward=False)
@@ -178,15 +182,20 @@ class OffloadedKV:
             self.prefetch(self._wanted)
 
     def prefetch(self, layer: int) -> None:
-        """See ``WorkingKV``; without a free buffer, as soon as there is one."""
+        """Begin to bring a layer; without a free buffer, as soon as there is one."""
         if layer in self._buffers:
             return
         self._wanted = layer
         if self._free:
             self._fetch(layer)
 
+    @property
+    def failure(self) -> ServiceError | None:
+        """Why rows no longer travel."""
+        return self._engine.failure
+
     def report(self) -> WorkingReport:
-        """See ``WorkingKV``."""
+        """What it took so far."""
         row_bytes = self._shape.layers * self._shape.row_bytes
         return WorkingReport(
             high_water_bytes=self._bytes,  # kept rows are never given back before the end
@@ -196,7 +205,7 @@ class OffloadedKV:
         )
 
     def close(self) -> None:
-        """See ``WorkingKV``."""
+        """See ``WorkingLayers``."""
         self._engine.close()
         self._buffers, self._free, self._runs = {}, [], []
 

@@ -16,6 +16,7 @@ from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.pass_q import PassQExchange
 from prefill_service.parallel.ring import disjoint_rings, one_ring
 from prefill_service.parallel.usp import UspExchange
+from prefill_service.parallel.working import WorkingLayers
 
 
 class ExchangeKind(StrEnum):
@@ -39,6 +40,11 @@ class ExchangeKind(StrEnum):
     def sparse(self) -> bool:
         """Selected blocks can be attended to; the others compute every prefix exactly."""
         return self in (ExchangeKind.GATHER, ExchangeKind.DEMAND)
+
+    @property
+    def offloads(self) -> bool:
+        """Its buffers can be elsewhere (``WorkingLayers``)."""
+        return self is ExchangeKind.GATHER
 
 
 def ulysses_degree(kind: ExchangeKind, ranks: int, q_heads: int, wanted: int = 0) -> int:
@@ -78,6 +84,12 @@ class ExchangeChoice:
     kind: ExchangeKind = ExchangeKind.GATHER
     degree: int = 1
 
+    def sharers(self, ranks: int, kv_heads: int) -> int:
+        """Ranks that divide K and V among them; 1: each has room for all."""
+        if self.kind in (ExchangeKind.GATHER, ExchangeKind.DEMAND):
+            return 1
+        return ranks // self.degree * min(self.degree, kv_heads)
+
     def __str__(self) -> str:
         """Name, and for ``usp`` the mesh's row."""
         return f"{self.kind} {self.degree}" if self.kind is ExchangeKind.USP else self.kind
@@ -99,6 +111,7 @@ def make_exchange(
     layout: ChunkLayout,
     shape: AttentionShape,
     segments: Segments,
+    working: WorkingLayers | None = None,
 ) -> Exchange:
     """An exchange for one prompt.
 
@@ -106,11 +119,12 @@ def make_exchange(
         meshes: by Ulysses degree (``form_meshes``).
         layout: of the prompt, in the exchange's order.
         segments: sizes of sparse attention.
+        working: buffers of an exchange that ``offloads``; without it, all are on the device.
     """
     mesh = meshes[choice.degree]
     match choice.kind:
         case ExchangeKind.GATHER:
-            return GatherExchange(mesh.world, shape)
+            return GatherExchange(mesh.world, shape, working)
         case ExchangeKind.DEMAND:
             return DemandExchange(mesh.world, layout, shape, segments)
         case ExchangeKind.PASS_Q:

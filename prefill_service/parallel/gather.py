@@ -8,13 +8,13 @@ A rank starts on the keys it has (past chunks, its own tokens) while the others'
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.group import PendingSlice, SPGroup
 from prefill_service.parallel.layout import Range, Share
+from prefill_service.parallel.working import ResidentLayers, WorkingLayers
 
 
 class GatherExchange:
@@ -23,33 +23,41 @@ class GatherExchange:
     One buffer per layer, ``[tokens, 2, kv_heads, head_dim]``: a rank's run of tokens is one
     contiguous slice, K and V fused, so it is sent from and received into its final place.
 
+    Where the layers are not all on the device, one is let go as soon as the next one's rows are on
+    their way, and must be complete by then; otherwise slices that nobody here needs yet may take
+    until the next chunk.
+
     Args:
         group: the ranks.
         shape: of the model's attention.
+        working: has the buffers; closed by ``finish``. Without it, all are on the device.
     """
 
-    def __init__(self, group: SPGroup, shape: AttentionShape) -> None:
+    def __init__(
+        self, group: SPGroup, shape: AttentionShape, working: WorkingLayers | None = None
+    ) -> None:
         self._group, self._scale = group, shape.scale
-        size = (shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
-        self._kv = [
-            torch.empty(size, dtype=shape.dtype, device=shape.device)
-            for _ in range(shape.num_layers)
-        ]
+        self._working = working or ResidentLayers(shape)
         self._pending: list[list[PendingSlice]] = [[] for _ in range(shape.num_layers)]
         self._ranges: list[Range] = []
 
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         """See ``Exchange``; shares are one piece each, contiguous over the ranks."""
+        if self._ranges:
+            self._let_go(len(self._pending) - 1)
         self._ranges = [share.contiguous for share in chunk]
+        self._working.start_chunk(self._ranges[0][0], max(end for _, end in self._ranges))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """See ``Exchange``: put them in place and send them off."""
+        kv = self._working.acquire(layer)
         self._wait(layer)  # what the chunk before left under way
-        kv = self._kv[layer]
         start, end = self._ranges[self._group.rank]
         kv[start:end, 0] = k
         kv[start:end, 1] = v
         self._pending[layer] = self._group.broadcast_slices([kv[a:b] for a, b in self._ranges])
+        if layer:
+            self._let_go(layer - 1)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """See ``Exchange``."""
@@ -75,18 +83,30 @@ class GatherExchange:
             [tokens, 2, kv_heads, head_dim]; rows after this rank's share may still be arriving.
         """
         self._wait(layer, before_rank=self._group.rank)
-        return self._kv[layer]
+        return self._working.layer(layer)
+
+    def reordered(self, layer: int, start: int, end: int) -> None:
+        """Note that rows [start, end) of what ``complete`` gave were changed."""
+        if end > start:
+            self._working.touch(layer, start, end)
 
     def finish(self) -> None:
         """See ``Exchange``."""
-        for layer in range(len(self._kv)):
+        for layer in range(len(self._pending)):
             self._wait(layer)
+        self._working.close()
 
     def _partial(
         self, layer: int, q: Tensor, start: int, end: int, causal: bool = False
     ) -> Partial:
-        k, v = self._kv[layer][start:end].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
+        kv = self._working.layer(layer)[start:end]
+        k, v = kv.permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         return attend(q, k, v, causal=causal, scale=self._scale)
+
+    def _let_go(self, layer: int) -> None:
+        if not self._working.resident:
+            self._wait(layer)
+            self._working.release(layer)
 
     def _wait(self, layer: int, before_rank: int | None = None) -> None:
         later = []
