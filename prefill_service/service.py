@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prefill_service.attention.head_budgets import HeadBudgetProfile
     from prefill_service.decode.decoder import Decoder
     from prefill_service.engine.group import RankGroup
+    from prefill_service.kv.budget import KVBudget
     from prefill_service.models.planner import PromptPlanner
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Parts:
     decoder: Decoder
     submit_early: bool = True
     budgets: HeadBudgetProfile | None = None
+    memory: KVBudget | None = None
 
 
 def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Parts:
@@ -64,6 +66,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     from prefill_service.attention.head_budgets import load_profile
     from prefill_service.decode.decoder import Decoder
     from prefill_service.engine.group import RankGroup
+    from prefill_service.engine.spec import kv_budget
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
     from prefill_service.models.planner import PromptPlanner
 
@@ -82,6 +85,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
         Decoder(config.decoder, str(checkpoint.path), dtype, data_dir),
         submit_early=device != "cpu",
         budgets=budgets,
+        memory=kv_budget(engine, checkpoint, dtype, device),
     )
 
 
@@ -165,6 +169,7 @@ class Service:
             parts.planner,
             lambda: parts.decoder.max_model_len or config.decoder.max_model_len,
             parts.budgets,
+            parts.memory,
         )
         stack.callback(planning.close)
         metrics = Metrics()

@@ -49,9 +49,18 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig) -> ExchangeCho
     """The configured exchange.
 
     Raises:
-        ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks.
+        ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks, or its
+            keys cannot be offloaded as configured.
     """
     kind, wanted = ExchangeKind(engine.exchange), engine.ulysses_degree
+    if engine.kv_offload == "host" and not kind.offloads:
+        can = " or ".join(repr(str(other)) for other in ExchangeKind if other.offloads)
+        raise ServiceError(
+            Reason.CONFIG_INVALID,
+            f"engine.kv_offload = 'host' is not accepted with engine.exchange = {str(kind)!r}, "
+            f"whose keys stay on the device; expected 'off', or engine.exchange = {can}",
+            name="engine.kv_offload",
+        )
     try:
         return choose_exchange(kind, engine.ranks, checkpoint.num_heads, wanted)
     except ValueError as error:
@@ -87,13 +96,28 @@ def kv_layout(checkpoint: Checkpoint, dtype: str, engine: EngineConfig) -> KVLay
     )
 
 
-def kv_budget(engine: EngineConfig, checkpoint: Checkpoint, dtype: str, device: str) -> KVBudget:
-    """Bounds on a prefix's KV memory; the front end and the ranks of a machine find the same."""
+def kv_budget(
+    engine: EngineConfig,
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    exchange: ExchangeChoice | None = None,
+) -> KVBudget:
+    """Bounds on a prefix's KV memory; the front end and the ranks of a machine find the same.
+
+    Args:
+        exchange: that computes the prefix; the configured one by default.
+
+    Raises:
+        ServiceError: CONFIG_INVALID, see ``exchange_choice``.
+    """
+    choice = exchange or exchange_choice(checkpoint, engine)
     return KVBudget(
         kv_layout(checkpoint, dtype, engine),
         resolve_kv_pool_bytes(engine),
         engine.kv_working_bytes or _device_share(engine.ranks, device),
-        offload=engine.kv_offload == "host",
+        offload=engine.kv_offload == "host" and choice.kind.offloads,
+        sharers=choice.sharers(engine.ranks, checkpoint.num_kv_heads),
     )
 
 

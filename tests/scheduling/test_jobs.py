@@ -6,6 +6,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -13,10 +14,11 @@ import pytest
 from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import Manifest
 from prefill_service.kv.protocol import HandoffParams
 from tests.scheduling.harness import answer, error_of
-from tests.scheduling.parts import FRAME_BYTES
+from tests.scheduling.parts import FRAME_BYTES, LAYOUT
 
 Serve = Callable[..., Any]
 
@@ -173,6 +175,21 @@ async def test_context_exceeded_says_what_would_fit(serve: Serve) -> None:
         }  # fmt: skip
         assert (await error_of(s.create(frames=10_000)))[1] == "INVALID_REQUEST"
         await s.create(frames=18)
+
+
+async def test_what_the_ranks_cannot_hold_is_refused_with_advice(serve: Serve) -> None:
+    layout = replace(LAYOUT, num_layers=3)  # of which two attend
+    frame = 2 * layout.page_bytes // 3
+    async with serve(memory=KVBudget(layout, 1 << 40, working_bytes=10 * frame)) as s:
+        for refused in (s.create(frames=12), answer(s.ask(frames=12))):
+            code, reason, metadata, _ = await error_of(refused)
+            assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_FULL")
+            assert metadata["option"] == "engine.kv_working_bytes"
+            assert metadata["advice"] == "num_frames=10 would fit."
+            assert metadata["needed_bytes"] == str(12 * frame)
+        assert s.group.started == []
+        job = await s.create(frames=10)
+        assert (await s.ended(job.job_id))[-1].state == pb.JOB_STATE_SUCCEEDED
 
 
 async def test_least_recently_used_prefix_is_evicted(serve: Serve) -> None:
