@@ -3,6 +3,7 @@
     python -m tools.train_needle --out build/needle              # everything, from nothing
     python -m tools.train_needle --out build/needle --minutes 5  # see the curve begin
     python -m tools.train_needle --evaluate assets/needle-qwen3-vl
+    python -m tools.train_needle --mean A B --out build/both     # the mean of two checkpoints
 
 Stops and goes on: the same command resumes where it was. Uses a GPU if there is one. The recipe,
 with curves and accuracies, is in assets/needle-qwen3-vl/README.md.
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it likes")
     parser.add_argument("--minutes", type=float, help="stop after these; the rest can follow")
     parser.add_argument("--evaluate", type=Path, metavar="CHECKPOINT", help="only this")
+    parser.add_argument(
+        "--mean", type=Path, nargs="+", metavar="CHECKPOINT", help="only average their weights"
+    )
     parser.add_argument("--lengths", default="16,32,64,128,256,512,1024", help="%(default)s")
     parser.add_argument("--questions", type=int, default=100, help="per cell (%(default)s)")
     arguments = parser.parse_args()
@@ -61,6 +65,9 @@ def _run(arguments: argparse.Namespace) -> None:
     workers = os.cpu_count() or 1
     if arguments.evaluate:
         _evaluate(arguments, *checkpoint.load(arguments.evaluate), device, workers)
+        return
+    if arguments.mean:
+        checkpoint.save(*checkpoint.mean(arguments.mean), arguments.out / "checkpoint")
         return
     if arguments.minutes:
         # From outside the loop: a step, a rendering or an evaluation is cut short all the same.

@@ -156,12 +156,15 @@ class AttentionReport:
             relative to uniform attention over the keys they see (1 = no more than chance); mean
             over layers, query heads and the rows that see the patch. Empty if no row was sampled.
         block_map: of the layer and KV head of the lowest density; ``None`` if nothing was sparse.
+        imbalance: (query, key) pairs attended to by the busiest rank over the mean of the ranks
+            (rho of db-SP, arXiv 2511.23113), over the whole prefill.
     """
 
     sparse_from_tokens: int = 0
     layers: list[LayerReport] = field(default_factory=list)
     patch_mass: list[float] = field(default_factory=list)
     block_map: BlockMap | None = None
+    imbalance: float = 1.0
 
     @property
     def density(self) -> float:
@@ -191,6 +194,8 @@ class RankAttention:
 
 def combine(parts: Sequence[RankAttention]) -> AttentionReport:
     """The report of a prefill from its ranks' parts. The parts are consumed."""
+    pairs_of_rank = [sum(sum(layer.attended) for layer in part.layers) for part in parts]
+    mean = sum(pairs_of_rank) / len(parts)
     first, *others = parts
     for part in others:
         for layer, other in zip(first.layers, part.layers, strict=True):
@@ -204,6 +209,7 @@ def combine(parts: Sequence[RankAttention]) -> AttentionReport:
         first.layers,
         (mass / np.maximum(rows, 1)).tolist() if rows.any() else [],
         _sparsest_map(first.layers, pairs, causal),
+        max(pairs_of_rank) / mean if mean else 1.0,
     )
 
 

@@ -60,6 +60,7 @@ class AttentionSummary:
     sparse_from_tokens: int
     total: AttentionMeasures
     layers: tuple[LayerAttention, ...]
+    imbalance: float = 1.0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttentionSummary:
@@ -78,6 +79,7 @@ class AttentionSummary:
             data["sparse_from_tokens"],
             AttentionMeasures(**data["total"]),
             layers,
+            data.get("imbalance", 1.0),
         )
 
 
@@ -123,6 +125,7 @@ def summarize(policy: AttentionPolicy, report: AttentionReport) -> AttentionSumm
         0 if policy.exact or report.sparse_from_tokens >= NEVER else report.sparse_from_tokens,
         _measure(report.layers),
         layers,
+        report.imbalance,
     )
 
 

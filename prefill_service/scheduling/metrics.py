@@ -74,6 +74,9 @@ class Metrics:
         self._layer_error = gauge(
             "layer_output_error", "Measured relative output error, last job.", "layer", "statistic"
         )
+        self._imbalance = gauge(
+            "rank_imbalance", "Keys attended by the busiest rank over the mean, last job."
+        )
         self._tiles = counter("tiles", "(KV head, query tile) pairs computed.")
         self._redone = counter("tiles_redone", "Of them, again with a smaller epsilon.")
         self._dense = counter("tiles_dense", "Of them, densely in the end.")
@@ -127,6 +130,7 @@ class Metrics:
         self._last_job(attention)
 
     def _last_job(self, attention: AttentionSummary) -> None:
+        self._imbalance.set(attention.imbalance)
         for gauge in (self._layer_density, self._layer_kept, self._layer_error):
             gauge.clear()
         for layer in attention.layers:

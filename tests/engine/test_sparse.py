@@ -72,6 +72,7 @@ async def test_kv_follows_epsilon(
             assert len(report.patch_mass) == 80  # 160 frames, two per temporal patch
             assert np.isfinite(report.patch_mass).all()
             assert report.block_map is not None
+            assert report.imbalance == 1 if ranks == 1 else 1 < report.imbalance < 1.5
             # Fetching only what was selected changes nothing but what travels.
             same, demand = await prefill(
                 harness, video, resolve_policy(epsilon=epsilon), ExchangeKind.DEMAND

@@ -121,3 +121,15 @@ def test_the_committed_checkpoint_answers() -> None:
     assert shares[1] > 0.9, cell
     assert shares[2] > 0.75, cell
     assert shares[3] > 0.5, cell
+
+
+def test_the_mean_of_two_checkpoints_lies_between_them(tmp_path: Path) -> None:
+    model, tokenizer = checkpoint.load(ASSET)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    checkpoint.save(model, tokenizer, tmp_path / "other")
+    found, _ = checkpoint.mean([ASSET, tmp_path / "other"])
+    one, _ = checkpoint.load(ASSET)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], 2 * value, rtol=0.01, atol=1e-6)

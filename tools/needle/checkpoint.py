@@ -223,3 +223,20 @@ def load(folder: Path) -> tuple[Any, Any]:
     ensure_torchvision()
     model = hf.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return model, hf.AutoTokenizer.from_pretrained(folder)
+
+
+def mean(folders: list[Path]) -> tuple[Any, Any]:
+    """A model whose weights are the mean of several checkpoints' ("model soup", arXiv 2203.05482).
+
+    Raises:
+        ValueError: checkpoints of other shapes.
+    """
+    model, tokenizer = load(folders[0])
+    state = {name: value.double() for name, value in model.state_dict().items()}
+    for folder in folders[1:]:
+        for name, value in load(folder)[0].state_dict().items():
+            if name not in state or state[name].shape != value.shape:
+                raise ValueError(f"{folder}: {name} is not as in {folders[0]}")
+            state[name] += value.double()
+    model.load_state_dict({name: value / len(folders) for name, value in state.items()})
+    return model, tokenizer

@@ -155,6 +155,7 @@ def _attention(message: prefill_pb.AttentionReport) -> attention.AttentionReport
         epsilon=message.epsilon,
         min_kept_mass=message.min_kept_mass,
         floor_met=message.floor_met,
+        imbalance=message.imbalance,
         sparse_from_tokens=message.sparse_from_tokens,
         total=_measures(message.total),
         layers=tuple(

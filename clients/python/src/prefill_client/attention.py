@@ -69,6 +69,8 @@ class AttentionReport:
         total: over all layers, times summed.
         layers: without the last one, whose attention a prefix never needs; empty if nothing was
             measured, and in listings.
+        imbalance: keys attended by the busiest rank over the mean of the ranks; 0 from a server
+            that is older than this.
     """
 
     quality: Quality
@@ -78,6 +80,7 @@ class AttentionReport:
     sparse_from_tokens: int
     total: AttentionMeasures
     layers: tuple[LayerAttention, ...]
+    imbalance: float = 0.0
 
 
 @dataclass(frozen=True)
