@@ -15,7 +15,7 @@ from prefill_service.config import EngineConfig, VideoConfig, resolve_threads
 from prefill_service.engine import messages as msg
 from prefill_service.engine.process import RankProcess
 from prefill_service.engine.running import PrefillOutcome, RunningTask
-from prefill_service.engine.shards import shard_runs
+from prefill_service.engine.shards import comparison_runs, comparison_split, shard_runs
 from prefill_service.engine.spec import RankSpec, chunk_layout, exchange_choice, kv_layout
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import ShardRun
@@ -178,9 +178,15 @@ class RankGroup:
     # ---- work ------------------------------------------------------------------------------
 
     def shard_map(
-        self, plan: PrefixPlan, exchange: ExchangeChoice | None = None
+        self,
+        plan: PrefixPlan,
+        exchange: ExchangeChoice | None = None,
+        comparison: msg.ComparisonTask | None = None,
     ) -> tuple[ShardRun, ...]:
         """Which rank will hold which tokens of ``plan``, with the group's or another exchange."""
+        if comparison is not None:
+            split = comparison_split(plan, comparison, self._engine.ranks)
+            return comparison_runs(split, self.layout)
         choice = exchange or self.exchange
         layout = chunk_layout(plan.patch_ends, self._engine, self._device, choice)
         return shard_runs(layout, self.layout)

@@ -9,6 +9,7 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.report import RankAttention
 from prefill_service.kv.manifest import Manifest
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.comparison.mode import ComparisonMode
 from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.parallel.meter import CollectiveUse
 
@@ -22,8 +23,21 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ComparisonTask:
+    """How to compute a prefix by a published method instead (``parallel.comparison``).
+
+    Attributes:
+        mode: the method with its lengths.
+        question_ids: tokens after the prefix, which the method consults. Their KV is not kept.
+    """
+
+    mode: ComparisonMode
+    question_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """One prefix to compute."""
+    """One prefix to compute; with a ``comparison``, policy and exchange have no part in it."""
 
     job_id: str
     plan: PrefixPlan
@@ -32,6 +46,7 @@ class PrefillTask:
     index_path: str
     policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
     exchange: ExchangeChoice = field(default_factory=ExchangeChoice)
+    comparison: ComparisonTask | None = None
 
 
 # ---- front end to rank ------------------------------------------------------------------

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
-from prefill_service.attention.report import NEVER
+from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.config import VideoConfig
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
@@ -103,8 +104,31 @@ class RankContext:
         return self.meshes[1].world
 
 
-def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -> RankDone:
+class TaskRun(Protocol):
+    """One task in progress on one rank."""
+
+    clock: StageClock
+
+    def execute(self) -> None:
+        """All of it."""
+
+    def close(self) -> None:
+        """Also after ``execute`` failed."""
+
+    def report(self) -> RankAttention | None:
+        """What was measured of its attention."""
+
+
+def run_task(
+    rank: RankContext,
+    task: PrefillTask,
+    cancelled: threading.Event,
+    begin: Callable[[RankContext, PrefillTask, ShardWriter, threading.Event], TaskRun],
+) -> RankDone:
     """Compute this rank's share of the task, in step with the other ranks of its group.
+
+    Args:
+        begin: ``ChunkedRun``, or another way to compute a prefix.
 
     Raises:
         TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
@@ -114,7 +138,7 @@ def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -
     pages = max(1, pages_of_rank(manifest.runs, rank.group.rank, rank.kv_layout))
     writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
     before = dict(rank.group.meter.uses)
-    run = _TaskRun(rank, task, writer, cancelled)
+    run = begin(rank, task, writer, cancelled)
     try:
         run.execute()
     except TaskAborted as aborted:
@@ -128,11 +152,21 @@ def run_task(rank: RankContext, task: PrefillTask, cancelled: threading.Event) -
         rank.group.rank,
         {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
         rank.group.meter.since(before),
-        run.attention.report(),
+        run.report(),
     )
 
 
-class _TaskRun:
+def checkpoint(
+    rank: RankContext, cancelled: threading.Event, error: ServiceError | None = None
+) -> None:
+    """Synchronisation point: all ranks go on, or all raise ``TaskAborted``."""
+    mine = Status.CANCELLED if cancelled.is_set() else Status.FINE
+    status = Status(rank.group.agree(Status.FAILED if error else mine))
+    if status is not Status.FINE:
+        raise TaskAborted(status, error)
+
+
+class ChunkedRun:
     """One task in progress; also the model's ``LayerKV``."""
 
     def __init__(
@@ -220,6 +254,10 @@ class _TaskRun:
         """Stop decoding, and let what the exchange still has under way arrive."""
         self._feeder.close()
         self._exchange.finish()
+
+    def report(self) -> RankAttention:
+        """See ``TaskRun``."""
+        return self.attention.report()
 
     # ---- LayerKV ---------------------------------------------------------------------------
 
@@ -317,11 +355,7 @@ class _TaskRun:
             page += self._rank.kv_layout.pages_for(len(part_k))
 
     def _checkpoint(self, error: ServiceError | None = None) -> None:
-        """Synchronisation point: all ranks go on, or all raise."""
-        mine = Status.CANCELLED if self._cancelled.is_set() else Status.FINE
-        status = Status(self._rank.group.agree(Status.FAILED if error else mine))
-        if status is not Status.FINE:
-            raise TaskAborted(status, error)
+        checkpoint(self._rank, self._cancelled, error)
 
     def _on_frames(self, done: int, total: int, seconds: float) -> None:
         self._rank.tick()

@@ -23,7 +23,14 @@ import transformers
 from prefill_service.attention.probe import measure_crossover
 from prefill_service.config import HEARTBEAT_S
 from prefill_service.engine import messages as msg
-from prefill_service.engine.pipeline import RankContext, Status, TaskAborted, run_task
+from prefill_service.engine.comparison import ComparisonRun
+from prefill_service.engine.pipeline import (
+    ChunkedRun,
+    RankContext,
+    Status,
+    TaskAborted,
+    run_task,
+)
 from prefill_service.engine.spec import (
     RankSpec,
     chunk_tokens,
@@ -128,7 +135,8 @@ class Rank:
             self._send(msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict()))
             return
         try:
-            self._send(run_task(context, task, cancelled))
+            begin = ChunkedRun if task.comparison is None else ComparisonRun
+            self._send(run_task(context, task, cancelled, begin))
         except TaskAborted as aborted:
             error = aborted.error or ServiceError(
                 Reason.CANCELLED,

@@ -62,5 +62,6 @@ class RunningTask:
             for stage in msg.Stage
         }
         communication = total(rank.communication for rank in done)
-        attention = combine([rank.attention for rank in done if rank.attention is not None])
+        measured = [rank.attention for rank in done if rank.attention is not None]
+        attention = combine(measured) if measured else AttentionReport()
         return PrefillOutcome(stages, communication, seconds, attention)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from prefill_service.engine.messages import ComparisonTask
 from prefill_service.kv.manifest import KVLayout, ShardRun
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.comparison.layout import SequenceSplit, split_patches
 from prefill_service.parallel.layout import ChunkLayout
 
 
@@ -16,6 +19,28 @@ def shard_runs(layout: ChunkLayout, kv: KVLayout) -> tuple[ShardRun, ...]:
                 page = next_page.get(rank, 0)
                 runs.append(ShardRun(start, end, rank, page))
                 next_page[rank] = page + kv.pages_for(end - start)
+    return tuple(sorted(runs, key=lambda run: run.start_token))
+
+
+def comparison_split(plan: PrefixPlan, comparison: ComparisonTask, ranks: int) -> SequenceSplit:
+    """How a published method splits a prefix.
+
+    Raises:
+        ValueError: too few temporal patches (``split_patches``).
+    """
+    question, text = len(comparison.question_ids), plan.placeholder[0]
+    return split_patches(plan.patch_ends, question, ranks, comparison.mode, text)
+
+
+def comparison_runs(split: SequenceSplit, kv: KVLayout) -> tuple[ShardRun, ...]:
+    """One run per range that a rank keeps of the context, in token order."""
+    runs = []
+    for rank in range(split.ranks):
+        page = 0
+        for start, end in split.held(rank):
+            if start < split.context_tokens:
+                runs.append(ShardRun(start, end, rank, page))
+                page += kv.pages_for(end - start)
     return tuple(sorted(runs, key=lambda run: run.start_token))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.group import RankGroup
-from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress
 from prefill_service.engine.running import PrefillOutcome
 from prefill_service.kv.local_client import LocalClient
 from prefill_service.kv.manifest import Manifest, hash_token_ids
@@ -48,7 +48,11 @@ class Harness:
         return self.folder / f"{video.stem}.npz"
 
     def task(
-        self, video: Path, plan: PrefixPlan, exchange: ExchangeChoice | None = None
+        self,
+        video: Path,
+        plan: PrefixPlan,
+        exchange: ExchangeChoice | None = None,
+        comparison: ComparisonTask | None = None,
     ) -> PrefillTask:
         exchange = exchange or self.group.exchange
         manifest = Manifest(
@@ -58,14 +62,16 @@ class Harness:
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=self.group.layout,
             num_tokens=plan.num_tokens,
-            runs=self.group.shard_map(plan, exchange),
+            runs=self.group.shard_map(plan, exchange, comparison),
             endpoints=self.group.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
         )
         job_id = f"job_{uuid.uuid4().hex}"
         index = str(self.index_path(video))
-        return PrefillTask(job_id, plan, manifest, str(video), index, exchange=exchange)
+        return PrefillTask(
+            job_id, plan, manifest, str(video), index, exchange=exchange, comparison=comparison
+        )
 
     async def prefill(self, task: PrefillTask) -> PrefillOutcome:
         self.group.grant(task.plan.prefix_id, "lease", 60.0)

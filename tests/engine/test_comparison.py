@@ -1,0 +1,115 @@
+"""The comparison modes through the rank processes: what of their KV must be exact is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefill_service.engine.comparison import patch_shares
+from prefill_service.engine.messages import ComparisonTask, Stage
+from prefill_service.engine.shards import comparison_split
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.plan import FrameSampling, PrefixPlan
+from prefill_service.parallel.comparison.mode import Comparison
+from prefill_service.parallel.comparison.modes import comparison_mode
+from tests.engine.harness import Harness, running_group
+from tests.oracles.transformers_forward import prefix_kv, processor_inputs
+
+SPAVA, STAR, APB = Comparison.SPAVA, Comparison.STAR, Comparison.APB
+VIDEO = {"seconds": 15.0, "fps": 10, "width": 160, "height": 120}
+
+
+def comparison(
+    harness: Harness, plan: PrefixPlan, method: Comparison, anchor: int | None,
+    passing: int | None, question: str = "What is it?",
+) -> ComparisonTask:  # fmt: skip
+    ids = harness.planner.prompt_token_ids(plan, [("user", question)])[plan.num_tokens :]
+    ranks = len(harness.group.endpoints)
+    mode = comparison_mode(method, plan.num_tokens, ranks, anchor, passing)
+    return ComparisonTask(mode, tuple(ids))
+
+
+async def kv_of(
+    harness: Harness, video: Path, plan: PrefixPlan, how: ComparisonTask
+) -> torch.Tensor:
+    task = harness.task(video, plan, comparison=how)
+    outcome = await harness.prefill(task)
+    assert (outcome.bytes_received > 0) == (len(task.manifest.endpoints) > 1)
+    kv = harness.read_kv(task)
+    harness.group.drop(plan.prefix_id)
+    return kv
+
+
+def error(kv: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((kv - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+async def test_kv_is_exact_where_the_method_is(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path, ranks: int
+) -> None:
+    model = checkpoint("qwen3_vl" if ranks % 2 else "qwen2_5_vl")
+    async with running_group(model, tmp_path, ranks, chunk_tokens=70) as harness:
+        video = make_video(**VIDEO)
+        plan, index = await harness.plan(video, FrameSampling(fps=4.0))
+        text = harness.planner._prefix_text("")
+        inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
+        exact = prefix_kv(model, inputs, plan)
+
+        everything = comparison(harness, plan, SPAVA, 40, 1 << 20)
+        assert error(await kv_of(harness, video, plan, everything), exact) < 1e-5
+        found = {}
+        for method, passing in ((SPAVA, 6), (STAR, None), (APB, 6)):
+            for question in ("What is it?", "Who runs from the left to the right?"):
+                how = comparison(harness, plan, method, 40, passing, question)
+                kv = await kv_of(harness, video, plan, how)
+                found[method, question] = kv
+                _, end = comparison_split(plan, how, ranks).block(0)
+                assert error(kv[0], exact[0]) < 1e-5  # before any attention
+                assert error(kv[:, :, :end], exact[:, :, :end]) < 1e-5  # one rank's view is whole
+                if ranks == 1:
+                    assert error(kv, exact) < 1e-5
+                else:
+                    assert error(kv[1:, :, end:], exact[1:, :, end:]) > 1e-3
+        for method in (SPAVA, APB, STAR):
+            one, other = (kv for (which, _), kv in found.items() if which is method)
+            # Each question makes another prefix, but for Star, which never asks.
+            assert torch.equal(one, other) == (ranks == 1 or method is STAR)
+        done = {(p.rank, p.stage): p for p in harness.progress}
+        assert all(done[rank, stage].done == done[rank, stage].total > 0
+                   for rank in range(ranks) for stage in Stage)  # fmt: skip
+
+
+async def test_errors_and_cancelling_stop_all_ranks(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    async with running_group(checkpoint("qwen3_vl"), tmp_path, 2, chunk_tokens=70) as harness:
+        video = make_video(**VIDEO)
+        plan, _ = await harness.plan(video, FrameSampling(fps=4.0))
+        how = comparison(harness, plan, SPAVA, 40, 6)
+        task = harness.task(video, plan, comparison=how)
+        running = asyncio.create_task(harness.prefill(task))
+        while not harness.progress:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        broken = tmp_path / "broken.mp4"
+        broken.write_bytes(b"no video")
+        harness.index_path(broken).write_bytes(harness.index_path(video).read_bytes())
+        with pytest.raises(ServiceError) as info:
+            await harness.prefill(harness.task(broken, plan, comparison=how))
+        assert info.value.reason is Reason.NOT_A_VIDEO
+        assert not (await kv_of(harness, video, plan, how)).isnan().any()  # the group lives on
+
+
+def test_what_is_encoded_at_once_is_bounded() -> None:
+    ends = np.arange(1, 13) * 20
+    shares = patch_shares([(0, 40), (100, 200)], ends, 60)
+    assert [share.ranges for share in shares] == [[(0, 40)], [(100, 160)], [(160, 200)]]
+    assert [share.num_patches for share in patch_shares([(0, 40)], ends, 1)] == [1, 1]
