@@ -187,9 +187,9 @@ class DemandExchange:
             r: self._room.new_empty((int(part.sum()), *self._room.shape[1:3], self._shape.head_dim))
             for r, part in requests.items()
         }
-        self._rounds.ask(
-            Header(Ask.BLOCKS), {r: part.to(torch.uint8) for r, part in requests.items()}, replies
-        )
+        # What is here is known on the host; NCCL takes requests from the device.
+        wanted_of = {r: part.to(self._shape.device, torch.uint8) for r, part in requests.items()}
+        self._rounds.ask(Header(Ask.BLOCKS), wanted_of, replies)
         for r, part in requests.items():
             self._put(r, part, replies[r])
 
@@ -289,14 +289,15 @@ class DemandExchange:
     def _request_room(self, header: Header) -> Tensor:
         blocks = len(self._known(self._group.rank))
         if header.ask is Ask.BLOCKS:
-            return torch.empty((self._shape.kv_heads, blocks), dtype=torch.uint8)
+            heads = self._shape.kv_heads
+            return torch.empty((heads, blocks), dtype=torch.uint8, device=self._shape.device)
         size = self._witnesses.request_size(header, blocks)
         work = torch.float64 if self._shape.dtype == torch.float64 else torch.float32
         return torch.empty(size, dtype=work, device=self._shape.device)
 
     def _answer(self, rank: int, header: Header, request: Tensor) -> Tensor:
         if header.ask is Ask.BLOCKS:
-            return self._blocks_of(self._layer, request.bool()).contiguous()
+            return self._blocks_of(self._layer, request.cpu().bool()).contiguous()
         if header.ask is Ask.ATTENTION:
             return self._attention(rank, header, request)
         return self._kept_mass(rank, header, request)
