@@ -170,6 +170,7 @@ class Service:
             lambda: parts.decoder.max_model_len or config.decoder.max_model_len,
             parts.budgets,
             parts.memory,
+            config.engine.ranks,
         )
         stack.callback(planning.close)
         metrics = Metrics()

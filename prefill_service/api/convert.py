@@ -15,6 +15,7 @@ from prefill_service.api.convert_attention import (
     policy_from_proto,
     policy_to_proto,
 )
+from prefill_service.api.convert_comparison import comparison_from_proto, comparison_to_proto
 from prefill_service.decode.vllm_client import Sampling
 from prefill_service.engine.messages import Progress
 from prefill_service.errors import Reason, ServiceError
@@ -27,7 +28,7 @@ from prefill_service.scheduling.answers import (
     Question,
 )
 from prefill_service.scheduling.attention import AttentionDetail
-from prefill_service.scheduling.jobs import JobRecord, PrefillResult, PrefillSpec
+from prefill_service.scheduling.jobs import NO_POLICY, JobRecord, PrefillResult, PrefillSpec
 
 if TYPE_CHECKING:
     from prefill_service.video.records import VideoRecord
@@ -40,15 +41,21 @@ _ROLES = {answer_service_pb2.ROLE_USER: "user", answer_service_pb2.ROLE_ASSISTAN
 # ---- requests -----------------------------------------------------------------------------
 
 
-def spec_from_proto(message: prefill_service_pb2.PrefillSpec) -> PrefillSpec:
+def spec_from_proto(message: prefill_service_pb2.PrefillSpec, question: str = "") -> PrefillSpec:
     """A spec; whether the values of its sampling make sense is for the planner to say.
 
+    Args:
+        message: the spec.
+        question: that is asked with it, if any.
+
     Raises:
-        ServiceError: INVALID_REQUEST without a video id, or for an attention that cannot be.
+        ServiceError: INVALID_REQUEST without a video id, or for an attention that cannot be;
+            what ``comparison_from_proto`` raises.
     """
     if not message.video_id:
         raise ServiceError(Reason.INVALID_REQUEST, "spec.video_id is empty", name="spec.video_id")
     sampling = message.sampling
+    comparison = comparison_from_proto(message, question)
     return PrefillSpec(
         message.video_id,
         FrameSampling(
@@ -61,7 +68,8 @@ def spec_from_proto(message: prefill_service_pb2.PrefillSpec) -> PrefillSpec:
             ),
         ),
         message.system_prompt,
-        policy_from_proto(message.attention),
+        policy_from_proto(message.attention) if comparison is None else NO_POLICY,
+        comparison,
     )
 
 
@@ -83,7 +91,7 @@ def question_from_proto(message: answer_service_pb2.AskRequest) -> Question:
         messages.append((_ROLES[turn.role], turn.text))
     params = message.sampling_params
     return Question(
-        spec_from_proto(message.spec),
+        spec_from_proto(message.spec, messages[0][1] if messages else ""),
         tuple(messages),
         Sampling(
             temperature=params.temperature,  # 0, greedy, if not set
@@ -205,7 +213,8 @@ def _spec_to_proto(spec: PrefillSpec) -> prefill_service_pb2.PrefillSpec:
             cap_pixels_per_frame=sampling.cap_pixels_per_frame,
         ),
         system_prompt=spec.system_prompt,
-        attention=policy_to_proto(spec.attention),
+        attention=policy_to_proto(spec.attention) if spec.comparison is None else None,
+        comparison=comparison_to_proto(spec.comparison) if spec.comparison else None,
     )
 
 
@@ -249,7 +258,7 @@ def _result_to_proto(result: PrefillResult, brief: bool) -> prefill_service_pb2.
         kv_bytes=result.kv_bytes,
         kv_transfer_params_json="" if brief else result.kv_transfer_params_json,
         manifest_json="" if brief else result.manifest_json,
-        attention=attention_to_proto(result.attention, brief),
+        attention=attention_to_proto(result.attention, brief) if result.attention else None,
         communication=_communication_to_proto(result) if result.exchange else None,
     )
 

@@ -180,6 +180,7 @@ class JobStore:
         earlier, content = json.loads(row[1]), asdict(spec)
         if "attention" not in earlier:  # of version 1: the client may be repeating it unchanged
             del content["attention"]
+        earlier.setdefault("comparison", None)  # of before there were any
         if earlier != content:
             raise ServiceError(
                 Reason.INVALID_REQUEST,

@@ -16,6 +16,7 @@ from prefill_service.errors import ServiceError
 from prefill_service.models.plan import FrameSampling
 from prefill_service.parallel.meter import CollectiveUse
 from prefill_service.scheduling.attention import AttentionSummary, policy_from_dict, summarize
+from prefill_service.scheduling.comparison import ComparisonSpec
 
 
 class JobState(StrEnum):
@@ -32,6 +33,10 @@ class JobState(StrEnum):
 ACTIVE = frozenset({JobState.QUEUED, JobState.RUNNING})
 
 
+NO_POLICY = resolve_policy(Quality.EXACT)
+"""What a spec with a comparison has for its attention."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillSpec:
     """Names a video prefix (``prefill.v1.PrefillSpec``)."""
@@ -40,16 +45,18 @@ class PrefillSpec:
     sampling: FrameSampling = field(default_factory=FrameSampling)
     system_prompt: str = ""
     attention: AttentionPolicy = field(default_factory=resolve_policy)
+    comparison: ComparisonSpec | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillSpec:
         """Rebuild a spec from ``dataclasses.asdict``, also one from before there was a choice."""
-        attention = data.get("attention")
+        attention, comparison = data.get("attention"), data.get("comparison")
         return cls(
             data["video_id"],
             FrameSampling(**data["sampling"]),
             data["system_prompt"],
             policy_from_dict(attention) if attention else resolve_policy(Quality.EXACT),
+            ComparisonSpec.from_dict(comparison) if comparison else None,
         )
 
 
@@ -60,6 +67,7 @@ class PrefillResult:
     Attributes:
         shards: (first token, one past the last, rank) per run.
         kv_bytes: bytes of the pages over all ranks.
+        attention: ``None`` of a comparison, whose attention is not measured.
         exchange, communication: how ranks met each other's keys, and what that moved; empty in
             jobs from before these were kept.
     """
@@ -74,13 +82,14 @@ class PrefillResult:
     kv_bytes: int
     kv_transfer_params_json: str
     manifest_json: str
-    attention: AttentionSummary
+    attention: AttentionSummary | None
     exchange: str = ""
     communication: Mapping[str, CollectiveUse] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillResult:
         """Rebuild a result from ``dataclasses.asdict``, also one without reports."""
+        compared = data.get("attention", "older") is None
         attention = data.get("attention")
         uses = data.get("communication", {})
         return cls(
@@ -90,6 +99,8 @@ class PrefillResult:
                 "shards": tuple(tuple(shard) for shard in data["shards"]),
                 "attention": AttentionSummary.from_dict(attention)
                 if attention
+                else None
+                if compared
                 else summarize(resolve_policy(Quality.EXACT), AttentionReport()),
                 "communication": {name: CollectiveUse(**use) for name, use in uses.items()},
             }

@@ -107,14 +107,25 @@ class Metrics:
         """Count an ended job."""
         self._jobs_ended.labels(state).inc()
 
-    def prefilled(self, tokens: int, outcome: PrefillOutcome, attention: AttentionSummary) -> None:
-        """Take in a finished prefill."""
-        quality, total = attention.policy.quality, attention.total
+    def prefilled(
+        self,
+        tokens: int,
+        outcome: PrefillOutcome,
+        attention: AttentionSummary | None,
+        method: str = "",
+    ) -> None:
+        """Take in a finished prefill; of a comparison by ``method`` there is no attention."""
+        quality = method if attention is None else str(attention.policy.quality)
         self._seconds.labels(quality).observe(outcome.seconds)
         self._tokens.labels(quality).inc(tokens)
         self._received.inc(outcome.bytes_received)
         for stage, seconds in outcome.stage_seconds.items():
             self._stages.labels(stage).inc(seconds)
+        if attention is not None:
+            self._attended(quality, attention)
+
+    def _attended(self, quality: str, attention: AttentionSummary) -> None:
+        total = attention.total
         self._density.labels(quality).observe(total.density)
         if total.sampled_rows:
             for statistic, value in _kept_mass(total).items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.engine.messages import ComparisonTask
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.models.plan import FrameSampling, PrefixPlan
@@ -31,6 +32,7 @@ class Planning:
         context_limit: the decoder's context in tokens, or 0 as long as that is unknown.
         budgets: how the heads share every request's epsilon.
         memory: bounds on a prefix's KV; without it only the ranks refuse what does not fit.
+        ranks: of the group, on which a comparison's KV depends.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Planning:
         context_limit: Callable[[], int],
         budgets: HeadBudgetProfile | None = None,
         memory: KVBudget | None = None,
+        ranks: int = 1,
     ) -> None:
         self._videos = videos
         self._planner = planner
         self._context_limit = context_limit
         self._budgets = budgets
         self._memory = memory
+        self._ranks = ranks
         self._plans: OrderedDict[tuple[str, FrameSampling, str, str], PrefixPlan] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
 
@@ -68,19 +72,38 @@ class Planning:
         """What the ranks do where a request asks for ``asked``; names the prefix."""
         return asked.with_budgets(self._budgets)
 
+    def profile(self, spec: PrefillSpec) -> str:
+        """How a prefix's KV is computed; part of its id."""
+        if spec.comparison is not None:
+            return spec.comparison.profile(self._ranks)
+        return self.policy(spec.attention).profile
+
+    async def comparison(self, spec: PrefillSpec, plan: PrefixPlan) -> ComparisonTask | None:
+        """What the ranks do for a spec's comparison, if it has one.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, the video is too short for it or its lengths cannot be;
+                what ``prompt`` raises of its question.
+        """
+        if spec.comparison is None:
+            return None
+        prompt = await self.prompt(plan, [("user", spec.comparison.question)])
+        return spec.comparison.task(plan, prompt[plan.num_tokens :], self._ranks)
+
     async def plan(self, spec: PrefillSpec) -> PrefixPlan:
         """Plan a prefix.
 
         Raises:
             ServiceError: UNKNOWN_VIDEO, VIDEO_NOT_READY, INVALID_REQUEST (the sampling does not
-                suit the video), CONTEXT_EXCEEDED or KV_POOL_FULL (naming what would fit).
+                suit the video), CONTEXT_EXCEEDED or KV_POOL_FULL (naming what would fit);
+                what ``comparison`` raises.
         """
         async with self._videos.hold(spec.video_id) as video:
             return await self.plan_held(spec, video)
 
     async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:
         """``plan`` for a caller that holds the video already."""
-        profile = self.policy(spec.attention).profile
+        profile = self.profile(spec)
         key = (video.record.sha256, spec.sampling, spec.system_prompt, profile)
         plan = self._plans.get(key)
         if plan is None:
@@ -99,6 +122,7 @@ class Planning:
             fitting = self._memory.fitting_tokens
             advice = await self._call(self._suggest, video, spec.sampling, fitting)
             raise self._memory.refusal(plan.num_tokens, advice)
+        await self.comparison(spec, plan)
         return plan
 
     async def prompt(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -131,7 +155,7 @@ class Planning:
             video.record.sha256,
             spec.sampling,
             spec.system_prompt,
-            self.policy(spec.attention).profile,
+            self.profile(spec),
         )
 
     def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prefill_service.attention.quality import AttentionPolicy
-from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.protocol import HandoffParams
 from prefill_service.models.plan import PrefixPlan
@@ -20,7 +19,7 @@ from prefill_service.scheduling.attention import (
     detail,
     summarize,
 )
-from prefill_service.scheduling.jobs import PrefillResult
+from prefill_service.scheduling.jobs import PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
@@ -59,57 +58,67 @@ class PrefillRunner:
         self,
         job_id: str,
         plan: PrefixPlan,
-        policy: AttentionPolicy,
+        spec: PrefillSpec,
         video: HeldVideo,
         on_start: Callable[[], None],
         on_progress: Callable[[Progress], None],
-    ) -> tuple[PrefillResult, AttentionDetail]:
+    ) -> tuple[PrefillResult, AttentionDetail | None]:
         """Compute a prefix; ``on_start`` is called when the ranks begin.
 
         Cancelling this coroutine stops the ranks and frees the pages.
 
         Returns:
-            The result, and all that is kept of the attention report.
+            The result, and all that is kept of the attention report; of a comparison, nothing.
 
         Raises:
             ServiceError: KV_POOL_FULL, or why the ranks failed.
         """
         index = await asyncio.to_thread(VideoIndex.load, video.index_path)
-        used = self._planning.policy(policy)
-        manifest, kv_bytes = await self._reserve(plan, used)
+        used = self._planning.policy(spec.attention)
+        comparison = await self._planning.comparison(spec, plan)
+        profile = self._planning.profile(spec)
+        manifest, kv_bytes = await self._reserve(plan, profile, comparison)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
         task = PrefillTask(
             job_id, plan, manifest, str(video.path), str(video.index_path), used,
-            self._group.exchange,
+            self._group.exchange, comparison,
         )  # fmt: skip
+        attention, report = None, None
         try:
             outcome = await self._group.prefill(task, on_progress)
-            attention = summarize(policy, outcome.attention)
-            report = detail(attention, outcome.attention, plan, index)
+            if comparison is None:
+                attention = summarize(spec.attention, outcome.attention)
+                report = detail(attention, outcome.attention, plan, index)
             prefix = self._prefixes.complete(plan.prefix_id)
         except BaseException:
             self._prefixes.discard(plan.prefix_id)
             raise
-        self._metrics.prefilled(plan.num_tokens, outcome, attention)
+        method = "" if comparison is None else comparison.mode.method
+        self._metrics.prefilled(plan.num_tokens, outcome, attention, method)
         stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
         logger.info(
             "%s: %d tokens in %.2f s, slowest rank's stages %s, %d bytes received from other ranks,"
-            " attention %s, density %.3f, kept mass %.4f",
+            " attention %s%s",
             job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
-            used.profile, attention.total.density, attention.total.kept_mass_mean,
+            profile, _figures(attention),
         )  # fmt: skip
         result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
         moved = replace(
-            result, exchange=str(self._group.exchange), communication=outcome.communication
+            result,
+            exchange=method or str(self._group.exchange),
+            communication=outcome.communication,
         )
         return moved, report
 
-    async def _reserve(self, plan: PrefixPlan, policy: AttentionPolicy) -> tuple[Manifest, int]:
+    async def _reserve(
+        self, plan: PrefixPlan, profile: str, comparison: ComparisonTask | None
+    ) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""
         while True:
             await self._group.wait_ready()
-            layout, runs = self._group.layout, self._group.shard_map(plan)
+            layout = self._group.layout
+            runs = self._group.shard_map(plan, comparison=comparison)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
             await self._prefixes.make_room(pages * layout.page_bytes)
             if self._group.ready:
@@ -125,9 +134,16 @@ class PrefillRunner:
             endpoints=self._group.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
-            profile=policy.profile,
+            profile=profile,
         )
         return manifest, pages * layout.page_bytes
+
+
+def _figures(attention: AttentionSummary | None) -> str:
+    if attention is None:
+        return ""
+    total = attention.total
+    return f", density {total.density:.3f}, kept mass {total.kept_mass_mean:.4f}"
 
 
 def _result(
@@ -135,7 +151,7 @@ def _result(
     manifest: Manifest,
     kv_bytes: int,
     lease_id: str,
-    attention: AttentionSummary,
+    attention: AttentionSummary | None,
 ) -> PrefillResult:
     params = HandoffParams(manifest, lease_id, report_to="").to_kv_transfer_params()
     return PrefillResult(

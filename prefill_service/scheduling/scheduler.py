@@ -151,7 +151,9 @@ class Scheduler:
         if report is None:
             succeeded = record.state in (JobState.SUCCEEDED, JobState.EVICTED)
             why = (
-                "it is from before there were any, or the disk was full"
+                "it was computed by a comparison mode, whose attention is not measured"
+                if succeeded and record.spec.comparison is not None
+                else "it is from before there were any, or the disk was full"
                 if succeeded
                 else "there is one once a job has succeeded"
             )
@@ -315,10 +317,11 @@ class Scheduler:
                 starts = job.record.attempts
                 try:
                     result, report = await self._runner.run(
-                        job.record.job_id, plan, spec.attention, video,
+                        job.record.job_id, plan, spec, video,
                         lambda: self._started(job), job.advance,
                     )  # fmt: skip
-                    self._keep_report(job, report)
+                    if report is not None:
+                        self._keep_report(job, report)
                     self._end(job, JobState.SUCCEEDED, result=result)
                     return
                 except ServiceError as error:

@@ -18,8 +18,9 @@ import torch
 
 from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
 from prefill_service.decode.vllm_client import DecodeEvent, DecodeRequest
-from prefill_service.engine.messages import PrefillTask, Progress, Stage
+from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress, Stage
 from prefill_service.engine.running import PrefillOutcome
+from prefill_service.engine.shards import comparison_runs, comparison_split
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout, ShardRun
 from prefill_service.kv.protocol import HandoffReport
@@ -162,7 +163,11 @@ class Group:
 
         self._restart = asyncio.create_task(restart())
 
-    def shard_map(self, plan: PrefixPlan) -> tuple[ShardRun, ...]:
+    def shard_map(
+        self, plan: PrefixPlan, comparison: ComparisonTask | None = None
+    ) -> tuple[ShardRun, ...]:
+        if comparison is not None:
+            return comparison_runs(comparison_split(plan, comparison, 2), LAYOUT)
         half = plan.num_tokens // 2
         return (ShardRun(0, half, 0, 0), ShardRun(half, plan.num_tokens, 1, 0))
 

@@ -20,6 +20,13 @@ class Quality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     QUALITY_FAST: _ClassVar[Quality]
     QUALITY_CUSTOM: _ClassVar[Quality]
 
+class ComparisonMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMPARISON_METHOD_UNSPECIFIED: _ClassVar[ComparisonMethod]
+    COMPARISON_METHOD_SPAVA: _ClassVar[ComparisonMethod]
+    COMPARISON_METHOD_STAR: _ClassVar[ComparisonMethod]
+    COMPARISON_METHOD_APB: _ClassVar[ComparisonMethod]
+
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
@@ -42,6 +49,10 @@ QUALITY_HIGH: Quality
 QUALITY_BALANCED: Quality
 QUALITY_FAST: Quality
 QUALITY_CUSTOM: Quality
+COMPARISON_METHOD_UNSPECIFIED: ComparisonMethod
+COMPARISON_METHOD_SPAVA: ComparisonMethod
+COMPARISON_METHOD_STAR: ComparisonMethod
+COMPARISON_METHOD_APB: ComparisonMethod
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -78,17 +89,31 @@ class AttentionSpec(_message.Message):
     min_kept_mass: float
     def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ...) -> None: ...
 
+class ComparisonSpec(_message.Message):
+    __slots__ = ("method", "question", "anchor_tokens", "passing_tokens")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    ANCHOR_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PASSING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    method: ComparisonMethod
+    question: str
+    anchor_tokens: int
+    passing_tokens: int
+    def __init__(self, method: _Optional[_Union[ComparisonMethod, str]] = ..., question: _Optional[str] = ..., anchor_tokens: _Optional[int] = ..., passing_tokens: _Optional[int] = ...) -> None: ...
+
 class PrefillSpec(_message.Message):
-    __slots__ = ("video_id", "sampling", "system_prompt", "attention")
+    __slots__ = ("video_id", "sampling", "system_prompt", "attention", "comparison")
     VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SYSTEM_PROMPT_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    COMPARISON_FIELD_NUMBER: _ClassVar[int]
     video_id: str
     sampling: FrameSampling
     system_prompt: str
     attention: AttentionSpec
-    def __init__(self, video_id: _Optional[str] = ..., sampling: _Optional[_Union[FrameSampling, _Mapping]] = ..., system_prompt: _Optional[str] = ..., attention: _Optional[_Union[AttentionSpec, _Mapping]] = ...) -> None: ...
+    comparison: ComparisonSpec
+    def __init__(self, video_id: _Optional[str] = ..., sampling: _Optional[_Union[FrameSampling, _Mapping]] = ..., system_prompt: _Optional[str] = ..., attention: _Optional[_Union[AttentionSpec, _Mapping]] = ..., comparison: _Optional[_Union[ComparisonSpec, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("stage", "rank", "done", "total", "elapsed")
