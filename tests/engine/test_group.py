@@ -18,6 +18,7 @@ import torch
 from prefill_service.engine.messages import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.plan import FrameSampling
+from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
 from tests.engine.harness import Harness, running_group
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
 
@@ -28,8 +29,13 @@ VIDEOS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+HEADS = 4
+FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
+CASES = [(family, ranks) for family in FAMILIES for ranks in (1, 2, 3, 4)]
+CASES.append(("qwen3_vl", 5))  # the first odd number of ranks with more than two disjoint rings
+
+
+@pytest.mark.parametrize(("family", "ranks"), CASES)
 async def test_kv_equals_transformers(
     checkpoint: Callable[..., Path],
     make_video: Callable[..., Path],
@@ -42,17 +48,31 @@ async def test_kv_equals_transformers(
         for arguments in VIDEOS:
             video = make_video(**arguments)
             plan, index = await harness.plan(video, FrameSampling(fps=4.0))
-            task = harness.task(video, plan)
-            outcome = await harness.prefill(task)
             text = harness.planner._prefix_text("")
             inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
             expected = prefix_kv(model, inputs, plan)
-            error = (harness.read_kv(task) - expected).abs().max() / expected.abs().max()
-            assert error < 1e-5, f"{arguments}, {plan.num_tokens} tokens"
-            # every rank receives the others' K and V of all layers that attend, once
-            layout = harness.group.layout
-            moved = (layout.num_layers - 1) * layout.token_bytes // layout.num_layers
-            assert outcome.bytes_received == moved * plan.num_tokens * (ranks - 1)
+            for kind in ExchangeKind:
+                if kind is ExchangeKind.ULYSSES and ranks > HEADS:
+                    continue  # refused: test_more_ranks_than_query_heads
+                task = harness.task(video, plan, choose_exchange(kind, ranks, HEADS, 0))
+                outcome = await harness.prefill(task)
+                error = (harness.read_kv(task) - expected).abs().max() / expected.abs().max()
+                assert error < 1e-5, f"{kind}, {arguments}, {plan.num_tokens} tokens"
+                assert outcome.attention.density == 1.0
+                assert ("agree" in outcome.communication) == (ranks > 1)
+                harness.group.drop(plan.prefix_id)
+                if kind is ExchangeKind.GATHER:
+                    # every rank receives the others' K and V of all layers that attend, once
+                    layout = harness.group.layout
+                    moved = (layout.num_layers - 1) * layout.token_bytes // layout.num_layers
+                    assert outcome.bytes_received == moved * plan.num_tokens * (ranks - 1)
+
+
+async def test_more_ranks_than_query_heads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="degree of 5 exceeds the model's 4 query heads") as info:
+        async with running_group(checkpoint("qwen3_vl"), tmp_path, 5, exchange="ulysses"):
+            pass
+    assert info.value.reason is Reason.CONFIG_INVALID
 
 
 async def test_bfloat16_is_as_close_to_float32_as_transformers_is(
