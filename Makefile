@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-selection bench-attention bench-fidelity format stubs clean
+.PHONY: help setup demo test lint bench-selection bench-attention bench-fidelity bench-scaling format stubs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ bench-selection: setup ## Which key blocks to keep: estimators, key orders, rule
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection \
 		--checkpoint assets/needle-qwen3-vl
+
+bench-scaling: setup ## Traffic and work on 1 to 4 ranks here; projections to 8 and 32 GPUs
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.sp_scaling
 
 bench-fidelity: setup ## What approximation costs in answers: accuracy per quality, length, rank count
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fidelity

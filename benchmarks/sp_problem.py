@@ -141,7 +141,7 @@ def run_exchange(
     group.agree(0)  # begin together
     start = time.perf_counter()
     for chunk in layout.shares:
-        tokens = _positions(chunk[group.rank])
+        tokens = positions(chunk[group.rank])
         exchange.start_chunk(chunk)
         mine.append(tokens)
         outs = []
@@ -156,5 +156,6 @@ def run_exchange(
     return Run(torch.cat(mine), out, moved(group.meter.since(before)), seconds)
 
 
-def _positions(share: Share) -> Tensor:
+def positions(share: Share) -> Tensor:
+    """[tokens] of a share."""
     return torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in share.ranges)])
