@@ -86,6 +86,9 @@ class ComparisonRun:
     def report(self) -> None:
         """Nothing is measured of these methods."""
 
+    def offloaded(self) -> None:
+        """Nothing is: one layer's keys are held at a time."""
+
     # ---- LayerKV ---------------------------------------------------------------------------
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import RankAttention
 from prefill_service.kv.manifest import Manifest
+from prefill_service.kv.working import WorkingReport
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.comparison.mode import ComparisonMode
 from prefill_service.parallel.exchanges import ExchangeChoice
@@ -137,6 +138,7 @@ class RankDone:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     communication: dict[str, CollectiveUse] = field(default_factory=dict)
     attention: RankAttention | None = None
+    offloaded: WorkingReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

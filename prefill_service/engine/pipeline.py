@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,17 +21,22 @@ from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
 from prefill_service.engine.shards import pages_of_rank
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
+from prefill_service.kv.offload import OffloadedKV, open_working
 from prefill_service.kv.segment import ShardStore, ShardWriter
+from prefill_service.kv.working import WorkingReport, WorkingShape
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape
-from prefill_service.parallel.exchanges import make_exchange
+from prefill_service.parallel.exchanges import ExchangeChoice, make_exchange
 from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.group import SPGroup
 from prefill_service.parallel.layout import Range, Share, deal_patches
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.video.frames import FrameStream
+
+logger = logging.getLogger("prefill_service.pipeline")
 
 _PROGRESS_INTERVAL_S = 0.2
 
@@ -81,6 +87,8 @@ class RankContext:
         model, store: this rank's.
         meshes: the ranks, by Ulysses degree.
         kv_layout: of a page.
+        budget: bounds on a prefix's KV, by the exchange that computes it.
+        runtime_dir: where a CPU rank's offloaded KV goes.
         video: limits for decoding.
         chunk_tokens: tokens per chunk and rank.
         sparse: sizes of sparse attention.
@@ -92,6 +100,8 @@ class RankContext:
     meshes: Mapping[int, SPMesh]
     store: ShardStore
     kv_layout: KVLayout
+    budget: Callable[[ExchangeChoice], KVBudget]
+    runtime_dir: Path
     video: VideoConfig
     chunk_tokens: int
     sparse: SparseSettings
@@ -118,6 +128,9 @@ class TaskRun(Protocol):
     def report(self) -> RankAttention | None:
         """What was measured of its attention."""
 
+    def offloaded(self) -> WorkingReport | None:
+        """What offloading its keys took, if they had to be."""
+
 
 def run_task(
     rank: RankContext,
@@ -138,21 +151,30 @@ def run_task(
     pages = max(1, pages_of_rank(manifest.runs, rank.group.rank, rank.kv_layout))
     writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
     before = dict(rank.group.meter.uses)
-    run = begin(rank, task, writer, cancelled)
+    run = None
     try:
+        run = begin(rank, task, writer, cancelled)
         run.execute()
     except TaskAborted as aborted:
         writer.fail(aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped"))
         rank.store.drop(manifest.prefix_id)
         raise
     finally:
-        run.close()
+        if run is not None:
+            run.close()
+    if offloaded := run.offloaded():
+        logger.info(
+            "%s: %d bytes of KV offloaded, %d moved, %.2f s stalled; at most %d on the device",
+            task.job_id, offloaded.offloaded_bytes, offloaded.moved_bytes, offloaded.stalled_s,
+            offloaded.high_water_bytes,
+        )  # fmt: skip
     return RankDone(
         task.job_id,
         rank.group.rank,
         {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
         rank.group.meter.since(before),
         run.report(),
+        offloaded,
     )
 
 
@@ -204,8 +226,9 @@ class ChunkedRun:
         sparse = rank.sparse
         if not task.exchange.kind.sparse:
             sparse = replace(sparse, from_tokens=NEVER)
+        self._working = self._open_working(task.exchange, shape)
         self._exchange = make_exchange(
-            task.exchange, rank.meshes, self._chunks, shape, sparse.segments
+            task.exchange, rank.meshes, self._chunks, shape, sparse.segments, self._working
         )
         self.attention = AdaptiveAttention(
             sparse,
@@ -238,7 +261,7 @@ class ChunkedRun:
         tokens = sum(s.num_tokens for s in self._shares)
         for chunk, share in zip(self._chunks.shares, self._shares, strict=True):
             features = self._encode(share)
-            self._checkpoint()
+            self._checkpoint(self._copy_failure())
             start = time.perf_counter()
             self._exchange.start_chunk(chunk)
             bounds = [bound for part in chunk for piece in part.ranges for bound in piece]
@@ -259,13 +282,18 @@ class ChunkedRun:
         """See ``TaskRun``."""
         return self.attention.report()
 
+    def offloaded(self) -> WorkingReport | None:
+        """See ``TaskRun``."""
+        return self._working.report() if self._working else None
+
     # ---- LayerKV ---------------------------------------------------------------------------
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """This rank's keys and values of one layer: to its pages, and to the other ranks."""
         if self._rank.model.device.type == "cpu":
             # On a GPU a layer is far shorter than a second; there, once per chunk is enough.
-            self._checkpoint()
+            # (Copies can fail on a CPU only, so what was computed without them is never sealed.)
+            self._checkpoint(self._copy_failure())
         if len(k):
             self._write(layer, k, v)
         if layer < self._last_layer:
@@ -282,8 +310,11 @@ class ChunkedRun:
             return self._exchange.attend(layer, q)
         start, _ = self._share.contiguous
         if self.attention.is_sparse(start, q.shape[1]):
-            kv = self._exchange.complete(layer)
-            return self.attention.attend(layer, q, kv, start, self._chunk[0], scale)
+            kv, state = self._exchange.complete(layer), self.attention.state(layer)
+            clustered = state.clustered
+            out = self.attention.attend(layer, q, kv, start, self._chunk[0], scale)
+            self._exchange.reordered(layer, clustered, state.clustered)
+            return out
         out = self._exchange.attend(layer, q)
         self.attention.observe(layer, q, self._exchange.complete(layer), start, scale)
         return out
@@ -302,6 +333,21 @@ class ChunkedRun:
         return out
 
     # ---- steps -----------------------------------------------------------------------------
+
+    def _open_working(self, exchange: ExchangeChoice, shape: AttentionShape) -> OffloadedKV | None:
+        """Where the keys go that exceed the bound; nothing if none do."""
+        sizes = WorkingShape(
+            shape.num_layers, shape.num_tokens, shape.kv_heads, shape.head_dim, shape.dtype,
+            shape.device,
+        )  # fmt: skip
+        try:
+            return open_working(self._rank.budget(exchange), sizes, self._rank.runtime_dir)
+        except ServiceError as error:
+            self._checkpoint(error)  # the others' first one, wherever they get to it
+            raise  # not reached: a checkpoint with an error raises on every rank
+
+    def _copy_failure(self) -> ServiceError | None:
+        return self._working.failure if self._working else None
 
     def _encode(self, share: Share) -> list[VisionFeatures]:
         if not share.num_patches:

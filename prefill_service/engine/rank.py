@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,6 @@ class Rank:
         torch.set_num_threads(spec.threads)
         device, staged = _device(spec)
         layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
-        self._budget = kv_budget(spec.engine, spec.checkpoint, spec.dtype, spec.device)
-        if self._budget.offload:
-            raise ServiceError(
-                Reason.CONFIG_INVALID,
-                'engine.kv_offload = "host" is not supported by this exchange; use "off"',
-            )
         model = PrefillModel(
             spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
         )
@@ -112,6 +107,8 @@ class Rank:
             meshes=meshes,
             store=ShardStore(layout, spec.generation),
             kv_layout=layout,
+            budget=partial(kv_budget, spec.engine, spec.checkpoint, spec.dtype, spec.device),
+            runtime_dir=Path(spec.socket_path).parent,
             video=spec.video,
             chunk_tokens=chunk,
             sparse=sparse_settings(spec.engine, from_tokens),
@@ -129,7 +126,9 @@ class Rank:
     def _run_task(self, context: RankContext, task: msg.PrefillTask) -> None:
         cancelled = self._cancelled[task.job_id]
         try:
-            self._budget.check(task.plan.num_tokens)  # of which every rank thinks the same
+            context.budget(task.exchange).check(
+                task.plan.num_tokens
+            )  # of which every rank thinks the same
         except ServiceError as refusal:
             self._cancelled.pop(task.job_id, None)
             self._send(msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict()))

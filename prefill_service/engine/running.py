@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.engine import messages as msg
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.working import WorkingReport
 from prefill_service.parallel.meter import CollectiveUse, moved, total
 
 
@@ -21,12 +22,14 @@ class PrefillOutcome:
         communication: collectives by name: calls and bytes of all ranks, the slowest one's time.
         seconds: wall clock.
         attention: over all ranks.
+        offloaded: of each rank that had to offload its keys.
     """
 
     stage_seconds: dict[str, float]
     communication: dict[str, CollectiveUse]
     seconds: float
     attention: AttentionReport = field(default_factory=AttentionReport)
+    offloaded: tuple[WorkingReport, ...] = ()
 
     @property
     def bytes_received(self) -> int:
@@ -64,4 +67,5 @@ class RunningTask:
         communication = total(rank.communication for rank in done)
         measured = [rank.attention for rank in done if rank.attention is not None]
         attention = combine(measured) if measured else AttentionReport()
-        return PrefillOutcome(stages, communication, seconds, attention)
+        offloaded = tuple(rank.offloaded for rank in done if rank.offloaded is not None)
+        return PrefillOutcome(stages, communication, seconds, attention, offloaded)

@@ -124,6 +124,7 @@ class OffloadedKV:
             )
         self._shape, self._engine, self._share = shape, engine, share
         self._free = [shape.empty(shape.tokens) for _ in range(WORKING_SLOTS)]
+        self._away = 0  # rows at home in the store
         self._room = limit_bytes - least  # for rows at home on the device
         self._bytes = least
         self._buffers: dict[int, Tensor] = {}
@@ -195,11 +196,10 @@ class OffloadedKV:
         return self._engine.failure
 
     def report(self) -> WorkingReport:
-        """What it took so far."""
-        row_bytes = self._shape.layers * self._shape.row_bytes
+        """What it took so far; also after ``close``."""
         return WorkingReport(
             high_water_bytes=self._bytes,  # kept rows are never given back before the end
-            offloaded_bytes=sum(r.end - r.start for r in self._runs if r.kept is None) * row_bytes,
+            offloaded_bytes=self._away * self._shape.layers * self._shape.row_bytes,
             moved_bytes=self._engine.moved_bytes,
             stalled_s=self._engine.stalled_s,
         )
@@ -233,6 +233,7 @@ class OffloadedKV:
         )
         away = round(self._share(costs) * (end - start))
         away = max(away, end - start - self._room // row_bytes)
+        self._away += away
         if away:
             first = start
             if self._runs and self._runs[-1].kept is None:
