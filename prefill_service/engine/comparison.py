@@ -16,8 +16,8 @@ from torch import Tensor
 
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
-from prefill_service.engine.pipeline import RankContext, StageClock, checkpoint
 from prefill_service.engine.shards import comparison_split
+from prefill_service.engine.task import RankContext, StageClock, checkpoint
 from prefill_service.errors import ServiceError
 from prefill_service.kv.segment import ShardWriter
 from prefill_service.models.prefill_model import VisionFeatures

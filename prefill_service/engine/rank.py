@@ -25,13 +25,7 @@ from prefill_service.attention.probe import measure_crossover
 from prefill_service.config import HEARTBEAT_S
 from prefill_service.engine import messages as msg
 from prefill_service.engine.comparison import ComparisonRun
-from prefill_service.engine.pipeline import (
-    ChunkedRun,
-    RankContext,
-    Status,
-    TaskAborted,
-    run_task,
-)
+from prefill_service.engine.pipeline import ChunkedRun
 from prefill_service.engine.spec import (
     RankSpec,
     chunk_tokens,
@@ -39,6 +33,7 @@ from prefill_service.engine.spec import (
     kv_layout,
     sparse_settings,
 )
+from prefill_service.engine.task import RankContext, Status, TaskAborted, run_task
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_server import PageServer
 from prefill_service.kv.segment import ShardStore

@@ -1,0 +1,178 @@
+"""A task on one rank, whatever computes it: begun, kept in step with the other ranks, reported."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Protocol
+
+from prefill_service.attention.adaptive import SparseSettings
+from prefill_service.attention.report import RankAttention
+from prefill_service.config import VideoConfig
+from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
+from prefill_service.engine.shards import pages_of_rank
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.budget import KVBudget
+from prefill_service.kv.manifest import KVLayout
+from prefill_service.kv.segment import ShardStore, ShardWriter
+from prefill_service.kv.working import WorkingReport
+from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.mesh import SPMesh
+
+logger = logging.getLogger("prefill_service.task")
+
+_PROGRESS_INTERVAL_S = 0.2
+
+
+class Status(IntEnum):
+    """What ranks agree on at each synchronisation point; the largest wins."""
+
+    FINE = 0
+    CANCELLED = 1
+    FAILED = 2
+
+
+class TaskAborted(Exception):
+    """All ranks agreed to stop this task; ``error`` is set on the rank that caused it."""
+
+    def __init__(self, status: Status, error: ServiceError | None) -> None:
+        super().__init__(status.name)
+        self.status = status
+        self.error = error
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Progress and seconds per stage, reported at most five times a second."""
+
+    report: Callable[[Stage, int, int, float], None]
+    seconds: dict[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
+    _last: dict[Stage, float] = field(default_factory=dict)
+
+    def add(self, stage: Stage, done: int, total: int, start: float) -> None:
+        """Note that work since ``start`` (perf_counter) brought ``done`` of ``total`` units."""
+        self.set(stage, done, total, self.seconds[stage] + time.perf_counter() - start)
+
+    def set(self, stage: Stage, done: int, total: int, seconds: float) -> None:
+        """Note that ``done`` of ``total`` units took ``seconds`` so far."""
+        self.seconds[stage] = seconds
+        now = time.monotonic()
+        if done >= total or now - self._last.get(stage, 0.0) >= _PROGRESS_INTERVAL_S:
+            self._last[stage] = now
+            self.report(stage, done, total, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """What this rank is and has, for every task.
+
+    Attributes:
+        model, store: this rank's.
+        meshes: the ranks, by Ulysses degree.
+        kv_layout: of a page.
+        budget: bounds on a prefix's KV, by the exchange that computes it.
+        runtime_dir: where a CPU rank's offloaded KV goes.
+        video: limits for decoding.
+        chunk_tokens: tokens per chunk and rank.
+        sparse: sizes of sparse attention.
+        send: delivers progress messages.
+        tick: called after each unit of work; liveness for the heartbeat.
+    """
+
+    model: PrefillModel
+    meshes: Mapping[int, SPMesh]
+    store: ShardStore
+    kv_layout: KVLayout
+    budget: Callable[[ExchangeChoice], KVBudget]
+    runtime_dir: Path
+    video: VideoConfig
+    chunk_tokens: int
+    sparse: SparseSettings
+    send: Callable[[Progress], None]
+    tick: Callable[[], None]
+
+    @property
+    def group(self) -> SPGroup:
+        """All ranks."""
+        return self.meshes[1].world
+
+
+class TaskRun(Protocol):
+    """One task in progress on one rank."""
+
+    clock: StageClock
+
+    def execute(self) -> None:
+        """All of it."""
+
+    def close(self) -> None:
+        """Also after ``execute`` failed."""
+
+    def report(self) -> RankAttention | None:
+        """What was measured of its attention."""
+
+    def offloaded(self) -> WorkingReport | None:
+        """What offloading its keys took, if they had to be."""
+
+
+def run_task(
+    rank: RankContext,
+    task: PrefillTask,
+    cancelled: threading.Event,
+    begin: Callable[[RankContext, PrefillTask, ShardWriter, threading.Event], TaskRun],
+) -> RankDone:
+    """Compute this rank's share of the task, in step with the other ranks of its group.
+
+    Args:
+        begin: ``ChunkedRun``, or another way to compute a prefix.
+
+    Raises:
+        TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
+    """
+    manifest = task.manifest
+    # A rank without any share (fewer patches than ranks) holds one unused page.
+    pages = max(1, pages_of_rank(manifest.runs, rank.group.rank, rank.kv_layout))
+    writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
+    before = dict(rank.group.meter.uses)
+    run = None
+    try:
+        run = begin(rank, task, writer, cancelled)
+        run.execute()
+    except TaskAborted as aborted:
+        writer.fail(aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped"))
+        rank.store.drop(manifest.prefix_id)
+        raise
+    finally:
+        if run is not None:
+            run.close()
+    if offloaded := run.offloaded():
+        logger.info(
+            "%s: %d bytes of KV offloaded, %d moved, %.2f s stalled; at most %d on the device",
+            task.job_id, offloaded.offloaded_bytes, offloaded.moved_bytes, offloaded.stalled_s,
+            offloaded.high_water_bytes,
+        )  # fmt: skip
+    return RankDone(
+        task.job_id,
+        rank.group.rank,
+        {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
+        rank.group.meter.since(before),
+        run.report(),
+        offloaded,
+    )
+
+
+def checkpoint(
+    rank: RankContext, cancelled: threading.Event, error: ServiceError | None = None
+) -> None:
+    """Synchronisation point: all ranks go on, or all raise ``TaskAborted``."""
+    mine = Status.CANCELLED if cancelled.is_set() else Status.FINE
+    status = Status(rank.group.agree(Status.FAILED if error else mine))
+    if status is not Status.FINE:
+        raise TaskAborted(status, error)
