@@ -55,6 +55,12 @@ class Metrics:
         self._seconds = histogram("seconds", "Wall clock of a prefill.", _SECONDS, "quality")
         self._tokens = counter("tokens", "Tokens prefilled.", "quality")
         self._received = counter("received_bytes", "Bytes ranks received from other ranks.")
+        self._offloaded = counter(
+            "offload_moved_bytes", "Bytes of offloaded KV moved to the ranks and back."
+        )
+        self._stalled = counter(
+            "offload_stalled_seconds", "Seconds of the slowest rank waiting for offloaded KV."
+        )
         self._stages = counter(
             "stage_seconds", "Seconds of each prefill's slowest rank, by stage.", "stage"
         )
@@ -119,6 +125,8 @@ class Metrics:
         self._seconds.labels(quality).observe(outcome.seconds)
         self._tokens.labels(quality).inc(tokens)
         self._received.inc(outcome.bytes_received)
+        self._offloaded.inc(sum(rank.moved_bytes for rank in outcome.offloaded))
+        self._stalled.inc(max((rank.stalled_s for rank in outcome.offloaded), default=0.0))
         for stage, seconds in outcome.stage_seconds.items():
             self._stages.labels(stage).inc(seconds)
         if attention is not None:

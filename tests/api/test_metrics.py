@@ -68,6 +68,8 @@ async def test_jobs_attention_and_answers_are_counted(serve: Serve) -> None:
         assert value("tokens_total", quality="balanced") == 16 * (8 + 12)
         assert value("tokens_total", quality="exact") == 160
         assert value("received_bytes_total") == 3
+        assert value("offload_moved_bytes_total") == 3 * 11
+        assert value("offload_stalled_seconds_total") == 3 * 0.5
         assert value("layer_density", layer="1") == pytest.approx(0.2)
         assert value("layer_kept_mass", layer="2", statistic="min") == pytest.approx(0.8)
         assert value("layer_output_error", layer="2", statistic="mean") == pytest.approx(0.05)

@@ -25,6 +25,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout, ShardRun
 from prefill_service.kv.protocol import HandoffReport
 from prefill_service.kv.reports import send_report
+from prefill_service.kv.working import WorkingReport
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.parallel.meter import CollectiveUse
@@ -199,8 +200,9 @@ class Group:
         ready.set()
         self.tasks.append(task)
         return PrefillOutcome(
-            {"decode": 0.1}, {"broadcast": CollectiveUse(1, 1, 0.01)}, 0.1, report(task)
-        )
+            {"decode": 0.1}, {"broadcast": CollectiveUse(1, 1, 0.01)}, 0.1, report(task),
+            (WorkingReport(64, 32, 7, 0.5), WorkingReport(64, 32, 4, 0.25)),
+        )  # fmt: skip
 
     def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         assert ttl_s > 0
