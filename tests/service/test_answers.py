@@ -1,7 +1,8 @@
 """The main promise: through the service, token for token, what vLLM alone answers.
 
 mp4 → gRPC → rank processes → pages → vLLM without a vision tower, against a vLLM with its vision
-tower on the same frames and against transformers, for both families and 1 to 3 ranks.
+tower on the same frames and against transformers, for both families, 1 to 4 ranks and all
+exchanges.
 """
 
 from __future__ import annotations
@@ -76,8 +77,18 @@ def alone(
     return get
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("family", "ranks", "exchange"),
+    [
+        ("qwen3_vl", 1, "gather"),
+        ("qwen3_vl", 2, "ring"),
+        ("qwen3_vl", 3, "multi_ring"),
+        ("qwen3_vl", 4, "usp"),
+        ("qwen2_5_vl", 2, "demand"),
+        ("qwen2_5_vl", 3, "pass_q"),
+        ("qwen2_5_vl", 4, "ulysses"),
+    ],  # gather on two ranks: test_faults.py, and others; all on all: tests/engine
+)
 def test_tokens_equal_vllm_alone(
     checkpoint: Callable[..., Path],
     make_video: Callable[..., Path],
@@ -86,11 +97,12 @@ def test_tokens_equal_vllm_alone(
     tmp_path: Path,
     family: str,
     ranks: int,
+    exchange: str,
 ) -> None:
     url = vllm(family).url
     # What an earlier service handed over must not answer for this one.
     assert httpx.post(f"{url}/reset_prefix_cache").is_success
-    arguments = ("--ranks", str(ranks), "--vllm-url", url)
+    arguments = ("--ranks", str(ranks), "--vllm-url", url, "--engine-exchange", exchange)
     with (
         running_service(checkpoint(family), tmp_path, *arguments) as service,
         service.client() as client,
@@ -112,7 +124,12 @@ def test_tokens_equal_vllm_alone(
                 usage = got.usage
                 assert usage.prompt_tokens == len(reference.prompt_token_ids)
                 if number == 0:
-                    prefix_tokens = client.job(got.job_id).prefix_tokens
+                    job = client.job(got.job_id)
+                    prefix_tokens = job.prefix_tokens
+                    moved = job.result.communication
+                    assert moved.exchange.split()[0] == exchange
+                    received = sum(use.bytes_received for use in moved.collectives)
+                    assert (received > 0) == (ranks > 1)
                     assert usage.kv_tokens_moved == prefix_tokens
                     assert 150 < usage.video_tokens < 450 or usage.video_tokens >= 8000
                 elif number == 1:
