@@ -248,7 +248,7 @@ def _with_kernels(
     epsilon: Tensor,
     forced: Tensor,
     scale: float,
-    fetch: Callable[[Tensor], None] | None,
+    fetch: Callable[[Tensor], None] | None = None,
 ) -> SparseResult:
     # Triton is imported where it runs: without a GPU nothing needs it.
     from prefill_service.kernels.block_sparse import block_sparse_attention

@@ -67,10 +67,13 @@ async def test_preemption_death_and_restart(
 
             alone = await ask(decoder, case, handoffs[0], "alone", 700)
             assert alone[: len(case.answers[0])] == case.answers[0]
-            together = await asyncio.gather(
-                *(ask(decoder, case, h, f"both-{i}", 700) for i, h in enumerate(handoffs))
-            )
-            assert together == [alone, alone]
+            for turn in range(6):  # one may be through before the other needs its room
+                together = await asyncio.gather(
+                    *(ask(decoder, case, h, f"{turn}-{i}", 700) for i, h in enumerate(handoffs))
+                )
+                assert together == [alone, alone]
+                if await _preemptions(decoder) > 0:
+                    break
             assert await _preemptions(decoder) > 0, "the test shows nothing"
 
             await _kill_engine_and_see(decoder, case, handoffs[0])

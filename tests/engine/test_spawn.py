@@ -18,7 +18,7 @@ from prefill_service.models.checkpoint import Checkpoint
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RankGroup:
     """A group whose interpreter is gone."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    checkpoint = Checkpoint(tmp_path, "qwen3_vl", "f", 2, 1, 16, 1024, "float32")
+    checkpoint = Checkpoint(tmp_path, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
     return RankGroup(EngineConfig(), VideoConfig(), checkpoint, "float32", "cpu", tmp_path / "run")
 
 
