@@ -25,6 +25,9 @@ HEARTBEAT_S = 1.0
 EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring", "demand")
 """``parallel.exchanges.ExchangeKind``, without importing torch."""
 
+AUTO = "auto"
+"""Each prefix's exchange is planned; see docs/planner.md."""
+
 LEAST_DECODER_BYTES = 512 << 20
 """Address space: of a decoder process, the libraries alone map up to 400 MiB (OpenCV)."""
 
@@ -88,7 +91,7 @@ class EngineConfig:
     dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
     exchange: str = _opt(
         "gather",
-        "How ranks exchange keys: gather, ring, ulysses, usp, pass_q or multi_ring.",
+        "How ranks exchange keys: gather, ring, ulysses, usp, pass_q, multi_ring, demand, or auto.",
     )
     ulysses_degree: int = _opt(0, "Of usp: ranks that share heads; 0: chosen.", zero=True)
     chunk_tokens: int = _opt(
@@ -242,7 +245,8 @@ def validate(config: ServiceConfig) -> None:
     check(1 <= engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
     check(engine.device in ("auto", "cpu", "cuda"), "engine.device", engine.device,
           "auto, cpu or cuda")  # fmt: skip
-    check(engine.exchange in EXCHANGES, "engine.exchange", engine.exchange, " or ".join(EXCHANGES))
+    exchanges = (*EXCHANGES, AUTO)
+    check(engine.exchange in exchanges, "engine.exchange", engine.exchange, " or ".join(exchanges))
     check(engine.ranks % (engine.ulysses_degree or 1) == 0, "engine.ulysses_degree",
           engine.ulysses_degree, f"a divisor of the {engine.ranks} ranks")  # fmt: skip
     check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,

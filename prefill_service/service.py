@@ -19,7 +19,7 @@ from prefill_service.api.metrics_server import MetricsServer
 from prefill_service.api.prefill_servicer import PrefillServicer
 from prefill_service.api.server import ANSWER, PREFILL, VIDEO, ApiServer
 from prefill_service.api.video_servicer import VideoServicer
-from prefill_service.config import ServiceConfig
+from prefill_service.config import AUTO, ServiceConfig
 from prefill_service.kv.reports import ReportServer
 from prefill_service.scheduling.answers import Answers
 from prefill_service.scheduling.job_store import JobStore
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prefill_service.engine.group import RankGroup
     from prefill_service.kv.budget import KVBudget
     from prefill_service.models.planner import PromptPlanner
+    from prefill_service.scheduling.exchanges import ExchangePlanner
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Parts:
     submit_early: bool = True
     budgets: HeadBudgetProfile | None = None
     memory: KVBudget | None = None
+    exchanges: ExchangePlanner | None = None
 
 
 def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Parts:
@@ -66,9 +68,11 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     from prefill_service.attention.head_budgets import load_profile
     from prefill_service.decode.decoder import Decoder
     from prefill_service.engine.group import RankGroup
-    from prefill_service.engine.spec import kv_budget
+    from prefill_service.engine.probing import model_shape
+    from prefill_service.engine.spec import chunk_tokens, kv_budget
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
     from prefill_service.models.planner import PromptPlanner
+    from prefill_service.scheduling.exchanges import ExchangePlanner
 
     engine = config.engine
     checkpoint = open_checkpoint(engine.model)
@@ -79,13 +83,21 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
         layers, heads = checkpoint.num_layers - 1, checkpoint.num_kv_heads
         path = Path(engine.head_budgets).expanduser()
         budgets = load_profile(path, checkpoint.fingerprint, layers, heads)
+    group = RankGroup(engine, config.video, checkpoint, dtype, device, runtime_dir)
+    memory, exchanges = kv_budget(engine, checkpoint, dtype, device), None
+    if engine.exchange == AUTO:
+        exchanges = ExchangePlanner(
+            model_shape(checkpoint, dtype), engine.ranks, chunk_tokens(engine, device),
+            memory.working_bytes, lambda: group.observed,
+        )  # fmt: skip
     return Parts(
         PromptPlanner(checkpoint, dtype),
-        RankGroup(engine, config.video, checkpoint, dtype, device, runtime_dir),
+        group,
         Decoder(config.decoder, str(checkpoint.path), dtype, data_dir),
         submit_early=device != "cpu",
         budgets=budgets,
-        memory=kv_budget(engine, checkpoint, dtype, device),
+        memory=memory,
+        exchanges=exchanges,
     )
 
 
@@ -175,8 +187,9 @@ class Service:
         stack.callback(planning.close)
         metrics = Metrics()
         scheduler = self._scheduler = Scheduler(
-            store, videos, planning, parts.group, uuid.uuid4().hex, config.engine, metrics
-        )
+            store, videos, planning, parts.group, uuid.uuid4().hex, config.engine, metrics,
+            parts.exchanges,
+        )  # fmt: skip
         wait_s = REMOTE_DECODER_WAIT_S if config.decoder.url else config.decoder.start_timeout_s
         answers = Answers(
             planning, scheduler, parts.decoder, reports, wait_s, parts.submit_early, metrics

@@ -22,6 +22,7 @@ from prefill_service.kv.manifest import ShardRun
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.planning.fitting import Observation
 
 logger = logging.getLogger("prefill_service.group")
 
@@ -78,6 +79,11 @@ class RankGroup:
         self._watcher: asyncio.Task[None] | None = None
         self._restarter: asyncio.Task[None] | None = None
         self._stopping = False
+
+    @property
+    def observed(self) -> tuple[Observation, ...]:
+        """Of a group that is ready: what rank 0 measured at start, if exchanges are planned."""
+        return self._ready[0].observed if 0 in self._ready else ()
 
     # ---- life ------------------------------------------------------------------------------
 

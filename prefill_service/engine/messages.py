@@ -13,6 +13,7 @@ from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.comparison.mode import ComparisonMode
 from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.parallel.meter import CollectiveUse
+from prefill_service.planning.fitting import Observation
 
 
 class Stage(StrEnum):
@@ -101,11 +102,16 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and the group has formed."""
+    """The model is loaded and the group has formed.
+
+    Attributes:
+        observed: what a probe measured, where exchanges are planned.
+    """
 
     rank: int
     endpoint: str
     device: str
+    observed: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

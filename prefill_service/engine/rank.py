@@ -22,10 +22,11 @@ import torch
 import transformers
 
 from prefill_service.attention.probe import measure_crossover
-from prefill_service.config import HEARTBEAT_S
+from prefill_service.config import AUTO, HEARTBEAT_S
 from prefill_service.engine import messages as msg
 from prefill_service.engine.comparison import ComparisonRun
 from prefill_service.engine.pipeline import ChunkedRun
+from prefill_service.engine.probing import model_shape, probe_ranks
 from prefill_service.engine.spec import (
     RankSpec,
     chunk_tokens,
@@ -40,6 +41,7 @@ from prefill_service.kv.segment import ShardStore
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.group import form_group
 from prefill_service.parallel.mesh import form_meshes
+from prefill_service.planning.fitting import Observation
 
 logger = logging.getLogger("prefill_service.rank")
 
@@ -70,7 +72,7 @@ class Rank:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         endpoint = f"unix:{self._spec.socket_path}"
         device = str(context.model.device)
-        self._send(msg.Ready(self._spec.rank, endpoint, device))
+        self._send(msg.Ready(self._spec.rank, endpoint, device, self._observed))
         try:
             while (task := self._tasks.get()) is not None:
                 self._busy = True
@@ -92,6 +94,10 @@ class Rank:
             spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s, staged
         )
         meshes = form_meshes(group, timeout_s)
+        self._observed: tuple[Observation, ...] = ()
+        if spec.engine.exchange == AUTO:
+            shape = model_shape(spec.checkpoint, spec.dtype)
+            self._observed = probe_ranks(shape, group, device, model.dtype)
         chunk = chunk_tokens(spec.engine, device.type)
         from_tokens = spec.engine.sparse_from_tokens or self._crossover(model, chunk)
         # The slowest rank decides, so that all of them report one figure.

@@ -9,6 +9,7 @@ import numpy as np
 
 from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.config import (
+    AUTO,
     EngineConfig,
     VideoConfig,
     memory_bytes,
@@ -46,13 +47,14 @@ def chunk_tokens(engine: EngineConfig, device: str) -> int:
 
 
 def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig) -> ExchangeChoice:
-    """The configured exchange.
+    """The configured exchange; ``gather`` where none is, which bounds what a prefix may take.
 
     Raises:
         ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks, or its
             keys cannot be offloaded as configured.
     """
-    kind, wanted = ExchangeKind(engine.exchange), engine.ulysses_degree
+    name = ExchangeKind.GATHER if engine.exchange == AUTO else engine.exchange
+    kind, wanted = ExchangeKind(name), engine.ulysses_degree
     if engine.kv_offload == "host" and not kind.offloads:
         can = " or ".join(repr(str(other)) for other in ExchangeKind if other.offloads)
         raise ServiceError(

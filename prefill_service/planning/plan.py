@@ -22,6 +22,7 @@ class PlanRequest:
         shape: of the model.
         tokens: of the prompt.
         max_ranks: ranks there are; fewer may be used.
+        min_ranks: that have to be used.
         kv_memory_bytes: for K, V and exchange buffers on each rank.
         density: share of the (query, key) pairs that attention computes, 1 if exact; of exchanges
             under which it can select (``Scheme.selects``).
@@ -44,10 +45,12 @@ class PlanRequest:
     chunk_tokens: Sequence[int] = CHUNK_TOKENS
     exchanges: Sequence[Exchange] = tuple(Exchange)
     demand_share: float | None = None
+    min_ranks: int = 1
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_ranks", "parallel_links"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _check("min_ranks", self.min_ranks, 1 <= self.min_ranks <= self.max_ranks, "1 to max_ranks")
         _check("kv_memory_bytes", self.kv_memory_bytes, self.kv_memory_bytes > 0, "more than 0")
         _check("density", self.density, 0 < self.density <= 1, "0 < density <= 1")
         share = self.demand_share

@@ -65,6 +65,8 @@ def degrees(max_ranks: int) -> list[int]:
 
 def _candidates(request: PlanRequest, cost: CostModel) -> Iterator[Candidate]:
     for ranks in degrees(request.max_ranks):
+        if ranks < request.min_ranks:
+            continue
         share = -(-request.tokens // ranks)
         sizes = sorted({min(size, share) for size in request.chunk_tokens})
         cuts = {

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.protocol import HandoffParams
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.scheduling.attention import (
     AttentionDetail,
     AttentionSummary,
     detail,
     summarize,
 )
+from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.jobs import PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
@@ -38,6 +41,7 @@ class PrefillRunner:
     Args:
         engine_id: uuid of this service run, part of every manifest.
         metrics: told of each prefill.
+        exchanges: chooses each prefix's exchange; without it, it is the group's.
     """
 
     def __init__(
@@ -47,12 +51,14 @@ class PrefillRunner:
         engine_id: str,
         planning: Planning,
         metrics: Metrics,
+        exchanges: ExchangePlanner | None = None,
     ) -> None:
         self._group = group
         self._prefixes = prefixes
         self._engine_id = engine_id
         self._planning = planning
         self._metrics = metrics
+        self._exchanges = exchanges
 
     async def run(
         self,
@@ -77,12 +83,13 @@ class PrefillRunner:
         used = self._planning.policy(spec.attention)
         comparison = await self._planning.comparison(spec, plan)
         profile = self._planning.profile(spec)
-        manifest, kv_bytes = await self._reserve(plan, profile, comparison)
+        exchange = await self._exchange(plan, used, comparison)
+        manifest, kv_bytes = await self._reserve(plan, profile, exchange, comparison)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
         task = PrefillTask(
             job_id, plan, manifest, str(video.path), str(video.index_path), used,
-            self._group.exchange, comparison,
+            exchange, comparison,
         )  # fmt: skip
         attention, report = None, None
         try:
@@ -90,6 +97,8 @@ class PrefillRunner:
             if comparison is None:
                 attention = summarize(spec.attention, outcome.attention)
                 report = detail(attention, outcome.attention, plan, index)
+                if self._exchanges is not None:
+                    self._exchanges.learn(plan, used, exchange, outcome)
             prefix = self._prefixes.complete(plan.prefix_id)
         except BaseException:
             self._prefixes.discard(plan.prefix_id)
@@ -106,19 +115,31 @@ class PrefillRunner:
         result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
         moved = replace(
             result,
-            exchange=method or str(self._group.exchange),
+            exchange=method or str(exchange),
             communication=outcome.communication,
         )
         return moved, report
 
+    async def _exchange(
+        self, plan: PrefixPlan, policy: AttentionPolicy, comparison: ComparisonTask | None
+    ) -> ExchangeChoice:
+        if self._exchanges is None or comparison is not None:
+            return self._group.exchange
+        await self._group.wait_ready()  # the first choice needs the ranks' probe
+        return await asyncio.to_thread(self._exchanges.choose, plan, policy)
+
     async def _reserve(
-        self, plan: PrefixPlan, profile: str, comparison: ComparisonTask | None
+        self,
+        plan: PrefixPlan,
+        profile: str,
+        exchange: ExchangeChoice,
+        comparison: ComparisonTask | None,
     ) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""
         while True:
             await self._group.wait_ready()
             layout = self._group.layout
-            runs = self._group.shard_map(plan, comparison=comparison)
+            runs = self._group.shard_map(plan, exchange, comparison)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
             await self._prefixes.make_room(pages * layout.page_bytes)
             if self._group.ready:

@@ -16,6 +16,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.scheduling.attention import AttentionDetail
+from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
@@ -41,6 +42,7 @@ class Scheduler:
         engine_id: uuid of this service run, part of every manifest.
         config: size of the pool, time to live of leases, length of the queue.
         metrics: told of jobs, and reads their numbers here.
+        exchanges: see ``PrefillRunner``.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scheduler:
         engine_id: str,
         config: EngineConfig,
         metrics: Metrics,
+        exchanges: ExchangePlanner | None = None,
     ) -> None:
         self._store = store
         self._videos = videos
@@ -61,7 +64,7 @@ class Scheduler:
         self.prefixes = PrefixRegistry(
             group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self._evicted
         )
-        self._runner = PrefillRunner(group, self.prefixes, engine_id, planning, metrics)
+        self._runner = PrefillRunner(group, self.prefixes, engine_id, planning, metrics, exchanges)
         self._jobs: dict[str, Job] = {}
         self._by_prefix: dict[str, Job] = {}
         self._queue: deque[Job] = deque()

@@ -25,10 +25,19 @@ ALLOWED: dict[str, set[str]] = {
     "video": set(),
     "kv": {"models.plan"},
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
-    "engine": {"models", "attention", "parallel", "kv", "video"},
+    "engine": {"models", "attention", "parallel", "planning", "kv", "video"},
     "calibration": {"engine", "models", "attention", "video"},
     "decode": {"kv", "models.plan"},
-    "scheduling": {"attention", "engine", "parallel", "models", "kv", "video", "decode"},
+    "scheduling": {
+        "attention",
+        "engine",
+        "parallel",
+        "planning",
+        "models",
+        "kv",
+        "video",
+        "decode",
+    },
     "api": {"scheduling", "attention", "engine", "parallel", "models", "kv", "video", "decode"},
 }
 

@@ -27,6 +27,7 @@ from prefill.v1 import (
 from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.config import ServiceConfig, load_config
 from prefill_service.kv.budget import KVBudget
+from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.service import Parts, Service
 from tests.scheduling.parts import Decoder, Group, Planner
 
@@ -131,6 +132,7 @@ async def serving(
     wait: bool = True,
     budgets: HeadBudgetProfile | None = None,
     memory: KVBudget | None = None,
+    exchanges: ExchangePlanner | None = None,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Harness]:
     """Run a service on a copy of the template's data; sections are configuration."""
@@ -144,7 +146,7 @@ async def serving(
     decoder = decoder or Decoder(group)
 
     def build(config: ServiceConfig, data: Path, runtime: Path) -> Parts:
-        return Parts(Planner(), group, decoder, budgets=budgets, memory=memory)  # type: ignore[arg-type]
+        return Parts(Planner(), group, decoder, budgets=budgets, memory=memory, exchanges=exchanges)  # type: ignore[arg-type]
 
     service = Service(load_config(None, sections), build)
     harness = Harness(service, group, decoder, video_id)

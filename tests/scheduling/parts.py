@@ -165,7 +165,10 @@ class Group:
         self._restart = asyncio.create_task(restart())
 
     def shard_map(
-        self, plan: PrefixPlan, comparison: ComparisonTask | None = None
+        self,
+        plan: PrefixPlan,
+        exchange: ExchangeChoice | None = None,
+        comparison: ComparisonTask | None = None,
     ) -> tuple[ShardRun, ...]:
         if comparison is not None:
             return comparison_runs(comparison_split(plan, comparison, 2), LAYOUT)

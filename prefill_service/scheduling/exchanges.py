@@ -1,0 +1,112 @@
+"""Which exchange computes a prefix, where the configuration leaves it open.
+
+A cost model of this machine, from the ranks' probe at start and refined by every finished prefill,
+costs the exchanges for a prefix's length (docs/planner.md). All are exact; attention can be sparse
+under ``gather`` only, so that another one is chosen where computing all of it is faster still.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.engine.running import PrefillOutcome
+from prefill_service.errors import ServiceError
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.layout import deal_patches
+from prefill_service.planning.chunking import chunking_of
+from prefill_service.planning.cost import ASSUMED, CostModel
+from prefill_service.planning.fitting import Observation, fit
+from prefill_service.planning.history import CostHistory
+from prefill_service.planning.plan import PlanRequest
+from prefill_service.planning.planner import plan_prefill
+from prefill_service.planning.schemes import Exchange, Scheme
+from prefill_service.planning.shapes import ModelShape
+from prefill_service.planning.work import prefill_work
+
+logger = logging.getLogger(__name__)
+
+CONSIDERED = tuple(Exchange(kind.value) for kind in ExchangeKind if kind != ExchangeKind.DEMAND)
+"""``demand`` is left out: how much is in demand is not known before."""
+
+
+class ExchangePlanner:
+    """Chooses, and learns from what came of it.
+
+    Args:
+        shape: of the model.
+        ranks: of the group; all of them compute.
+        chunk_tokens: per chunk and rank, as the ranks have it.
+        kv_bytes: for K, V and buffers on each rank.
+        observed: what the ranks' probe measured; asked for once they are up.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        ranks: int,
+        chunk_tokens: int,
+        kv_bytes: int,
+        observed: Callable[[], Sequence[Observation]],
+    ) -> None:
+        self._shape, self._ranks = shape, ranks
+        self._chunk_tokens, self._kv_bytes = chunk_tokens, kv_bytes
+        self._observed = observed
+        self._history: CostHistory | None = None
+        self._density: dict[str, float] = {}
+
+    @property
+    def model(self) -> CostModel:
+        """As of now."""
+        return self._costs().model
+
+    def choose(self, plan: PrefixPlan, policy: AttentionPolicy) -> ExchangeChoice:
+        """The exchange for a prefix; ``gather`` where none fits, which then says so."""
+        request = PlanRequest(
+            shape=self._shape,
+            tokens=plan.num_tokens,
+            max_ranks=self._ranks,
+            min_ranks=self._ranks,
+            kv_memory_bytes=self._kv_bytes,
+            density=self._density.get(policy.profile, 1.0),
+            chunk_tokens=(self._chunk_tokens,),
+            exchanges=CONSIDERED,
+        )
+        try:
+            found = plan_prefill(request, self.model)
+        except ServiceError as error:
+            logger.info("gather for %d tokens: %s", plan.num_tokens, error)
+            return ExchangeChoice()
+        scheme = found.chosen.scheme
+        logger.info("%s for %d tokens: %s", scheme.label, plan.num_tokens, found.reason)
+        return ExchangeChoice(ExchangeKind(scheme.exchange.value), scheme.ulysses)
+
+    def learn(
+        self,
+        plan: PrefixPlan,
+        policy: AttentionPolicy,
+        choice: ExchangeChoice,
+        outcome: PrefillOutcome,
+    ) -> None:
+        """Take a finished prefill into account: its stage without decoding and vision tower."""
+        seconds = outcome.stage_seconds.get("prefill", 0.0)
+        if seconds <= 0:
+            return
+        density = outcome.attention.density
+        if choice.kind.sparse:
+            # A density of 0 cannot be: the queries' own tiles are always attended.
+            self._density[policy.profile] = density = min(1.0, max(density, 1e-3))
+        layout = deal_patches(plan.patch_ends, self._ranks, self._chunk_tokens, choice.kind.order)
+        chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
+        scheme = Scheme(Exchange(choice.kind.value), self._ranks, choice.degree)
+        model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
+        logger.info("cost model: %s", model)
+
+    def _costs(self) -> CostHistory:
+        if self._history is None:
+            observed = list(self._observed())
+            told = "probe of the ranks"
+            self._history = CostHistory(fit(observed, ASSUMED, told) if observed else ASSUMED)
+        return self._history

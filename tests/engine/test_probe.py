@@ -1,0 +1,32 @@
+"""Where exchanges are planned, the ranks measure themselves at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from prefill_service.engine.probing import model_shape
+from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.planning.cost import ASSUMED
+from prefill_service.planning.fitting import fit
+from tests.engine.harness import running_group
+
+
+async def test_rank_0_tells_what_it_measured(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    async with running_group(checkpoint("qwen3_vl"), tmp_path, 2, exchange="auto") as harness:
+        observed = harness.group.observed
+        assert len(observed) == 3 + 3  # the device, the link
+        assert sum(one.work.exposed_calls for one in observed) == 3
+        model = fit(observed, ASSUMED, "probe")
+        assert 1e-13 < model.per_linear_flop < 1e-7
+        assert 1e-13 < model.per_byte < 1e-5
+        shape = model_shape(harness.planner.checkpoint, "float32")
+        assert shape.bytes_per_element == 4
+        assert shape.kv_heads == harness.planner.checkpoint.num_kv_heads
+        assert harness.group.exchange == ExchangeChoice()
+        video = make_video(seconds=1.0, width=96, height=64)
+        plan, _ = await harness.plan(video)
+        outcome = await harness.prefill(harness.task(video, plan))
+        assert "probe" not in outcome.communication

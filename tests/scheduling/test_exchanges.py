@@ -1,0 +1,132 @@
+"""``engine.exchange = "auto"``: chosen per prefix, from a probe and from what prefills took."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from prefill.v1 import prefill_service_pb2 as pb
+
+from prefill_service.attention.quality import Quality, resolve_policy
+from prefill_service.attention.report import AttentionReport, LayerReport
+from prefill_service.engine.messages import PrefillTask
+from prefill_service.engine.running import PrefillOutcome
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
+from prefill_service.planning.fitting import Observation
+from prefill_service.planning.shapes import PRESETS
+from prefill_service.planning.work import Work
+from prefill_service.scheduling.exchanges import ExchangePlanner
+from tests.scheduling.parts import Group
+
+SHAPE = PRESETS["qwen3-vl-8b"]
+EXACT, BALANCED = resolve_policy(Quality.EXACT), resolve_policy(Quality.BALANCED)
+ROOM = 1 << 40
+
+
+def prefix(tokens: int) -> PrefixPlan:
+    ends = np.arange(128, tokens + 1, 128)
+    return SimpleNamespace(num_tokens=tokens, patch_ends=ends)  # type: ignore[return-value]
+
+
+def machine(link: float) -> list[Observation]:
+    """400 and 300 TFLOP/s, no overhead, ``link`` bytes per second."""
+    return [
+        Observation(Work(linear_flops=400e12), 1.0),
+        Observation(Work(attention_flops=300e12), 1.0),
+        Observation(Work(passes=1.0), 1e-9),
+        Observation(Work(exposed_bytes=link), 1.0),
+        Observation(Work(exposed_calls=1.0), 1e-6),
+    ]
+
+
+def planner(link: float, ranks: int = 4, kv_bytes: int = ROOM, chunk: int = 4096) -> Any:
+    return ExchangePlanner(SHAPE, ranks, chunk, kv_bytes, lambda: machine(link))
+
+
+def outcome(seconds: float, density: float = 1.0) -> PrefillOutcome:
+    layers = [LayerReport(0, [density], 1.0, 1, 0, 0)] if density < 1 else []
+    report = AttentionReport(layers=layers)
+    return PrefillOutcome({"decode": 9.0, "prefill": seconds}, {}, seconds + 9.0, report)
+
+
+def test_the_regimes() -> None:
+    """Chunks: a ring moves the past again with each; what is replicated needs room."""
+    slow = planner(1e9).choose(prefix(262_144), EXACT)
+    assert slow.kind in (ExchangeKind.GATHER, ExchangeKind.ULYSSES)  # the fewest bytes
+    alike = planner(1e13, chunk=512).choose(prefix(131_072), EXACT)
+    assert alike.kind is ExchangeKind.GATHER  # no exchange is faster by more than the tolerance
+    gather_takes = 262_144 * SHAPE.kv_bytes * SHAPE.attending_layers
+    tight = planner(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT)
+    assert tight.kind is not ExchangeKind.GATHER
+    assert tight.kind is not ExchangeKind.DEMAND
+
+
+def test_where_nothing_fits_it_is_gather(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert planner(1e9, kv_bytes=1).choose(prefix(4096), EXACT) == ExchangeChoice()
+    assert "the least that K/V take" in caplog.text
+
+
+def test_sparse_attention_keeps_gather() -> None:
+    """Once it is known what a quality attends to, exact exchanges no longer compete."""
+    chooser, plan = planner(350e9, chunk=65_536), prefix(1 << 20)
+    before = chooser.choose(plan, BALANCED)
+    assert before.kind is not ExchangeKind.GATHER  # dealt shares of large chunks are uneven
+    chooser.learn(plan, BALANCED, ExchangeChoice(), outcome(20.0, density=0.1))
+    assert chooser.choose(plan, BALANCED).kind is ExchangeKind.GATHER
+    assert chooser.choose(plan, EXACT) == before
+
+
+def test_jobs_refine_the_model() -> None:
+    chooser, plan = planner(350e9), prefix(65_536)
+    probed = chooser.model
+    assert probed.provenance == "probe of the ranks"
+    chooser.learn(plan, EXACT, ExchangeChoice(), outcome(0.0))
+    assert chooser.model == probed  # nothing was measured
+    for _ in range(8):
+        chooser.learn(plan, EXACT, ExchangeChoice(), outcome(100.0))
+    assert chooser.model.provenance == "probe of the ranks; refined by 8 jobs"
+    assert chooser.model.per_linear_flop + chooser.model.per_attention_flop > 2 * (
+        probed.per_linear_flop + probed.per_attention_flop
+    )
+
+
+class TimedGroup(Group):
+    """Knows how long its prefills took."""
+
+    async def prefill(self, task: PrefillTask, on_progress: Any) -> PrefillOutcome:
+        found = await super().prefill(task, on_progress)
+        return replace(found, stage_seconds={**found.stage_seconds, "prefill": 0.5})
+
+
+class Recorder(ExchangePlanner):
+    """A planner that has made up its mind."""
+
+    learned: list[ExchangeChoice]
+
+    def choose(self, plan: PrefixPlan, policy: Any) -> ExchangeChoice:
+        super().choose(plan, policy)
+        return ExchangeChoice(ExchangeKind.USP, 2)
+
+    def learn(self, plan: Any, policy: Any, choice: ExchangeChoice, outcome: Any) -> None:
+        super().learn(plan, policy, choice, outcome)
+        self.learned.append(choice)
+
+
+async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_path: Path) -> None:
+    chooser = Recorder(SHAPE, 2, 32, ROOM, lambda: machine(1e9))
+    chooser.learned = []
+    async with serve(group=TimedGroup(), exchanges=chooser) as s:
+        (*_, job) = await s.ended((await s.create(8)).job_id)
+        assert job.state == pb.JOB_STATE_SUCCEEDED
+        assert job.result.communication.exchange == "usp 2"
+        assert s.group.tasks[-1].exchange == ExchangeChoice(ExchangeKind.USP, 2)
+        assert chooser.learned == [ExchangeChoice(ExchangeKind.USP, 2)]
+        assert chooser.model.provenance == "probe of the ranks; refined by 1 job"
