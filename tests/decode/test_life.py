@@ -28,14 +28,20 @@ LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float32", pa
 
 
 async def ask(
-    decoder: Decoder, case: Case, handoff: HandoffParams, name: str, tokens: int
-) -> list[int]:
+    decoder: Decoder, case: Case, handoff: HandoffParams, name: str, tokens: int,
+    at_first_token: Callable[[], object] = lambda: None,
+) -> list[int]:  # fmt: skip
     prefix_id = handoff.manifest.prefix_id
     request = DecodeRequest(
         case.prompts[0], replace(case.plan, prefix_id=prefix_id), handoff,
         Sampling(max_tokens=tokens, ignore_eos=True), name,
     )  # fmt: skip
-    return [t async for event in decoder.generate(request) for t in event.token_ids]
+    answer: list[int] = []
+    async for event in decoder.generate(request):
+        if event.token_ids and not answer:
+            at_first_token()
+        answer.extend(event.token_ids)
+    return answer
 
 
 async def test_preemption_death_and_restart(
@@ -93,14 +99,12 @@ async def _preemptions(decoder: Decoder) -> float:
 
 async def _kill_engine_and_see(decoder: Decoder, case: Case, handoff: HandoffParams) -> None:
     """The engine dies under an answer: a precise error, then a restart by itself."""
-    asking = asyncio.create_task(ask(decoder, case, handoff, "dying", 700))
-    await asyncio.sleep(1)
     children = psutil.Process(decoder.pid).children(recursive=True)
     old_pid = decoder.pid
     (engine,) = [p for p in children if "EngineCore" in p.name() or "EngineCor" in p.name()]
-    engine.kill()
+    # At the first token, not after some time: an idle machine is through within a second.
     with pytest.raises(ServiceError) as caught:
-        await asking
+        await ask(decoder, case, handoff, "dying", 700, at_first_token=engine.kill)
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE
     deadline = time.monotonic() + 60
     while decoder.ready:
