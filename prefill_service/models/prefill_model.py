@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AutoModel, AutoVideoProcessor  # no
 from transformers.cache_utils import Cache  # noqa: E402
 
 ATTENTION_NAME = "prefill_service"
+ATTENTION_IMPLEMENTATION = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
 
 
 class LayerKV(Protocol):
@@ -74,23 +75,22 @@ class PrefillModel:
         self.device = device
         self._family = FAMILIES[checkpoint.family]
         AttentionInterface.register(ATTENTION_NAME, _attention)
-        self._model: Any = (
-            AutoModel.from_pretrained(
-                checkpoint.path,
-                dtype=dtype,
-                attn_implementation={"text_config": ATTENTION_NAME, "vision_config": "sdpa"},
-            )
-            .to(device)
-            .eval()
-        )
+        model, self._video_processor = self._load()
+        self._model: Any = model.to(device).eval()
         if mlp_chunk_tokens:
             limit_rows(self._model.language_model.layers, mlp_chunk_tokens)
             merged = self._model.config.vision_config.spatial_merge_size**2
             limit_rows(self._model.visual.blocks, mlp_chunk_tokens * merged)
         self.num_heads = int(self._model.language_model.config.num_attention_heads)
         self.attention_scale = float(self._model.language_model.layers[0].self_attn.scaling)
+
+    def _load(self) -> tuple[Any, Any]:
+        """transformers' model, attention routed out, and its video processor."""
+        model = AutoModel.from_pretrained(
+            self.checkpoint.path, dtype=self.dtype, attn_implementation=ATTENTION_IMPLEMENTATION
+        )
         processors: Any = AutoVideoProcessor
-        self._video_processor = processors.from_pretrained(checkpoint.path)
+        return model, processors.from_pretrained(self.checkpoint.path)
 
     def preprocessor(self, plan: PrefixPlan) -> FramePreprocessor:
         """Frames to patches, for this plan's size."""
