@@ -5,7 +5,8 @@ of a long video is the number of frames decoded on the way, not the number wante
 serially decodes everything. Seeking for each frame decodes the head of a GOP once per frame
 wanted from it. The plan groups the wanted frames by GOP, seeks once per group, and decodes
 up to the group's last frame: no frame is decoded twice and none behind the last wanted one.
-Going on into the next GOP needs no seek at all, so neighbouring GOPs form one run.
+Going on into the next GOP needs no seek, so neighbouring GOPs form one run where hardly a frame
+lies between the last wanted one and the next keyframe; more than that is seeked over.
 
 GOPs are cut in presentation order. A *leading* frame of an open GOP (shown before its
 keyframe, sent after it, and predicted from the GOP before) therefore falls into the earlier
@@ -19,6 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+SEEK_FRAMES = 16
+"""Decoding this many frames costs about as much as a seek in a container without an index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,10 @@ def plan_runs(starts: np.ndarray, targets: Sequence[int]) -> list[Run]:
         starts: [gops] int64, from ``gop_starts``.
         targets: frames wanted.
     """
-    gops = np.searchsorted(starts, np.asarray(targets, np.int64), side="right") - 1
-    cuts = np.flatnonzero(np.diff(gops) > 1) + 1
+    wanted = np.asarray(targets, np.int64)
+    gops = np.searchsorted(starts, wanted, side="right") - 1
+    unwanted = starts[gops[1:]] - wanted[:-1] - 1  # negative within a GOP
+    cuts = np.flatnonzero(unwanted >= SEEK_FRAMES) + 1
     runs = []
     for begin, end in zip([0, *cuts], [*cuts, len(targets)], strict=True):
         if begin < end:

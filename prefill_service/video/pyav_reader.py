@@ -20,6 +20,10 @@ from prefill_service.video.index import VideoIndex
 # Streams without real keyframes (intra refresh) need one or two to recover.
 _LEAD_GOPS = 3
 
+# Codecs whose decoders skip exactly the pictures that no other one is predicted from. HEVC's
+# does not: a picture it takes for one may be what a higher temporal layer refers to.
+_SKIPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+
 
 def decoded_frames(
     packets: Iterable[Packet[VideoStream]], limits: VideoConfig
@@ -38,7 +42,11 @@ def to_rgb(frame: VideoFrame, index: VideoIndex) -> np.ndarray:
 
 
 class PyAVReader:
-    """Reads by presentation time: decodes only the GOPs that hold wanted frames."""
+    """Reads by presentation time: decodes only the GOPs that hold wanted frames.
+
+    Of those GOPs it leaves out frames that are neither wanted nor referred to by any other
+    (half of them, in x264's default streams): the wanted ones are the same to the last bit.
+    """
 
     def __init__(self, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> None:
         self._path, self._index, self._limits, self._threads = path, index, limits, threads
@@ -84,9 +92,11 @@ class PyAVReader:
     def _run(self, run: Run) -> Iterator[np.ndarray]:
         """One run of the plan, from an earlier GOP if its own proves not to be a start."""
         gop, step, done = run.gop, 1, 0
+        wanted = {int(pts) for pts in self._index.pts[list(run.targets)]}
+        skipping = self._stream.codec_context.name in _SKIPPABLE
         while True:
             landed_late = True
-            for frame in self._decode_from(gop):
+            for frame in self._decode_from(gop, wanted if skipping else None):
                 if frame.pts is None:
                     continue
                 target = run.targets[done]
@@ -100,15 +110,24 @@ class PyAVReader:
                     if done == len(run.targets):
                         return
             # The frame did not come: the seek went past it (timestamps of some containers
-            # are those of decoding), the stream recovers only slowly, or it is damaged.
+            # are those of decoding), the stream recovers only slowly, it is damaged, or a
+            # decoder that sees only some of the frames took it for one that comes too late.
             missing = run.targets[done]
             own = int(np.searchsorted(self._starts, missing, side="right")) - 1
+            if skipping:
+                gop, skipping = max(gop, own), False
+                continue
             if gop == 0 or (own - gop >= _LEAD_GOPS and not landed_late):
                 raise decode_failed(self._index, missing)
             gop, step = max(0, gop - step), step * 2
 
-    def _decode_from(self, gop: int) -> Iterator[VideoFrame]:
-        """Decode from a GOP's keyframe (GOP 0: from the beginning) to the end of the file."""
+    def _decode_from(self, gop: int, wanted: set[int] | None) -> Iterator[VideoFrame]:
+        """Decode from a GOP's keyframe (GOP 0: from the beginning) to the end of the file.
+
+        Args:
+            gop: where to begin.
+            wanted: presentation times; other frames may be missing. None: all of them come.
+        """
         if gop or not self._at_start:
             self.seeks += 1
         if gop == 0 and not self._at_start:
@@ -116,9 +135,19 @@ class PyAVReader:
             self._open()
         self._at_start = False
         packets = self._container.demux(self._stream) if gop == 0 else self._seek(gop)
-        for frame in decoded_frames(packets, self._limits):
+        for frame in decoded_frames(self._skipping(packets, wanted), self._limits):
             self.decoded += 1
             yield frame
+
+    def _skipping(
+        self, packets: Iterable[Packet[VideoStream]], wanted: set[int] | None
+    ) -> Iterator[Packet[VideoStream]]:
+        """The packets, the decoder being told before each whether its frame may be left out."""
+        context = self._stream.codec_context
+        for packet in packets:
+            needed = wanted is None or packet.pts is None or packet.pts in wanted
+            context.skip_frame = "DEFAULT" if needed else "NONREF"
+            yield packet
 
     def _seek(self, gop: int) -> Iterator[Packet[VideoStream]]:
         """The packets from a GOP's keyframe, or an earlier one, on; none if that fails."""
