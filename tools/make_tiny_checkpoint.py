@@ -57,6 +57,11 @@ class TinySpec:
             or of a temporal patch (Qwen2.5-VL); 0 is 6144 and 50.
         any_token: answers are made of any byte and not of words only, so that a character can
             be cut between two tokens.
+        intermediate: width of the decoder's MLP; 0 is twice ``hidden``.
+        vision_depth: blocks of the vision tower; 0 is 4 (Qwen3-VL) or 3 (Qwen2.5-VL).
+        vision_hidden, vision_intermediate, vision_heads: of the vision tower.
+        qk_gain: scale of the query and key norms' weights (Qwen3-VL); attention logits grow with
+            its square. 0 is the family's ``GAIN``.
     """
 
     layers: int = 4
@@ -67,6 +72,12 @@ class TinySpec:
     max_position_embeddings: int = 65536
     video_tokens: int = 0
     any_token: bool = False
+    intermediate: int = 0
+    vision_depth: int = 0
+    vision_hidden: int = 128
+    vision_intermediate: int = 256
+    vision_heads: int = 4
+    qk_gain: float = 0.0
 
     def validate(self, family: str) -> None:
         """Raise ValueError if no model of ``family`` has this shape."""
@@ -79,6 +90,11 @@ class TinySpec:
                 f"{family} needs hidden = heads x head_dim, "
                 f"not {self.hidden} != {self.heads} x {self.head_dim}"
             )
+        if self.vision_hidden % (4 * self.vision_heads):
+            raise ValueError(
+                f"vision_hidden {self.vision_hidden} is not a multiple of 4 x vision_heads "
+                f"{self.vision_heads}, as the rotary embedding of rows and columns needs"
+            )
 
 
 def _text_config(spec: TinySpec, tokenizer: Any, rope: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +102,7 @@ def _text_config(spec: TinySpec, tokenizer: Any, rope: dict[str, Any]) -> dict[s
     return {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": spec.hidden,
-        "intermediate_size": 2 * spec.hidden,
+        "intermediate_size": spec.intermediate or 2 * spec.hidden,
         "num_hidden_layers": spec.layers,
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
@@ -101,9 +117,9 @@ def _text_config(spec: TinySpec, tokenizer: Any, rope: dict[str, Any]) -> dict[s
 
 def _vision_config(spec: TinySpec) -> dict[str, Any]:
     return {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_heads": 4,
+        "hidden_size": spec.vision_hidden,
+        "intermediate_size": spec.vision_intermediate,
+        "num_heads": spec.vision_heads,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "out_hidden_size": spec.hidden,
@@ -120,9 +136,18 @@ def _token_ids(tokenizer: Any) -> dict[str, Any]:
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
 
 
+def _deepstack(depth: int, layers: int) -> list[int]:
+    """Blocks whose features join the decoder's first layers: evenly spread over a deep tower."""
+    count = min(3, layers, depth)
+    if depth < 8:
+        return list(range(count))
+    return [depth * (1 + i) // 3 - 1 for i in range(count)]
+
+
 def _qwen3_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
     pairs = spec.head_dim // 2
     side = pairs * 5 // 16
+    depth = spec.vision_depth or 4
     config = hf.Qwen3VLConfig(
         text_config={
             **_text_config(
@@ -138,10 +163,10 @@ def _qwen3_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
         },
         vision_config={
             **_vision_config(spec),
-            "depth": 4,
+            "depth": depth,
             "patch_size": 16,
             "num_position_embeddings": 256,
-            "deepstack_visual_indexes": list(range(min(3, spec.layers))),
+            "deepstack_visual_indexes": _deepstack(depth, spec.layers),
         },
         tie_word_embeddings=False,
         **_token_ids(tokenizer),
@@ -170,6 +195,7 @@ def _qwen3_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
 def _qwen2_5_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
     pairs = spec.head_dim // 2
     side = pairs * 3 // 8
+    depth = spec.vision_depth or 3
     config = hf.Qwen2_5_VLConfig(
         text_config=_text_config(
             spec,
@@ -178,11 +204,11 @@ def _qwen2_5_vl(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
         ),
         vision_config={
             **_vision_config(spec),
-            "depth": 3,
+            "depth": depth,
             "patch_size": 14,
             "tokens_per_second": 2,
             "window_size": 112,
-            "fullatt_block_indexes": [2],
+            "fullatt_block_indexes": [depth - 1],
         },
         tie_word_embeddings=False,
         **_token_ids(tokenizer),
@@ -213,13 +239,15 @@ FAMILIES: dict[str, Callable[[TinySpec, Any], tuple[Any, Any]]] = {
 
 
 @torch.no_grad()
-def _initialise(model: torch.nn.Module, seed: int, gain: float, spoken: torch.Tensor) -> None:
+def _initialise(
+    model: torch.nn.Module, seed: int, gain: float, qk_gain: float, spoken: torch.Tensor
+) -> None:
     """Random weights; ``spoken`` [vocabulary] fp32 scales the output rows, 0 is never said."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.copy_(gain * (1 + 0.1 * noise))
+            parameter.copy_(qk_gain * (1 + 0.1 * noise))
         elif parameter.dim() < 2:
             parameter.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise)
         elif name.endswith(("embed_tokens.weight", "pos_embed.weight")):
@@ -274,7 +302,8 @@ def build(family: str, out: Path, seed: int = 0, **overrides: Any) -> Path:
     tokenizer = train_tokenizer(template)
     model, processor = FAMILIES[family](spec, tokenizer)
     vocab_size = model.config.text_config.vocab_size
-    _initialise(model, seed, GAIN[family], _spoken(tokenizer, vocab_size, spec.any_token))
+    gain, spoken = GAIN[family], _spoken(tokenizer, vocab_size, spec.any_token)
+    _initialise(model, seed, gain, spec.qk_gain or gain, spoken)
     model.config.dtype = "float32"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -310,7 +339,9 @@ def main() -> None:
         if isinstance(field.default, bool):
             parser.add_argument(flag, action="store_true")
         else:
-            parser.add_argument(flag, type=int, default=field.default, help="%(default)s")
+            parser.add_argument(
+                flag, type=type(field.default), default=field.default, help="%(default)s"
+            )
     arguments = vars(parser.parse_args())
     try:
         print(build(arguments.pop("family"), arguments.pop("out"), **arguments))

@@ -77,6 +77,11 @@ class ServiceProcess:
             tick(elapsed)
         self._family = self._running()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the service, the root of all its processes."""
+        return self._process.pid
+
     def check(self) -> None:
         """Raise RuntimeError if it has ended, with its exit code and the last line of its log."""
         code = self._process.poll()

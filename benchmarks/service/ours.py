@@ -1,0 +1,133 @@
+"""The service, asked over gRPC by its client."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from prefill_client import Answer, Client, Job, Video
+
+from benchmarks.service.cases import BATCH, QUESTIONS, Case
+from benchmarks.service.systems import MAX_TOKENS, START_S, Asked, Measured, Setup, third_of
+from tools.service_process import ServiceProcess
+
+
+class Service:
+    """``prefill-service serve`` with its embedded vLLM.
+
+    Args:
+        setup: where to start it.
+        ranks: with a share of the cores each; a single one has one core, what each of two has.
+    """
+
+    modes = ("exact", "balanced")
+
+    def __init__(self, setup: Setup, ranks: int = 2) -> None:
+        self.name = "ours" if ranks == setup.cores else f"ours, {ranks} rank"
+        self.ranks, self.cold_start_s = ranks, 0.0
+        threads = max(1, setup.cores // max(ranks, 2))
+        self.arguments = [
+            "--model", str(setup.checkpoint), "--ranks", str(ranks), "--device", "cpu",
+            "--engine-threads-per-rank", str(threads),
+        ]  # fmt: skip
+        data = ["--data-dir", str(setup.folder / f"data-{ranks}")]
+        self._process = ServiceProcess(
+            [*self.arguments, *data], setup.folder / f"service-{ranks}.log"
+        )
+
+    def __enter__(self) -> Self:
+        start = time.perf_counter()
+        self._process.__enter__()
+        try:
+            self._process.wait_ready(START_S, lambda _: None)
+        except BaseException:
+            self._process.stop()
+            raise
+        self.cold_start_s = time.perf_counter() - start
+        self._client = Client(self._process.address)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._client.close()
+        self._process.stop()
+
+    @property
+    def pid(self) -> int:
+        """See ``System``."""
+        return self._process.pid
+
+    def measure(self, case: Case, mode: str) -> Measured:
+        """See ``System``; ``mode`` is the quality."""
+        start = time.perf_counter()
+        video = self._upload(case.video)
+        upload_s = time.perf_counter() - start
+        try:
+            first, answer = self._ask(video, QUESTIONS[0], mode)
+            second, _ = self._ask(video, QUESTIONS[1], mode)
+            third = third_of(
+                lambda question: self._ask(video, question, mode)[0].first_token_s,
+                QUESTIONS[BATCH],
+            )
+        finally:
+            self._client.delete_video(video.video_id)
+        job = self._client.job(answer.job_id)
+        total = job.result.attention.total if job.result and job.result.attention else None
+        return Measured(
+            first,
+            second,
+            third,
+            upload_s,
+            stages(job, answer, first.first_token_s),
+            total.density if total else 1.0,
+            total.kept_mass_mean if total else 1.0,
+        )
+
+    def _upload(self, path: Path) -> Video:
+        return self._client.upload(path)
+
+    def _ask(self, video: Video, question: str, quality: str) -> tuple[Asked, Answer]:
+        start = time.perf_counter()
+        stream = self._client.ask(
+            video, question, quality=quality, max_tokens=MAX_TOKENS, ignore_eos=True
+        )
+        first = None
+        for _ in stream:
+            first = first or time.perf_counter() - start
+        answer = stream.result()
+        return Asked(first or answer.timings.first_token_s, list(answer.token_ids)), answer
+
+
+def stages(job: Job, answer: Answer, first_token_s: float) -> dict[str, float]:
+    """Seconds by stage of a first question, of the slowest rank each; they add up to more or less
+    what the client waited, since decoding overlaps the rest and ranks are not equally slow.
+
+    ``linear`` is what remains of the prefill: matrix products, norms, page writing. ``vllm`` is
+    from the question's submission to the first token without the hand-off; ``other`` is what the
+    client waited before the ranks began, between stages, and for the network.
+    """
+    found = {
+        stage: max((p.elapsed_s for p in job.progress if p.stage.lower() == stage), default=0.0)
+        for stage in ("decode", "vision", "prefill")
+    }
+    result = job.result
+    if result is None:
+        return found
+    if result.attention:
+        total = result.attention.total
+        found |= {"select": total.select_s, "attend": total.attend_s, "certify": total.certify_s}
+    if result.communication:
+        found["exchange"] = sum(use.elapsed_s for use in result.communication.collectives)
+    inside = sum(found.get(name, 0.0) for name in ("select", "attend", "certify", "exchange"))
+    found["linear"] = max(0.0, found["prefill"] - inside)
+    found["handoff"] = answer.timings.handoff_s
+    found["vllm"] = max(0.0, answer.timings.decoder_first_token_s - answer.timings.handoff_s)
+    known = found["vision"] + found["prefill"] + found["handoff"] + found["vllm"]
+    found["other"] = max(0.0, first_token_s - known)
+    return found

@@ -1,0 +1,131 @@
+"""Build the larger random checkpoint that `make bench-service` compares systems on.
+
+    python -m tools.make_bench_checkpoint build/checkpoints/bench-qwen3-vl
+
+Qwen3-VL with eight decoder layers of 512 (eight query heads, two KV heads, an MLP three times as
+wide, as in Qwen3-VL-8B) and a vision tower as deep as that of Qwen3-VL-8B: 27 blocks, so narrow
+that it costs per video token what the 8B's costs beside its decoder. ``--proportions`` prints
+both models' work per token. Tokenizer, processors and weights are those of
+``tools.make_tiny_checkpoint``; so is the scale of the weights, but for attention's: see
+``QK_GAIN``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.make_tiny_checkpoint import build
+
+FAMILY = "qwen3_vl"
+QK_GAIN = 1.0
+"""At which `balanced` keeps a quarter of 4,400 tokens' keys, as it does of the trained needle
+model's (0.25 of 256 temporal patches); random attention at the usual scale is far less sparse."""
+
+MERGE = 4
+"""Patches of the vision tower per token of the language model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Widths and depths that decide how work is shared between tower and decoder.
+
+    Attributes:
+        layers, hidden, intermediate, q_width, kv_width: of the decoder; the widths of all query
+            heads and of all key heads.
+        vision_layers, vision_hidden, vision_intermediate: of the tower.
+        mergers: patch mergers, those of the deep-stack features included.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    q_width: int
+    kv_width: int
+    vision_layers: int
+    vision_hidden: int
+    vision_intermediate: int
+    mergers: int = 4
+
+    @property
+    def decoder_flops(self) -> int:
+        """Of the linear layers, per token."""
+        attention = 2 * self.hidden * (self.q_width + self.kv_width)
+        return 2 * self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    def vision_flops(self, patches: int) -> int:
+        """Of the whole tower, per token of the decoder, with so many patches to a frame."""
+        width = self.vision_hidden
+        linear = 4 * width**2 + 2 * width * self.vision_intermediate
+        attention = 2 * patches * width
+        merged = MERGE * width
+        mergers = self.mergers * (merged**2 + merged * self.hidden)
+        return 2 * (MERGE * self.vision_layers * (linear + attention) + mergers)
+
+    def proportion(self, patches: int) -> float:
+        """Work of the tower over that of the decoder's linear layers."""
+        return self.vision_flops(patches) / self.decoder_flops
+
+
+PUBLISHED = {
+    "Qwen3-VL-8B": Shape(36, 4096, 12288, 4096, 1024, 27, 1152, 4304),
+    "Qwen3-VL-4B": Shape(36, 2560, 9728, 4096, 1024, 24, 1024, 4096),
+}
+"""From the published configurations."""
+
+LARGER = Shape(8, 512, 1536, 512, 128, 27, 40, 152)
+
+
+def build_larger(out: Path, seed: int = 0) -> Path:
+    """Build the checkpoint at ``out``, or return at once if it is there.
+
+    Raises:
+        FileExistsError: ``out`` exists and was not made by this tool.
+    """
+    return build(
+        FAMILY,
+        out,
+        seed,
+        layers=LARGER.layers,
+        hidden=LARGER.hidden,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        intermediate=LARGER.intermediate,
+        vision_depth=LARGER.vision_layers,
+        vision_hidden=LARGER.vision_hidden,
+        vision_intermediate=LARGER.vision_intermediate,
+        vision_heads=1,
+        qk_gain=QK_GAIN,
+        max_position_embeddings=131072,
+        video_tokens=131072,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--proportions", action="store_true", help="print the work per token")
+    arguments = parser.parse_args()
+    if arguments.proportions:
+        for name, shape in {**PUBLISHED, "this one": LARGER}.items():
+            shares = ", ".join(
+                f"{shape.proportion(n):.2f} at {n} patches" for n in (256, 768, 1024)
+            )
+            print(f"{name}: decoder {shape.decoder_flops / 1e6:,.1f} MFLOP, tower {shares}")
+        return
+    if arguments.out is None:
+        parser.error("the folder to build is missing")
+    try:
+        print(build_larger(arguments.out, arguments.seed))
+    except FileExistsError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
