@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-selection bench-attention bench-fidelity bench-scaling format stubs clean
+.PHONY: help setup demo test lint bench-selection bench-attention bench-fidelity bench-scaling bench-service format stubs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench-fidelity: setup ## What approximation costs in answers: accuracy per quali
 
 bench-attention: setup ## Dense, ours and FlexAttention on this CPU, 4K to 32K tokens
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention_cpu
+
+bench-service: setup ## From question to first token: the service, vLLM alone, transformers
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.service
 
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

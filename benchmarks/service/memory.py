@@ -1,4 +1,4 @@
-"""Peak memory of a process and all it started."""
+"""Peak memory and CPU time of a process and all it started."""
 
 from __future__ import annotations
 
@@ -54,6 +54,17 @@ class MemoryWatch:
             self._peak_anonymous = max(self._peak_anonymous, now)
             if self._stop.wait(_INTERVAL_S):
                 return
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process tree so far, of what has ended in it too."""
+    total = 0.0
+    for process in family(pid):
+        try:
+            total += sum(process.cpu_times()[:4])  # own and reaped children's, user and system
+        except psutil.Error:
+            continue
+    return total
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ from typing import Self
 from prefill_client import Answer, Client, Job, Video
 
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
+from benchmarks.service.memory import cpu_seconds
 from benchmarks.service.systems import MAX_TOKENS, START_S, Asked, Measured, Setup, third_of
 from tools.service_process import ServiceProcess
 
@@ -22,7 +23,7 @@ class Service:
         ranks: with a share of the cores each; a single one has one core, what each of two has.
     """
 
-    modes = ("exact", "balanced")
+    modes: tuple[str, ...] = ("exact", "balanced")
 
     def __init__(self, setup: Setup, ranks: int = 2) -> None:
         self.name = "ours" if ranks == setup.cores else f"ours, {ranks} rank"
@@ -69,7 +70,9 @@ class Service:
         video = self._upload(case.video)
         upload_s = time.perf_counter() - start
         try:
+            before = cpu_seconds(self.pid)
             first, answer = self._ask(video, QUESTIONS[0], mode)
+            first.cpu_s = cpu_seconds(self.pid) - before
             second, _ = self._ask(video, QUESTIONS[1], mode)
             third = third_of(
                 lambda question: self._ask(video, question, mode)[0].first_token_s,

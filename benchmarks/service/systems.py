@@ -36,11 +36,19 @@ class Setup:
 
 @dataclass(slots=True)
 class Asked:
-    """One question: seconds from asking to the first token, and the tokens."""
+    """One question.
+
+    Attributes:
+        first_token_s: from asking to the first token.
+        token_ids: of the answer.
+        prompt_token_ids: as the system made them; ``None`` if it does not tell.
+        cpu_s: CPU time of all the system's processes for the whole answer.
+    """
 
     first_token_s: float
     token_ids: list[int]
     prompt_token_ids: list[int] | None = None
+    cpu_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -48,7 +56,8 @@ class Measured:
     """One run of one system on one video that it has not seen before.
 
     Attributes:
-        first, second: of two questions, one after the other.
+        first, second: of two questions, one after the other; the second ``None`` if it was not
+            asked.
         third_of_five_s: until three of five further questions, asked at once, have a first token;
             ``None`` if that was not asked.
         upload_s: until the system has the file; ``None`` where it reads it in place.
@@ -58,7 +67,7 @@ class Measured:
     """
 
     first: Asked
-    second: Asked
+    second: Asked | None
     third_of_five_s: float | None
     upload_s: float | None = None
     stages: dict[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from typing import Any, Self
 import psutil
 
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
-from benchmarks.service.memory import family
+from benchmarks.service.memory import cpu_seconds, family
 from benchmarks.service.systems import MAX_TOKENS, START_S, Asked, Measured, Setup, third_of
 
 NAME = "model"
@@ -38,7 +38,9 @@ class VllmServer:
         RuntimeError: (on entry) it ended or was not healthy in time; with the end of its log.
     """
 
-    name, ranks, modes = "vllm", 1, ("exact",)
+    name = "vllm"
+    ranks = 1
+    modes: tuple[str, ...] = ("exact",)
 
     def __init__(
         self,
@@ -108,7 +110,9 @@ class VllmServer:
 
     def measure(self, case: Case, mode: str) -> Measured:
         """See ``System``."""
+        before = cpu_seconds(self.pid)
         first = self._ask(case.video, QUESTIONS[0])
+        first.cpu_s = cpu_seconds(self.pid) - before
         second = self._ask(case.video, QUESTIONS[1])
         third = third_of(
             lambda question: self._ask(case.video, question).first_token_s, QUESTIONS[BATCH]

@@ -1,0 +1,192 @@
+"""From a question to its first token: the service, vLLM alone and transformers, side by side.
+
+    make bench-service
+    python -m benchmarks.service --checkpoint MODEL --tokens 4096,8192 --systems ours,vllm
+
+Same file, same checkpoint, same cores, float32. All systems run during the whole session and are
+asked in turn, each repeat with a video that none of them has seen. What is measured and how is in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks import tables
+from benchmarks.service import rows
+from benchmarks.service.cases import Case, CaseError, CaseMaker
+from benchmarks.service.hf import Transformers
+from benchmarks.service.ours import Service
+from benchmarks.service.rows import Cell
+from benchmarks.service.session import Length, Session
+from benchmarks.service.systems import Setup, System
+from benchmarks.service.vllm_alone import VllmServer
+from tools.make_bench_checkpoint import build_larger
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+SYSTEMS: dict[str, Callable[[Setup], System]] = {
+    "ours": Service,
+    "ours-1": lambda setup: Service(setup, 1),
+    "vllm": VllmServer,
+    "transformers": Transformers,
+}
+LARGER_LENGTHS = (4096, 8192, 16384, 32768)
+NEEDLE_LENGTHS = (4096, 8192, 16384)
+LARGER_SIZE, NEEDLE_SIZE = (512, 384), (256, 256)
+_ROOM = 256
+"""Tokens left for answers and other questions in the longest prompt's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured on one checkpoint."""
+
+    checkpoint: Path
+    lengths: tuple[Length, ...]
+    size: tuple[int, int]
+
+
+def main() -> None:
+    """Command line."""
+    arguments = _arguments()
+    plans = _plans(arguments)
+    cores = len(os.sched_getaffinity(0))
+    done: list[Cell] = []
+    meta = tables.settings(
+        transformers=transformers.__version__, dtype="float32", cores_used=cores, sessions=[]
+    )
+    for plan in plans:
+        _measure(plan, arguments, cores, done, meta)
+    found = rows.rows(done)
+    print(rows.table(found))
+    print(rows.stage_table(found))
+    rows.draw(found, arguments.out.with_suffix(".png"))
+    print(f"{arguments.out}, .meta.json and .png written")
+
+
+def _measure(
+    plan: Plan, arguments: argparse.Namespace, cores: int, done: list[Cell], meta: dict[str, object]
+) -> None:
+    """One session; its cells are added to ``done`` as they come."""
+    maker = CaseMaker(plan.checkpoint, plan.size, BUILD / "bench-videos")
+    cases: dict[tuple[int, int], Case] = {}
+    lengths = []
+    for length in plan.lengths:
+        try:
+            for repeat in range(length.repeats):
+                cases[length.tokens, repeat] = maker.make(length.tokens, arguments.seed + repeat)
+        except CaseError as error:
+            print(f"{plan.checkpoint.name}: {error}", flush=True)
+            continue
+        lengths.append(length)
+    if not lengths:
+        return
+    longest = max(len(prompt) for case in cases.values() for prompt in case.prompts) + _ROOM
+    print(
+        f"{plan.checkpoint.name}: videos are there, prompts of up to {longest} tokens", flush=True
+    )
+    with tempfile.TemporaryDirectory(prefix="bench-service-") as name:
+        folder = arguments.logs or Path(name)
+        setup = Setup(plan.checkpoint, longest, folder, cores)
+        systems = [SYSTEMS[name](setup) for name in arguments.systems]
+        session = Session(
+            systems, plan.checkpoint.name, arguments.budget_s,
+            lambda: _write(arguments.out, [*done, *session.cells], meta),
+            lambda text: print(text, flush=True),
+        )  # fmt: skip
+        with session:
+            meta["sessions"].append({  # type: ignore[attr-defined]
+                "checkpoint": plan.checkpoint.name,
+                "cold_start_s": session.cold_start_s,
+                "idle_cores": session.idle_cores,
+                "arguments": {s.name: getattr(s, "arguments", []) for s in systems},
+                "environment": {s.name: getattr(s, "environment", {}) for s in systems},
+            })  # fmt: skip
+            for length in lengths:
+                session.run(length, partial(_case, cases, length.tokens))
+                print(rows.table(rows.rows(session.cells[-_cells(systems) :])), flush=True)
+        done += session.cells
+
+
+def _case(cases: dict[tuple[int, int], Case], tokens: int, repeat: int) -> Case:
+    return cases[tokens, repeat]
+
+
+def _cells(systems: list[System]) -> int:
+    return sum(len(system.modes) for system in systems)
+
+
+def _write(out: Path, cells: list[Cell], meta: dict[str, object]) -> None:
+    tables.write(out, rows.rows(cells))
+    tables.write(out.with_suffix(".meta.json"), meta)
+
+
+def _plans(arguments: argparse.Namespace) -> list[Plan]:
+    """The two checkpoints with their lengths, or the one asked for."""
+
+    def lengths(defaults: tuple[int, ...]) -> tuple[Length, ...]:
+        asked = arguments.tokens or defaults
+        # The longest ones vary least, and take longest.
+        return tuple(
+            Length(n, arguments.repeats if n <= 8192 else 1, tuple(arguments.systems))
+            for n in asked
+        )
+
+    if arguments.checkpoint:
+        return [Plan(arguments.checkpoint, lengths(LARGER_LENGTHS), arguments.size)]
+    larger = build_larger(BUILD / "checkpoints" / "bench-qwen3-vl")
+    return [
+        Plan(larger, lengths(LARGER_LENGTHS), LARGER_SIZE),
+        Plan(ROOT / "assets" / "needle-qwen3-vl", lengths(NEEDLE_LENGTHS), NEEDLE_SIZE),
+    ]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=_integers, help="video tokens, e.g. 4096,8192")
+    parser.add_argument("--checkpoint", type=Path, help="another one, alone")
+    parser.add_argument(
+        "--size", type=_size, default=LARGER_SIZE, help="of the frames for --checkpoint (512x384)"
+    )
+    parser.add_argument("--systems", type=_systems, default=[*SYSTEMS], help=",".join(SYSTEMS))
+    parser.add_argument("--repeats", type=int, default=2, help="up to 8,192 tokens (%(default)s)")
+    parser.add_argument("--budget-s", type=float, default=300.0, help="first token (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the videos (%(default)s)")
+    parser.add_argument("--logs", type=Path, help="folder in which the systems' logs are kept")
+    parser.add_argument("--out", type=Path, default=tables.RESULTS / "service-cpu.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # this process measures; it computes nothing
+    return arguments
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def _systems(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in SYSTEMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SYSTEMS)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

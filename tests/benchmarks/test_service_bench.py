@@ -1,0 +1,108 @@
+"""The side-by-side benchmark: its cases, one real system in a session, and what its rows say."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import tables
+from benchmarks.service import rows
+from benchmarks.service.cases import Case, CaseError, CaseMaker
+from benchmarks.service.hf import Transformers
+from benchmarks.service.memory import MemoryWatch
+from benchmarks.service.rows import Cell
+from benchmarks.service.session import Length, Session
+from benchmarks.service.systems import Asked, Measured, Setup
+from tools.make_bench_checkpoint import LARGER, PUBLISHED
+
+KEYS = {
+    "system", "mode", "checkpoint", "video_tokens", "first_token_s", "second_first_token_s",
+    "peak_rss_bytes", "stages", "density", "kept_mass",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint("qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def maker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> CaseMaker:
+    return CaseMaker(tiny, (64, 96), tmp_path_factory.mktemp("cases"))
+
+
+def test_a_session_measures_a_real_system(tiny: Path, maker: CaseMaker, tmp_path: Path) -> None:
+    written: list[int] = []
+    system = Transformers(Setup(tiny, 1024, tmp_path, 1))
+    session = Session([system], "tiny", 0.0, lambda: written.append(1), lambda _: None)
+    with session:
+        for tokens in (12, 24):  # the second one is over the budget of no seconds
+            session.run(Length(tokens, 2, ("transformers",)), lambda n: maker.make(12, n))
+    assert len(written) == 2
+    first, skipped = rows.rows(session.cells)
+    assert first.keys() >= KEYS <= skipped.keys()
+    assert (first["video_tokens"], first["frames"], first["repeats"]) == (12, 4, 2)
+    # transformers loads the file itself: it saw the frames and the prompt that the service plans.
+    assert first["prompts_equal"] is True
+    assert first["frames_equal"] is True
+    assert 0 < first["second_first_token_s"] < 60
+    assert first["first_token_s"] == pytest.approx(sum(first["stages"].values()), abs=0.01)
+    assert 1e8 < first["peak_rss_bytes"] < 1e10
+    assert session.cold_start_s["transformers"] > 1
+    assert "more than 0" in skipped["skipped"]
+    assert "skipped" in rows.table([first, skipped])
+    tables.write(tmp_path / "rows.json", [first, skipped])
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["video_tokens"] == 12
+    rows.draw([first, skipped], tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+def test_rows_compare_the_same_videos_only(maker: CaseMaker) -> None:
+    case = maker.make(6, 0)
+
+    def measured(seconds: float, tokens: list[int], stage: float) -> tuple[Case, Measured]:
+        asked = Asked(seconds, tokens)
+        return case, Measured(asked, None, None, stages={"vision": stage})
+
+    vllm = Cell("vllm", "exact", 1, "m", 6, {0: measured(8.0, [1, 2, 3, 4], 0)})
+    ours = Cell("ours", "balanced", 2, "m", 6, {
+        0: measured(2.0, [1, 2, 9, 4], 1.0),
+        1: measured(40.0, [7, 7, 7, 7], 3.0),
+    })  # fmt: skip
+    other = Cell("ours", "balanced", 2, "m", 12, {0: measured(1.0, [1], 1.0)})
+    base, row, alone = rows.rows([vllm, ours, other])
+    assert row["speedup_over_vllm"] == 4.0  # repeat 1 has no counterpart
+    assert row["first_token_s"] == 21.0
+    assert row["tokens_equal"] == "2/4"
+    assert row["stages"] == {"vision": 2.0}
+    assert base["speedup_over_vllm"] == 1.0
+    assert alone["speedup_over_vllm"] is None
+    assert row["prompts_equal"] is None  # it did not tell its prompt
+
+
+def test_a_case_that_cannot_be(maker: CaseMaker) -> None:
+    with pytest.raises(CaseError, match="768 at most"):
+        maker.make(6 * 385, 0)
+
+
+def test_memory_counts_what_was_there_in_between() -> None:
+    with MemoryWatch(os.getpid()) as before:
+        pass
+    with MemoryWatch(os.getpid()) as watch:
+        block = np.ones(200 << 17)  # 200 MiB
+        time.sleep(0.5)
+        del block
+    assert 150 << 20 < watch.peak_bytes - before.peak_bytes < 300 << 20
+
+
+def test_the_larger_checkpoint_is_in_the_8bs_proportion() -> None:
+    """Of tower to decoder at the size of the benchmark's frames, 512 x 384."""
+    patches = 512 * 384 // 16**2
+    published = [shape.proportion(patches) for shape in PUBLISHED.values()]
+    assert min(published) <= LARGER.proportion(patches) <= max(published)
