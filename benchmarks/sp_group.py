@@ -82,7 +82,7 @@ async def prefill_video(
             )
             task = PrefillTask(
                 f"job_{uuid.uuid4().hex}", plan, manifest, str(video), str(folder / "index.npz"),
-                exchange=exchange,
+                group.everyone, exchange=exchange,
             )  # fmt: skip
             group.grant(plan.prefix_id, "lease", 600.0)
             outcome = await group.prefill(task, lambda progress: None)

@@ -87,6 +87,9 @@ class EngineConfig:
 
     model: str = _opt("", "Folder or hub id of the checkpoint.")
     ranks: int = _opt(2, "Ranks of the sequence-parallel group.")
+    elastic: bool = _opt(
+        True, "Serve several prefixes at once on parts of the ranks; pause long ones for short."
+    )
     device: str = _opt("auto", "cpu, cuda or auto.")
     dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
     exchange: str = _opt(

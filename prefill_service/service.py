@@ -87,7 +87,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     memory, exchanges = kv_budget(engine, checkpoint, dtype, device), None
     if engine.exchange == AUTO:
         exchanges = ExchangePlanner(
-            model_shape(checkpoint, dtype), engine.ranks, chunk_tokens(engine, device),
+            model_shape(checkpoint, dtype), chunk_tokens(engine, device),
             memory.working_bytes, lambda: group.observed,
         )  # fmt: skip
     return Parts(

@@ -6,7 +6,6 @@ no page is complete before the last layer.
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
 from prefill_service.engine.shards import comparison_split
-from prefill_service.engine.task import RankContext, StageClock, checkpoint
+from prefill_service.engine.task import RankContext, StageClock, TaskControl, checkpoint
 from prefill_service.errors import ServiceError
 from prefill_service.kv.segment import ShardWriter
 from prefill_service.models.prefill_model import VisionFeatures
@@ -35,15 +34,15 @@ class ComparisonRun:
         rank: RankContext,
         task: PrefillTask,
         writer: ShardWriter,
-        cancelled: threading.Event,
+        control: TaskControl,
     ) -> None:
         assert task.comparison is not None, "run_task was given the wrong way to begin"
-        self._rank, self._task, self._writer, self._cancelled = rank, task, writer, cancelled
+        self._rank, self._task, self._writer, self._control = rank, task, writer, control
         self._question = np.array(task.comparison.question_ids, np.int32)
         group, model, plan = rank.group, rank.model, task.plan
         self.clock = StageClock(
             lambda stage, done, total, seconds: rank.send(
-                Progress(task.job_id, group.rank, stage, done, total, seconds)
+                Progress(task.job_id, rank.number, stage, done, total, seconds)
             )
         )
         self._split = comparison_split(plan, task.comparison, group.size)
@@ -71,7 +70,7 @@ class ComparisonRun:
         """Encode the rank's patches, the anchor's included, then run the language model once."""
         features, error = self._encode()
         # Ranks have unequal numbers of encoding steps, so they meet when all are done.
-        checkpoint(self._rank, self._cancelled, error)
+        checkpoint(self._rank, self._control, error)
         self._start = time.perf_counter()
         ids, positions = self._inputs()
         self._rank.model.prefill(ids, positions, self._task.plan.video_token_id, features, self)
@@ -94,7 +93,7 @@ class ComparisonRun:
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keys and values of this rank's rows: those that it answers for go to its pages."""
         if self._rank.model.device.type == "cpu" or layer == 0:
-            checkpoint(self._rank, self._cancelled)
+            checkpoint(self._rank, self._control)
         page, layout = 0, self._rank.kv_layout
         for rows in self._kept:
             self._writer.write(layer, page, k[rows], v[rows])
@@ -116,7 +115,7 @@ class ComparisonRun:
         done, total = 0, sum(share.num_patches for share in self._shares)
         for share in self._shares:
             try:
-                pixels = self._feeder.next(self._cancelled)
+                pixels = self._feeder.next(self._control.cancelled)
             except ServiceError as error:
                 return [], error
             if pixels is None:

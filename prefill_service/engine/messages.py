@@ -13,6 +13,7 @@ from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.comparison.mode import ComparisonMode
 from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.parallel.meter import CollectiveUse
+from prefill_service.parallel.teams import Team
 from prefill_service.planning.fitting import Observation
 
 
@@ -39,13 +40,18 @@ class ComparisonTask:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """One prefix to compute; with a ``comparison``, policy and exchange have no part in it."""
+    """One prefix to compute; with a ``comparison``, policy and exchange have no part in it.
+
+    Attributes:
+        team: the ranks that compute it, and whose pages the manifest names.
+    """
 
     job_id: str
     plan: PrefixPlan
     manifest: Manifest
     video_path: str
     index_path: str
+    team: Team
     policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
     exchange: ExchangeChoice = field(default_factory=ExchangeChoice)
     comparison: ComparisonTask | None = None
@@ -56,7 +62,7 @@ class PrefillTask:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Start a task. Every rank gets the same one, in the same order."""
+    """Start a task. Its team's ranks get it, when none of them has another that goes on."""
 
     task: PrefillTask
 
@@ -64,6 +70,20 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop a task at the next synchronisation point."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Interrupt a task at the next chunk, if it has one, so that others can run meanwhile."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on with a paused task. Sent once all of its ranks have said ``Paused``."""
 
     job_id: str
 
@@ -133,6 +153,14 @@ class Progress:
     done: int
     total: int
     elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A task is interrupted on this rank, which can run others until ``Resume``."""
+
+    job_id: str
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)

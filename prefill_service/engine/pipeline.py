@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,13 @@ from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
-from prefill_service.engine.task import RankContext, StageClock, checkpoint
+from prefill_service.engine.task import (
+    RankContext,
+    StageClock,
+    TaskControl,
+    between_chunks,
+    checkpoint,
+)
 from prefill_service.errors import ServiceError
 from prefill_service.kv.offload import OffloadedKV, open_working
 from prefill_service.kv.segment import ShardWriter
@@ -36,16 +41,16 @@ class ChunkedRun:
         rank: RankContext,
         task: PrefillTask,
         writer: ShardWriter,
-        cancelled: threading.Event,
+        control: TaskControl,
     ) -> None:
         self._rank = rank
         self._plan = task.plan
         self._writer = writer
-        self._cancelled = cancelled
+        self._control = control
         group, layout, model = rank.group, rank.kv_layout, rank.model
         self.clock = StageClock(
             lambda stage, done, total, seconds: rank.send(
-                Progress(task.job_id, group.rank, stage, done, total, seconds)
+                Progress(task.job_id, rank.number, stage, done, total, seconds)
             )
         )
         self._chunks = deal_patches(
@@ -101,7 +106,7 @@ class ChunkedRun:
         tokens = sum(s.num_tokens for s in self._shares)
         for chunk, share in zip(self._chunks.shares, self._shares, strict=True):
             features = self._encode(share)
-            self._checkpoint(self._copy_failure())
+            between_chunks(self._rank, self._control, self._copy_failure())
             start = time.perf_counter()
             self._exchange.start_chunk(chunk)
             bounds = [bound for part in chunk for piece in part.ranges for bound in piece]
@@ -193,7 +198,7 @@ class ChunkedRun:
         if not share.num_patches:
             return []
         try:
-            pixels = self._feeder.next(self._cancelled)
+            pixels = self._feeder.next(self._control.cancelled)
         except ServiceError as error:
             self._checkpoint(error)
             raise  # not reached: a checkpoint with an error raises on every rank
@@ -241,7 +246,7 @@ class ChunkedRun:
             page += self._rank.kv_layout.pages_for(len(part_k))
 
     def _checkpoint(self, error: ServiceError | None = None) -> None:
-        checkpoint(self._rank, self._cancelled, error)
+        checkpoint(self._rank, self._control, error)
 
     def _on_frames(self, done: int, total: int, seconds: float) -> None:
         self._rank.tick()

@@ -1,8 +1,9 @@
 """The entry point of a rank process: ``python -m prefill_service.engine.rank FD``.
 
 FD is the rank's end of a socket pair; the first message on it is a ``RankSpec``. The main thread
-computes; one thread listens to the front end, one sends heartbeats, one (``PageServer``) serves
-pages. When the front end goes away, so does the rank.
+computes, one task after another or one inside the pause of another; one thread listens to the
+front end, one sends heartbeats, one (``PageServer``) serves pages. When the front end goes away,
+so does the rank.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,13 +36,14 @@ from prefill_service.engine.spec import (
     kv_layout,
     sparse_settings,
 )
-from prefill_service.engine.task import RankContext, Status, TaskAborted, run_task
+from prefill_service.engine.task import RankContext, Status, TaskAborted, TaskControl, run_task
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_server import PageServer
 from prefill_service.kv.segment import ShardStore
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.group import form_group
-from prefill_service.parallel.mesh import form_meshes
+from prefill_service.parallel.mesh import form_team_meshes
+from prefill_service.parallel.teams import Team, form_teams
 from prefill_service.planning.fitting import Observation
 
 logger = logging.getLogger("prefill_service.rank")
@@ -58,14 +61,15 @@ class Rank:
         self._spec = spec
         self._pipe = pipe
         self._send_lock = threading.Lock()
-        self._tasks: queue.Queue[msg.PrefillTask | None] = queue.Queue()
-        self._cancelled: dict[str, threading.Event] = {}
+        self._inbox: queue.Queue[msg.Run | msg.Resume | None] = queue.Queue()
+        self._controls: dict[str, TaskControl] = {}
         self._ticks = 0
         self._busy = False
 
     def run(self) -> None:
         """Load, join the group, serve until told to leave."""
-        context = self._load()
+        contexts = self._contexts = self._load()
+        context = next(iter(contexts.values()))
         self._store = context.store
         server = PageServer(context.store, Path(self._spec.socket_path))
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
@@ -74,14 +78,31 @@ class Rank:
         device = str(context.model.device)
         self._send(msg.Ready(self._spec.rank, endpoint, device, self._observed))
         try:
-            while (task := self._tasks.get()) is not None:
-                self._busy = True
-                self._run_task(context, task)
-                self._busy = False
+            self._serve()
         finally:
             server.close()
 
-    def _load(self) -> RankContext:
+    def _serve(self, paused: str = "") -> None:
+        """Run tasks until told to leave; inside the pause of one, until that one may go on."""
+        while (message := self._inbox.get()) is not None:
+            match message:
+                case msg.Run(task):
+                    self._busy = True
+                    self._run_task(self._contexts[task.team], task)
+                    self._busy = False
+                case msg.Resume(job_id) if job_id == paused:
+                    return
+        if paused:
+            self._inbox.put(None)  # for those that this one has interrupted
+
+    def _stand_aside(self, job_id: str) -> None:
+        """Run what the front end sends, then go on with the paused task."""
+        self._busy = False  # waiting for work is no stall, however long it lasts
+        self._send(msg.Paused(job_id, self._spec.rank))
+        self._serve(paused=job_id)
+        self._busy = True
+
+    def _load(self) -> dict[Team, RankContext]:
         spec = self._spec
         torch.set_num_threads(spec.threads)
         device, staged = _device(spec)
@@ -93,7 +114,9 @@ class Rank:
         group = form_group(
             spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s, staged
         )
-        meshes = form_meshes(group, timeout_s)
+        meshes = form_team_meshes(
+            group, form_teams(spec.engine.ranks, spec.engine.elastic), timeout_s
+        )
         self._observed: tuple[Observation, ...] = ()
         if spec.engine.exchange == AUTO:
             shape = model_shape(spec.checkpoint, spec.dtype)
@@ -103,12 +126,14 @@ class Rank:
         # The slowest rank decides, so that all of them report one figure.
         from_tokens = group.agree(from_tokens)
         logger.info("sparse attention from %d keys on", from_tokens)
-        return RankContext(
+        budget = partial(kv_budget, spec.engine, spec.checkpoint, spec.dtype, spec.device)
+        common = RankContext(
+            number=spec.rank,
             model=model,
-            meshes=meshes,
+            meshes={},
             store=ShardStore(layout, spec.generation),
             kv_layout=layout,
-            budget=partial(kv_budget, spec.engine, spec.checkpoint, spec.dtype, spec.device),
+            budget=budget,
             runtime_dir=Path(spec.socket_path).parent,
             video=spec.video,
             chunk_tokens=chunk,
@@ -116,6 +141,10 @@ class Rank:
             send=self._send,
             tick=self._tick,
         )
+        return {
+            team: replace(common, meshes=mine, budget=partial(budget, ranks=team.size))
+            for team, mine in meshes.items()
+        }
 
     def _crossover(self, model: PrefillModel, chunk: int) -> int:
         layout, sizes = self._spec.checkpoint, sparse_settings(self._spec.engine, 0)
@@ -125,18 +154,18 @@ class Rank:
         )  # fmt: skip
 
     def _run_task(self, context: RankContext, task: msg.PrefillTask) -> None:
-        cancelled = self._cancelled[task.job_id]
+        control = self._controls[task.job_id]
         try:
             context.budget(task.exchange).check(
                 task.plan.num_tokens
             )  # of which every rank thinks the same
         except ServiceError as refusal:
-            self._cancelled.pop(task.job_id, None)
+            self._controls.pop(task.job_id, None)
             self._send(msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict()))
             return
         try:
             begin = ChunkedRun if task.comparison is None else ComparisonRun
-            self._send(run_task(context, task, cancelled, begin))
+            self._send(run_task(context, task, control, begin))
         except TaskAborted as aborted:
             error = aborted.error or ServiceError(
                 Reason.CANCELLED,
@@ -146,7 +175,7 @@ class Rank:
             )
             self._send(msg.RankFailed(task.job_id, self._spec.rank, error.to_dict()))
         finally:
-            self._cancelled.pop(task.job_id, None)
+            self._controls.pop(task.job_id, None)
 
     def _listen(self) -> None:
         try:
@@ -158,11 +187,19 @@ class Rank:
     def _handle(self, message: object) -> None:
         match message:
             case msg.Run(task):
-                self._cancelled[task.job_id] = threading.Event()
-                self._tasks.put(task)
+                aside = partial(self._stand_aside, task.job_id)
+                self._controls[task.job_id] = TaskControl(
+                    threading.Event(), threading.Event(), aside
+                )
+                self._inbox.put(message)
             case msg.Cancel(job_id):
-                if event := self._cancelled.get(job_id):
-                    event.set()
+                if control := self._controls.get(job_id):
+                    control.cancelled.set()
+            case msg.Pause(job_id):
+                if control := self._controls.get(job_id):
+                    control.pause.set()
+            case msg.Resume():
+                self._inbox.put(message)
             case msg.Grant(prefix_id, lease_id, ttl_s):
                 self._store.grant(prefix_id, lease_id, ttl_s)
             case msg.Release(prefix_id, lease_id):
@@ -170,9 +207,9 @@ class Rank:
             case msg.Drop(prefix_id):
                 self._store.drop(prefix_id)
             case msg.Shutdown():
-                for event in list(self._cancelled.values()):
-                    event.set()
-                self._tasks.put(None)
+                for control in list(self._controls.values()):
+                    control.cancelled.set()
+                self._inbox.put(None)
 
     def _beat(self) -> None:
         pause = threading.Event()

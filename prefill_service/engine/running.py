@@ -11,6 +11,7 @@ from prefill_service.engine import messages as msg
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.working import WorkingReport
 from prefill_service.parallel.meter import CollectiveUse, moved, total
+from prefill_service.parallel.teams import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class PrefillOutcome:
         seconds: wall clock.
         attention: over all ranks.
         offloaded: of each rank that had to offload its keys.
+        paused_s: of ``seconds``, what others ran in.
     """
 
     stage_seconds: dict[str, float]
@@ -30,6 +32,7 @@ class PrefillOutcome:
     seconds: float
     attention: AttentionReport = field(default_factory=AttentionReport)
     offloaded: tuple[WorkingReport, ...] = ()
+    paused_s: float = 0.0
 
     @property
     def bytes_received(self) -> int:
@@ -39,17 +42,19 @@ class PrefillOutcome:
 
 @dataclass(slots=True)
 class RunningTask:
-    """One task in the ranks: what they have answered so far."""
+    """One task in its team's ranks: what they have answered so far."""
 
     job_id: str
+    tokens: int
+    team: Team
     on_progress: Callable[[msg.Progress], None]
     future: asyncio.Future[None]
     done: dict[int, msg.RankDone] = field(default_factory=dict)
     failed: dict[int, ServiceError] = field(default_factory=dict)
 
-    def settle(self, ranks: int) -> None:
+    def settle(self) -> None:
         """Resolve once every rank has answered; the causing rank's error wins."""
-        if len(self.done) + len(self.failed) < ranks or self.future.done():
+        if len(self.done) + len(self.failed) < self.team.size or self.future.done():
             return
         causes = [e for e in self.failed.values() if e.reason is not Reason.CANCELLED]
         if self.failed:
@@ -57,7 +62,7 @@ class RunningTask:
         else:
             self.future.set_result(None)
 
-    def outcome(self, seconds: float) -> PrefillOutcome:
+    def outcome(self, seconds: float, paused_s: float = 0.0) -> PrefillOutcome:
         """Of a task that has succeeded, ``seconds`` after its start."""
         done = self.done.values()
         stages = {
@@ -68,4 +73,4 @@ class RunningTask:
         measured = [rank.attention for rank in done if rank.attention is not None]
         attention = combine(measured) if measured else AttentionReport()
         offloaded = tuple(rank.offloaded for rank in done if rank.offloaded is not None)
-        return PrefillOutcome(stages, communication, seconds, attention, offloaded)
+        return PrefillOutcome(stages, communication, seconds, attention, offloaded, paused_s)

@@ -7,14 +7,19 @@ from prefill_service.kv.manifest import KVLayout, ShardRun
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.comparison.layout import SequenceSplit, split_patches
 from prefill_service.parallel.layout import ChunkLayout
+from prefill_service.parallel.teams import Team
 
 
-def shard_runs(layout: ChunkLayout, kv: KVLayout) -> tuple[ShardRun, ...]:
-    """One run per range of a rank's share, in token order; pages count up per rank."""
+def shard_runs(layout: ChunkLayout, kv: KVLayout, team: Team) -> tuple[ShardRun, ...]:
+    """One run per range of a rank's share, in token order; pages count up per rank.
+
+    Args:
+        layout: of the team's ranks, of which the runs name the number among all.
+    """
     runs = []
     next_page: dict[int, int] = {}
     for chunk in layout.shares:
-        for rank, share in enumerate(chunk):
+        for rank, share in zip(team.members, chunk, strict=True):
             for start, end in share.ranges:
                 page = next_page.get(rank, 0)
                 runs.append(ShardRun(start, end, rank, page))
@@ -32,12 +37,12 @@ def comparison_split(plan: PrefixPlan, comparison: ComparisonTask, ranks: int) -
     return split_patches(plan.patch_ends, question, ranks, comparison.mode, text)
 
 
-def comparison_runs(split: SequenceSplit, kv: KVLayout) -> tuple[ShardRun, ...]:
-    """One run per range that a rank keeps of the context, in token order."""
+def comparison_runs(split: SequenceSplit, kv: KVLayout, team: Team) -> tuple[ShardRun, ...]:
+    """One run per range that a rank keeps of the context, in token order; see ``shard_runs``."""
     runs = []
-    for rank in range(split.ranks):
+    for place, rank in enumerate(team.members):
         page = 0
-        for start, end in split.held(rank):
+        for start, end in split.held(place):
             if start < split.context_tokens:
                 runs.append(ShardRun(start, end, rank, page))
                 page += kv.pages_for(end - start)

@@ -46,8 +46,12 @@ def chunk_tokens(engine: EngineConfig, device: str) -> int:
     return engine.chunk_tokens or _DEFAULT_CHUNK_TOKENS[device]
 
 
-def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig) -> ExchangeChoice:
+def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0) -> ExchangeChoice:
     """The configured exchange; ``gather`` where none is, which bounds what a prefix may take.
+
+    Args:
+        ranks: of the team that computes, all by default. A smaller one has the configured Ulysses
+            degree where that divides it, else one of its own.
 
     Raises:
         ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks, or its
@@ -55,6 +59,9 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig) -> ExchangeCho
     """
     name = ExchangeKind.GATHER if engine.exchange == AUTO else engine.exchange
     kind, wanted = ExchangeKind(name), engine.ulysses_degree
+    ranks = ranks or engine.ranks
+    if ranks < engine.ranks and wanted and ranks % wanted:
+        wanted = 0
     if engine.kv_offload == "host" and not kind.offloads:
         can = " or ".join(repr(str(other)) for other in ExchangeKind if other.offloads)
         raise ServiceError(
@@ -64,7 +71,7 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig) -> ExchangeCho
             name="engine.kv_offload",
         )
     try:
-        return choose_exchange(kind, engine.ranks, checkpoint.num_heads, wanted)
+        return choose_exchange(kind, ranks, checkpoint.num_heads, wanted)
     except ValueError as error:
         text = f"engine.exchange = {engine.exchange!r} is not accepted: {error}"
         raise ServiceError(Reason.CONFIG_INVALID, text, name="engine.exchange") from error
@@ -75,10 +82,11 @@ def chunk_layout(
     engine: EngineConfig,
     device: str,
     exchange: ExchangeChoice,
+    ranks: int,
 ) -> ChunkLayout:
-    """Which rank computes which tokens of a prompt."""
+    """Which rank of a team computes which tokens of a prompt."""
     tokens = chunk_tokens(engine, device)
-    return deal_patches(patch_ends, engine.ranks, tokens, exchange.kind.order)
+    return deal_patches(patch_ends, ranks, tokens, exchange.kind.order)
 
 
 def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:
@@ -104,22 +112,25 @@ def kv_budget(
     dtype: str,
     device: str,
     exchange: ExchangeChoice | None = None,
+    ranks: int = 0,
 ) -> KVBudget:
     """Bounds on a prefix's KV memory; the front end and the ranks of a machine find the same.
 
     Args:
         exchange: that computes the prefix; the configured one by default.
+        ranks: of the team that does, all by default.
 
     Raises:
         ServiceError: CONFIG_INVALID, see ``exchange_choice``.
     """
-    choice = exchange or exchange_choice(checkpoint, engine)
+    ranks = ranks or engine.ranks
+    choice = exchange or exchange_choice(checkpoint, engine, ranks)
     return KVBudget(
         kv_layout(checkpoint, dtype, engine),
         resolve_kv_pool_bytes(engine),
         engine.kv_working_bytes or _device_share(engine.ranks, device),
         offload=engine.kv_offload == "host" and choice.kind.offloads,
-        sharers=choice.sharers(engine.ranks, checkpoint.num_kv_heads),
+        sharers=choice.sharers(ranks, checkpoint.num_kv_heads),
     )
 
 

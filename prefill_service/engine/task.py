@@ -39,6 +39,21 @@ class Status(IntEnum):
     FAILED = 2
 
 
+@dataclass(frozen=True, slots=True)
+class TaskControl:
+    """What others want of a task while it runs.
+
+    Attributes:
+        cancelled: it is to stop.
+        pause: it is to let others run, once.
+        stand_aside: lets them; returns when the task may go on.
+    """
+
+    cancelled: threading.Event
+    pause: threading.Event
+    stand_aside: Callable[[], None]
+
+
 class TaskAborted(Exception):
     """All ranks agreed to stop this task; ``error`` is set on the rank that caused it."""
 
@@ -71,11 +86,12 @@ class StageClock:
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """What this rank is and has, for every task.
+    """What this rank is and has, for every task of one team.
 
     Attributes:
+        number: of this rank among all; ``group.rank`` is its place in the team.
         model, store: this rank's.
-        meshes: the ranks, by Ulysses degree.
+        meshes: the team's ranks, by Ulysses degree.
         kv_layout: of a page.
         budget: bounds on a prefix's KV, by the exchange that computes it.
         runtime_dir: where a CPU rank's offloaded KV goes.
@@ -86,6 +102,7 @@ class RankContext:
         tick: called after each unit of work; liveness for the heartbeat.
     """
 
+    number: int
     model: PrefillModel
     meshes: Mapping[int, SPMesh]
     store: ShardStore
@@ -100,7 +117,7 @@ class RankContext:
 
     @property
     def group(self) -> SPGroup:
-        """All ranks."""
+        """The team's ranks."""
         return self.meshes[1].world
 
 
@@ -125,10 +142,10 @@ class TaskRun(Protocol):
 def run_task(
     rank: RankContext,
     task: PrefillTask,
-    cancelled: threading.Event,
-    begin: Callable[[RankContext, PrefillTask, ShardWriter, threading.Event], TaskRun],
+    control: TaskControl,
+    begin: Callable[[RankContext, PrefillTask, ShardWriter, TaskControl], TaskRun],
 ) -> RankDone:
-    """Compute this rank's share of the task, in step with the other ranks of its group.
+    """Compute this rank's share of the task, in step with the other ranks of its team.
 
     Args:
         begin: ``ChunkedRun``, or another way to compute a prefix.
@@ -136,14 +153,23 @@ def run_task(
     Raises:
         TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
     """
+    with rank.group.meter.anew():
+        return _run_task(rank, task, control, begin)
+
+
+def _run_task(
+    rank: RankContext,
+    task: PrefillTask,
+    control: TaskControl,
+    begin: Callable[[RankContext, PrefillTask, ShardWriter, TaskControl], TaskRun],
+) -> RankDone:
     manifest = task.manifest
     # A rank without any share (fewer patches than ranks) holds one unused page.
-    pages = max(1, pages_of_rank(manifest.runs, rank.group.rank, rank.kv_layout))
+    pages = max(1, pages_of_rank(manifest.runs, rank.number, rank.kv_layout))
     writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
-    before = dict(rank.group.meter.uses)
     run = None
     try:
-        run = begin(rank, task, writer, cancelled)
+        run = begin(rank, task, writer, control)
         run.execute()
     except TaskAborted as aborted:
         writer.fail(aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped"))
@@ -160,19 +186,39 @@ def run_task(
         )  # fmt: skip
     return RankDone(
         task.job_id,
-        rank.group.rank,
+        rank.number,
         {str(stage): seconds for stage, seconds in run.clock.seconds.items()},
-        rank.group.meter.since(before),
+        rank.group.meter.since({}),
         run.report(),
         offloaded,
     )
 
 
-def checkpoint(
-    rank: RankContext, cancelled: threading.Event, error: ServiceError | None = None
+def checkpoint(rank: RankContext, control: TaskControl, error: ServiceError | None = None) -> None:
+    """Synchronisation point: all ranks of the team go on, or all raise ``TaskAborted``."""
+    _agree(rank, control, error, pause=False)
+
+
+def between_chunks(
+    rank: RankContext, control: TaskControl, error: ServiceError | None = None
 ) -> None:
-    """Synchronisation point: all ranks go on, or all raise ``TaskAborted``."""
-    mine = Status.CANCELLED if cancelled.is_set() else Status.FINE
-    status = Status(rank.group.agree(Status.FAILED if error else mine))
+    """A ``checkpoint`` at which the task is paused if all of its ranks have been told to.
+
+    No collective is left half-way, and none begins before all of them go on, so that a pause may
+    last as long as it likes.
+    """
+    if _agree(rank, control, error, control.pause.is_set()):
+        control.pause.clear()
+        control.stand_aside()
+
+
+def _agree(
+    rank: RankContext, control: TaskControl, error: ServiceError | None, pause: bool
+) -> bool:
+    """The gravest status of all ranks counts; if that is none, whether all of them can pause."""
+    mine = Status.CANCELLED if control.cancelled.is_set() else Status.FINE
+    agreed = rank.group.agree(2 * (Status.FAILED if error else mine) + (not pause))
+    status = Status(agreed // 2)
     if status is not Status.FINE:
         raise TaskAborted(status, error)
+    return agreed == 0

@@ -6,12 +6,14 @@ heads, which moves more bytes, are neighbours, so on machines of several nodes t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.teams import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class SPMesh:
     """All ranks of a group as a grid.
 
     Attributes:
-        world: all of them.
+        world: all of them: of a team, its members.
         ulysses: this rank's row: the ranks that share a part of the sequence and split heads.
         ring: this rank's column: the ranks that hold the same heads of other parts.
     """
@@ -41,29 +43,58 @@ def form_meshes(world: SPGroup, timeout_s: float) -> dict[int, SPMesh]:
     Returns:
         Ulysses degree to mesh.
     """
-    size = world.size
-    return {u: _form(world, u, timeout_s) for u in range(1, size + 1) if size % u == 0}
+    return form_team_meshes(world, [Team(0, world.size)], timeout_s)[Team(0, world.size)]
 
 
-def _form(world: SPGroup, ulysses: int, timeout_s: float) -> SPMesh:
-    alone = SPGroup(0, 1, None, None, world.meter, world.staged)
-    if ulysses == 1:
-        return SPMesh(world, alone, world)
-    if ulysses == world.size:
-        return SPMesh(world, world, alone)
-    rows = [list(range(first, first + ulysses)) for first in range(0, world.size, ulysses)]
-    columns = [list(range(first, world.size, ulysses)) for first in range(ulysses)]
-    return SPMesh(world, _join(world, rows, timeout_s), _join(world, columns, timeout_s))
+def form_team_meshes(
+    world: SPGroup, teams: Iterable[Team], timeout_s: float
+) -> dict[Team, dict[int, SPMesh]]:
+    """``form_meshes`` of several teams of ranks.
+
+    Every rank takes part in building all of them, since torch wants that of its groups.
+
+    Returns:
+        Of the teams that this rank is in, Ulysses degree to mesh.
+    """
+    builder, found = _Builder(world, timeout_s), {}
+    for team in teams:
+        degrees = [u for u in range(1, team.size + 1) if team.size % u == 0]
+        meshes = {u: builder.mesh(team, u) for u in degrees}
+        if world.rank in team.members:
+            found[team] = meshes
+    return found
 
 
-def _join(world: SPGroup, members: list[list[int]], timeout_s: float) -> SPGroup:
-    """The sub-group this rank is in. Every rank takes part in building all of them."""
-    mine = None
-    for ranks in members:
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
-        if world.rank in ranks:
-            mine = SPGroup(
-                ranks.index(world.rank), len(ranks), group, None, world.meter, world.staged
-            )
-    assert mine is not None, "every rank is in one row and one column"
-    return mine
+class _Builder:
+    """Builds groups of ranks, each once, however many meshes it is part of."""
+
+    def __init__(self, world: SPGroup, timeout_s: float) -> None:
+        self._world, self._timeout = world, timedelta(seconds=timeout_s)
+        self._built: dict[tuple[int, ...], SPGroup] = {tuple(range(world.size)): world}
+
+    def mesh(self, team: Team, ulysses: int) -> SPMesh:
+        """Of the team's ranks; on a rank outside it nothing that can be used."""
+        members = list(team.members)
+        rows = [members[at : at + ulysses] for at in range(0, team.size, ulysses)]
+        columns = [members[at::ulysses] for at in range(ulysses)]
+        return SPMesh(self._group([members]), self._group(rows), self._group(columns))
+
+    def _group(self, candidates: list[list[int]]) -> SPGroup:
+        """The one that this rank is in. Every rank takes part in building all of them."""
+        mine = SPGroup(0, 1, None, None, self._world.meter, self._world.staged)
+        for ranks in candidates:
+            if len(ranks) > 1:
+                group = self._join(ranks)
+                mine = group if self._world.rank in ranks else mine
+        return mine
+
+    def _join(self, ranks: list[int]) -> SPGroup:
+        key, world = tuple(ranks), self._world
+        if key not in self._built:
+            data = dist.new_group(ranks, timeout=self._timeout)
+            control = data
+            if world.control is not world.data:  # which is NCCL's, so that agreeing needs gloo
+                control = dist.new_group(ranks, timeout=self._timeout, backend="gloo")
+            place = ranks.index(world.rank) if world.rank in ranks else 0
+            self._built[key] = SPGroup(place, len(ranks), data, control, world.meter, world.staged)
+        return self._built[key]

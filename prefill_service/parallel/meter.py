@@ -72,6 +72,18 @@ class CommMeter:
             )
         return {name: use for name, use in found.items() if use.calls}
 
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Count from nothing inside, and go on afterwards where it was before.
+
+        A task that runs while another one is paused is counted apart from it.
+        """
+        before, self.uses = self.uses, {}
+        try:
+            yield
+        finally:
+            self.uses = before
+
     def _add(self, name: str, use: CollectiveUse) -> None:
         self.uses[name] = self.uses.get(name, CollectiveUse()).plus(use)
 

@@ -37,7 +37,6 @@ class ExchangePlanner:
 
     Args:
         shape: of the model.
-        ranks: of the group; all of them compute.
         chunk_tokens: per chunk and rank, as the ranks have it.
         kv_bytes: for K, V and buffers on each rank.
         observed: what the ranks' probe measured; asked for once they are up.
@@ -46,12 +45,11 @@ class ExchangePlanner:
     def __init__(
         self,
         shape: ModelShape,
-        ranks: int,
         chunk_tokens: int,
         kv_bytes: int,
         observed: Callable[[], Sequence[Observation]],
     ) -> None:
-        self._shape, self._ranks = shape, ranks
+        self._shape = shape
         self._chunk_tokens, self._kv_bytes = chunk_tokens, kv_bytes
         self._observed = observed
         self._history: CostHistory | None = None
@@ -62,13 +60,13 @@ class ExchangePlanner:
         """As of now."""
         return self._costs().model
 
-    def choose(self, plan: PrefixPlan, policy: AttentionPolicy) -> ExchangeChoice:
-        """The exchange for a prefix; ``gather`` where none fits, which then says so."""
+    def choose(self, plan: PrefixPlan, policy: AttentionPolicy, ranks: int) -> ExchangeChoice:
+        """The exchange for a prefix on so many ranks; ``gather`` where none fits, which says so."""
         request = PlanRequest(
             shape=self._shape,
             tokens=plan.num_tokens,
-            max_ranks=self._ranks,
-            min_ranks=self._ranks,
+            max_ranks=ranks,
+            min_ranks=ranks,
             kv_memory_bytes=self._kv_bytes,
             density=self._density.get(policy.profile, 1.0),
             chunk_tokens=(self._chunk_tokens,),
@@ -89,6 +87,7 @@ class ExchangePlanner:
         policy: AttentionPolicy,
         choice: ExchangeChoice,
         outcome: PrefillOutcome,
+        ranks: int,
     ) -> None:
         """Take a finished prefill into account: its stage without decoding and vision tower."""
         seconds = outcome.stage_seconds.get("prefill", 0.0)
@@ -98,9 +97,9 @@ class ExchangePlanner:
         if choice.kind.sparse:
             # A density of 0 cannot be: the queries' own tiles are always attended.
             self._density[policy.profile] = density = min(1.0, max(density, 1e-3))
-        layout = deal_patches(plan.patch_ends, self._ranks, self._chunk_tokens, choice.kind.order)
+        layout = deal_patches(plan.patch_ends, ranks, self._chunk_tokens, choice.kind.order)
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        scheme = Scheme(Exchange(choice.kind.value), self._ranks, choice.degree)
+        scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree)
         model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
         logger.info("cost model: %s", model)
 

@@ -202,6 +202,17 @@ class Job:
         self._progress[progress.stage, progress.rank] = progress
         self.touch()
 
+    @property
+    def tokens_left(self) -> int:
+        """Of its prefix, those that no rank has prefilled yet."""
+        done = sum(p.done for (stage, _), p in self._progress.items() if stage is Stage.PREFILL)
+        return max(0, self.record.prefix_tokens - done)
+
+    @property
+    def whole_group(self) -> bool:
+        """It needs all ranks: a comparison's KV depends on how many there are."""
+        return self.record.spec.comparison is not None
+
     def touch(self) -> None:
         """Wake the waiters."""
         self.version += 1

@@ -54,6 +54,8 @@ class Metrics:
         self._jobs_ended = counter("jobs_ended", "Jobs that have ended, by state.", "state")
         self._seconds = histogram("seconds", "Wall clock of a prefill.", _SECONDS, "quality")
         self._tokens = counter("tokens", "Tokens prefilled.", "quality")
+        self._on_ranks = counter("on_ranks", "Prefills, by the number of their ranks.", "ranks")
+        self._paused = counter("paused_seconds", "Seconds that prefills were paused for others.")
         self._received = counter("received_bytes", "Bytes ranks received from other ranks.")
         self._offloaded = counter(
             "offload_moved_bytes", "Bytes of offloaded KV moved to the ranks and back."
@@ -119,11 +121,14 @@ class Metrics:
         outcome: PrefillOutcome,
         attention: AttentionSummary | None,
         method: str = "",
+        ranks: int = 1,
     ) -> None:
         """Take in a finished prefill; of a comparison by ``method`` there is no attention."""
         quality = method if attention is None else str(attention.policy.quality)
         self._seconds.labels(quality).observe(outcome.seconds)
         self._tokens.labels(quality).inc(tokens)
+        self._on_ranks.labels(ranks).inc()
+        self._paused.inc(outcome.paused_s)
         self._received.inc(outcome.bytes_received)
         self._offloaded.inc(sum(rank.moved_bytes for rank in outcome.offloaded))
         self._stalled.inc(max((rank.stalled_s for rank in outcome.offloaded), default=0.0))

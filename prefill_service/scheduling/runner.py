@@ -15,6 +15,7 @@ from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.protocol import HandoffParams
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.parallel.teams import Team
 from prefill_service.scheduling.attention import (
     AttentionDetail,
     AttentionSummary,
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillRunner:
-    """Computes prefixes, one at a time, and enters them into the registry.
+    """Computes prefixes, several at once if need be, and enters them into the registry.
 
     Args:
         engine_id: uuid of this service run, part of every manifest.
@@ -66,10 +67,16 @@ class PrefillRunner:
         plan: PrefixPlan,
         spec: PrefillSpec,
         video: HeldVideo,
+        team: Team,
+        over: str,
         on_start: Callable[[], None],
         on_progress: Callable[[Progress], None],
     ) -> tuple[PrefillResult, AttentionDetail | None]:
         """Compute a prefix; ``on_start`` is called when the ranks begin.
+
+        Args:
+            team: the ranks that compute it.
+            over: job that is paused for it, if any (``RankGroup.prefill``).
 
         Cancelling this coroutine stops the ranks and frees the pages.
 
@@ -83,34 +90,34 @@ class PrefillRunner:
         used = self._planning.policy(spec.attention)
         comparison = await self._planning.comparison(spec, plan)
         profile = self._planning.profile(spec)
-        exchange = await self._exchange(plan, used, comparison)
-        manifest, kv_bytes = await self._reserve(plan, profile, exchange, comparison)
+        exchange = await self._exchange(plan, used, comparison, team)
+        manifest, kv_bytes = await self._reserve(plan, profile, exchange, comparison, team)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
         task = PrefillTask(
-            job_id, plan, manifest, str(video.path), str(video.index_path), used,
-            exchange, comparison,
+            job_id, plan, manifest, str(video.path), str(video.index_path),
+            team, used, exchange, comparison,
         )  # fmt: skip
         attention, report = None, None
         try:
-            outcome = await self._group.prefill(task, on_progress)
+            outcome = await self._group.prefill(task, on_progress, over)
             if comparison is None:
                 attention = summarize(spec.attention, outcome.attention)
                 report = detail(attention, outcome.attention, plan, index)
                 if self._exchanges is not None:
-                    self._exchanges.learn(plan, used, exchange, outcome)
+                    self._exchanges.learn(plan, used, exchange, outcome, team.size)
             prefix = self._prefixes.complete(plan.prefix_id)
         except BaseException:
             self._prefixes.discard(plan.prefix_id)
             raise
         method = "" if comparison is None else comparison.mode.method
-        self._metrics.prefilled(plan.num_tokens, outcome, attention, method)
+        self._metrics.prefilled(plan.num_tokens, outcome, attention, method, team.size)
         stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
         logger.info(
-            "%s: %d tokens in %.2f s, slowest rank's stages %s, %d bytes received from other ranks,"
-            " attention %s%s",
-            job_id, plan.num_tokens, outcome.seconds, stages, outcome.bytes_received,
-            profile, _figures(attention),
+            "%s: %d tokens in %.2f s on %s (paused for %.2f s), slowest rank's stages %s, "
+            "%d bytes received from other ranks, attention %s%s",
+            job_id, plan.num_tokens, outcome.seconds, team, outcome.paused_s, stages,
+            outcome.bytes_received, profile, _figures(attention),
         )  # fmt: skip
         result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
         moved = replace(
@@ -121,12 +128,16 @@ class PrefillRunner:
         return moved, report
 
     async def _exchange(
-        self, plan: PrefixPlan, policy: AttentionPolicy, comparison: ComparisonTask | None
+        self,
+        plan: PrefixPlan,
+        policy: AttentionPolicy,
+        comparison: ComparisonTask | None,
+        team: Team,
     ) -> ExchangeChoice:
         if self._exchanges is None or comparison is not None:
-            return self._group.exchange
+            return self._group.exchange_of(team)
         await self._group.wait_ready()  # the first choice needs the ranks' probe
-        return await asyncio.to_thread(self._exchanges.choose, plan, policy)
+        return await asyncio.to_thread(self._exchanges.choose, plan, policy, team.size)
 
     async def _reserve(
         self,
@@ -134,12 +145,13 @@ class PrefillRunner:
         profile: str,
         exchange: ExchangeChoice,
         comparison: ComparisonTask | None,
+        team: Team,
     ) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""
         while True:
             await self._group.wait_ready()
             layout = self._group.layout
-            runs = self._group.shard_map(plan, exchange, comparison)
+            runs = self._group.shard_map(plan, exchange, comparison, team)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
             await self._prefixes.make_room(pages * layout.page_bytes)
             if self._group.ready:

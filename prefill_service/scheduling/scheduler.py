@@ -1,4 +1,4 @@
-"""The queue: jobs go into the rank group one after the other, first come, first served."""
+"""Jobs from their creation to their end: queued, computed on some of the ranks, resident, gone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -15,13 +14,16 @@ from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.teams import Team
 from prefill_service.scheduling.attention import AttentionDetail
 from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
+from prefill_service.scheduling.placement import Placer
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
+from prefill_service.scheduling.queue import JobQueue
 from prefill_service.scheduling.runner import PrefillRunner
 
 if TYPE_CHECKING:
@@ -67,9 +69,10 @@ class Scheduler:
         self._runner = PrefillRunner(group, self.prefixes, engine_id, planning, metrics, exchanges)
         self._jobs: dict[str, Job] = {}
         self._by_prefix: dict[str, Job] = {}
-        self._queue: deque[Job] = deque()
-        self._active: Job | None = None
-        self._wake = asyncio.Event()
+        placer = Placer(
+            group.teams, group.chunk_tokens, group.fit_together, overtaking=config.elastic
+        )
+        self._queue = JobQueue(placer, self._prefill, self._settle)
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics = metrics
@@ -90,7 +93,7 @@ class Scheduler:
         must not fail the jobs it found."""
         self._group.on_lost = self._group_lost
         self._tasks = [
-            asyncio.create_task(self._work(), name="scheduler"),
+            asyncio.create_task(self._queue.run(), name="scheduler"),
             asyncio.create_task(self.prefixes.keep_alive(), name="lease-renewal"),
         ]
 
@@ -106,10 +109,10 @@ class Scheduler:
         for task in self._tasks:
             task.cancel()
             await asyncio.wait({task})
-        for job in self._queue:
+        for job in self._queue.waiting:
+            self._queue.remove(job)
             if not job.record.explicit:
                 self._end(job, JobState.CANCELLED, _shutting_down())
-        self._queue.clear()
 
     # ---- for the API --------------------------------------------------------------------
 
@@ -231,7 +234,7 @@ class Scheduler:
 
     def snapshot(self, job: Job) -> JobRecord:
         """A job's record with its progress and position in the queue."""
-        return job.snapshot(self._ahead(job))
+        return job.snapshot(self._queue.ahead(job))
 
     # ---- the queue ----------------------------------------------------------------------
 
@@ -264,33 +267,13 @@ class Scheduler:
         self._jobs[job.record.job_id] = job
         self._by_prefix[job.record.prefix_id] = job
         self._queue.append(job)
-        self._wake.set()
 
     def _cancel(self, job: Job, cause: ServiceError) -> None:
         job.cancelled_by = job.cancelled_by or cause
         if job.task is not None:
             job.task.cancel()
-        elif job in self._queue:
-            self._queue.remove(job)
+        elif self._queue.remove(job):
             self._end(job, JobState.CANCELLED, cause)
-            self._queue_moved()
-
-    async def _work(self) -> None:
-        while True:
-            await self._wake.wait()
-            if not self._queue:
-                self._wake.clear()
-                continue
-            job = self._active = self._queue.popleft()
-            task = job.task = asyncio.create_task(self._prefill(job), name=job.record.job_id)
-            self._queue_moved()
-            try:
-                await asyncio.wait({task})
-            finally:  # also when the service stops
-                task.cancel()
-                await asyncio.wait({task})
-                self._active = job.task = None
-                self._settle(job, task)
 
     def _settle(self, job: Job, task: asyncio.Task[None]) -> None:
         """Give a job whose task has ended its state."""
@@ -310,8 +293,12 @@ class Scheduler:
         else:
             self._end(job, JobState.CANCELLED, _shutting_down())
 
-    async def _prefill(self, job: Job) -> None:
-        """Run a job to its success, on a second group if the first one dies."""
+    async def _prefill(self, job: Job, team: Team, over: str) -> None:
+        """Run a job to its success, on a second group if the first one dies.
+
+        Args:
+            team, over: see ``PrefillRunner.run``.
+        """
         spec = job.record.spec
         async with self._videos.hold(spec.video_id) as video:
             plan = await self._planning.plan_held(spec, video)
@@ -320,7 +307,7 @@ class Scheduler:
                 starts = job.record.attempts
                 try:
                     result, report = await self._runner.run(
-                        job.record.job_id, plan, spec, video,
+                        job.record.job_id, plan, spec, video, team, over,
                         lambda: self._started(job), job.advance,
                     )  # fmt: skip
                     if report is not None:
@@ -382,15 +369,6 @@ class Scheduler:
     def _unindex(self, job: Job) -> None:
         if self._by_prefix.get(job.record.prefix_id) is job:
             del self._by_prefix[job.record.prefix_id]
-
-    def _queue_moved(self) -> None:
-        for job in self._queue:
-            job.touch()
-
-    def _ahead(self, job: Job) -> int:
-        if job not in self._queue:
-            return 0
-        return self._queue.index(job) + (self._active is not None)
 
     def _keep_report(self, job: Job, report: AttentionDetail) -> None:
         """As ``_save``: the prefix is good without it."""

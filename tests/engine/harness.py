@@ -21,6 +21,7 @@ from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.models.planner import PromptPlanner
 from prefill_service.parallel.exchanges import ExchangeChoice
+from prefill_service.parallel.teams import Team
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
@@ -53,8 +54,10 @@ class Harness:
         plan: PrefixPlan,
         exchange: ExchangeChoice | None = None,
         comparison: ComparisonTask | None = None,
+        team: Team | None = None,
     ) -> PrefillTask:
-        exchange = exchange or self.group.exchange
+        team = team or self.group.everyone
+        exchange = exchange or self.group.exchange_of(team)
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id="test",
@@ -62,7 +65,7 @@ class Harness:
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=self.group.layout,
             num_tokens=plan.num_tokens,
-            runs=self.group.shard_map(plan, exchange, comparison),
+            runs=self.group.shard_map(plan, exchange, comparison, team),
             endpoints=self.group.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
@@ -70,12 +73,13 @@ class Harness:
         job_id = f"job_{uuid.uuid4().hex}"
         index = str(self.index_path(video))
         return PrefillTask(
-            job_id, plan, manifest, str(video), index, exchange=exchange, comparison=comparison
-        )
+            job_id, plan, manifest, str(video), index, team,
+            exchange=exchange, comparison=comparison,
+        )  # fmt: skip
 
-    async def prefill(self, task: PrefillTask) -> PrefillOutcome:
+    async def prefill(self, task: PrefillTask, over: str = "") -> PrefillOutcome:
         self.group.grant(task.plan.prefix_id, "lease", 60.0)
-        return await self.group.prefill(task, self.progress.append)
+        return await self.group.prefill(task, self.progress.append, over)
 
     def read_kv(self, task: PrefillTask) -> torch.Tensor:
         """All pages back into [layers, 2, tokens, kv_heads, head_dim]."""

@@ -31,7 +31,7 @@ async def test_start_says_which_rank(group: RankGroup) -> None:
 
 async def test_restart_gives_up_and_tells_those_who_wait(group: RankGroup) -> None:
     waiter = asyncio.create_task(group.wait_ready())
-    await group._restart()
+    await group._ranks.restart()
     with pytest.raises(ServiceError, match="rank 0 cannot be started"):
         await asyncio.wait_for(waiter, 30)
     assert not group.ready

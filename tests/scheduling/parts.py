@@ -29,10 +29,12 @@ from prefill_service.kv.working import WorkingReport
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.parallel.meter import CollectiveUse
+from prefill_service.parallel.teams import Team, form_teams
 from prefill_service.video.index import VideoIndex
 
 TOKENS_PER_FRAME = 16
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
+EVERYONE = Team(0, 2)
 FRAME_BYTES = LAYOUT.page_bytes  # a frame is one page
 
 
@@ -108,15 +110,20 @@ def report(task: PrefillTask) -> AttentionReport:
 
 
 class Group:
-    """Two ranks. A task takes ``step_s`` per temporal patch."""
+    """Two ranks. A task takes ``step_s`` per temporal patch, on whatever team, beside any others.
+
+    One that is paused for another goes on when that has ended.
+    """
 
     endpoints = ("unix:/r0", "unix:/r1")
+    everyone = EVERYONE
+    teams = form_teams(2)
+    chunk_tokens = 64
     layout = LAYOUT
 
     def __init__(self, restart_s: float = 0.1, start_s: float = 0.0) -> None:
         self.step_s = 0.0
         self.restart_s, self.start_s = restart_s, start_s
-        self.exchange = ExchangeChoice()
         self.generation = 0
         self.ready = False
         self.on_lost: Callable[[int], None] | None = None
@@ -124,6 +131,9 @@ class Group:
         self.started: list[str] = []
         self.tasks: list[PrefillTask] = []
         self.stopped: list[str] = []
+        self.fits = True
+        self.paused: dict[str, asyncio.Event] = {}
+        """Jobs that were paused, and whether they may go on."""
         self.pages: dict[str, asyncio.Event] = {}
         self.leases: dict[str, set[str]] = {}
         self._up = asyncio.Event()
@@ -169,13 +179,33 @@ class Group:
         plan: PrefixPlan,
         exchange: ExchangeChoice | None = None,
         comparison: ComparisonTask | None = None,
+        team: Team = EVERYONE,
     ) -> tuple[ShardRun, ...]:
         if comparison is not None:
-            return comparison_runs(comparison_split(plan, comparison, 2), LAYOUT)
+            return comparison_runs(comparison_split(plan, comparison, 2), LAYOUT, team)
         half = plan.num_tokens // 2
+        if team.size == 1:
+            return (ShardRun(0, plan.num_tokens, team.first, 0),)
         return (ShardRun(0, half, 0, 0), ShardRun(half, plan.num_tokens, 1, 0))
 
+    def exchange_of(self, team: Team) -> ExchangeChoice:
+        return ExchangeChoice()
+
+    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+        return self.fits
+
     async def prefill(
+        self, task: PrefillTask, on_progress: Callable[[Progress], None], over: str = ""
+    ) -> PrefillOutcome:
+        if over:
+            self.paused[over] = asyncio.Event()
+        try:
+            return await self._prefill(task, on_progress)
+        finally:
+            if over:
+                self.paused[over].set()
+
+    async def _prefill(
         self, task: PrefillTask, on_progress: Callable[[Progress], None]
     ) -> PrefillOutcome:
         assert task.manifest.generation == self.generation
@@ -188,14 +218,20 @@ class Group:
         try:
             for done in range(1, patches + 1):
                 await asyncio.wait({death}, timeout=self.step_s)
+                while task.job_id in self.paused and not self.paused[task.job_id].is_set():
+                    await asyncio.wait({death}, timeout=0.01)
                 if death.done():
                     death.result()
                 if self.failures and done > patches // 2:
                     raise self.failures.popleft()
                 for stage in Stage:
-                    for rank in (0, 1):
+                    for rank in task.team.members:
+                        tokens = done * task.plan.num_tokens // patches // task.team.size
+                        of = task.plan.num_tokens // task.team.size
+                        if stage is not Stage.PREFILL:
+                            tokens, of = done, patches
                         on_progress(
-                            Progress(task.job_id, rank, stage, done, patches, done * self.step_s)
+                            Progress(task.job_id, rank, stage, tokens, of, done * self.step_s)
                         )
         except asyncio.CancelledError:
             self.stopped.append(task.job_id)

@@ -13,6 +13,7 @@ from prefill.v1 import prefill_service_pb2 as prefill_pb
 
 from prefill_service.errors import Reason, ServiceError
 from tests.scheduling.harness import answer, error_of
+from tests.scheduling.parts import TOKENS_PER_FRAME
 
 Serve = Callable[..., Any]
 
@@ -30,7 +31,7 @@ async def test_progress_then_tokens_then_final(serve: Serve) -> None:
         assert "JOB_STATE_RUNNING" in states
         dones = [sum(stage.done for stage in job.progress) for job in result.progress]
         assert dones == sorted(dones)
-        assert dones[-1] == 3 * 2 * 8
+        assert dones[-1] == 2 * 2 * 8 + 16 * TOKENS_PER_FRAME  # patches twice, tokens
         assert result.text == "A red car."
         assert result.token_ids == [1, 2, 3, 4]
         final = result.final
@@ -72,7 +73,7 @@ async def test_client_gone_stops_everything_within_a_second(serve: Serve, stage:
         blocker = None
         if stage == "queued":
             s.group.step_s = 30
-            blocker = await s.create(frames=32)
+            blocker = await s.create(frames=16)  # not so long that it would be overtaken
             await s.until(lambda: bool(s.group.started))
         elif stage in ("running", "handing over"):
             s.group.step_s = 30

@@ -28,6 +28,7 @@ from tests.scheduling.parts import Group
 SHAPE = PRESETS["qwen3-vl-8b"]
 EXACT, BALANCED = resolve_policy(Quality.EXACT), resolve_policy(Quality.BALANCED)
 ROOM = 1 << 40
+RANKS = 4
 
 
 def prefix(tokens: int) -> PrefixPlan:
@@ -46,8 +47,8 @@ def machine(link: float) -> list[Observation]:
     ]
 
 
-def planner(link: float, ranks: int = 4, kv_bytes: int = ROOM, chunk: int = 4096) -> Any:
-    return ExchangePlanner(SHAPE, ranks, chunk, kv_bytes, lambda: machine(link))
+def planner(link: float, kv_bytes: int = ROOM, chunk: int = 4096) -> Any:
+    return ExchangePlanner(SHAPE, chunk, kv_bytes, lambda: machine(link))
 
 
 def outcome(seconds: float, density: float = 1.0) -> PrefillOutcome:
@@ -58,40 +59,40 @@ def outcome(seconds: float, density: float = 1.0) -> PrefillOutcome:
 
 def test_the_regimes() -> None:
     """Chunks: a ring moves the past again with each; what is replicated needs room."""
-    slow = planner(1e9).choose(prefix(262_144), EXACT)
+    slow = planner(1e9).choose(prefix(262_144), EXACT, RANKS)
     assert slow.kind in (ExchangeKind.GATHER, ExchangeKind.ULYSSES)  # the fewest bytes
-    alike = planner(1e13, chunk=512).choose(prefix(131_072), EXACT)
+    alike = planner(1e13, chunk=512).choose(prefix(131_072), EXACT, RANKS)
     assert alike.kind is ExchangeKind.GATHER  # no exchange is faster by more than the tolerance
     gather_takes = 262_144 * SHAPE.kv_bytes * SHAPE.attending_layers
-    tight = planner(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT)
+    tight = planner(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT, RANKS)
     assert tight.kind is not ExchangeKind.GATHER
     assert tight.kind is not ExchangeKind.DEMAND
 
 
 def test_where_nothing_fits_it_is_gather(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert planner(1e9, kv_bytes=1).choose(prefix(4096), EXACT) == ExchangeChoice()
+        assert planner(1e9, kv_bytes=1).choose(prefix(4096), EXACT, RANKS) == ExchangeChoice()
     assert "the least that K/V take" in caplog.text
 
 
 def test_sparse_attention_keeps_gather() -> None:
     """Once it is known what a quality attends to, exact exchanges no longer compete."""
     chooser, plan = planner(350e9, chunk=65_536), prefix(1 << 20)
-    before = chooser.choose(plan, BALANCED)
+    before = chooser.choose(plan, BALANCED, RANKS)
     assert before.kind is not ExchangeKind.GATHER  # dealt shares of large chunks are uneven
-    chooser.learn(plan, BALANCED, ExchangeChoice(), outcome(20.0, density=0.1))
-    assert chooser.choose(plan, BALANCED).kind is ExchangeKind.GATHER
-    assert chooser.choose(plan, EXACT) == before
+    chooser.learn(plan, BALANCED, ExchangeChoice(), outcome(20.0, density=0.1), RANKS)
+    assert chooser.choose(plan, BALANCED, RANKS).kind is ExchangeKind.GATHER
+    assert chooser.choose(plan, EXACT, RANKS) == before
 
 
 def test_jobs_refine_the_model() -> None:
     chooser, plan = planner(350e9), prefix(65_536)
     probed = chooser.model
     assert probed.provenance == "probe of the ranks"
-    chooser.learn(plan, EXACT, ExchangeChoice(), outcome(0.0))
+    chooser.learn(plan, EXACT, ExchangeChoice(), outcome(0.0), RANKS)
     assert chooser.model == probed  # nothing was measured
     for _ in range(8):
-        chooser.learn(plan, EXACT, ExchangeChoice(), outcome(100.0))
+        chooser.learn(plan, EXACT, ExchangeChoice(), outcome(100.0), RANKS)
     assert chooser.model.provenance == "probe of the ranks; refined by 8 jobs"
     assert chooser.model.per_linear_flop + chooser.model.per_attention_flop > 2 * (
         probed.per_linear_flop + probed.per_attention_flop
@@ -101,8 +102,8 @@ def test_jobs_refine_the_model() -> None:
 class TimedGroup(Group):
     """Knows how long its prefills took."""
 
-    async def prefill(self, task: PrefillTask, on_progress: Any) -> PrefillOutcome:
-        found = await super().prefill(task, on_progress)
+    async def prefill(self, task: PrefillTask, on_progress: Any, over: str = "") -> PrefillOutcome:
+        found = await super().prefill(task, on_progress, over)
         return replace(found, stage_seconds={**found.stage_seconds, "prefill": 0.5})
 
 
@@ -111,17 +112,19 @@ class Recorder(ExchangePlanner):
 
     learned: list[ExchangeChoice]
 
-    def choose(self, plan: PrefixPlan, policy: Any) -> ExchangeChoice:
-        super().choose(plan, policy)
+    def choose(self, plan: PrefixPlan, policy: Any, ranks: int) -> ExchangeChoice:
+        super().choose(plan, policy, ranks)
         return ExchangeChoice(ExchangeKind.USP, 2)
 
-    def learn(self, plan: Any, policy: Any, choice: ExchangeChoice, outcome: Any) -> None:
-        super().learn(plan, policy, choice, outcome)
+    def learn(
+        self, plan: Any, policy: Any, choice: ExchangeChoice, outcome: Any, ranks: int
+    ) -> None:
+        super().learn(plan, policy, choice, outcome, ranks)
         self.learned.append(choice)
 
 
 async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_path: Path) -> None:
-    chooser = Recorder(SHAPE, 2, 32, ROOM, lambda: machine(1e9))
+    chooser = Recorder(SHAPE, 32, ROOM, lambda: machine(1e9))
     chooser.learned = []
     async with serve(group=TimedGroup(), exchanges=chooser) as s:
         (*_, job) = await s.ended((await s.create(8)).job_id)

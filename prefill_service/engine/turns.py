@@ -1,0 +1,137 @@
+"""Which task may use which ranks when, and when one is paused for another.
+
+The ranks do as they are told and cannot know whom they keep waiting; here it is known. A rank has
+at most one task that goes on. A task begins when all of its team's ranks are free, or when the only
+other task on them is paused, so that whoever waits in a collective waits for ranks that are in the
+same task, and nothing can be waited for in a circle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from prefill_service.parallel.teams import Team
+
+
+class TurnState(Enum):
+    """Of a task that has its ranks."""
+
+    RUNNING = auto()
+    PAUSING = auto()
+    """Told to pause; it may end without."""
+    PAUSED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """One task's right to its team's ranks.
+
+    Attributes:
+        over: id of the task that is to be paused for this one, if it has to wait for no other.
+        pausable: whether this one may be paused.
+        inside: the paused task whose ranks it has.
+        paused_s: seconds that it was paused.
+    """
+
+    job_id: str
+    team: Team
+    over: str = ""
+    pausable: bool = True
+    inside: Turn | None = None
+    state: TurnState = TurnState.RUNNING
+    paused_s: float = 0.0
+    _said: set[int] = field(default_factory=set)
+    _since: float = 0.0
+    _granted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def paused(self) -> bool:
+        """Its ranks are, all of them, free for others."""
+        return self.state is TurnState.PAUSED
+
+
+class Turns:
+    """Grants turns: first come, first served among tasks that want the same ranks.
+
+    A task that is to run inside another's pause does not wait for those that wait for the other's
+    end. One that runs so is not paused itself.
+
+    Args:
+        pause: tells a task's ranks to pause; each of them says so (``said_paused``), unless the
+            task ends first.
+        resume: tells a paused task's ranks to go on.
+    """
+
+    def __init__(self, pause: Callable[[Turn], None], resume: Callable[[Turn], None]) -> None:
+        self._pause, self._resume = pause, resume
+        self._running: list[Turn] = []
+        self._waiting: list[Turn] = []
+
+    @asynccontextmanager
+    async def take(
+        self, job_id: str, team: Team, over: str = "", pausable: bool = True
+    ) -> AsyncIterator[Turn]:
+        """Wait for a turn; it ends with the context."""
+        turn = Turn(job_id, team, over, pausable)
+        self._waiting.append(turn)
+        try:
+            self._advance()
+            await turn._granted.wait()
+            yield turn
+        finally:
+            (self._running if turn in self._running else self._waiting).remove(turn)
+            self._advance()
+
+    def said_paused(self, job_id: str, rank: int) -> None:
+        """A rank has paused the task."""
+        for turn in self._running:
+            if turn.job_id == job_id and turn.state is TurnState.PAUSING:
+                turn._said.add(rank)
+                if len(turn._said) == turn.team.size:
+                    turn.state, turn._since = TurnState.PAUSED, time.monotonic()
+                    turn._said.clear()
+                    self._advance()
+
+    def ending(self, turn: Turn) -> None:
+        """The task is being stopped: nothing more runs inside it, so that it soon goes on to."""
+        turn.pausable = False
+        self._advance()
+
+    def _advance(self) -> None:
+        """Start what can start, pause what has to be, resume what need not be paused any more."""
+        before: list[Turn] = []
+        for turn in list(self._waiting):
+            outer = self._outer(turn)
+            if outer is not None and outer.state is TurnState.RUNNING:
+                outer.state = TurnState.PAUSING
+                self._pause(outer)
+            if self._free(turn, outer, before):
+                self._waiting.remove(turn)
+                self._running.append(turn)
+                turn.inside = outer
+                turn._granted.set()
+            else:
+                before.append(turn)
+        for turn in self._running:
+            if turn.paused and not any(other.inside is turn for other in self._running):
+                turn.state = TurnState.RUNNING
+                turn.paused_s += time.monotonic() - turn._since
+                self._resume(turn)
+
+    def _outer(self, turn: Turn) -> Turn | None:
+        """The task to pause for this one, if there is one to be paused."""
+        for other in self._running:
+            if other.job_id == turn.over and other.pausable and other.inside is None:
+                return other if other.team.contains(turn.team) else None
+        return None
+
+    def _free(self, turn: Turn, outer: Turn | None, before: list[Turn]) -> bool:
+        busy = [other for other in self._running if other.team.overlaps(turn.team)]
+        if outer is not None:
+            return outer.paused and busy == [outer]
+        return not busy and not any(other.team.overlaps(turn.team) for other in before)
