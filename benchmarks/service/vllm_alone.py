@@ -108,6 +108,11 @@ class VllmServer:
         """See ``System``."""
         return self._process.pid
 
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return f"http://127.0.0.1:{self._port}"
+
     def measure(self, case: Case, mode: str) -> Measured:
         """See ``System``."""
         before = cpu_seconds(self.pid)
