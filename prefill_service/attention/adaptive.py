@@ -201,6 +201,10 @@ class AdaptiveAttention:
         clock.lap("certify")
         self._reports[layer].certify_s += clock.seconds("certify")
 
+    def attended(self, layer: int, seconds: float) -> None:
+        """Note the time of exact attention that was computed elsewhere."""
+        self._reports[layer].attend_s += seconds
+
     def count(self, layer: int, start: int, queries: int) -> None:
         """Count queries attended to exactly, of whose keys this rank holds only a part."""
         tiles, report = self._tiles(start, queries), self._reports[layer]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
@@ -160,7 +161,11 @@ class ChunkedRun:
             out = self.attention.attend(layer, q, kv, start, self._chunk[0], scale)
             self._exchange.reordered(layer, clustered, state.clustered)
             return out
+        meter, clock = self._rank.group.meter, Stopwatch(q.device)
+        waited = meter.seconds
         out = self._exchange.attend(layer, q)
+        clock.lap("attend")
+        self.attention.attended(layer, clock.seconds("attend") - (meter.seconds - waited))
         self.attention.observe(layer, q, self._exchange.complete(layer), start, scale)
         return out
 

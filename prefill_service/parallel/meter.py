@@ -46,6 +46,11 @@ class CommMeter:
         """Of all but agreements."""
         return moved(self.uses)
 
+    @property
+    def seconds(self) -> float:
+        """Spent so far in starting collectives and waiting for them, agreements included."""
+        return sum(use.seconds for use in self.uses.values())
+
     def received(self, name: str, size: int) -> None:
         """Note a started collective that brings ``size`` bytes from other ranks."""
         self._add(name, CollectiveUse(1, size))

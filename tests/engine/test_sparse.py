@@ -52,6 +52,9 @@ async def test_kv_follows_epsilon(
         assert report.block_map is None
         layers = harness.group.layout.num_layers - 1
         assert [layer.layer for layer in report.layers] == list(range(layers))
+        # Exact attention is timed too; waiting for other ranks is no part of it.
+        attended = sum(layer.attend_s for layer in report.layers)
+        assert 0 < attended < outcome.stage_seconds["prefill"]
 
         close, _ = await prefill(harness, video, resolve_policy(epsilon=1e-9))
         assert error(close, exact) < 1e-5
