@@ -12,6 +12,7 @@ from prefill_service.api.convert import inspection_to_proto, job_to_proto, spec_
 from prefill_service.api.types import Context
 from prefill_service.scheduling.scheduler import Scheduler
 
+_PIECE_BYTES = 256 << 10
 _PAGE_BYTES = 2 << 20
 """A page ends early beyond this: clients accept messages of 4 MiB."""
 
@@ -72,3 +73,11 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
     ) -> pb.InspectPrefillJobResponse:
         """What a job's attention did, in full."""
         return inspection_to_proto(*self._scheduler.inspect(request.job_id))
+
+    async def TracePrefillJob(
+        self, request: pb.TracePrefillJobRequest, context: Context
+    ) -> AsyncIterator[pb.TracePrefillJobResponse]:
+        """When what was done for a job, in pieces."""
+        trace = self._scheduler.trace(request.job_id)
+        for start in range(0, len(trace), _PIECE_BYTES):
+            yield pb.TracePrefillJobResponse(data=trace[start : start + _PIECE_BYTES])

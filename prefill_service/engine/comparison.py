@@ -63,6 +63,7 @@ class ComparisonRun:
             preprocess.temporal_patch_size,
             self._shares,
             self._on_frames,
+            self.clock.spans,
         )
         self._k = self._v = torch.empty(0)
 
@@ -74,6 +75,7 @@ class ComparisonRun:
         self._start = time.perf_counter()
         ids, positions = self._inputs()
         self._rank.model.prefill(ids, positions, self._task.plan.video_token_id, features, self)
+        self.clock.spans.note(Stage.PREFILL, "all rows", self._start, tokens=len(ids))
         layout = self._rank.kv_layout
         pages = sum(layout.pages_for(rows.stop - rows.start) for rows in self._kept)
         self._writer.seal_pages(0, pages)

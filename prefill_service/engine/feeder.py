@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from prefill_service.engine.trace import SpanBuffer
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.parallel.layout import Share
@@ -30,13 +31,15 @@ class ChunkPixels:
 class ChunkFeeder:
     """A thread that turns this rank's frames into patches, one chunk ahead.
 
-    Host memory is bounded by three chunks: the one being computed, the one waiting, the one
-    being assembled; the decoder itself blocks on its pipe.
+    Host memory is bounded by three chunks of resized frames: the one being computed, the one
+    waiting, the one being assembled. Of frames as they were decoded there is one at a time; the
+    decoder itself blocks on its pipe.
 
     Args:
         open_stream: opens the frame stream on this rank's frame indices.
         frames_per_patch: the processor's temporal_patch_size.
         on_frames: called with frames decoded so far, frames in all, and the seconds spent.
+        spans: notes when each chunk's frames were decoded and prepared.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class ChunkFeeder:
         frames_per_patch: int,
         shares: Sequence[Share],
         on_frames: Callable[[int, int, float], None],
+        spans: SpanBuffer | None = None,
     ) -> None:
         self._open_stream = open_stream
         self._preprocess = preprocess
         self._on_frames = on_frames
+        self._spans = spans or SpanBuffer()
         # The video's last patch may be short of frames; slicing leaves that to the processor.
         self._chunks = [
             share.patches(frame_indices, frames_per_patch) for share in shares if share.num_patches
@@ -97,19 +102,20 @@ class ChunkFeeder:
         done, seconds = 0, 0.0
         indices = np.concatenate(self._chunks).tolist()
         with self._open_stream(indices) as stream:
-            for chunk in self._chunks:
-                frames: list[np.ndarray] = []
+            for number, chunk in enumerate(self._chunks):
+                frames: list[Tensor] = []
                 start = time.perf_counter()
                 while len(frames) < len(chunk):
                     if self._stop.is_set():
                         return
                     frame = stream.poll(_POLL_S)
                     if frame is not None:
-                        frames.append(frame)
+                        frames.append(self._preprocess.resize(frame))
                         now = time.perf_counter()
                         self._on_frames(done + len(frames), len(indices), seconds + now - start)
-                pixel_values, grid_thw = self._preprocess(frames)
+                pixel_values, grid_thw = self._preprocess.patches(frames)
                 done += len(frames)
+                self._spans.note("decode", f"chunk {number}", start, frames=len(frames))
                 seconds += time.perf_counter() - start
                 self._put(ChunkPixels(pixel_values, grid_thw))
 

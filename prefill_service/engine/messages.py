@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import RankAttention
+from prefill_service.engine.trace import Span
 from prefill_service.kv.manifest import Manifest
 from prefill_service.kv.working import WorkingReport
 from prefill_service.models.plan import PrefixPlan
@@ -173,6 +174,7 @@ class RankDone:
     communication: dict[str, CollectiveUse] = field(default_factory=dict)
     attention: RankAttention | None = None
     offloaded: WorkingReport | None = None
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

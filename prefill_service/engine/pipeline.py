@@ -21,6 +21,7 @@ from prefill_service.engine.task import (
     between_chunks,
     checkpoint,
 )
+from prefill_service.engine.trace import LayerSpans
 from prefill_service.errors import ServiceError
 from prefill_service.kv.offload import OffloadedKV, open_working
 from prefill_service.kv.segment import ShardWriter
@@ -59,6 +60,9 @@ class ChunkedRun:
         )
         self._shares = list(self._chunks.of_rank(group.rank))
         self._last_layer = layout.num_layers - 1
+        self._layer_spans = LayerSpans(
+            self.clock.spans, group.meter, Stage.PREFILL, layout.num_layers, len(self._shares)
+        )
         shape = AttentionShape(
             self._last_layer,
             task.plan.num_tokens,
@@ -100,15 +104,18 @@ class ChunkedRun:
             preprocess.temporal_patch_size,
             self._shares,
             self._on_frames,
+            self.clock.spans,
         )
 
     def execute(self) -> None:
         """All chunks, in order."""
-        tokens = sum(s.num_tokens for s in self._shares)
+        tokens, meter = sum(s.num_tokens for s in self._shares), self._rank.group.meter
         for chunk, share in zip(self._chunks.shares, self._shares, strict=True):
             features = self._encode(share)
-            between_chunks(self._rank, self._control, self._copy_failure())
             start = time.perf_counter()
+            if between_chunks(self._rank, self._control, self._copy_failure()):
+                self.clock.spans.note(Stage.PREFILL, "paused", start)
+            start, received = time.perf_counter(), meter.bytes_received
             self._exchange.start_chunk(chunk)
             bounds = [bound for part in chunk for piece in part.ranges for bound in piece]
             self._chunk, self._share = (min(bounds), max(bounds)), share
@@ -116,8 +123,12 @@ class ChunkedRun:
                 self._prefill(share, features)
             else:
                 self._stand_by()
+            self._layer_spans.leave()
             self._tokens_done += share.num_tokens
-            self.clock.add(Stage.PREFILL, self._tokens_done, tokens, start)
+            self.clock.add(
+                Stage.PREFILL, self._tokens_done, tokens, start,
+                tokens=share.num_tokens, bytes_received=meter.bytes_received - received,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Stop decoding, and let what the exchange still has under way arrive."""
@@ -136,6 +147,7 @@ class ChunkedRun:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """This rank's keys and values of one layer: to its pages, and to the other ranks."""
+        self._layer_spans.enter(layer)
         if self._rank.model.device.type == "cpu":
             # On a GPU a layer is far shorter than a second; there, once per chunk is enough.
             # (Copies can fail on a CPU only, so what was computed without them is never sealed.)
@@ -148,6 +160,10 @@ class ChunkedRun:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
+        with self._layer_spans.attending():
+            return self._attend(layer, q, scale)
+
+    def _attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         if isinstance(self._exchange, DemandExchange):
             return self._attend_on_demand(self._exchange, layer, q, scale)
         if not isinstance(self._exchange, GatherExchange):
@@ -214,7 +230,7 @@ class ChunkedRun:
         self._rank.tick()
         self._patches_done += share.num_patches
         patches = sum(s.num_patches for s in self._shares)
-        self.clock.add(Stage.VISION, self._patches_done, patches, start)
+        self.clock.add(Stage.VISION, self._patches_done, patches, start, patches=share.num_patches)
         return [features]
 
     def _prefill(self, share: Share, features: list[VisionFeatures]) -> None:

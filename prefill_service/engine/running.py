@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.engine import messages as msg
+from prefill_service.engine.trace import Span
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.working import WorkingReport
 from prefill_service.parallel.meter import CollectiveUse, moved, total
@@ -25,6 +26,7 @@ class PrefillOutcome:
         attention: over all ranks.
         offloaded: of each rank that had to offload its keys.
         paused_s: of ``seconds``, what others ran in.
+        spans: what each rank did when.
     """
 
     stage_seconds: dict[str, float]
@@ -33,6 +35,7 @@ class PrefillOutcome:
     attention: AttentionReport = field(default_factory=AttentionReport)
     offloaded: tuple[WorkingReport, ...] = ()
     paused_s: float = 0.0
+    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
 
     @property
     def bytes_received(self) -> int:
@@ -73,4 +76,5 @@ class RunningTask:
         measured = [rank.attention for rank in done if rank.attention is not None]
         attention = combine(measured) if measured else AttentionReport()
         offloaded = tuple(rank.offloaded for rank in done if rank.offloaded is not None)
-        return PrefillOutcome(stages, communication, seconds, attention, offloaded, paused_s)
+        spans = {rank.rank: rank.spans for rank in done}
+        return PrefillOutcome(stages, communication, seconds, attention, offloaded, paused_s, spans)

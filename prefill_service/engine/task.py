@@ -16,6 +16,7 @@ from prefill_service.attention.report import RankAttention
 from prefill_service.config import VideoConfig
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
 from prefill_service.engine.shards import pages_of_rank
+from prefill_service.engine.trace import Amount, SpanBuffer
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
@@ -65,14 +66,21 @@ class TaskAborted(Exception):
 
 @dataclass(slots=True)
 class StageClock:
-    """Progress and seconds per stage, reported at most five times a second."""
+    """Progress and seconds per stage, reported at most five times a second, and their spans."""
 
     report: Callable[[Stage, int, int, float], None]
+    spans: SpanBuffer = field(default_factory=SpanBuffer)
     seconds: dict[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
     _last: dict[Stage, float] = field(default_factory=dict)
+    _parts: dict[Stage, int] = field(default_factory=dict)
 
-    def add(self, stage: Stage, done: int, total: int, start: float) -> None:
-        """Note that work since ``start`` (perf_counter) brought ``done`` of ``total`` units."""
+    def add(self, stage: Stage, done: int, total: int, start: float, **args: Amount) -> None:
+        """Note that work since ``start`` (perf_counter) brought ``done`` of ``total`` units.
+
+        ``args`` go with its span.
+        """
+        number = self._parts[stage] = self._parts.get(stage, -1) + 1
+        self.spans.note(stage, f"chunk {number}", start, **args)
         self.set(stage, done, total, self.seconds[stage] + time.perf_counter() - start)
 
     def set(self, stage: Stage, done: int, total: int, seconds: float) -> None:
@@ -191,6 +199,7 @@ def _run_task(
         rank.group.meter.since({}),
         run.report(),
         offloaded,
+        run.clock.spans.spans(),
     )
 
 
@@ -201,15 +210,20 @@ def checkpoint(rank: RankContext, control: TaskControl, error: ServiceError | No
 
 def between_chunks(
     rank: RankContext, control: TaskControl, error: ServiceError | None = None
-) -> None:
+) -> bool:
     """A ``checkpoint`` at which the task is paused if all of its ranks have been told to.
 
     No collective is left half-way, and none begins before all of them go on, so that a pause may
     last as long as it likes.
+
+    Returns:
+        Whether it was paused.
     """
-    if _agree(rank, control, error, control.pause.is_set()):
+    paused = _agree(rank, control, error, control.pause.is_set())
+    if paused:
         control.pause.clear()
         control.stand_aside()
+    return paused
 
 
 def _agree(

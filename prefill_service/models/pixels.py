@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,21 +33,39 @@ class FramePreprocessor:
         """Frames of one temporal patch."""
         return int(self._processor.temporal_patch_size)
 
-    def __call__(self, frames: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    def resize(self, frame: np.ndarray) -> Tensor:
+        """One frame, small: of a long video only these have to be kept until a chunk is whole.
+
+        Args:
+            frame: [height, width, 3] uint8.
+
+        Returns:
+            [3, resized height, resized width] uint8.
+        """
+        image = torch.from_numpy(frame).permute(2, 0, 1)
+        resized: Tensor = BaseVideoProcessor.resize(
+            self._processor, image=image[None], size=self._size, resample=self._processor.resample
+        )[0]
+        return resized
+
+    def patches(self, resized: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Patches of some consecutive temporal patches.
 
         Args:
-            frames: each [height, width, 3] uint8; an incomplete last temporal patch is filled
-                by the processor as at a video's end.
+            resized: what ``resize`` made of their frames; an incomplete last temporal patch is
+                filled by the processor as at a video's end.
 
         Returns:
             pixel_values [patches, patch_dim] float32 and grid_thw [1, 3].
         """
-        video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # [frames, 3, h, w]
-        resized = BaseVideoProcessor.resize(
-            self._processor, image=video, size=self._size, resample=self._processor.resample
-        )
         inputs = self._processor(
-            [resized], do_sample_frames=False, do_resize=False, return_tensors="pt"
+            [torch.stack(list(resized))],
+            do_sample_frames=False,
+            do_resize=False,
+            return_tensors="pt",
         )
         return inputs["pixel_values_videos"], inputs["video_grid_thw"]
+
+    def __call__(self, frames: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Both: patches of frames, each [height, width, 3] uint8."""
+        return self.patches([self.resize(frame) for frame in frames])

@@ -28,6 +28,7 @@ from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import Lease
 from prefill_service.scheduling.sampling import fit_sampling
 from prefill_service.scheduling.scheduler import Scheduler
+from prefill_service.scheduling.traces import QUESTIONS
 
 if TYPE_CHECKING:
     from prefill_service.decode.decoder import Decoder
@@ -246,12 +247,14 @@ class Answers:
                         yield event
                 token = head.result()
                 while token is not None:
-                    run.first_token = run.first_token or time.monotonic()
+                    if not run.first_token:
+                        self._first_token(run, job)
                     if token.text or token.token_ids:
                         yield AnswerDelta(token.text, tuple(token.token_ids))
                     if token.finish_reason:
                         report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S / 4)
                         final = _final(run, job, token, report)
+                        self._trace_end(run, final)
                         self._metrics.answered(
                             final.finish_reason, final.completion_tokens, final.first_token_s,
                             final.kv_bytes_moved,
@@ -266,6 +269,19 @@ class Answers:
                 if report is not None and not report.ok and report.error:
                     raise ServiceError.from_dict(report.error) from error
             raise
+
+    def _first_token(self, run: _Run, job: Job) -> None:
+        run.first_token = time.monotonic()
+        self._scheduler.traces.note(
+            job.record.job_id, QUESTIONS, "hand-off and first token", run.submitted
+        )
+
+    def _trace_end(self, run: _Run, final: AnswerFinal) -> None:
+        self._scheduler.traces.note(
+            final.job_id, QUESTIONS, "answer", run.submitted,
+            handoff_ms=round(final.handoff_s * 1000, 3), kv_bytes_moved=final.kv_bytes_moved,
+            prompt_tokens=final.prompt_tokens, completion_tokens=final.completion_tokens,
+        )  # fmt: skip
 
     async def _tokens(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[DecodeEvent]:
         deadline = time.monotonic() + self._decoder_wait_s

@@ -27,6 +27,7 @@ from prefill_service.scheduling.jobs import PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
+from prefill_service.scheduling.traces import TraceBook
 from prefill_service.video.index import VideoIndex
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class PrefillRunner:
     Args:
         engine_id: uuid of this service run, part of every manifest.
         metrics: told of each prefill.
+        traces: told of what was done when.
         exchanges: chooses each prefix's exchange; without it, it is the group's.
     """
 
@@ -52,6 +54,7 @@ class PrefillRunner:
         engine_id: str,
         planning: Planning,
         metrics: Metrics,
+        traces: TraceBook,
         exchanges: ExchangePlanner | None = None,
     ) -> None:
         self._group = group
@@ -59,6 +62,7 @@ class PrefillRunner:
         self._engine_id = engine_id
         self._planning = planning
         self._metrics = metrics
+        self._traces = traces
         self._exchanges = exchanges
 
     async def run(
@@ -90,8 +94,9 @@ class PrefillRunner:
         used = self._planning.policy(spec.attention)
         comparison = await self._planning.comparison(spec, plan)
         profile = self._planning.profile(spec)
-        exchange = await self._exchange(plan, used, comparison, team)
-        manifest, kv_bytes = await self._reserve(plan, profile, exchange, comparison, team)
+        with self._traces.span(job_id, "make room"):
+            exchange = await self._exchange(plan, used, comparison, team)
+            manifest, kv_bytes = await self._reserve(plan, profile, exchange, comparison, team)
         self._prefixes.add(manifest, kv_bytes)
         on_start()
         task = PrefillTask(
@@ -100,7 +105,9 @@ class PrefillRunner:
         )  # fmt: skip
         attention, report = None, None
         try:
-            outcome = await self._group.prefill(task, on_progress, over)
+            with self._traces.span(job_id, "ranks"):
+                outcome = await self._group.prefill(task, on_progress, over)
+            self._traces.add_ranks(job_id, outcome.spans)
             if comparison is None:
                 attention = summarize(spec.attention, outcome.attention)
                 report = detail(attention, outcome.attention, plan, index)

@@ -25,6 +25,7 @@ from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
 from prefill_service.scheduling.queue import JobQueue
 from prefill_service.scheduling.runner import PrefillRunner
+from prefill_service.scheduling.traces import TraceBook, render
 
 if TYPE_CHECKING:
     from prefill_service.engine.group import RankGroup
@@ -66,7 +67,10 @@ class Scheduler:
         self.prefixes = PrefixRegistry(
             group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self._evicted
         )
-        self._runner = PrefillRunner(group, self.prefixes, engine_id, planning, metrics, exchanges)
+        self.traces = TraceBook()
+        self._runner = PrefillRunner(
+            group, self.prefixes, engine_id, planning, metrics, self.traces, exchanges
+        )
         self._jobs: dict[str, Job] = {}
         self._by_prefix: dict[str, Job] = {}
         placer = Placer(
@@ -170,6 +174,25 @@ class Scheduler:
             )  # fmt: skip
         return record, report
 
+    def trace(self, job_id: str) -> bytes:
+        """When what was done for a job that has ended, as JSON (``traces.render``).
+
+        Raises:
+            ServiceError: UNKNOWN_JOB; NO_TRACE while it is active and when its trace was let go.
+        """
+        record, trace = self.get(job_id), self.traces.get(job_id)
+        if trace is None or record.active:
+            why = (
+                "there is one once it has ended"
+                if record.active
+                else f"those of the last {self.traces.jobs} jobs since the service started are kept"
+            )
+            raise ServiceError(
+                Reason.NO_TRACE, f"job {job_id} is {record.state} and has no trace: {why}",
+                job_id=job_id, state=record.state,
+            )  # fmt: skip
+        return render(job_id, trace)
+
     def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
         """``JobStore.page`` with live progress."""
         rows, more = self._store.page(page_size, page_token)
@@ -264,6 +287,7 @@ class Scheduler:
         return job
 
     def _enqueue(self, job: Job) -> None:
+        self.traces.begin(job.record.job_id)
         self._jobs[job.record.job_id] = job
         self._by_prefix[job.record.prefix_id] = job
         self._queue.append(job)
@@ -299,9 +323,11 @@ class Scheduler:
         Args:
             team, over: see ``PrefillRunner.run``.
         """
-        spec = job.record.spec
+        spec, job_id = job.record.spec, job.record.job_id
+        self.traces.queued(job_id)
         async with self._videos.hold(spec.video_id) as video:
-            plan = await self._planning.plan_held(spec, video)
+            with self.traces.span(job_id, "plan"):
+                plan = await self._planning.plan_held(spec, video)
             self._rename(job, plan)
             while True:
                 starts = job.record.attempts

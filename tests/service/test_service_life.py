@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.scheduling.test_traces import check_format
 from tests.service.running import running_service
 from tests.vllm_server import VllmServer
 
@@ -23,6 +25,11 @@ def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
     with running_service(checkpoint("qwen3_vl"), tmp_path, "--ranks", "1") as service:
         with service.client() as client:
             before = client.ask_text(video, "What happens?", max_tokens=8)
+            found = check_format(json.loads(client.trace_job(before.job_id)))
+            assert set(found["rank 0"]) == {"decode", "vision", "prefill"}
+            (answered,) = [e for e in found["service"]["questions"] if e["name"] == "answer"]
+            assert answered["ts"] > found["rank 0"]["prefill"][-1]["ts"]
+            assert answered["args"]["kv_bytes_moved"] > 0
             for process in service.children("vllm_server")[:1]:
                 process.kill()
             after = client.ask_text(video, "What happens?", max_tokens=8, timeout=240)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import threading
 import uuid
 from collections import Counter
@@ -43,6 +44,7 @@ class Faults:
     ask_break_before: int = 0  # Asks that die before their first token
     ask_break_after: int = 0  # tokens after which the next Ask dies; 0: never
     ask_truncate: bool = False  # Ask ends without a final message
+    trace_break: int = 0  # traces that die after their first message
     watch_break: int = 0  # watches that die after their first message
     job_error: tuple[str, str] | None = None
     unary_delay_s: float = 0.0
@@ -360,6 +362,21 @@ class FakeService(
                 patch = response.patches.add(mass=0.5 + second)
                 patch.time.FromMilliseconds(2000 * second)
         return response
+
+    async def TracePrefillJob(self, request, context):
+        await self._enter("TracePrefillJob", context)
+        job = await self._known(request.job_id, context)
+        if job.state != ppb.JOB_STATE_SUCCEEDED:
+            await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_TRACE",
+                       f"job {job.job_id} has no trace")  # fmt: skip
+        text = json.dumps({"traceEvents": [{"ph": "X", "name": "naïve"}, {"ph": "M"}]},
+                          ensure_ascii=False)  # fmt: skip
+        data = text.encode()
+        for start in range(0, len(data), 7):  # also through the middle of a character
+            yield ppb.TracePrefillJobResponse(data=data[start : start + 7])
+            if self.faults.trace_break:
+                self.faults.trace_break -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
 
     # answers
 

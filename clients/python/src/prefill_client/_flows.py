@@ -189,6 +189,23 @@ def inspect_job(settings: Settings, job_id: str) -> Flow[Inspection]:
     return _convert.inspection((yield from call(settings, "InspectPrefillJob", request)))
 
 
+def trace_job(settings: Settings, job_id: str) -> Flow[str]:
+    """All pieces of a job's trace; from the beginning if the stream breaks."""
+    request = prefill_pb.TracePrefillJobRequest(job_id=job_id)
+    backoff = Backoff(settings.retry)
+    while True:
+        try:
+            stream = yield Open("TracePrefillJob", request, settings.timeout)
+            pieces = []
+            while (message := (yield Next(stream))) is not None:
+                pieces.append(message.data)
+            return b"".join(pieces).decode()
+        except PrefillError as error:
+            if not is_unavailable(error):
+                raise
+            yield Sleep(backoff.delay(error))
+
+
 def cancel_job(settings: Settings, job_id: str) -> Flow[Job]:
     """Stop a job."""
     request = prefill_pb.CancelPrefillJobRequest(job_id=job_id)

@@ -217,6 +217,14 @@ class AsyncClient:
         """What a job's attention did, in full: also of a job that is EVICTED."""
         return await self._driver.run(_flows.inspect_job(self._settings, job_id))
 
+    async def trace_job(self, job_id: str) -> str:
+        """When what was done for a job that has ended: JSON, which Perfetto opens.
+
+        Chrome's Trace Event Format: a process per rank and one for the service, slices for chunks
+        and layers. The server keeps the traces of its latest jobs.
+        """
+        return await self._driver.run(_flows.trace_job(self._settings, job_id))
+
     async def cancel_job(self, job_id: str) -> Job:
         """Stop a job; returns it CANCELLED, or as it had ended before."""
         return await self._driver.run(_flows.cancel_job(self._settings, job_id))

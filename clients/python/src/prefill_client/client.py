@@ -215,6 +215,14 @@ class Client:
         """What a job's attention did, in full: also of a job that is EVICTED."""
         return self._driver.run(_flows.inspect_job(self._settings, job_id))
 
+    def trace_job(self, job_id: str) -> str:
+        """When what was done for a job that has ended: JSON, which Perfetto opens.
+
+        Chrome's Trace Event Format: a process per rank and one for the service, slices for chunks
+        and layers. The server keeps the traces of its latest jobs.
+        """
+        return self._driver.run(_flows.trace_job(self._settings, job_id))
+
     def cancel_job(self, job_id: str) -> Job:
         """Stop a job; returns it CANCELLED, or as it had ended before."""
         return self._driver.run(_flows.cancel_job(self._settings, job_id))

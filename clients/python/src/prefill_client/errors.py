@@ -52,7 +52,13 @@ class InvalidRequestError(PrefillError):
     """The request cannot be served as it is: an argument is missing or out of range."""
 
     reasons = frozenset(
-        {"INVALID_REQUEST", "QUESTION_EMPTY", "QUESTION_TOO_LONG", "NO_ATTENTION_REPORT"}
+        {
+            "INVALID_REQUEST",
+            "QUESTION_EMPTY",
+            "QUESTION_TOO_LONG",
+            "NO_ATTENTION_REPORT",
+            "NO_TRACE",
+        }
     )
     codes = frozenset({"INVALID_ARGUMENT", "OUT_OF_RANGE"})
 

@@ -397,3 +397,15 @@ class InspectPrefillJobResponse(_message.Message):
     block_map: BlockMap
     patches: _containers.RepeatedCompositeFieldContainer[PatchAttention]
     def __init__(self, job: _Optional[_Union[PrefillJob, _Mapping]] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ..., block_map: _Optional[_Union[BlockMap, _Mapping]] = ..., patches: _Optional[_Iterable[_Union[PatchAttention, _Mapping]]] = ...) -> None: ...
+
+class TracePrefillJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class TracePrefillJobResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...

@@ -68,6 +68,11 @@ class PrefillServiceStub:
                 request_serializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobRequest.SerializeToString,
                 response_deserializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobResponse.FromString,
                 _registered_method=True)
+        self.TracePrefillJob = channel.unary_stream(
+                '/prefill.v1.PrefillService/TracePrefillJob',
+                request_serializer=prefill_dot_v1_dot_prefill__service__pb2.TracePrefillJobRequest.SerializeToString,
+                response_deserializer=prefill_dot_v1_dot_prefill__service__pb2.TracePrefillJobResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
@@ -121,6 +126,14 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TracePrefillJob(self, request, context):
+        """TracePrefillJob sends when what was done for a job that has ended, as one JSON text in
+        Chrome's Trace Event Format, cut into pieces. The traces of the latest jobs are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +166,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.InspectPrefillJob,
                     request_deserializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobRequest.FromString,
                     response_serializer=prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobResponse.SerializeToString,
+            ),
+            'TracePrefillJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.TracePrefillJob,
+                    request_deserializer=prefill_dot_v1_dot_prefill__service__pb2.TracePrefillJobRequest.FromString,
+                    response_serializer=prefill_dot_v1_dot_prefill__service__pb2.TracePrefillJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -321,6 +339,33 @@ class PrefillService:
             '/prefill.v1.PrefillService/InspectPrefillJob',
             prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobRequest.SerializeToString,
             prefill_dot_v1_dot_prefill__service__pb2.InspectPrefillJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TracePrefillJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prefill.v1.PrefillService/TracePrefillJob',
+            prefill_dot_v1_dot_prefill__service__pb2.TracePrefillJobRequest.SerializeToString,
+            prefill_dot_v1_dot_prefill__service__pb2.TracePrefillJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

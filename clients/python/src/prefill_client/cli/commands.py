@@ -237,6 +237,18 @@ def _inspect(client: Client, args: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(client: Client, args: argparse.Namespace) -> int:
+    trace = client.trace_job(args.job)
+    output: Path = args.output or Path(f"{args.job}.json")
+    if output == Path("-"):
+        print(trace, flush=True)
+        return 0
+    output.write_text(trace)
+    slices = sum(event["ph"] == "X" for event in json.loads(trace)["traceEvents"])
+    print(f"{args.job}  {slices} slices  {output}")
+    return 0
+
+
 def _each(items: Iterable[str], action: Callable[[str], object]) -> int:
     """Do all of them, even if some fail."""
     status = 0
@@ -282,4 +294,5 @@ _COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int]] = {
     "watch": _watch,
     "cancel": _cancel,
     "inspect": _inspect,
+    "trace": _trace,
 }

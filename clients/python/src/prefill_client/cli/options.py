@@ -152,6 +152,10 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("-o", "--output", type=_png, metavar="FILE.png",
                          help="picture to write (default: JOB.png, none with --json)")  # fmt: skip
     json_flag(inspect, "the whole report as one JSON object")
+    trace = command("trace", "write when what was done for a prefill, for ui.perfetto.dev")
+    trace.add_argument("job", metavar="JOB")
+    trace.add_argument("-o", "--output", type=Path, metavar="FILE.json",
+                       help="file to write (default: JOB.json; - for stdout)")  # fmt: skip
     _add_batch(command)
     return parser
 
