@@ -125,9 +125,9 @@ def test_the_oldest_jobs_go_when_there_are_too_many_jobs_or_spans() -> None:
 class Traced(Group):
     """Ranks that say when they worked."""
 
-    async def prefill(self, task: PrefillTask, on_progress: Any) -> PrefillOutcome:
+    async def prefill(self, task: PrefillTask, *arguments: Any) -> PrefillOutcome:
         start = time.perf_counter()
-        outcome = await super().prefill(task, on_progress)
+        outcome = await super().prefill(task, *arguments)
         done = span("prefill", "chunk 0", start, time.perf_counter(), tokens=1, bytes_received=2)
         return replace(outcome, spans={0: (done,), 1: (done,)})
 
