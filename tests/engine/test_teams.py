@@ -1,0 +1,219 @@
+"""Teams of ranks side by side and one inside another's pause: same KV, whoever else is at work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from torch import Tensor
+
+from prefill_service.engine.messages import PrefillTask, Stage
+from prefill_service.engine.running import PrefillOutcome
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.plan import PrefixPlan
+from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
+from prefill_service.parallel.teams import Team
+from tests.engine.harness import Harness, running_group
+
+EVERYONE, FIRST, SECOND, LAST = Team(0, 4), Team(0, 2), Team(2, 2), Team(3, 1)
+HEADS = 4
+SHORT, LONG = "short", "long"
+KINDS = list(ExchangeKind)
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Four:
+    """Four ranks, a short and a long video, and the KV of each as it is when alone."""
+
+    def __init__(self, harness: Harness, videos: dict[str, Path]) -> None:
+        self.harness, self.videos = harness, videos
+        self.plans: dict[str, PrefixPlan] = {}
+        self.alone: dict[str, Tensor] = {}
+        self.outcomes: dict[str, PrefillOutcome] = {}
+
+    async def prepare(self) -> None:
+        for name, video in self.videos.items():
+            self.plans[name], _ = await self.harness.plan(video)
+            task = self.task(name, EVERYONE)
+            self.outcomes[name] = await self.harness.prefill(task)
+            self.alone[name] = self.kv(task)
+
+    def task(self, name: str, team: Team, kind: ExchangeKind = ExchangeKind.GATHER) -> PrefillTask:
+        """A task with pages of its own, however many compute the same video."""
+        exchange = choose_exchange(kind, team.size, HEADS, 0)
+        task = self.harness.task(self.videos[name], self.plans[name], exchange, team=team)
+        plan = replace(task.plan, prefix_id=f"{name}-{task.job_id}")
+        return replace(task, plan=plan, manifest=replace(task.manifest, prefix_id=plan.prefix_id))
+
+    def kv(self, task: PrefillTask) -> Tensor:
+        found = self.harness.read_kv(task)
+        self.harness.group.drop(task.plan.prefix_id)
+        return found
+
+    def check(self, name: str, task: PrefillTask) -> None:
+        expected = self.alone[name]
+        error = (self.kv(task) - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5, f"{name} on {task.team} by {task.exchange}"
+
+    async def begun(self, task: PrefillTask, over: str = "") -> asyncio.Task[object]:
+        """A prefill that computes."""
+        job = asyncio.create_task(self.harness.prefill(task, over))
+        async with asyncio.timeout(60):
+            while not any(
+                p.job_id == task.job_id and p.stage is Stage.PREFILL for p in self.harness.progress
+            ):
+                await asyncio.sleep(0.01)
+        return job
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def four(
+    checkpoint: Callable[..., Path],
+    make_video: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Four]:
+    videos = {
+        SHORT: make_video(seconds=1.0, fps=5, width=130, height=98),
+        LONG: make_video(seconds=45.0, fps=10, width=160, height=120),
+    }
+    folder = tmp_path_factory.mktemp("teams")
+    async with running_group(checkpoint("qwen3_vl"), folder, 4, chunk_tokens=40) as harness:
+        four = Four(harness, videos)
+        await four.prepare()
+        yield four
+
+
+async def test_side_by_side(four: Four) -> None:
+    long = four.task(LONG, FIRST)
+    job = await four.begun(long)
+    shorts = [four.task(SHORT, SECOND, kind) for kind in KINDS]
+    for short in shorts:
+        outcome = await four.harness.prefill(short)
+        assert outcome.bytes_received > 0
+        assert {run.rank for run in short.manifest.runs} <= set(SECOND.members)
+        assert not (job.done() and short is shorts[0])
+    await job
+    for name, task in [(LONG, long), *((SHORT, short) for short in shorts)]:
+        four.check(name, task)
+
+
+@pytest.mark.parametrize(
+    ("kind", "team"),
+    [
+        (ExchangeKind.GATHER, EVERYONE),
+        (ExchangeKind.USP, SECOND),
+        (ExchangeKind.DEMAND, LAST),
+    ],
+)
+async def test_a_short_one_overtakes(four: Four, kind: ExchangeKind, team: Team) -> None:
+    long, short = four.task(LONG, EVERYONE, kind), four.task(SHORT, team, kind)
+    job = await four.begun(long)
+    await four.harness.prefill(short, over=long.job_id)
+    assert not job.done()
+    four.check(SHORT, short)
+    outcome = await job
+    four.check(LONG, long)
+    assert 0 < outcome.paused_s < outcome.seconds
+
+
+async def test_both_halves_run_inside_one_pause(four: Four) -> None:
+    long = four.task(LONG, EVERYONE)
+    shorts = [four.task(SHORT, team) for team in (FIRST, SECOND)]
+    job = await four.begun(long)
+    await asyncio.gather(*(four.harness.prefill(s, over=long.job_id) for s in shorts))
+    assert not job.done()
+    for short in shorts:
+        four.check(SHORT, short)
+    await job
+    four.check(LONG, long)
+
+
+async def test_what_an_overtaken_one_moves_is_counted_apart(four: Four) -> None:
+    long, short = four.task(LONG, EVERYONE), four.task(SHORT, EVERYONE)
+    job = await four.begun(long)
+    inside = await four.harness.prefill(short, over=long.job_id)
+    outcome = await job
+    for found, alone in ((outcome, four.outcomes[LONG]), (inside, four.outcomes[SHORT])):
+        moved, expected = (o.communication["broadcast"] for o in (found, alone))
+        assert (moved.calls, moved.bytes_received) == (expected.calls, expected.bytes_received)
+
+
+async def test_cancelling_the_one_inside_lets_the_paused_go_on(four: Four) -> None:
+    long, inside = four.task(LONG, EVERYONE), four.task(LONG, FIRST)
+    outer = await four.begun(long)
+    inner = await four.begun(inside, over=long.job_id)
+    inner.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await inner
+    await outer
+    four.check(LONG, long)
+
+
+async def test_cancelling_the_paused_one_leaves_the_one_inside(four: Four) -> None:
+    long, inside = four.task(LONG, EVERYONE), four.task(LONG, SECOND)
+    outer = await four.begun(long)
+    inner = await four.begun(inside, over=long.job_id)
+    outer.cancel()
+    await inner
+    four.check(LONG, inside)
+    with pytest.raises(asyncio.CancelledError):
+        await outer
+    generation = four.harness.group.generation
+    again = four.task(SHORT, EVERYONE)
+    await four.harness.prefill(again)
+    four.check(SHORT, again)
+    assert four.harness.group.generation == generation
+
+
+async def test_a_mix_of_teams_cancels_and_kills(four: Four) -> None:
+    """Whatever happens, every task ends, as it should or as it was made to, with the right KV."""
+    chance = random.Random(11)
+    group = four.harness.group
+    teams = list(group.teams)
+
+    async def one(number: int) -> tuple[str, PrefillTask | None]:
+        await asyncio.sleep(chance.random() * 3)
+        await group.wait_ready()
+        name = chance.choice([SHORT, SHORT, SHORT, LONG])
+        kind = chance.choice(list(ExchangeKind))
+        task = four.task(name, chance.choice(teams), kind)
+        over = chance.choice([*group._tasks, ""])
+        job = asyncio.create_task(four.harness.prefill(task, over))
+        if chance.random() < 0.3:
+            await asyncio.sleep(chance.random())
+            job.cancel()
+        try:
+            await job
+        except asyncio.CancelledError:
+            return "cancelled", None
+        except ServiceError as error:
+            return error.reason, None
+        return name, task
+
+    async def kill() -> None:
+        await asyncio.sleep(2)
+        os.kill(chance.choice(group.pids), signal.SIGKILL)
+
+    generation = group.generation
+    async with asyncio.timeout(240):
+        *found, _ = await asyncio.gather(*(one(n) for n in range(20)), kill())
+        await group.wait_ready()
+        later = await asyncio.gather(*(one(n) for n in range(20)))
+    ways = {SHORT, LONG, "cancelled"}
+    assert {how for how, _ in found} <= ways | {Reason.RANK_DIED, Reason.STALE_GENERATION}
+    assert {how for how, _ in later} <= ways
+    assert group.generation == generation + 1
+    computed = [(name, task) for name, task in later if task is not None]
+    assert len(computed) > 8
+    for name, task in computed:
+        four.check(name, task)
+    assert not group._tasks
+    assert not group._turns._running
+    assert not group._turns._waiting
