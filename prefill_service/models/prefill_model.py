@@ -15,9 +15,11 @@ import numpy as np
 from prefill_service.compat import ensure_torchvision
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.families import FAMILIES
+from prefill_service.models.packed import can_pack, pack_linears
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.models.row_chunks import limit_rows
+from prefill_service.models.vision import VISION_ATTENTION, PatchProduct, varlen_attention
 
 ensure_torchvision()
 
@@ -75,8 +77,14 @@ class PrefillModel:
         self.device = device
         self._family = FAMILIES[checkpoint.family]
         AttentionInterface.register(ATTENTION_NAME, _attention)
+        AttentionInterface.register(VISION_ATTENTION, varlen_attention)
         model, self._video_processor = self._load()
         self._model: Any = model.to(device).eval()
+        visual = self._model.visual
+        visual.patch_embed.proj = PatchProduct(visual.patch_embed.proj)
+        visual.config._attn_implementation = VISION_ATTENTION
+        if can_pack(device, dtype):
+            pack_linears(self._model)
         if mlp_chunk_tokens:
             limit_rows(self._model.language_model.layers, mlp_chunk_tokens)
             merged = self._model.config.vision_config.spatial_merge_size**2

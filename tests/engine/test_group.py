@@ -50,14 +50,19 @@ async def test_kv_equals_transformers(
             plan, index = await harness.plan(video, FrameSampling(fps=4.0))
             text = harness.planner._prefix_text("")
             inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
-            expected = prefix_kv(model, inputs, plan)
+            exact, theirs = (
+                prefix_kv(model, inputs, plan, dtype) for dtype in (torch.float64, torch.float32)
+            )
             for kind in ExchangeKind:
                 if kind is ExchangeKind.ULYSSES and ranks > HEADS:
                     continue  # refused: test_more_ranks_than_query_heads
                 task = harness.task(video, plan, choose_exchange(kind, ranks, HEADS, 0))
                 outcome = await harness.prefill(task)
-                error = (harness.read_kv(task) - expected).abs().max() / expected.abs().max()
-                assert error < 1e-5, f"{kind}, {arguments}, {plan.num_tokens} tokens"
+                # As close to float64 as transformers' own float32 is.
+                case = f"{kind}, {arguments}, {plan.num_tokens} tokens"
+                off, allowed = harness.read_kv(task) - exact, theirs - exact
+                assert off.norm() <= 1.2 * allowed.norm() <= 1e-5 * exact.norm(), case
+                assert off.abs().max() <= 1.5 * allowed.abs().max(), case
                 assert outcome.attention.density == 1.0
                 assert ("agree" in outcome.communication) == (ranks > 1)
                 harness.group.drop(plan.prefix_id)

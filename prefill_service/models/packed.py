@@ -1,0 +1,87 @@
+"""Linear layers on CPUs: oneDNN products of weights packed once, with the activation fused.
+
+torch multiplies float32 matrices with MKL, which packs the weight anew in every call and leaves
+bias and activation to passes of their own. oneDNN takes a weight in the order its kernel reads,
+and applies both while the result is in registers. The operators are those that torch's own
+compiler emits for frozen models (``torch._inductor.fx_passes.mkldnn_fusion``); here they are
+called without a compiler, which a bare machine does not have. docs/performance.md has the gain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ACTIVATIONS = {
+    "SiLUActivation": ("swish", ""),
+    "SiLU": ("swish", ""),
+    "GELUTanh": ("gelu", "tanh"),
+    "GELU": ("gelu", "none"),
+    "GELUActivation": ("gelu", "none"),
+}
+"""By class name: (operation, algorithm) as oneDNN's operators name them."""
+
+_ACTIVATED = ("gate_proj", "linear_fc1")
+"""Layers whose result the ``act_fn`` beside them is applied to, and nothing else."""
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this machine have such products."""
+    ops: Any = torch.ops.mkldnn
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    return dtype is torch.float32 or (
+        dtype is torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported())
+    )
+
+
+class PackedLinear(nn.Module):
+    """``activation(x @ weight.T + bias)`` of an ``nn.Linear`` that this takes the place of.
+
+    Args:
+        linear: whose weight is packed. Its own copy is freed with the layer.
+        activation: (operation, algorithm), see ``_ACTIVATIONS``.
+    """
+
+    def __init__(self, linear: nn.Linear, activation: tuple[str, str] = ("none", "")) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        ops: Any = torch.ops.mkldnn
+        # A plain attribute: packed tensors can be neither saved nor moved, nor need they be.
+        self.weight: Tensor = ops._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self._operation, self._algorithm = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        ops: Any = torch.ops.mkldnn
+        out: Tensor = ops._linear_pointwise(
+            x, self.weight, self.bias, self._operation, [], self._algorithm
+        )
+        return out
+
+
+def pack_linears(model: nn.Module) -> int:
+    """Replace every ``nn.Linear`` in ``model``, on a machine that ``can_pack``.
+
+    Where a block has an ``act_fn`` for one of them, it is fused with it.
+
+    Returns:
+        How many were replaced.
+    """
+    count = 0
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if type(part) is not nn.Linear:
+                continue
+            activation = ("none", "")
+            if name in _ACTIVATED:
+                act_fn = type(getattr(module, "act_fn", None)).__name__
+                activation = _ACTIVATIONS.get(act_fn, activation)
+                if activation[0] != "none":
+                    module.act_fn = nn.Identity()
+            setattr(module, name, PackedLinear(part, activation))
+            count += 1
+    return count
