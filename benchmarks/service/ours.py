@@ -11,7 +11,15 @@ from prefill_client import Answer, Client, Job, Video
 
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
 from benchmarks.service.memory import cpu_seconds
-from benchmarks.service.systems import MAX_TOKENS, START_S, Asked, Measured, Setup, third_of
+from benchmarks.service.systems import (
+    KV_BYTES,
+    MAX_TOKENS,
+    START_S,
+    Asked,
+    Measured,
+    Setup,
+    third_of,
+)
 from tools.service_process import ServiceProcess
 
 
@@ -32,6 +40,7 @@ class Service:
         self.arguments = [
             "--model", str(setup.checkpoint), "--ranks", str(ranks), "--device", "cpu",
             "--engine-threads-per-rank", str(threads),
+            "--decoder-kv-cache-gib", str(KV_BYTES / (1 << 30)),
         ]  # fmt: skip
         data = ["--data-dir", str(setup.folder / f"data-{ranks}")]
         self._process = ServiceProcess(

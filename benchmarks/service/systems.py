@@ -14,6 +14,9 @@ from benchmarks.service.cases import Case
 MAX_TOKENS = 8
 """Of each answer; they are compared between systems."""
 
+KV_BYTES = 2 << 30
+"""KV space of vLLM, alone and in the service."""
+
 START_S = 900.0
 
 

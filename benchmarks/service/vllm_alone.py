@@ -20,7 +20,15 @@ import psutil
 
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
 from benchmarks.service.memory import cpu_seconds, family
-from benchmarks.service.systems import MAX_TOKENS, START_S, Asked, Measured, Setup, third_of
+from benchmarks.service.systems import (
+    KV_BYTES,
+    MAX_TOKENS,
+    START_S,
+    Asked,
+    Measured,
+    Setup,
+    third_of,
+)
 
 NAME = "model"
 _ANSWER_S = 3600.0
@@ -57,7 +65,7 @@ class VllmServer:
             "--port", str(self._port),
             "--dtype", "float32",
             "--max-model-len", str(setup.longest),
-            "--kv-cache-memory-bytes", str(2 << 30),
+            "--kv-cache-memory-bytes", str(KV_BYTES),
             "--enable-prefix-caching",
             "--allowed-local-media-path", "/",
             "--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0}),
