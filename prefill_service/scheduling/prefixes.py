@@ -79,6 +79,11 @@ class PrefixRegistry:
         return sum(prefix.kv_bytes for prefix in self._prefixes.values())
 
     @property
+    def computing(self) -> bool:
+        """Whether a prefix is not complete yet."""
+        return any(not prefix.complete for prefix in self._prefixes.values())
+
+    @property
     def leased_bytes(self) -> int:
         """Bytes of the prefixes that are leased or being computed."""
         return sum(p.kv_bytes for p in self._prefixes.values() if p.leases or not p.complete)
@@ -86,15 +91,19 @@ class PrefixRegistry:
     async def make_room(self, kv_bytes: int, wait_s: float = LEASED_WAIT_S) -> None:
         """Evict unleased prefixes, least recently used first, until ``kv_bytes`` fit.
 
-        Waits up to ``wait_s`` for leases to end where these alone are in the way. Nothing is
-        evicted before it is certain that there will be room.
+        Waits for prefixes that are being computed, since their jobs end, and then up to
+        ``wait_s`` for leases where these alone are in the way. Nothing is evicted before it is
+        certain that there will be room.
 
         Raises:
             ServiceError: KV_POOL_FULL, at once if the pool is too small even when empty.
         """
-        deadline = asyncio.get_running_loop().time() + wait_s
+        now = asyncio.get_running_loop().time
+        deadline = now() + wait_s
         while self.leased_bytes + kv_bytes > self._pool_bytes:
-            timeout = deadline - asyncio.get_running_loop().time()
+            if self.computing:
+                deadline = now() + wait_s
+            timeout = deadline - now()
             if kv_bytes > self._pool_bytes or timeout <= 0:
                 raise self._full(kv_bytes)
             self._freed.clear()

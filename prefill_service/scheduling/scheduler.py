@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2
+"""Starts of a job. As many more do not count that ended with a rank that others had."""
 RESTARTABLE = frozenset({Reason.RANK_DIED, Reason.RANK_STALLED, Reason.STALE_GENERATION})
 """The group has restarted itself; the job may be tried again."""
 
@@ -329,6 +330,7 @@ class Scheduler:
             with self.traces.span(job_id, "plan"):
                 plan = await self._planning.plan_held(spec, video)
             self._rename(job, plan)
+            spared = 0  # starts that others have ended
             while True:
                 starts = job.record.attempts
                 try:
@@ -343,7 +345,10 @@ class Scheduler:
                 except ServiceError as error:
                     started = job.record.attempts > starts  # else the group cannot even start
                     retry = started and error.reason in RESTARTABLE
-                    if not retry or job.record.attempts >= MAX_ATTEMPTS or job.cancelled_by:
+                    if not _concerns(error, team):
+                        spared = min(spared + 1, MAX_ATTEMPTS)
+                    again = job.record.attempts < MAX_ATTEMPTS + spared
+                    if not retry or not again or job.cancelled_by:
                         raise
                     logger.warning("%s: %s; trying again", job.record.job_id, error)
                     self._save(job.update(state=JobState.QUEUED))
@@ -409,6 +414,12 @@ class Scheduler:
             self._store.update(record)
         except (ServiceError, sqlite3.Error) as error:
             logger.error("%s is now %s, but: %s", record.job_id, record.state, error)
+
+
+def _concerns(error: ServiceError, team: Team) -> bool:
+    """Whether the failure of a rank may be the doing of who ran on the team's ranks."""
+    rank = error.metadata.get("rank")
+    return rank is None or int(rank) in team.members
 
 
 def _shutting_down() -> ServiceError:

@@ -154,19 +154,39 @@ async def test_one_that_overtakes_passes_those_that_wait_for_the_end() -> None:
     assert group.log == ["short", "long", "next"]
 
 
-@pytest.mark.parametrize(
-    ("over", "why"),
-    [("gone", "there is none"), ("half", "its ranks are others"), ("inside", "it is inside one")],
-)
-async def test_who_cannot_overtake_waits(over: str, why: str) -> None:
+async def test_one_inside_a_pause_is_not_paused_itself() -> None:
     group, everyone = Ranks(4), Team(0, 4)
     jobs = [asyncio.create_task(group.run("long", everyone, 60))]
     await settle()
     jobs.append(asyncio.create_task(group.run("inside", everyone, 20, over="long")))
     await settle()
-    jobs.append(asyncio.create_task(group.run("late", Team(0, 2), 1, over=over)))
+    jobs.append(asyncio.create_task(group.run("late", Team(0, 2), 1, over="inside")))
     await asyncio.wait(jobs)
-    assert group.log == ["inside", "long", "late"], why
+    assert group.log == ["inside", "long", "late"]
+    assert group.pauses == 1
+
+
+@pytest.mark.parametrize("over", ["gone", "half"])
+async def test_nobody_is_paused_in_vain(over: str) -> None:
+    """The one named is not there, or has not all of the ranks."""
+    group = Ranks(4)
+    jobs = [asyncio.create_task(group.run("half", Team(0, 2), 60))]
+    await settle()
+    jobs.append(asyncio.create_task(group.run("late", Team(0, 4), 1, over=over)))
+    await asyncio.wait(jobs)
+    assert group.log == ["half", "late"]
+    assert group.pauses == 0
+
+
+async def test_one_that_is_being_stopped_is_not_paused() -> None:
+    group, everyone = Ranks(2), Team(0, 2)
+    stopped = asyncio.create_task(group.run("stopped", everyone, 60, step=lambda: 0.05))
+    await settle()
+    stopped.cancel()
+    await settle()
+    await group.run("late", everyone, 1, over="stopped")
+    assert stopped.cancelled()
+    assert group.pauses == 0
 
 
 async def test_one_that_ends_before_its_pause_is_simply_followed() -> None:

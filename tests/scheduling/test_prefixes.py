@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from types import SimpleNamespace
 
@@ -155,3 +156,20 @@ async def test_a_prefix_larger_than_the_pool_says_what_to_change() -> None:
         "the prefix needs 1001 bytes of KV, the pool has 1000; "
         "raise engine.kv_pool_bytes or look at fewer or smaller frames"
     )
+
+
+async def test_what_is_being_computed_is_waited_for_however_long_it_takes() -> None:
+    registry = PrefixRegistry(
+        Ranks(),  # type: ignore[arg-type]
+        POOL, 30.0, lambda _: None,
+    )  # fmt: skip
+    registry.add(manifest("first"), POOL)
+    waiting = asyncio.create_task(registry.make_room(POOL, wait_s=0.02))
+    await asyncio.sleep(0.2)
+    lease = registry.lease("first")
+    registry.complete("first")
+    with pytest.raises(ServiceError, match="1000 bytes of them leased"):  # now for leases only
+        await waiting
+    registry.release(lease)
+    await registry.make_room(POOL, wait_s=0.02)
+    assert registry.used_bytes == 0
