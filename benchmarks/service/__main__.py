@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from benchmarks import tables
-from benchmarks.service import rows
+from benchmarks.service import rows, targets
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
 from benchmarks.service.ours import Service
@@ -40,8 +40,7 @@ SYSTEMS: dict[str, Callable[[Setup], System]] = {
     "vllm": VllmServer,
     "transformers": Transformers,
 }
-LARGER_LENGTHS = (4096, 8192, 16384, 32768)
-NEEDLE_LENGTHS = (4096, 8192, 16384)
+EVERYTHING, NO_SINGLE = tuple(SYSTEMS), ("ours", "vllm", "transformers")
 LARGER_SIZE, NEEDLE_SIZE = (512, 384), (256, 256)
 _ROOM = 256
 """Tokens left for answers and other questions in the longest prompt's context."""
@@ -70,6 +69,8 @@ def main() -> None:
     found = rows.rows(done)
     print(rows.table(found))
     print(rows.stage_table(found))
+    for plan in plans:
+        print(f"{plan.checkpoint.name}:\n{targets.table(found, plan.checkpoint.name)}")
     rows.draw(found, arguments.out.with_suffix(".png"))
     print(f"{arguments.out}, .meta.json and .png written")
 
@@ -98,7 +99,8 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="bench-service-") as name:
         folder = arguments.logs or Path(name)
         setup = Setup(plan.checkpoint, longest, folder, cores)
-        systems = [SYSTEMS[name](setup) for name in arguments.systems]
+        used = {system for length in lengths for system in length.systems}
+        systems = [make(setup) for name, make in SYSTEMS.items() if name in used]
         session = Session(
             systems, plan.checkpoint.name, arguments.budget_s,
             lambda: _write(arguments.out, [*done, *session.cells], meta),
@@ -113,17 +115,13 @@ def _measure(
                 "environment": {s.name: getattr(s, "environment", {}) for s in systems},
             })  # fmt: skip
             for length in lengths:
-                session.run(length, partial(_case, cases, length.tokens))
-                print(rows.table(rows.rows(session.cells[-_cells(systems) :])), flush=True)
+                cells = session.run(length, partial(_case, cases, length.tokens))
+                print(rows.table(rows.rows(cells)), flush=True)
         done += session.cells
 
 
 def _case(cases: dict[tuple[int, int], Case], tokens: int, repeat: int) -> Case:
     return cases[tokens, repeat]
-
-
-def _cells(systems: list[System]) -> int:
-    return sum(len(system.modes) for system in systems)
 
 
 def _write(out: Path, cells: list[Cell], meta: dict[str, object]) -> None:
@@ -132,23 +130,34 @@ def _write(out: Path, cells: list[Cell], meta: dict[str, object]) -> None:
 
 
 def _plans(arguments: argparse.Namespace) -> list[Plan]:
-    """The two checkpoints with their lengths, or the one asked for."""
+    """The two checkpoints with their lengths, or what was asked for.
 
-    def lengths(defaults: tuple[int, ...]) -> tuple[Length, ...]:
-        asked = arguments.tokens or defaults
-        # The longest ones vary least, and take longest.
-        return tuple(
-            Length(n, arguments.repeats if n <= 8192 else 1, tuple(arguments.systems))
-            for n in asked
-        )
+    By default long videos, whose times vary least, are asked about once, and 65,536 tokens only of
+    what does not take ten minutes: all fits into half an hour of two cores.
+    """
+    repeats = arguments.repeats
+    larger = (
+        Length(4096, repeats, EVERYTHING),
+        Length(8192, repeats, EVERYTHING),
+        Length(16384, 1, EVERYTHING),
+        Length(32768, 1, ("ours", "vllm")),
+        Length(65536, 1, ("ours",), ("balanced",)),
+    )
+    needle = tuple(Length(tokens, 1, NO_SINGLE) for tokens in (4096, 8192, 16384))
+    checkpoint = arguments.checkpoint or build_larger(BUILD / "checkpoints" / "bench-qwen3-vl")
+    plans = [Plan(checkpoint, _asked(arguments, larger), arguments.size)]
+    if arguments.checkpoint is None:
+        trained = ROOT / "assets" / "needle-qwen3-vl"
+        plans.append(Plan(trained, _asked(arguments, needle), NEEDLE_SIZE))
+    return plans
 
-    if arguments.checkpoint:
-        return [Plan(arguments.checkpoint, lengths(LARGER_LENGTHS), arguments.size)]
-    larger = build_larger(BUILD / "checkpoints" / "bench-qwen3-vl")
-    return [
-        Plan(larger, lengths(LARGER_LENGTHS), LARGER_SIZE),
-        Plan(ROOT / "assets" / "needle-qwen3-vl", lengths(NEEDLE_LENGTHS), NEEDLE_SIZE),
-    ]
+
+def _asked(arguments: argparse.Namespace, defaults: tuple[Length, ...]) -> tuple[Length, ...]:
+    if not (arguments.tokens or arguments.systems or arguments.modes):
+        return defaults
+    tokens = arguments.tokens or [length.tokens for length in defaults]
+    systems = arguments.systems or EVERYTHING
+    return tuple(Length(n, arguments.repeats, systems, arguments.modes) for n in tokens)
 
 
 def _arguments() -> argparse.Namespace:
@@ -156,12 +165,13 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=_integers, help="video tokens, e.g. 4096,8192")
-    parser.add_argument("--checkpoint", type=Path, help="another one, alone")
+    parser.add_argument("--checkpoint", type=Path, help="this one alone")
     parser.add_argument(
         "--size", type=_size, default=LARGER_SIZE, help="of the frames for --checkpoint (512x384)"
     )
-    parser.add_argument("--systems", type=_systems, default=[*SYSTEMS], help=",".join(SYSTEMS))
-    parser.add_argument("--repeats", type=int, default=2, help="up to 8,192 tokens (%(default)s)")
+    parser.add_argument("--systems", type=_systems, default=(), help=",".join(SYSTEMS))
+    parser.add_argument("--modes", type=_names, default=(), help="of them, e.g. balanced")
+    parser.add_argument("--repeats", type=int, default=2, help="by default 2, up to 8,192 tokens")
     parser.add_argument("--budget-s", type=float, default=300.0, help="first token (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the videos (%(default)s)")
     parser.add_argument("--logs", type=Path, help="folder in which the systems' logs are kept")
@@ -180,8 +190,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _systems(text: str) -> list[str]:
-    names = text.split(",")
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _systems(text: str) -> tuple[str, ...]:
+    names = _names(text)
     for name in names:
         if name not in SYSTEMS:
             raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SYSTEMS)}")

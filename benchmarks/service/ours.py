@@ -34,7 +34,7 @@ class Service:
     modes: tuple[str, ...] = ("exact", "balanced")
 
     def __init__(self, setup: Setup, ranks: int = 2) -> None:
-        self.name = "ours" if ranks == setup.cores else f"ours, {ranks} rank"
+        self.name = "ours" if ranks > 1 else "ours-1"
         self.ranks, self.cold_start_s = ranks, 0.0
         threads = max(1, setup.cores // max(ranks, 2))
         self.arguments = [

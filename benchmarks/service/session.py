@@ -23,11 +23,13 @@ class Length:
         tokens: vision tokens.
         repeats: how often, each time with another video.
         systems: names of those that take part.
+        modes: of them; empty for all.
     """
 
     tokens: int
     repeats: int
     systems: tuple[str, ...]
+    modes: tuple[str, ...] = ()
 
 
 class Session:
@@ -80,14 +82,19 @@ class Session:
         """End them."""
         self._stack.close()
 
-    def run(self, length: Length, make: Callable[[int], Case]) -> None:
-        """Measure one length.
+    def run(self, length: Length, make: Callable[[int], Case]) -> list[Cell]:
+        """Measure one length; its cells.
 
         Args:
             make: the case of a repeat.
         """
         taking_part = [s for s in self._systems if s.name in length.systems]
-        pairs = [(system, mode) for system in taking_part for mode in system.modes]
+        pairs = [
+            (system, mode)
+            for system in taking_part
+            for mode in system.modes
+            if not length.modes or mode in length.modes
+        ]
         cells = [self._cell(system, mode, length.tokens) for system, mode in pairs]
         self.cells += cells
         for repeat in range(length.repeats):
@@ -99,6 +106,7 @@ class Session:
                 if not cell.skipped:
                     self._measure(system, mode, cell, case, repeat)
                     self._on_change()
+        return cells
 
     def _cell(self, system: System, mode: str, tokens: int) -> Cell:
         cell = Cell(system.name, mode, system.ranks, self._checkpoint, tokens)
