@@ -34,13 +34,13 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         self, request: pb.GetPrefillJobRequest, context: Context
     ) -> pb.GetPrefillJobResponse:
         """One job."""
-        return pb.GetPrefillJobResponse(job=job_to_proto(self._scheduler.get(request.job_id)))
+        return pb.GetPrefillJobResponse(job=job_to_proto(self._scheduler.jobs.get(request.job_id)))
 
     async def ListPrefillJobs(
         self, request: pb.ListPrefillJobsRequest, context: Context
     ) -> pb.ListPrefillJobsResponse:
         """Jobs, newest first, without the JSON texts of their results."""
-        rows, more = self._scheduler.page(request.page_size, request.page_token)
+        rows, more = self._scheduler.jobs.page(request.page_size, request.page_token)
         response = pb.ListPrefillJobsResponse()
         size = 0
         for number, (token, job) in enumerate(rows, start=1):
@@ -72,12 +72,12 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         self, request: pb.InspectPrefillJobRequest, context: Context
     ) -> pb.InspectPrefillJobResponse:
         """What a job's attention did, in full."""
-        return inspection_to_proto(*self._scheduler.inspect(request.job_id))
+        return inspection_to_proto(*self._scheduler.jobs.inspect(request.job_id))
 
     async def TracePrefillJob(
         self, request: pb.TracePrefillJobRequest, context: Context
     ) -> AsyncIterator[pb.TracePrefillJobResponse]:
         """When what was done for a job, in pieces."""
-        trace = self._scheduler.trace(request.job_id)
+        trace = self._scheduler.jobs.trace(request.job_id)
         for start in range(0, len(trace), _PIECE_BYTES):
             yield pb.TracePrefillJobResponse(data=trace[start : start + _PIECE_BYTES])

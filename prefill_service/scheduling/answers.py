@@ -224,7 +224,7 @@ class Answers:
         waited_for = ACTIVE if late else {JobState.QUEUED}
         while True:
             version = job.version
-            yield AnswerProgress(self._scheduler.snapshot(job))
+            yield AnswerProgress(self._scheduler.jobs.snapshot(job))
             if job.record.state not in waited_for:
                 break
             await job.changed(version)
@@ -272,12 +272,12 @@ class Answers:
 
     def _first_token(self, run: _Run, job: Job) -> None:
         run.first_token = time.monotonic()
-        self._scheduler.traces.note(
+        self._scheduler.jobs.traces.note(
             job.record.job_id, QUESTIONS, "hand-off and first token", run.submitted
         )
 
     def _trace_end(self, run: _Run, final: AnswerFinal) -> None:
-        self._scheduler.traces.note(
+        self._scheduler.jobs.traces.note(
             final.job_id, QUESTIONS, "answer", run.submitted,
             handoff_ms=round(final.handoff_s * 1000, 3), kv_bytes_moved=final.kv_bytes_moved,
             prompt_tokens=final.prompt_tokens, completion_tokens=final.completion_tokens,
@@ -326,13 +326,13 @@ class Answers:
                 if changed.done():
                     changed = asyncio.ensure_future(job.changed(job.version))
                     was_active = job.record.active
-                    yield AnswerProgress(self._scheduler.snapshot(job))
+                    yield AnswerProgress(self._scheduler.jobs.snapshot(job))
                 if lost.done() and not head.done():
                     raise await _loss(job, attempt)
             if was_active and head.exception() is None:
                 # The last page is complete a moment before the job is.
                 await job.ended(REPORT_WAIT_S)
-                yield AnswerProgress(self._scheduler.snapshot(job))
+                yield AnswerProgress(self._scheduler.jobs.snapshot(job))
         finally:
             waits = {head, lost, changed}
             for task in waits:

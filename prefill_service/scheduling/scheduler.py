@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,17 +14,16 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.teams import Team
-from prefill_service.scheduling.attention import AttentionDetail
+from prefill_service.scheduling.book import JobBook
 from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.job_store import JobStore
-from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillResult, PrefillSpec
+from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.placement import Placer
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
 from prefill_service.scheduling.queue import JobQueue
 from prefill_service.scheduling.runner import PrefillRunner
-from prefill_service.scheduling.traces import TraceBook, render
 
 if TYPE_CHECKING:
     from prefill_service.engine.group import RankGroup
@@ -65,22 +63,19 @@ class Scheduler:
         self._planning = planning
         self._group = group
         self._max_queued = config.max_queued_jobs
-        self.prefixes = PrefixRegistry(
-            group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self._evicted
-        )
-        self.traces = TraceBook()
-        self._runner = PrefillRunner(
-            group, self.prefixes, engine_id, planning, metrics, self.traces, exchanges
-        )
-        self._jobs: dict[str, Job] = {}
-        self._by_prefix: dict[str, Job] = {}
         placer = Placer(
             group.teams, group.chunk_tokens, group.fit_together, overtaking=config.elastic
         )
         self._queue = JobQueue(placer, self._prefill, self._settle)
+        self.jobs = JobBook(store, metrics, self._queue.ahead)
+        self.prefixes = PrefixRegistry(
+            group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self.jobs.evicted
+        )
+        self._runner = PrefillRunner(
+            group, self.prefixes, engine_id, planning, metrics, self.jobs.traces, exchanges
+        )
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._metrics = metrics
         metrics.watch(
             store.count_by_state, lambda: len(self._queue), lambda: self.prefixes.used_bytes
         )
@@ -105,7 +100,7 @@ class Scheduler:
     def drain(self) -> None:
         """Take no new jobs and end the watches; what calls wait for goes on."""
         self._draining = True
-        for job in self._jobs.values():
+        for job in self.jobs.all_in_hand():
             job.touch()
 
     async def stop(self) -> None:
@@ -117,7 +112,7 @@ class Scheduler:
         for job in self._queue.waiting:
             self._queue.remove(job)
             if not job.record.explicit:
-                self._end(job, JobState.CANCELLED, _shutting_down())
+                self.jobs.end(job, JobState.CANCELLED, _shutting_down())
 
     # ---- for the API --------------------------------------------------------------------
 
@@ -131,77 +126,16 @@ class Scheduler:
         if request_id:
             known = self._store.find_request(request_id, spec)
             if known is not None:
-                return self.get(known)
+                return self.jobs.get(known)
         plan = await self._planning.plan(spec)
         if request_id:  # the same request may have come twice while this one was planned
             known = self._store.find_request(request_id, spec)
             if known is not None:
-                return self.get(known)
+                return self.jobs.get(known)
         job = self._join(spec, plan, explicit=True)
         if request_id:
             self._store.remember_request(request_id, spec, job.record.job_id)
-        return self.get(job.record.job_id)
-
-    def get(self, job_id: str) -> JobRecord:
-        """The job as it is now.
-
-        Raises:
-            ServiceError: UNKNOWN_JOB.
-        """
-        job = self._jobs.get(job_id)
-        return self.snapshot(job) if job else self._store.get(job_id)
-
-    def inspect(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
-        """The job and the attention report of its prefill, also when its prefix is gone.
-
-        Raises:
-            ServiceError: UNKNOWN_JOB; NO_ATTENTION_REPORT if it has not succeeded.
-        """
-        record = self.get(job_id)
-        report = self._store.report(job_id)
-        if report is None:
-            succeeded = record.state in (JobState.SUCCEEDED, JobState.EVICTED)
-            why = (
-                "it was computed by a comparison mode, whose attention is not measured"
-                if succeeded and record.spec.comparison is not None
-                else "it is from before there were any, or the disk was full"
-                if succeeded
-                else "there is one once a job has succeeded"
-            )
-            raise ServiceError(
-                Reason.NO_ATTENTION_REPORT,
-                f"job {job_id} is {record.state} and has no attention report: {why}",
-                job_id=job_id, state=record.state,
-            )  # fmt: skip
-        return record, report
-
-    def trace(self, job_id: str) -> bytes:
-        """When what was done for a job that has ended, as JSON (``traces.render``).
-
-        Raises:
-            ServiceError: UNKNOWN_JOB; NO_TRACE while it is active and when its trace was let go.
-        """
-        record, trace = self.get(job_id), self.traces.get(job_id)
-        if trace is None or record.active:
-            why = (
-                "there is one once it has ended"
-                if record.active
-                else f"those of the last {self.traces.jobs} jobs since the service started are kept"
-            )
-            raise ServiceError(
-                Reason.NO_TRACE, f"job {job_id} is {record.state} and has no trace: {why}",
-                job_id=job_id, state=record.state,
-            )  # fmt: skip
-        return render(job_id, trace)
-
-    def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
-        """``JobStore.page`` with live progress."""
-        rows, more = self._store.page(page_size, page_token)
-        live = self._jobs
-        return [
-            (token, self.snapshot(live[job.job_id]) if job.job_id in live else job)
-            for token, job in rows
-        ], more
+        return self.jobs.get(job.record.job_id)
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Stop a job and wait until the ranks have; an ended one is returned as it is.
@@ -209,11 +143,11 @@ class Scheduler:
         Raises:
             ServiceError: UNKNOWN_JOB.
         """
-        job = self._jobs.get(job_id)
+        job = self.jobs.in_hand(job_id)
         if job is not None and job.record.active:
             self._cancel(job, ServiceError(Reason.CANCELLED, "a client cancelled the job"))
             await job.ended()
-        return self.get(job_id)
+        return self.jobs.get(job_id)
 
     async def watch(self, job_id: str) -> AsyncGenerator[JobRecord]:
         """The job now and at each change, until it has ended.
@@ -221,12 +155,12 @@ class Scheduler:
         Raises:
             ServiceError: UNKNOWN_JOB; SHUTTING_DOWN when the service drains.
         """
-        job = self._jobs.get(job_id)
+        job = self.jobs.in_hand(job_id)
         if job is None:
-            yield self._store.get(job_id)
+            yield self.jobs.get(job_id)
             return
         while True:
-            version, snapshot = job.version, self.snapshot(job)
+            version, snapshot = job.version, self.jobs.snapshot(job)
             yield snapshot
             if not snapshot.active:
                 return
@@ -256,14 +190,10 @@ class Scheduler:
                     job, ServiceError(Reason.CANCELLED, "all calls that waited for the job ended")
                 )
 
-    def snapshot(self, job: Job) -> JobRecord:
-        """A job's record with its progress and position in the queue."""
-        return job.snapshot(self._queue.ahead(job))
-
     # ---- the queue ----------------------------------------------------------------------
 
     def _join(self, spec: PrefillSpec, plan: PrefixPlan, explicit: bool) -> Job:
-        job = self._by_prefix.get(plan.prefix_id)
+        job = self.jobs.of_prefix(plan.prefix_id)
         if job is not None and not (job.record.active and job.cancelled_by):
             if explicit and not job.record.explicit:
                 self._store.update(job.update(explicit=True))
@@ -288,9 +218,8 @@ class Scheduler:
         return job
 
     def _enqueue(self, job: Job) -> None:
-        self.traces.begin(job.record.job_id)
-        self._jobs[job.record.job_id] = job
-        self._by_prefix[job.record.prefix_id] = job
+        self.jobs.traces.begin(job.record.job_id)
+        self.jobs.add(job)
         self._queue.append(job)
 
     def _cancel(self, job: Job, cause: ServiceError) -> None:
@@ -298,7 +227,7 @@ class Scheduler:
         if job.task is not None:
             job.task.cancel()
         elif self._queue.remove(job):
-            self._end(job, JobState.CANCELLED, cause)
+            self.jobs.end(job, JobState.CANCELLED, cause)
 
     def _settle(self, job: Job, task: asyncio.Task[None]) -> None:
         """Give a job whose task has ended its state."""
@@ -306,17 +235,19 @@ class Scheduler:
             return
         error = None if task.cancelled() else task.exception()
         if job.cancelled_by is not None:
-            self._end(job, JobState.CANCELLED, job.cancelled_by)
+            self.jobs.end(job, JobState.CANCELLED, job.cancelled_by)
         elif isinstance(error, ServiceError):
-            self._end(job, JobState.FAILED, error)
+            self.jobs.end(job, JobState.FAILED, error)
         elif error is not None:
             logger.error("%s failed unexpectedly", job.record.job_id, exc_info=error)
-            self._end(job, JobState.FAILED, ServiceError(Reason.INTERNAL, f"{error!r}"))
+            self.jobs.end(job, JobState.FAILED, ServiceError(Reason.INTERNAL, f"{error!r}"))
         elif job.record.explicit:  # the service stops: this start does not count
             started = job.record.state is JobState.RUNNING
-            self._save(job.update(state=JobState.QUEUED, attempts=job.record.attempts - started))
+            self.jobs.save(
+                job.update(state=JobState.QUEUED, attempts=job.record.attempts - started)
+            )
         else:
-            self._end(job, JobState.CANCELLED, _shutting_down())
+            self.jobs.end(job, JobState.CANCELLED, _shutting_down())
 
     async def _prefill(self, job: Job, team: Team, over: str) -> None:
         """Run a job to its success, on a second group if the first one dies.
@@ -325,11 +256,11 @@ class Scheduler:
             team, over: see ``PrefillRunner.run``.
         """
         spec, job_id = job.record.spec, job.record.job_id
-        self.traces.queued(job_id)
+        self.jobs.traces.queued(job_id)
         async with self._videos.hold(spec.video_id) as video:
-            with self.traces.span(job_id, "plan"):
+            with self.jobs.traces.span(job_id, "plan"):
                 plan = await self._planning.plan_held(spec, video)
-            self._rename(job, plan)
+            self.jobs.rename(job, plan)
             spared = 0  # starts that others have ended
             while True:
                 starts = job.record.attempts
@@ -339,8 +270,8 @@ class Scheduler:
                         lambda: self._started(job), job.advance,
                     )  # fmt: skip
                     if report is not None:
-                        self._keep_report(job, report)
-                    self._end(job, JobState.SUCCEEDED, result=result)
+                        self.jobs.keep_report(job, report)
+                    self.jobs.end(job, JobState.SUCCEEDED, result=result)
                     return
                 except ServiceError as error:
                     started = job.record.attempts > starts  # else the group cannot even start
@@ -351,69 +282,17 @@ class Scheduler:
                     if not retry or not again or job.cancelled_by:
                         raise
                     logger.warning("%s: %s; trying again", job.record.job_id, error)
-                    self._save(job.update(state=JobState.QUEUED))
+                    self.jobs.save(job.update(state=JobState.QUEUED))
 
     def _started(self, job: Job) -> None:
         attempts = job.record.attempts + 1
-        self._save(job.update(state=JobState.RUNNING, attempts=attempts, start_time=time.time()))
-
-    def _rename(self, job: Job, plan: PrefixPlan) -> None:
-        """After a restart with another model the same spec is another prefix."""
-        old = job.record.prefix_id
-        if old != plan.prefix_id:
-            self._unindex(job)
-            self._by_prefix[plan.prefix_id] = job
-            self._save(job.update(prefix_id=plan.prefix_id, prefix_tokens=plan.num_tokens))
-
-    def _end(
-        self,
-        job: Job,
-        state: JobState,
-        error: ServiceError | None = None,
-        result: PrefillResult | None = None,
-    ) -> None:
-        if state is not JobState.SUCCEEDED:
-            self._unindex(job)
-            del self._jobs[job.record.job_id]
-        logger.info("%s: %s%s", job.record.job_id, state, f", {error}" if error else "")
-        self._metrics.job_ended(state)
-        self._save(
-            job.update(
-                state=state,
-                error=error.to_dict() if error else None,
-                result=result,
-                end_time=time.time(),
-            )
+        self.jobs.save(
+            job.update(state=JobState.RUNNING, attempts=attempts, start_time=time.time())
         )
-
-    def _evicted(self, prefix_id: str) -> None:
-        job = self._by_prefix.get(prefix_id)
-        if job is not None and job.record.state is JobState.SUCCEEDED:
-            self._unindex(job)
-            del self._jobs[job.record.job_id]
-            self._save(job.update(state=JobState.EVICTED, result=None))
 
     def _group_lost(self, generation: int) -> None:
         logger.warning("generation %d of the rank group is gone, with its prefixes", generation)
         self.prefixes.lose_generation(generation)
-
-    def _unindex(self, job: Job) -> None:
-        if self._by_prefix.get(job.record.prefix_id) is job:
-            del self._by_prefix[job.record.prefix_id]
-
-    def _keep_report(self, job: Job, report: AttentionDetail) -> None:
-        """As ``_save``: the prefix is good without it."""
-        try:
-            self._store.save_report(job.record.job_id, report)
-        except (ServiceError, sqlite3.Error) as error:
-            logger.error("%s: its attention report is lost: %s", job.record.job_id, error)
-
-    def _save(self, record: JobRecord) -> None:
-        """Note a change of state; a database that fails must not stop the ranks."""
-        try:
-            self._store.update(record)
-        except (ServiceError, sqlite3.Error) as error:
-            logger.error("%s is now %s, but: %s", record.job_id, record.state, error)
 
 
 def _concerns(error: ServiceError, team: Team) -> bool:
