@@ -19,7 +19,7 @@ from prefill_service.attention.block_sparse import GatherBuffers, local_attentio
 from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
-from prefill_service.attention.selection import Estimate, estimate, select
+from prefill_service.attention.selection import Estimate, estimate, select, single_out
 from prefill_service.attention.sparse import (
     DENSE_ABOVE,
     columns,
@@ -100,7 +100,7 @@ class Chunk:
     def keep(self, epsilon: float) -> Tensor:
         """[kv_heads, tiles, blocks] bool; as the product, dense where sparse would not pay."""
         budget = torch.full((len(self.found.loss),), epsilon, dtype=self.found.loss.dtype)
-        keep = select(self.found.loss, self.forced, budget)
+        keep = select(single_out(self.found.loss, self.found.peak, budget), self.forced, budget)
         dense = self.attended(keep) > DENSE_ABOVE * self.tiles.causal_keys
         keep[dense] = self.found.bias[dense] > -torch.inf
         return keep

@@ -142,10 +142,11 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
             for x, y in zip(got, wanted, strict=True):
                 torch.testing.assert_close(x.double(), y, atol=tolerance, rtol=tolerance)
     args = (problem.q, problem.k, k_mean, k_var, k_far)
-    loss, lift = estimate_loss(*args, **geometry)
+    loss, peak, lift = estimate_loss(*args, **geometry)
     cpu = [x.cpu() for x in args]
-    expected_loss, expected_lift = estimate_loss_reference(*cpu, **geometry)
-    torch.testing.assert_close(loss.cpu().double(), expected_loss, atol=1e-4, rtol=5e-2)
+    expected_loss, expected_peak, expected_lift = estimate_loss_reference(*cpu, **geometry)
+    for found, expected in ((loss, expected_loss), (peak, expected_peak)):
+        torch.testing.assert_close(found.cpu().double(), expected, atol=1e-4, rtol=5e-2)
     torch.testing.assert_close(lift.cpu().double(), expected_lift, atol=1e-3, rtol=1e-3)
     forced = torch.zeros(loss.shape[1:], dtype=torch.bool, device=device)
     epsilon = torch.full((shape.kv_heads,), float(loss.sum(-1).mean()) / 2, device=device)

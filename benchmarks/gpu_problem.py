@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from prefill_service.attention.selection import single_out
 from prefill_service.kernels.block_sparse import block_sparse_attention
 from prefill_service.kernels.block_summaries import block_summaries
 from prefill_service.kernels.csr import BlockCSR
@@ -137,8 +138,9 @@ class Problem:
 
         def select() -> object:
             block_summaries(self.k[:, own], self.v[:, own], block_tokens=shape.block)
-            loss, bias = estimate_loss(self.q, self.k, k_mean, k_var, k_far, **shape.geometry())
-            return select_blocks(loss, bias, forced, epsilon)
+            known = (k_mean, k_var, k_far)
+            loss, peak, bias = estimate_loss(self.q, self.k, *known, **shape.geometry())
+            return select_blocks(single_out(loss, peak, epsilon), bias, forced, epsilon)
 
         return select
 

@@ -3,9 +3,11 @@
 Every other candidate is represented by its summary, so what a dropped block costs is not its
 attention mass but the share of it that the summary misplaces. Both are estimated from the
 summaries alone, for every query row of the tile, and the blocks that would misplace most are kept
-until the rest misplaces at most epsilon. In contrast to a fixed threshold (FlashPrefill, arXiv
-2603.06199) the result has a stated error, in contrast to top-p (XAttention, arXiv 2503.16428) it
-needs no sort. docs/attention.md derives the formulas and compares them with the field's.
+until the rest misplaces at most epsilon. That is a mean over rows, in which a few rows that look
+for one thing (an object's nine tokens for an earlier object) are lost; so a block that would cost
+any one row more than about epsilon is kept as well. In contrast to a fixed threshold (FlashPrefill,
+arXiv 2603.06199) the result has a stated error, in contrast to top-p (XAttention, arXiv 2503.16428)
+it needs no sort. docs/attention.md derives the formulas and compares them with the field's.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ LEVELS_PER_OCTAVE = 16
 ROW_STEP = 4
 """Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
 
-_POOLED_TOKENS = 16
+PEAK_SHARE = 0.5
+"""Of epsilon: the peak up to which a block may be dropped; then no row loses more than epsilon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +41,22 @@ class Estimate:
     Attributes:
         loss: [kv_heads, tiles, blocks] attention mass that representing the block by its summary
             misplaces, mean over rows of the tile; 0 where a block is no candidate of the tile.
+        peak: [kv_heads, tiles, blocks] the larger part of the loss of the row that loses most, of
+            the two parts that a loss has; 0 likewise.
         bias: [kv_heads, tiles, blocks] logit added to the block's summary key; -inf where it is no
             candidate.
         attention: of every row over all summaries and its local region.
     """
 
     loss: Tensor
+    peak: Tensor
     bias: Tensor
     attention: SummaryAttention
 
     def heads(self, index: Tensor) -> Estimate:
         """Of some KV heads."""
         attention = SummaryAttention(self.attention.shares[index], self.attention.lse[index])
-        return Estimate(self.loss[index], self.bias[index], attention)
+        return Estimate(self.loss[index], self.peak[index], self.bias[index], attention)
 
 
 def estimate(
@@ -80,13 +86,10 @@ def estimate(
     hidden = tiles.hidden(q.device)  # [tiles, blocks]
     bias.masked_fill_(hidden, -torch.inf)
     attention = attend_summaries(q, local_lse, known.k_mean, bias, scale)
-    asked = _share(weights[:, ::ROW_STEP])
-    mass = _mean_rows(asked, attention.shares[:, :, ::ROW_STEP])[..., : tiles.blocks]
-    lse = attention.lse[..., ::ROW_STEP]
-    loss = mass * misplaced_share(variance) + _outlier_mass(q, lse, weights, known, scale)
+    loss, peak = _losses(q, attention, weights, misplaced_share(variance), known, scale)
     if broken is not None:
         attention.lse.masked_fill_(broken, torch.nan)
-    return Estimate(loss.masked_fill_(hidden, 0.0), bias, attention)
+    return Estimate(loss.masked_fill_(hidden, 0.0), peak.masked_fill_(hidden, 0.0), bias, attention)
 
 
 def _broken(q: Tensor) -> Tensor | None:
@@ -101,33 +104,54 @@ def _broken(q: Tensor) -> Tensor | None:
     return broken if broken.any() else None
 
 
-def _outlier_mass(
-    q: Tensor, lse: Tensor, weights: Tensor, known: BlockSummaries, scale: float
-) -> Tensor:
-    """Mass of each block's farthest key, [kv_heads, tiles, blocks], asked with pooled queries.
+def _losses(
+    q: Tensor,
+    attention: SummaryAttention,
+    weights: Tensor,
+    misplaced: Tensor,
+    known: BlockSummaries,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean loss over the asked rows, and its peak, each [kv_heads, tiles, blocks].
 
-    Mean and variance hide one key among many (the needle); its own score does not. Queries are
-    averaged over 16 tokens per head. ``lse`` is that of the asked rows, every fourth token's.
+    A row loses the misplaced share of a block's mass, and the mass of the block's farthest key:
+    mean and variance hide one key among many (the needle), its own score does not. The peak is the
+    largest value that either has in any row, so that no row loses more than twice the peak.
+
+    Args:
+        q: [kv_heads, tiles, rows, head_dim].
+        weights: [tiles, rows], 0 for rows without a query.
+        misplaced: [kv_heads, tiles, blocks].
     """
-    kv_heads, count, packed, head_dim = q.shape
-    pools = packed // _POOLED_TOKENS
-    weight = weights.reshape(count, pools, _POOLED_TOKENS)
-    total = weight.sum(-1)  # [tiles, pools], 0 for pools without a query
-    pooled = _mean_rows(_share(weight), q.view(kv_heads, count, pools, -1, head_dim)).flatten(1, 2)
-    asked = _share(weight[..., ::ROW_STEP])
-    norm = _mean_rows(asked, lse.view(kv_heads, count, pools, -1, 1)).flatten(1, 2)
-    scores = pooled @ (known.k_far * scale).transpose(1, 2) - norm  # [kv_heads, tiles * pools, b]
-    return _mean_rows(total, scores.exp_().clamp_(max=1).view(kv_heads, count, pools, -1))
-
-
-def _share(weight: Tensor) -> Tensor:
-    """Scaled to a sum of 1 over the last axis, where there is anything."""
-    return weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    asked = weights[:, ::ROW_STEP]
+    mass = attention.shares[:, :, ::ROW_STEP, : known.blocks]
+    far = q[:, :, ::ROW_STEP] @ (known.k_far * scale).transpose(1, 2)[:, None]
+    far = far.sub_(attention.lse[..., ::ROW_STEP, None]).exp_().clamp_(max=1)
+    present = asked > 0
+    if not present.all():
+        far, mass = far.mul_(present[..., None]), mass * present[..., None]
+    share = asked / asked.sum(1, keepdim=True)  # token 0 is asked of every tile
+    mean = _mean_rows(share, mass) * misplaced + _mean_rows(share, far)
+    if not known.blocks:
+        return mean, mean
+    return mean, torch.maximum(mass.amax(2) * misplaced, far.amax(2))
 
 
 def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
-    """Weighted sum over the second last axis; ``weights`` [..., rows] has no KV-head axis."""
-    return (weights[None, ..., None, :].expand(len(x), *[-1] * (x.dim() - 1)) @ x).squeeze(-2)
+    """[kv_heads, tiles, blocks]: of [kv_heads, tiles, rows, blocks], weighted by [tiles, rows]."""
+    return (weights[:, None].expand(len(x), -1, -1, -1) @ x).squeeze(2)
+
+
+def single_out(loss: Tensor, peak: Tensor, epsilon: Tensor) -> Tensor:
+    """``loss``, infinite where the peak is more than ``PEAK_SHARE`` of epsilon.
+
+    ``select`` then keeps the block, and counts its loss no more.
+
+    Args:
+        loss, peak: [kv_heads, tiles, blocks].
+        epsilon: [kv_heads].
+    """
+    return torch.where(peak > PEAK_SHARE * epsilon[:, None, None], torch.inf, loss)
 
 
 def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from prefill_service.attention.block_sparse import GatherBuffers, kept_attention, local_attention
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend_causal
-from prefill_service.attention.selection import Estimate, estimate, select, to_csr
+from prefill_service.attention.selection import Estimate, estimate, select, single_out, to_csr
 from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.summary_attention import (
     TINY_SHARE,
@@ -173,7 +173,8 @@ def _with_sdpa(
     result = local_attention(rows, k, v, tiles, scale, buffers)
     clock.lap("attend")
     found = estimate(rows, result.lse, tiles, known, scale)
-    keep = select(found.loss, forced, epsilon.to(found.loss.dtype))
+    epsilon = epsilon.to(found.loss.dtype)
+    keep = select(single_out(found.loss, found.peak, epsilon), forced, epsilon)
     bias = found.bias.masked_fill(keep, -torch.inf)
     # A head that needs most of its keys is served faster, and exactly, by one dense call.
     dense = columns(keep, bias, tiles) > DENSE_ABOVE * tiles.causal_keys  # [kv_heads]
@@ -255,11 +256,12 @@ def _with_kernels(
     from prefill_service.kernels.selection import estimate_loss, select_blocks
 
     clock = Stopwatch(q.device)
-    loss, candidates = estimate_loss(
+    loss, peak, candidates = estimate_loss(
         q, k, known.k_mean, known.k_var, known.k_far, block_tokens=tiles.block_tokens,
         tile_tokens=tiles.tile_tokens, q_offset=tiles.q_offset, scale=scale,
     )  # fmt: skip
-    csr, bias = select_blocks(loss, candidates, forced, epsilon.float())
+    epsilon = epsilon.float()
+    csr, bias = select_blocks(single_out(loss, peak, epsilon), candidates, forced, epsilon)
     keep = (bias == -torch.inf) & (candidates != -torch.inf)  # NaN is a candidate, and kept
     clock.lap("select")
     if fetch:

@@ -25,40 +25,29 @@ LEVELS_PER_OCTAVE = tl.constexpr(16)
 _BISECTIONS = tl.constexpr(9)  # of the range 0 to LEVELS
 ROW_STEP = tl.constexpr(4)
 """Every fourth token of a tile is asked for the blocks' mass: neighbours want the same ones."""
-POOL = tl.constexpr(16)
-"""Tokens of a pooled query."""
 _TWO_PI = tl.constexpr(2 * math.pi)
 
 
 @triton.jit
-def pool_kernel(p_q, p_squared, p_pooled, stride_q_head, stride_q_token, queries, tiles,
-                tile_tokens, pools, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
-    """A tile's mean squared scaled query [d] and its pooled queries [GROUP * pools, d]."""
+def square_kernel(p_q, p_squared, stride_q_head, stride_q_token, queries, tiles, tile_tokens, scale,
+                  GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_M: tl.constexpr):  # fmt: skip
+    """A tile's mean squared scaled query [d]."""
     i_row = tl.program_id(0)
     i_head, i_tile = i_row // tiles, i_row % tiles
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
     o_d = tl.arange(0, BLOCK_D)
     d_mask = o_d < HEAD_DIM
-    o_n = tl.arange(0, BLOCK_P * POOL)
+    steps = tl.cdiv(tokens, BLOCK_M)
     squared = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(GROUP * tl.cdiv(pools, BLOCK_P)):
-        head = i // tl.cdiv(pools, BLOCK_P)
-        pool = i % tl.cdiv(pools, BLOCK_P) * BLOCK_P
-        o_token = pool * POOL + o_n
-        o_q = (i_head * GROUP + head).to(tl.int64) * stride_q_head
+    for i in range(GROUP * steps):
+        o_token = i % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_q = (i_head * GROUP + i // steps).to(tl.int64) * stride_q_head
         o_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
         p_tile = p_q + o_q + o_token[:, None] * stride_q_token + o_d[None, :]
         mask = (o_token < tokens)[:, None] & d_mask[None, :]
-        b_q = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_P * POOL, D]
+        b_q = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
         squared += tl.sum(b_q * b_q, 0)
-        o_pool = pool + tl.arange(0, BLOCK_P)
-        count = tl.minimum(tl.maximum(tokens - o_pool * POOL, 1), POOL)
-        mean = tl.sum(tl.reshape(b_q, [BLOCK_P, POOL, BLOCK_D]), 1) / count[:, None]
-        o_out = (i_row.to(tl.int64) * GROUP + head) * pools + o_pool
-        p_tile = p_pooled + o_out[:, None] * HEAD_DIM + o_d[None, :]
-        mask = (o_pool < pools)[:, None] & d_mask[None, :]
-        tl.store(p_tile, mean.to(p_pooled.dtype.element_ty), mask=mask)
     squared *= scale * scale / (GROUP * tokens)
     tl.store(p_squared + i_row.to(tl.int64) * HEAD_DIM + o_d, squared, mask=d_mask)
 
@@ -81,13 +70,13 @@ def bias_kernel(p_variance, p_bias, tiles, blocks, tile_tokens, q_offset, LOG_BL
 # fmt: off
 @triton.jit
 def loss_kernel(
-    p_q, p_lse, p_pooled, p_k_mean, p_k_far, p_variance, p_bias, p_loss,
-    stride_q_head, stride_q_token, queries, tiles, tile_tokens, pools, q_offset, blocks, scale,
+    p_q, p_lse, p_k_mean, p_k_far, p_variance, p_bias, p_loss, p_peak,
+    stride_q_head, stride_q_token, queries, tiles, tile_tokens, q_offset, blocks, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    """Losses of BLOCK_N blocks for one (KV head, tile). p_lse: of the asked tokens only."""
+    """Losses and peaks of BLOCK_N blocks for a (KV head, tile). p_lse: of the asked tokens only."""
     LOG2E: tl.constexpr = 1.4426950408889634
     i_row = tl.program_id(0)
     i_head, i_tile = i_row // tiles, i_row % tiles
@@ -96,6 +85,7 @@ def loss_kernel(
     o_row = i_row.to(tl.int64) * blocks + o_n
     if tl.program_id(1) * BLOCK_N >= candidates:
         tl.store(p_loss + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
+        tl.store(p_peak + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
         return
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
     asked = tl.cdiv(tokens, ROW_STEP)
@@ -113,40 +103,46 @@ def loss_kernel(
     b_k = tl.load(p_k_mean + o_block, mask=mask, other=0.0)  # [N, D]
     bias = tl.load(p_bias + o_row, mask=inside, other=float("-inf")) * LOG2E
     mass = tl.zeros([BLOCK_N], tl.float32)
+    mass_peak = tl.zeros([BLOCK_N], tl.float32)
     for start in tl.range(0, rows, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
-        valid = o_m < rows
-        head = (o_m // asked).to(tl.int64)
-        o_q = head * stride_q_head + o_m % asked * ROW_STEP * stride_q_token
-        q_mask = valid[:, None] & d_mask[None, :]
-        b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)  # [M, D]
-        o_lse = head * columns + o_m % asked
-        lse = tl.load(p_lse + o_lse, mask=valid, other=float("inf")) * LOG2E
-        score = dot(b_q, b_k.T) * (scale * LOG2E) + bias[None, :] - lse[:, None]
-        mass += tl.sum(tl.exp2(score), 0)
+        b_q, lse = _asked_rows(p_q, p_lse, start + tl.arange(0, BLOCK_M), rows, asked, columns,
+                               stride_q_head, stride_q_token, o_d, HEAD_DIM)  # fmt: skip
+        score = dot(b_q, b_k.T) * (scale * LOG2E) + bias[None, :] - lse[:, None] * LOG2E
+        p = tl.exp2(score)
+        mass += tl.sum(p, 0)
+        mass_peak = tl.maximum(mass_peak, tl.max(p, 0))
     variance = tl.load(p_variance + o_row, mask=inside, other=0.0)
-    loss = mass / rows * tl.sqrt(1 - tl.exp(variance / -_TWO_PI))
+    misplaced = tl.sqrt(1 - tl.exp(variance / -_TWO_PI))
 
     # One key among many (the needle) hides in mean and variance: ask for the farthest by itself.
+    # In a loop of its own, so that only one tile of keys is held at a time.
     b_k = tl.load(p_k_far + o_block, mask=mask, other=0.0)
-    p_pooled += i_row.to(tl.int64) * GROUP * pools * HEAD_DIM
-    o_t = tl.arange(0, POOL // ROW_STEP)
-    for start in tl.range(0, GROUP * pools, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        first = o_p % pools * POOL
-        count = tl.maximum(tl.minimum(tokens - first, POOL), 0)  # 0: a pool behind the last query
-        valid = o_p < GROUP * pools
-        q_mask = valid[:, None] & d_mask[None, :]
-        b_q = tl.load(p_pooled + o_p[:, None] * HEAD_DIM + o_d[None, :], mask=q_mask, other=0.0)
-        of_pool = tl.cdiv(count, ROW_STEP)  # asked tokens
-        o_lse = (o_p // pools).to(tl.int64) * columns + first // ROW_STEP
-        lse_mask = valid[:, None] & (o_t[None, :] < of_pool[:, None])
-        lse = tl.load(p_lse + o_lse[:, None] + o_t[None, :], mask=lse_mask, other=0.0)
-        lse = tl.sum(lse, 1) / tl.maximum(of_pool, 1)  # [P]
-        score = (dot(b_q, b_k.T) * scale - lse[:, None]) * LOG2E
-        weight = tl.where(valid, count, 0).to(tl.float32) / (GROUP * tokens)
-        loss += tl.sum(tl.minimum(tl.exp2(score), 1.0) * weight[:, None], 0)
+    far = tl.zeros([BLOCK_N], tl.float32)
+    far_peak = tl.zeros([BLOCK_N], tl.float32)
+    for start in tl.range(0, rows, BLOCK_M):
+        b_q, lse = _asked_rows(p_q, p_lse, start + tl.arange(0, BLOCK_M), rows, asked, columns,
+                               stride_q_head, stride_q_token, o_d, HEAD_DIM)  # fmt: skip
+        score = dot(b_q, b_k.T) * (scale * LOG2E) - lse[:, None] * LOG2E
+        p = tl.minimum(tl.exp2(score), 1.0)
+        far += tl.sum(p, 0)
+        far_peak = tl.maximum(far_peak, tl.max(p, 0))
+    loss = (mass * misplaced + far) / rows
+    peak = tl.maximum(mass_peak * misplaced, far_peak)
     tl.store(p_loss + o_row, tl.where(inside, loss, 0.0), mask=o_n < blocks)
+    tl.store(p_peak + o_row, tl.where(inside, peak, 0.0), mask=o_n < blocks)
+
+
+@triton.jit
+def _asked_rows(p_q, p_lse, o_m, rows, asked, columns, stride_q_head, stride_q_token, o_d,
+                HEAD_DIM: tl.constexpr):  # fmt: skip
+    """Queries [M, D] of some asked rows and their log-sum-exp, infinite behind the last row."""
+    valid = o_m < rows
+    head = (o_m // asked).to(tl.int64)
+    o_q = head * stride_q_head + o_m % asked * ROW_STEP * stride_q_token
+    q_mask = valid[:, None] & (o_d < HEAD_DIM)[None, :]
+    b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)
+    lse = tl.load(p_lse + head * columns + o_m % asked, mask=valid, other=float("inf"))
+    return b_q, lse
 
 
 @triton.jit
@@ -240,15 +236,15 @@ def estimate_loss(
     q_offset: int,
     scale: float,
     block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention mass that each block's summary would misplace, for every query tile.
 
     With v the variance of a block's scores (mean over the tile's rows, from the diagonal variance
     of its keys), B its tokens and f(v) the lift, v / 2 up to e^2 and e sqrt(v) - e^2 / 2 beyond,
     where e is the largest of B normal values to expect: block score s = scale q . k_mean + ln B +
     f(v); mass p = exp(s - lse), lse over all candidate blocks and the row's exact local scores;
-    loss = mean of p over the rows of every fourth token * sqrt(1 - exp(-v / 2 pi)), plus the mass
-    of the block's farthest key, asked with queries pooled over 16 tokens.
+    a row's loss = p * sqrt(1 - exp(-v / 2 pi)), plus the mass of the block's farthest key, at most
+    1. Rows of every fourth token are asked.
 
     A query that is not a number makes every loss of its tile NaN: all its blocks are then kept, and
     no row but its own is NaN. (On a CPU its tile's other queries choose.)
@@ -260,8 +256,10 @@ def estimate_loss(
             blocks before the last tile's first query.
 
     Returns:
-        loss [kv_heads, tiles, blocks] float32, 0 where a block is no candidate of the tile, and
-        bias, likewise: logit to add to the summary's score, -inf where it is no candidate.
+        Each [kv_heads, tiles, blocks] float32. Loss: mean over the asked rows; 0 where a block is
+        no candidate of the tile. Peak: the largest value that either part of the loss has in any
+        row; 0 likewise. Bias: logit to add to the summary's
+        score; -inf where it is no candidate.
 
     Raises:
         ValueError: shapes, dtypes or values that do not fit.
@@ -277,18 +275,16 @@ def estimate_loss(
         if x.shape != k_mean.shape:
             raise ValueError(f"{name} is {list(x.shape)}, expected {list(k_mean.shape)}")
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float32, device=q.device)
-    bias = torch.full_like(loss, -torch.inf)
+    peak, bias = torch.zeros_like(loss), torch.full_like(loss, -torch.inf)
     if loss.numel() == 0:
-        return loss, bias
+        return loss, peak, bias
     group, rows = q_heads // kv_heads, kv_heads * tiles
     block_d = max(16, triton.next_power_of_2(head_dim))
-    pools = triton.cdiv(min(tile_tokens, queries), POOL.value)
     squared = torch.empty((kv_heads, tiles, head_dim), dtype=torch.float32, device=q.device)
-    pooled = torch.empty((rows, group * pools, head_dim), dtype=q.dtype, device=q.device)
     shared = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
-    pool_kernel[(rows,)](
-        q, squared, pooled, q.stride(0), q.stride(1), queries, tiles, tile_tokens, pools, scale,
-        BLOCK_P=min(4, triton.next_power_of_2(pools)), **shared,
+    square_kernel[(rows,)](
+        q, squared, q.stride(0), q.stride(1), queries, tiles, tile_tokens, scale, BLOCK_M=64,
+        **shared,
     )  # fmt: skip
     variance = squared @ k_var.float().transpose(1, 2)  # [kv_heads, tiles, blocks]
     block_n = 1024
@@ -307,11 +303,11 @@ def estimate_loss(
     )  # fmt: skip
     block_m = block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
     loss_kernel[rows, triton.cdiv(blocks, block_n)](
-        q, lse, pooled, k_mean, k_far, variance, bias, loss, q.stride(0), q.stride(1), queries,
-        tiles, tile_tokens, pools, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=64, num_warps=8, num_stages=2, **shared,
+        q, lse, k_mean, k_far, variance, bias, loss, peak, q.stride(0), q.stride(1), queries,
+        tiles, tile_tokens, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2, **shared,
     )  # fmt: skip
-    return loss, bias
+    return loss, peak, bias
 
 
 def _largest_of_normals(count: int) -> float:
@@ -386,13 +382,13 @@ def estimate_loss_reference(
     tile_tokens: int,
     q_offset: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What ``estimate_loss`` computes for contiguous keys, naively and in float64."""
     (q_heads, queries, _), (kv_heads, blocks, _) = q.shape, k_mean.shape
     tiles, log_block = triton.cdiv(queries, tile_tokens), math.log(block_tokens)
     edge = _largest_of_normals(block_tokens)
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float64)
-    bias = torch.full_like(loss, -torch.inf)
+    peak, bias = torch.zeros_like(loss), torch.full_like(loss, -torch.inf)
     q, k, k_mean, k_var, k_far = (x.double() for x in (q, k, k_mean, k_var, k_far))
     for h in range(kv_heads):
         heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
@@ -410,15 +406,12 @@ def estimate_loss_reference(
             scores = rows @ k_mean[h, :n].T + bias[h, t, :n]
             lse = torch.cat([scores, local], -1).logsumexp(-1)  # [group, tokens]
             asked = slice(None, None, ROW_STEP.value)
-            mass = (scores - lse[..., None]).exp()[:, asked].mean((0, 1))
-            loss[h, t, :n] = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
-            for start in range(0, len(tokens), POOL.value):
-                part = slice(start, start + POOL.value)
-                norm = lse[:, part][:, asked].mean(1)  # [group]
-                score = rows[:, part].mean(1) @ k_far[h, :n].T - norm[:, None]
-                share = len(tokens[part]) / len(tokens)
-                loss[h, t, :n] += score.exp().clamp(max=1).mean(0) * share
-    return loss, bias
+            mass = (scores - lse[..., None]).exp()[:, asked]  # [group, asked tokens, blocks]
+            mass = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
+            far = (rows @ k_far[h, :n].T - lse[..., None]).exp().clamp(max=1)[:, asked]
+            loss[h, t, :n] = (mass + far).mean((0, 1))
+            peak[h, t, :n] = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))
+    return loss, peak, bias
 
 
 def select_reference(

@@ -13,6 +13,7 @@ from prefill_service.attention import sparse
 from prefill_service.attention.certified import below_floor
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport
+from prefill_service.attention.selection import ROW_STEP
 from prefill_service.scheduling.attention import summarize
 from tests.attention import oracle
 from tests.attention.layer import SCALE, error, run
@@ -22,8 +23,7 @@ from tests.attention.oracle import rand
 def hidden_needles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two keys of one block that every other query wants, the rest its opposite.
 
-    Pooling the queries cancels the wish, so that the outlier guard is blind to it, and two keys
-    of 64 hardly show in the variance.
+    Of the rest are those that the estimate asks, and two keys of 64 hardly show in the variance.
     """
     wish = torch.zeros(32, dtype=torch.float64)
     wish[3] = 1
@@ -82,27 +82,22 @@ def test_only_the_heads_below_the_floor_are_redone() -> None:
     torch.testing.assert_close(got[:2], alone, rtol=0, atol=1e-9)
 
 
-def one_head_of_four(
-    period: int, seeking: slice
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden needles that one of four query heads wants with all but one row in ``period``.
-
-    That row is among those which the estimate asks, and it cancels the others' wish.
-    """
+def one_head_of_four(seeking: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden needles that one of four query heads wants with all rows but those that are asked."""
     _, k, v = hidden_needles()
     wish = torch.zeros(2048, 32, dtype=torch.float64)
     wish[seeking, 3] = 6.0
-    wish[::period] *= 1 - period
+    wish[::ROW_STEP] = 0
     q = 0.05 * rand(4, 2048, 32, seed=3)
     q[1] += wish
     return q, k, v
 
 
-@pytest.mark.parametrize(("quality", "period"), [(Quality.BALANCED, 2), (Quality.FAST, 4)])
-def test_the_floor_is_held_by_every_query_head(quality: Quality, period: int) -> None:
-    q, k, v = one_head_of_four(period, slice(0, 2048))
+@pytest.mark.parametrize("quality", [Quality.BALANCED, Quality.FAST])
+def test_the_floor_is_held_by_every_query_head(quality: Quality) -> None:
+    q, k, v = one_head_of_four(slice(0, 2048))
     expected = oracle.dense(q, k, v, 0, SCALE)
-    rows = [row for row in range(1024, 2048) if row % period]  # those that seek the needles
+    rows = [row for row in range(1024, 2048) if row % ROW_STEP]  # those that seek the needles
     policy = resolve_policy(quality)
     blind, without = run(q, k, v, AttentionPolicy(quality, policy.epsilon, 0.0), 512)
     assert error(blind[1, rows], expected[1, rows]) > 0.9
@@ -115,9 +110,9 @@ def test_the_floor_is_held_by_every_query_head(quality: Quality, period: int) ->
 
 def test_a_stretch_without_its_needles_is_enough() -> None:
     # Four of the sixteen tiles: the head's mean over the chunk is well above the floor.
-    q, k, v = one_head_of_four(4, slice(1280, 1792))
+    q, k, v = one_head_of_four(slice(1280, 1792))
     expected = oracle.dense(q, k, v, 0, SCALE)
-    rows = [row for row in range(1280, 1792) if row % 4]
+    rows = [row for row in range(1280, 1792) if row % ROW_STEP]
     got, report = run(q, k, v, resolve_policy(Quality.BALANCED), 2048)
     assert report.layers[0].tiles_redone == 16
     assert error(got[1, rows], expected[1, rows]) < 0.01
@@ -129,7 +124,7 @@ def test_time_of_what_is_computed_again_is_not_the_certificates(
     kept_attention, calls = sparse.kept_attention, []
 
     def slowly(*args: Any) -> Any:
-        time.sleep(0.05)
+        time.sleep(0.15)
         calls.append(1)
         return kept_attention(*args)
 
@@ -138,8 +133,8 @@ def test_time_of_what_is_computed_again_is_not_the_certificates(
     _, report = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0.9), 512)
     layer = report.layers[0]
     assert len(calls) > 3  # a chunk that needs no second try would have needed one call
-    assert layer.attend_s > 0.05 * len(calls)
-    assert 0 < layer.certify_s < 0.05 * (len(calls) - 3)
+    assert layer.attend_s > 0.15 * len(calls)
+    assert 0 < layer.certify_s < 0.15 * (len(calls) - 3)
 
 
 def test_scores_far_below_their_estimate_are_attended_to() -> None:

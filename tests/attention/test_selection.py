@@ -7,8 +7,16 @@ import math
 import pytest
 import torch
 
-from prefill_service.attention.selection import ROW_STEP, estimate, select, to_csr
-from prefill_service.attention.sparse import forced_blocks
+from prefill_service.attention.block_sparse import GatherBuffers
+from prefill_service.attention.selection import (
+    PEAK_SHARE,
+    ROW_STEP,
+    estimate,
+    select,
+    single_out,
+    to_csr,
+)
+from prefill_service.attention.sparse import forced_blocks, sparse_attention
 from prefill_service.attention.summaries import lift, misplaced_share, summarize
 from prefill_service.attention.tiles import Tiles
 from tests.attention.oracle import causal_scores, rand
@@ -89,6 +97,37 @@ def test_forced_blocks_are_candidates_only() -> None:
     assert forced_blocks(Tiles(10, 5, 128, 64), 2, [0]).shape == (1, 0)
 
 
+def test_a_loss_of_one_row_keeps_its_block() -> None:
+    loss = torch.full((2, 1, 4), 1e-3)
+    peak = torch.tensor([[[0.3, 0.01, 0.06, 0.0]], [[0.3, 0.01, 0.06, 0.0]]])
+    epsilon = torch.tensor([0.1, 0.5])
+    keep = select(single_out(loss, peak, epsilon), none_forced(loss), epsilon)
+    assert PEAK_SHARE * 0.1 < 0.06
+    assert keep[:, 0].tolist() == [[True, False, True, False], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_few_rows_that_look_for_one_thing_are_not_lost_in_their_tile(shift: int) -> None:
+    """Nine neighbours of one query head of eight want nine keys far back; all else is diffuse."""
+    group, queries, q_offset, thing = 8, 128, 1024, slice(300, 309)
+    q, k = rand(group, queries, 16), 0.3 * rand(1, q_offset + queries, 16, seed=1)
+    v = rand(1, q_offset + queries, 16, seed=2)
+    rows = slice(40 + shift, 49 + shift)
+    k[:, thing] += 4 * q[0, 0] / q[0, 0].norm()
+    q[0, rows] = 10 * q[0, 0] / q[0, 0].norm()
+    tiles = Tiles(queries, q_offset, 128, 64)
+    known = summarize(k[:, :q_offset], v[:, :q_offset], 64)
+    forced = torch.zeros(1, tiles.blocks, dtype=torch.bool)
+    used = sparse_attention(
+        q, k, v, known, tiles, torch.tensor([0.2]), forced, SCALE, GatherBuffers()
+    )
+    exact = torch.softmax(causal_scores(q, k, q_offset, SCALE), -1)
+    assert exact[0, rows, thing].sum(-1).min() > 0.9
+    assert used.keep[0, 0].nonzero()[:, 0].tolist() == [4]
+    wanted = exact[0, rows] @ v[0].double()
+    assert (used.out[0, rows] - wanted).norm() / wanted.norm() < 0.05
+
+
 @pytest.mark.parametrize(("queries", "q_offset"), [(256, 512), (200, 517), (1, 640), (130, 63)])
 @pytest.mark.parametrize("group", [1, 4])
 def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, group: int) -> None:
@@ -113,16 +152,14 @@ def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, gr
             logits = mine @ known.k_mean[head, :seen].mT + bias
             lse = local_lse[head * group : (head + 1) * group, rows]
             total = torch.logaddexp(logits.logsumexp(-1), lse) if seen else lse
-            mass = torch.exp(logits - total[..., None])[:, ::ROW_STEP].mean((0, 1))
-            outlier = torch.zeros(seen, dtype=torch.float64)
-            for start in range(0, mine.shape[1], 16):
-                pool = slice(start, min(start + 16, mine.shape[1]))
-                far = mine[:, pool].mean(1) @ known.k_far[head, :seen].mT
-                norm = total[:, pool][:, ::ROW_STEP].mean(1, keepdim=True)
-                share = torch.exp(far - norm).clamp(max=1)
-                outlier += share.mean(0) * (pool.stop - pool.start) / mine.shape[1]
+            mass = torch.exp(logits - total[..., None])[:, ::ROW_STEP] * misplaced_share(variance)
+            far = mine @ known.k_far[head, :seen].mT - total[..., None]
+            far = torch.exp(far).clamp(max=1)[:, ::ROW_STEP]
             torch.testing.assert_close(found.bias[head, tile, :seen], bias)
-            expected = mass * misplaced_share(variance) + outlier
-            torch.testing.assert_close(found.loss[head, tile, :seen], expected)
+            torch.testing.assert_close(found.loss[head, tile, :seen], (mass + far).mean((0, 1)))
+            if seen:
+                peak = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))
+                torch.testing.assert_close(found.peak[head, tile, :seen], peak)
             assert (found.bias[head, tile, seen:] == -torch.inf).all()
             assert (found.loss[head, tile, seen:] == 0).all()
+            assert (found.peak[head, tile, seen:] == 0).all()

@@ -70,13 +70,13 @@ def inputs(
 )
 def test_estimate_equals_float64(interpret: Interpreter, changes: dict[str, Any]) -> None:
     args, options = inputs(**changes)
-    loss, bias = interpret("selection.estimate_loss", *args, **options)
-    expected_loss, expected_bias = estimate_loss_reference(*args, **options)
-    rounded = args[0].dtype != torch.float32  # pooled queries are rounded to the queries' type
+    loss, peak, bias = interpret("selection.estimate_loss", *args, **options)
+    expected_loss, expected_peak, expected_bias = estimate_loss_reference(*args, **options)
     torch.testing.assert_close(bias.double(), expected_bias, atol=1e-4, rtol=1e-5)
-    tolerance = {"atol": 1e-5, "rtol": 3e-2} if rounded else {"atol": 1e-7, "rtol": 1e-4}
-    torch.testing.assert_close(loss.double(), expected_loss, **tolerance)
+    torch.testing.assert_close(loss.double(), expected_loss, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(peak.double(), expected_peak, atol=1e-7, rtol=1e-4)
     assert ((loss > 0) == (bias != -torch.inf)).all()
+    assert (2 * peak >= loss).all()
 
 
 def test_estimate_through_a_block_table(interpret: Interpreter) -> None:
@@ -99,7 +99,7 @@ def test_estimate_finds_the_needle(interpret: Interpreter) -> None:
     k[:, 64:70] -= k[:, 70:71] / 15
     k[:, 71:80] -= k[:, 70:71] / 15
     k_mean, k_var, _, k_far = (x.float() for x in block_summaries_reference(k, k, block_tokens=16))
-    loss, _ = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
+    loss, *_ = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
     assert (loss[:, :, :10].argmax(-1) == 4).all()
     assert (loss[:, :, 4] > 0.5).all()
 
@@ -156,8 +156,9 @@ def test_the_reference_is_what_the_cpu_estimates(tile: int, queries: int, q_offs
     local = tiles.pack(lse[..., None].float(), 2)[..., 0]
     known = BlockSummaries(k_mean, k_var, k_mean, k_far).first(tiles.blocks)
     found = estimate(tiles.pack(q, 2), local, tiles, known, options["scale"])
-    loss, bias = estimate_loss_reference(q, k, k_mean, k_var, k_far, **options)
+    loss, peak, bias = estimate_loss_reference(q, k, k_mean, k_var, k_far, **options)
     torch.testing.assert_close(found.loss.double(), loss[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.peak.double(), peak[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.bias.double(), bias[..., : tiles.blocks], atol=1e-5, rtol=1e-5)
 
 
@@ -168,7 +169,7 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
     known = summarize(k[:, : tiles.blocks * 16], v[:, : tiles.blocks * 16], 16)
     forced = forced_blocks(tiles, 1, [620, 652, 684])
-    common = (q, k, v, known, tiles, torch.tensor([0.1, 0.2]), forced, options["scale"])
+    common = (q, k, v, known, tiles, torch.tensor([0.3, 0.4]), forced, options["scale"])
     a = interpret("prefill_service.attention.sparse._with_kernels", *common)
     b = sparse_attention(*common, GatherBuffers())  # of CPU tensors: the other back end
     differs = a.keep != b.keep
@@ -208,7 +209,7 @@ def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpre
     v = torch.randn_like(k)
     known = interpret("block_summaries.block_summaries", k, v, block_tokens=16)
     k_mean, k_var, v_mean, k_far = known
-    loss, bias = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
+    loss, _, bias = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
     forced = torch.zeros(loss.shape[1:], dtype=torch.bool)
     csr, dropped = interpret("selection.select_blocks", loss, bias, forced, torch.full((2,), 0.1))
     kept = int(csr.row_ptr[-1]) / float((bias != -torch.inf).sum())
@@ -228,8 +229,8 @@ def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpre
 
 def test_nothing_to_select() -> None:
     (q, k, *summaries), options = inputs()
-    loss, bias = estimate_loss(q[:, :0], k, *summaries, **options)
-    assert loss.shape == bias.shape == (2, 0, 10)
+    loss, peak, bias = estimate_loss(q[:, :0], k, *summaries, **options)
+    assert loss.shape == peak.shape == bias.shape == (2, 0, 10)
     csr, _ = select_blocks(loss, bias, torch.zeros(0, 10, dtype=torch.bool), torch.zeros(2))
     assert csr.row_ptr.tolist() == [0]
 
