@@ -16,7 +16,7 @@ from prefill_service.errors import ServiceError
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
 from prefill_service.parallel.layout import deal_patches
-from prefill_service.planning.chunking import chunking_of
+from prefill_service.planning.chunking import chunking_of, deal_tokens
 from prefill_service.planning.cost import ASSUMED, CostModel
 from prefill_service.planning.fitting import Observation, fit
 from prefill_service.planning.history import CostHistory
@@ -25,6 +25,7 @@ from prefill_service.planning.planner import plan_prefill
 from prefill_service.planning.schemes import Exchange, Scheme
 from prefill_service.planning.shapes import ModelShape
 from prefill_service.planning.work import prefill_work
+from prefill_service.scheduling.placement import assumed_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class ExchangePlanner:
         self._observed = observed
         self._history: CostHistory | None = None
         self._density: dict[str, float] = {}
+        self._seconds: dict[tuple[int, int], float] = {}
 
     @property
     def model(self) -> CostModel:
@@ -81,6 +83,21 @@ class ExchangePlanner:
         logger.info("%s for %d tokens: %s", scheme.label, plan.num_tokens, found.reason)
         return ExchangeChoice(ExchangeKind(scheme.exchange.value), scheme.ulysses)
 
+    def seconds(self, tokens: int, ranks: int) -> float:
+        """Predicted time of a prefix of so many whole chunks, by ``gather``, all of it attended.
+
+        Meant for comparing numbers of ranks (``placement``); without anything measured,
+        ``assumed_seconds``.
+        """
+        if self._history is None and not self._observed():
+            return assumed_seconds(tokens, ranks)
+        chunks = -(-tokens // self._chunk_tokens)
+        if (chunks, ranks) not in self._seconds:
+            scheme, size = Scheme(Exchange.GATHER, ranks), self._chunk_tokens
+            work = prefill_work(scheme, self._shape, deal_tokens(chunks * size, ranks, size))
+            self._seconds[chunks, ranks] = self.model.prefill_seconds(work)
+        return self._seconds[chunks, ranks]
+
     def learn(
         self,
         plan: PrefixPlan,
@@ -101,6 +118,7 @@ class ExchangePlanner:
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
         scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree)
         model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
+        self._seconds.clear()
         logger.info("cost model: %s", model)
 
     def _costs(self) -> CostHistory:

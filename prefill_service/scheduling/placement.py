@@ -155,14 +155,11 @@ class Placer:
         return placed
 
     def _place(self, job: Waiting, waiting: int, board: _Board) -> Placement | None:
-        everyone = self._teams[0]
+        teams = self._teams[:1]
         alone = waiting == 1 and not board.active
-        size = everyone.size
         if not (job.everyone or alone):
             size = self.degree(job.tokens, waiting, -(-job.tokens // self._chunk_tokens))
-        teams = [team for team in self._teams if team.size <= size]
-        if job.everyone:
-            teams = [everyone]
+            teams = [team for team in self._teams if team.size <= size]
         ends = {team: board.end(team, self._seconds(job.tokens, team.size)) for team in teams}
         best = min(teams, key=lambda team: (ends[team], -team.size, team.first))
         if board.free(best) and board.begins_now(best, self._seconds(job.tokens, best.size)):

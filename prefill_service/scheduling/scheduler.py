@@ -19,7 +19,7 @@ from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
-from prefill_service.scheduling.placement import Placer
+from prefill_service.scheduling.placement import Placer, assumed_seconds
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.prefixes import PrefixRegistry
 from prefill_service.scheduling.queue import JobQueue
@@ -64,8 +64,9 @@ class Scheduler:
         self._group = group
         self._max_queued = config.max_queued_jobs
         placer = Placer(
-            group.teams, group.chunk_tokens, group.fit_together, overtaking=config.elastic
-        )
+            group.teams, group.chunk_tokens, group.fit_together, overtaking=config.elastic,
+            seconds=assumed_seconds if exchanges is None else exchanges.seconds,
+        )  # fmt: skip
         self._queue = JobQueue(placer, self._prefill, self._settle)
         self.jobs = JobBook(store, metrics, self._queue.ahead)
         self.prefixes = PrefixRegistry(

@@ -23,6 +23,7 @@ from prefill_service.planning.fitting import Observation
 from prefill_service.planning.shapes import PRESETS
 from prefill_service.planning.work import Work
 from prefill_service.scheduling.exchanges import ExchangePlanner
+from prefill_service.scheduling.placement import assumed_seconds
 from tests.scheduling.parts import Group
 
 SHAPE = PRESETS["qwen3-vl-8b"]
@@ -133,3 +134,20 @@ async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_pa
         assert s.group.tasks[-1].exchange == ExchangeChoice(ExchangeKind.USP, 2)
         assert chooser.learned == [ExchangeChoice(ExchangeKind.USP, 2)]
         assert chooser.model.provenance == "probe of the ranks; refined by 1 job"
+
+
+def test_the_model_says_what_more_ranks_bring() -> None:
+    """On a slow link several ranks lose, on a fast one they gain."""
+    slow, fast = planner(1e7), planner(350e9)
+    assert slow.seconds(4096, 2) > slow.seconds(4096, 1)
+    assert 3 < fast.seconds(65_536, 1) / fast.seconds(65_536, 4) <= 4
+    unmeasured = ExchangePlanner(SHAPE, 4096, ROOM, list)
+    assert unmeasured.seconds(1000, 2) == assumed_seconds(1000, 2)
+
+
+def test_jobs_change_what_more_ranks_bring() -> None:
+    chooser = planner(350e9)
+    before = chooser.seconds(65_536, 2)
+    for _ in range(4):
+        chooser.learn(prefix(65_536), EXACT, ExchangeChoice(), outcome(100.0), 2)
+    assert chooser.seconds(65_536, 2) > 2 * before
