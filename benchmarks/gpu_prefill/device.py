@@ -46,10 +46,6 @@ class Device:
         """Most memory allocated since ``forget``; a CPU does not say."""
         return torch.cuda.max_memory_allocated(self.torch) if self.cuda else None
 
-    def free_bytes(self) -> int | None:
-        """Memory that could still be had."""
-        return torch.cuda.mem_get_info(self.torch)[0] if self.cuda else None
-
     def seconds(self, call: Callable[[], object]) -> float:
         """The fastest of some calls, after one that warms up."""
         best = float("inf")

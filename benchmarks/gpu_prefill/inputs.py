@@ -7,19 +7,20 @@ and the rotary embedding. It is the structure that the literature finds in video
 
 * *sinks*: the first four tokens, which every query wants (StreamingLLM, arXiv 2309.17453);
 * *drift*: the own scene, which changes slowly, is cut after some seconds and may come back;
-* *grid*: the same place in other frames (MMInference, arXiv 2504.16083);
+* *grid*: the same place, and what is near it, in other frames (MMInference, arXiv 2504.16083);
 * *needles*: one key in 512, wanted by one query in six of the heads that retrieve;
 * *content*: a place looks much as it did in the frame before (a first-order autoregression per
-  place, broken by cuts), in few dimensions, as keys are (Loki, arXiv 2406.02542);
+  place, broken by cuts) and as its neighbours do, in few dimensions, as keys are (Loki, arXiv
+  2406.02542);
 * *noise*: independent in every dimension, with a standard deviation of ``spread`` where a code's
   length is 1.
 
-A query head is of one kind: four of eight stream (sinks and drift), the others see grids,
-retrieve, follow content, or nothing much. Gains are logits at a perfect match. Those of sinks and
-needles grow with the logarithm of the position where all of the prompt competes with them, since
-their share of attention does not fall with length. At 32 K tokens sinks have 26 to 63 % of the
-attention of such a head, the own and the previous patch 5 % (diffuse) to 47 % (streaming), and the
-best hundredth of all keys 44 % (diffuse) to 83 % (grid).
+KV heads are of one kind each, with all query heads that share them (DuoAttention, arXiv 2410.10819,
+finds streaming and retrieving ones): every other one streams (sinks and drift), the others see
+grids, retrieve, follow content, or nothing much. With ``mixed`` every group has all kinds, so that
+one query head or another of each group wants almost anything: little can be left out then. Gains
+are logits at a perfect match. Those of sinks and needles grow with the logarithm of the position
+where all of the prompt competes with them: their share of attention does not fall with length.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from torch import Tensor
 KINDS = ("stream", "grid", "stream", "retrieve", "stream", "content", "stream", "diffuse")
 SINKS = 4
 NEEDLE_EVERY, WANTED_BY = 512, 6
-SCENE_PATCHES = 12
+SPREAD = 0.05
+SCENE_PATCHES, SMOOTHINGS = 12, 2
 
 AMPLITUDE = {"sink": 4.0, "drift": 2.6, "grid": 2.4, "needle": 3.5, "content": 2.2}
 """Of keys: about the root of the gain that most wants it, as queries' are then, too."""
@@ -54,12 +56,13 @@ class Frames:
 
     Attributes:
         tokens: of the prompt.
-        patch_tokens: tokens of a temporal patch.
+        patch_tokens: tokens of a temporal patch, its text included; in rows of ``columns``.
         patches: temporal patches, the last one perhaps cut short.
     """
 
     tokens: int
     patch_tokens: int
+    columns: int
 
     @property
     def patches(self) -> int:
@@ -107,10 +110,15 @@ def video_attention(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    spread: float = 0.1,
+    spread: float = SPREAD,
+    columns: int = 18,
+    mixed: bool = False,
     seed: int = 0,
 ) -> AttentionInputs:
     """Equal arguments give equal tensors on one device.
+
+    Args:
+        mixed: all kinds of heads in each group.
 
     Raises:
         ValueError: head counts that do not fit.
@@ -118,7 +126,7 @@ def video_attention(
     if q_heads % kv_heads:
         raise ValueError(f"{q_heads} query heads are no multiple of {kv_heads} KV heads")
     rng = torch.Generator(device).manual_seed(seed)
-    frames, group = Frames(tokens, patch_tokens), q_heads // kv_heads
+    frames, group = Frames(tokens, patch_tokens, columns), q_heads // kv_heads
     q = torch.empty(q_heads, tokens, head_dim, dtype=dtype, device=device)
     k, v = torch.empty(2, kv_heads, tokens, head_dim, dtype=dtype, device=device)
     unit = head_dim**0.25  # times itself, and the scale of attention, 1
@@ -136,7 +144,8 @@ def video_attention(
         v[head] = key @ mix * unit + 0.3 * _normal(rng, device, tokens, head_dim)
         k[head] = unit * (key + spread * _normal(rng, device, tokens, head_dim)) + offset
         for row in range(head * group, (head + 1) * group):
-            want = _wanted(codes, GAINS[KINDS[row % len(KINDS)]], position)
+            kind = KINDS[(row if mixed else head) % len(KINDS)]
+            want = _wanted(codes, GAINS[kind], position)
             q[row] = unit * (want + spread * _normal(rng, device, tokens, head_dim))
     return AttentionInputs(q, k, v)
 
@@ -155,17 +164,22 @@ def _wanted(codes: _Codes, gains: dict[str, float], position: Tensor) -> Tensor:
 
 def _codes(frames: Frames, head_dim: int, rng: torch.Generator, device: torch.device) -> _Codes:
     """Of unit length, in subspaces that are orthogonal to each other."""
-    basis = torch.linalg.qr(_normal(rng, device, head_dim, head_dim)).Q
-    quarter = (head_dim - 1) // 4
-    sizes = [1, quarter, quarter, quarter, min(16, quarter)]
-    sink, drift, grid, needle, content, _ = basis.split([*sizes, head_dim - sum(sizes)])
+    # Sinks are a matter of a few channels (Massive Activations, arXiv 2402.17762): of one, here.
+    channel, *others = torch.randperm(head_dim, generator=rng, device=device).tolist()
+    basis = torch.zeros(len(others), head_dim, device=device)
+    basis[:, others] = torch.linalg.qr(_normal(rng, device, len(others), len(others))).Q
+    sink = torch.zeros(head_dim, device=device)
+    sink[channel] = 1
+    quarter = len(others) // 4
+    sizes = [quarter, quarter, quarter, min(16, quarter)]
+    drift, grid, needle, content, _ = basis.split([*sizes, len(others) - sum(sizes)])
     cuts = _cuts(frames, rng, device)
     state = frames.per_token(_drift(frames, cuts, len(drift), rng, device))
-    place = _unit(rng, device, frames.patch_tokens, len(grid))
+    place = _fields(frames, 1, len(grid), rng, device)[0]
     index = torch.arange(frames.tokens, device=device)
     needles, wanted = _needles(frames, len(needle), rng, device)
     return _Codes(
-        sink[0], state @ drift, place[index % frames.patch_tokens] @ grid,
+        sink, state @ drift, place[index % frames.patch_tokens] @ grid,
         needles @ needle, wanted @ needle,
         _content(frames, cuts, len(content), rng, device) @ content,
     )  # fmt: skip
@@ -204,9 +218,22 @@ def _content(
     frames: Frames, cuts: Tensor, dims: int, rng: torch.Generator, device: torch.device
 ) -> Tensor:
     """[tokens, dims] of norm 1: what is seen at a place, most of it as in the patch before."""
-    fresh = _unit(rng, device, frames.patches, frames.patch_tokens, dims)
-    seen = _autoregression(fresh, 0.9, cuts)
+    seen = _autoregression(_fields(frames, frames.patches, dims, rng, device), 0.9, cuts)
     return torch.nn.functional.normalize(seen, dim=-1).flatten(0, 1)[: frames.tokens]
+
+
+def _fields(
+    frames: Frames, count: int, dims: int, rng: torch.Generator, device: torch.device
+) -> Tensor:
+    """[count, patch_tokens, dims] of norm 1: random, but neighbours in a frame are alike."""
+    rows = -(-frames.patch_tokens // frames.columns)
+    noise = _normal(rng, device, count * dims, 1, rows, frames.columns)
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=device)
+    kernel = (kernel[:, None] * kernel)[None, None]
+    for _ in range(SMOOTHINGS):
+        noise = torch.nn.functional.conv2d(noise, kernel, padding=1)
+    fields = noise.view(count, dims, -1)[..., : frames.patch_tokens].transpose(1, 2)
+    return torch.nn.functional.normalize(fields, dim=-1)
 
 
 def _autoregression(fresh: Tensor, keep: float, cuts: Tensor) -> Tensor:

@@ -29,12 +29,13 @@ from benchmarks.load import report
 from benchmarks.load.drive import Record, drive
 from benchmarks.load.memory import MemoryLog, Sample
 from benchmarks.load.systems import LoadedSystem, Ours, VllmAlone
-from benchmarks.load.traffic import Film, Traffic, make_films, plan_traffic
+from benchmarks.load.traffic import LENGTHS, Film, Traffic, make_films, plan_traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("ours", "vllm")
-LONGEST = 16384
-"""Context of vLLM alone; the longest prompt has about 6,200 tokens."""
+PATCH_PIXELS, PATCH_TEXT, ROOM = 32, 12, 512
+"""A token covers 32 x 32 pixels of two frames; before a patch there is a timestamp, after the video
+a question."""
 WARM_UP = (16, 64)
 """Temporal patches of the videos that are asked about before the clock starts."""
 
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="load-") as name:
         folder = Path(name)
-        films = make_films(traffic.patches, folder, options.seed)
-        warm = make_films(WARM_UP, _made(folder / "warm"), options.seed + 1)
+        films = make_films(traffic.patches, folder, options.seed, options.side)
+        warm = make_films(WARM_UP, _made(folder / "warm"), options.seed + 1, options.side)
         for system_name in options.systems:
             system = _systems(options, _made(folder / system_name))[system_name]()
             found = asyncio.run(_measure(system, traffic, films, warm))
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in report.summarize(name, found, seconds)]  # fmt: skip
     settings = tables.settings(
         minutes=options.minutes, clients=options.clients, rate=options.rate, seed=options.seed,
-        known_share=options.known_share, quality=options.quality, cold_start_s=starts,
+        known_share=options.known_share, side=options.side, quality=options.quality,
+        cold_start_s=starts,
         arguments=commands,
     )  # fmt: skip
     tables.write(options.out, report.content(settings, rows, records, samples))
@@ -117,11 +119,12 @@ async def _measure(
 def _systems(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], LoadedSystem]]:
     cores = len(os.sched_getaffinity(0))
     pool = options.pool_mib << 20
+    longest = max(LENGTHS) * ((options.side // PATCH_PIXELS) ** 2 + PATCH_TEXT) + ROOM
     return {
         "ours": lambda: Ours(
             options.checkpoint, folder, options.clients, cores, options.quality, pool
         ),
-        "vllm": lambda: VllmAlone(options.checkpoint, folder, cores, LONGEST),
+        "vllm": lambda: VllmAlone(options.checkpoint, folder, cores, longest),
     }  # fmt: skip
 
 
@@ -162,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, help="%(default)s")
     add("--known-share", type=float, default=0.5, help="of questions, about videos asked before")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="in this order")
+    add("--side", type=int, default=192, help="pixels of a video's side; %(default)s")
     add("--checkpoint", type=Path, default=ROOT / "assets" / "needle-qwen3-vl")
     add("--quality", default="balanced", help="of the service's attention; %(default)s")
     add("--pool-mib", type=int, default=192, help="the service's KV pages; %(default)s")

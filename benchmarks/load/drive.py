@@ -22,12 +22,14 @@ class Reply:
         text: all of it.
         prompt_tokens: of the question with its video; 0 if the system does not tell.
         retries: times it was told to come again later.
+        upload_s: until the system had the video, if it had to be sent.
     """
 
     first_s: float
     text: str
     prompt_tokens: int = 0
     retries: int = 0
+    upload_s: float = 0.0
 
 
 class Asker(Protocol):
@@ -61,6 +63,7 @@ class Record:
     right: bool = False
     prompt_tokens: int = 0
     retries: int = 0
+    upload_s: float = 0.0
     error: str = ""
 
 
@@ -93,7 +96,7 @@ async def drive(
                 reply = await asker.ask(arrival.client, film, question.text)
             record.wait_s = reply.first_s - begin - arrival.at_s
             record.text, record.prompt_tokens = reply.text.strip(), reply.prompt_tokens
-            record.retries = reply.retries
+            record.retries, record.upload_s = reply.retries, reply.upload_s
             record.right = record.text == question.answer
             if not record.text:
                 raise ValueError("the answer is empty")

@@ -14,15 +14,16 @@ from benchmarks.load.memory import Sample, slope
 
 COLUMNS = (
     "system", "videos", "questions", "failed", "retried", "right", "p50_s", "p95_s", "worst_s",
-    "per_minute", "prompt_tokens_per_s", "drained_s",
+    "upload_p50_s", "per_minute", "prompt_tokens_per_s", "drained_s",
 )  # fmt: skip
 MEMORY_COLUMNS = ("system", "start_mib", "peak_mib", "end_mib", "slope_mib_per_min", "samples")
 LEGEND = """\
 p50_s, p95_s, worst_s: from a question's arrival to the first token of its answer. A client asks one
-question after the other, and waiting for its own ones before counts. per_minute: answers from the
-first arrival to the last answer; drained_s: how long after the last arrival that was. retried:
-times a question was told to come again later. Memory: proportional set size of all the system's
-processes; its slope is that of the second half of the run."""
+question after the other, and waiting for its own ones before counts, as does sending the video
+(upload_p50_s; vLLM alone reads it in place). per_minute: answers from the first arrival to the last
+answer; drained_s: how long after the last minute that was. retried: times a question was told to
+come again later. Memory: proportional set size of all the system's processes; its slope is that of
+the second half of the run."""
 
 ALL, NEW, KNOWN = "all", "new", "known"
 
@@ -63,6 +64,7 @@ def _row(system: str, which: str, records: Sequence[Record], seconds: float) -> 
         "p50_s": percentile(waits, 0.5),
         "p95_s": percentile(waits, 0.95),
         "worst_s": max(waits, default=None),
+        "upload_p50_s": percentile([record.upload_s for record in answered], 0.5),
         "per_minute": 60 * len(answered) / span_s if span_s > 0 else None,
         "prompt_tokens_per_s": (
             sum(record.prompt_tokens for record in answered) / span_s if span_s > 0 else None

@@ -128,17 +128,18 @@ class Ours:
                 await asyncio.sleep((error.retry_after_s or 1.0) * random.uniform(1.0, 1.5))
 
     async def _ask(self, client: int, film: Film, question: str, retries: int) -> Reply:
-        connection = self._connections[client]
+        connection, start = self._connections[client], time.monotonic()
         video = self._videos.get((client, film.path))
         if video is None:
             video = self._videos[client, film.path] = await connection.upload(film.path)
+        upload_s = time.monotonic() - start
         stream = connection.ask(video, question, quality=self._quality, max_tokens=MAX_TOKENS)
         first_s = None
         async for _ in stream:
             first_s = first_s or time.monotonic()
         answer = await stream.result()
         tokens = answer.usage.prompt_tokens
-        return Reply(first_s or time.monotonic(), answer.text, tokens, retries)
+        return Reply(first_s or time.monotonic(), answer.text, tokens, retries, upload_s)
 
 
 class VllmAlone:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from tools.needle import stories, videos
 from tools.needle.stories import Question
+from tools.needle.videos import SAMPLED_FPS, SIDE
 
 LENGTHS: Mapping[int, float] = {16: 0.25, 32: 0.2, 64: 0.2, 128: 0.15, 256: 0.12, 384: 0.08}
 """Temporal patches (seconds of video) of a new video to its share. vLLM's loader takes 768 frames
@@ -108,14 +110,34 @@ class Film:
         return self.questions[turn % len(self.questions)]
 
 
-def make_films(patches: Sequence[int], folder: Path, seed: int) -> list[Film]:
-    """Write the videos, each with needles of its own."""
+def make_films(patches: Sequence[int], folder: Path, seed: int, side: int = SIDE) -> list[Film]:
+    """Write the videos, each with needles of its own, ``side`` pixels wide and high."""
     films = []
     for number, length in enumerate(patches):
         rng = np.random.default_rng((seed, 2, number))
         story = stories.sample_story(length, rng)
-        path = videos.write_mp4(folder / f"{number}-{length}.mp4", story, seed * 10_000 + number)
+        frames = videos.render(story, np.random.default_rng((seed, 3, number)))
+        path = _write(folder / f"{number}-{length}.mp4", frames, side)
         questions = stories.distinct_questions(story, PER_TASK, rng)
         order = rng.permutation(len(questions))
         films.append(Film(path, length, [questions[i] for i in order]))
     return films
+
+
+def _write(path: Path, frames: Iterable[np.ndarray], side: int) -> Path:
+    """RGB frames as an mp4, scaled.
+
+    Raises:
+        RuntimeError: OpenCV cannot write it.
+    """
+    writer = cv2.VideoWriter(
+        str(path), cv2.VideoWriter.fourcc(*"mp4v"), SAMPLED_FPS, (side, side)
+    )  # fmt: skip
+    try:
+        if not writer.isOpened():
+            raise RuntimeError(f"OpenCV cannot write {path}")
+        for frame in frames:
+            writer.write(cv2.resize(frame, (side, side))[..., ::-1])
+    finally:
+        writer.release()
+    return path
