@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import av
 import numpy as np
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -20,9 +21,9 @@ from prefill_service.video.index import VideoIndex
 # Streams without real keyframes (intra refresh) need one or two to recover.
 _LEAD_GOPS = 3
 
-# Codecs whose decoders skip exactly the pictures that no other one is predicted from. HEVC's
-# does not: a picture it takes for one may be what a higher temporal layer refers to.
+# Codecs whose decoders skip exactly the pictures that no other one is predicted from.
 _SKIPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+_HVCC_VERSION, _HVCC_LAYERS = 0, 21  # bytes of HEVC's configuration record (ISO/IEC 14496-15)
 
 
 def decoded_frames(
@@ -39,6 +40,20 @@ def to_rgb(frame: VideoFrame, index: VideoIndex) -> np.ndarray:
     width, height = size if index.rotation in (0, 180) else size[::-1]
     array = frame.to_ndarray(format="rgb24", width=width, height=height)
     return np.ascontiguousarray(np.rot90(array, index.rotation // 90))
+
+
+def can_skip(context: VideoCodecContext) -> bool:
+    """Whether frames that no other one refers to can be left out of this stream.
+
+    HEVC only says of a picture that none of its own temporal layer refers to it. So there must
+    be one layer, and the container must say so.
+    """
+    if context.name != "hevc":
+        return context.name in _SKIPPABLE
+    record = context.extradata or b""
+    if len(record) <= _HVCC_LAYERS or record[_HVCC_VERSION] != 1:
+        return False
+    return record[_HVCC_LAYERS] >> 3 & 0b111 == 1
 
 
 class PyAVReader:
@@ -93,7 +108,7 @@ class PyAVReader:
         """One run of the plan, from an earlier GOP if its own proves not to be a start."""
         gop, step, done = run.gop, 1, 0
         wanted = {int(pts) for pts in self._index.pts[list(run.targets)]}
-        skipping = self._stream.codec_context.name in _SKIPPABLE
+        skipping = can_skip(self._stream.codec_context)
         while True:
             landed_late = True
             for frame in self._decode_from(gop, wanted if skipping else None):

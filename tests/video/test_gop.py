@@ -12,8 +12,10 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import ServiceError
 from prefill_service.video.gop import Run, gop_starts, plan_runs
 from prefill_service.video.indexing import build_index
-from prefill_service.video.pyav_reader import PyAVReader
+from prefill_service.video.pyav_reader import PyAVReader, can_skip
 from tests.video.make import H264, damage_frames, make_video, read_number
+
+X265 = "keyint=40:min-keyint=40:bframes=3:scenecut=0:log-level=none:pools=none"
 
 
 def flags(frames: int, *keys: int) -> np.ndarray:
@@ -66,6 +68,7 @@ def test_what_follows_the_last_wanted_frame_of_a_gop_is_seeked_over() -> None:
         ("libx264", {"g": "40", "bf": "3", "sc_threshold": "0", "preset": "fast"}, "mp4"),
         # Two fields a frame, and no word in the stream on how far its frames are reordered.
         ("libx264", {"g": "40", "bf": "3", "flags": "+ildct+ilme", "x264-params": "tff=1"}, "ts"),
+        ("libx265", {"x265-params": f"{X265}:temporal-layers=0"}, "mp4"),
         ("mpeg4", {"g": "40", "bf": "2"}, "mp4"),
         ("mpeg2video", {"g": "40", "bf": "2"}, "ts"),
     ],
@@ -87,6 +90,23 @@ def test_leaving_out_unreferenced_frames_changes_no_bit_of_the_others(
         for number, frame in zip(wanted, reader.frames(wanted), strict=True):
             np.testing.assert_array_equal(frame, serial[number])
         assert reader.decoded < 0.75 * 120
+
+
+def test_hevc_with_temporal_layers_is_decoded_whole(tmp_path: Path) -> None:
+    """A picture that its own layer does not need may be what a higher one refers to."""
+    options = {"x265-params": f"{X265}:temporal-layers=3"}
+    layered = make_video(tmp_path / "a.mp4", "libx265", 120, size=(160, 96), options=options)
+    limits = VideoConfig()
+    reader = PyAVReader(str(layered), build_index(str(layered), limits), limits, 1)
+    with av.open(str(layered)) as file:
+        serial = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert not can_skip(file.streams.video[0].codec_context)
+    for number, frame in zip(range(5, 120, 13), reader.frames(range(5, 120, 13)), strict=True):
+        np.testing.assert_array_equal(frame, serial[number])
+    assert reader.decoded > 0.8 * 120
+    raw = make_video(tmp_path / "a.ts", "libx265", 40, options={"x265-params": X265})
+    with av.open(str(raw)) as file:  # no record says how many layers there are
+        assert not can_skip(file.streams.video[0].codec_context)
 
 
 def test_damage_deep_in_a_run_is_reported_after_a_few_gops_decoded_again(tmp_path: Path) -> None:
