@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from benchmarks.service.cases import QUESTIONS, Case
 from benchmarks.service.memory import cpu_seconds
-from benchmarks.service.systems import MAX_TOKENS, Asked, Measured, Setup
+from benchmarks.service.systems import MAX_TOKENS, PENALTY, Asked, Measured, Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 _ASKED_AGAIN_S = 30.0
@@ -154,8 +154,9 @@ def _serve(checkpoint: str) -> None:
         )  # fmt: skip
         prepared, streamer = time.perf_counter(), FirstToken()
         ids = model.generate(
-            **inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer
-        )
+            **inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer,
+            repetition_penalty=PENALTY,
+        )  # fmt: skip
         prompt = inputs["input_ids"][0].tolist()
         return {
             "first_token_s": streamer.time - start,

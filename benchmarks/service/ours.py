@@ -14,6 +14,7 @@ from benchmarks.service.memory import cpu_seconds
 from benchmarks.service.systems import (
     KV_BYTES,
     MAX_TOKENS,
+    PENALTY,
     START_S,
     Asked,
     Measured,
@@ -107,8 +108,9 @@ class Service:
     def _ask(self, video: Video, question: str, quality: str) -> tuple[Asked, Answer]:
         start = time.perf_counter()
         stream = self._client.ask(
-            video, question, quality=quality, max_tokens=MAX_TOKENS, ignore_eos=True
-        )
+            video, question, quality=quality, max_tokens=MAX_TOKENS, ignore_eos=True,
+            repetition_penalty=PENALTY,
+        )  # fmt: skip
         first = None
         for _ in stream:
             first = first or time.perf_counter() - start

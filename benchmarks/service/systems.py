@@ -14,6 +14,10 @@ from benchmarks.service.cases import Case
 MAX_TOKENS = 8
 """Of each answer; they are compared between systems."""
 
+PENALTY = 2.0
+"""On tokens said before, prompt included. Random weights go on saying the word they like best; made
+to name ever other ones, they show eight ranks of the logits."""
+
 KV_BYTES = 2 << 30
 """KV space of vLLM, alone and in the service."""
 

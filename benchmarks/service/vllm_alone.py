@@ -23,6 +23,7 @@ from benchmarks.service.memory import cpu_seconds, family
 from benchmarks.service.systems import (
     KV_BYTES,
     MAX_TOKENS,
+    PENALTY,
     START_S,
     Asked,
     Measured,
@@ -157,6 +158,7 @@ class VllmServer:
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
             "ignore_eos": True,
+            "repetition_penalty": PENALTY,
             "stream": True,
             "return_token_ids": True,
         }
