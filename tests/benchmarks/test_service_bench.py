@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks import tables
-from benchmarks.service import rows
+from benchmarks.service import rows, targets
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
 from benchmarks.service.memory import MemoryWatch
@@ -84,6 +85,38 @@ def test_rows_compare_the_same_videos_only(maker: CaseMaker) -> None:
     assert base["speedup_over_vllm"] == 1.0
     assert alone["speedup_over_vllm"] is None
     assert row["prompts_equal"] is None  # it did not tell its prompt
+
+
+def test_aims_are_read_off_the_rows_of_one_checkpoint() -> None:
+    def row(system: str, tokens: int, first: float, **more: Any) -> dict[str, Any]:
+        return {
+            "system": system, "mode": "balanced", "checkpoint": "m", "video_tokens": tokens,
+            "first_token_s": first, "second_first_token_s": first / 50,
+            "stages": {"handoff": 0.1, "prefill": 3.0, "vision": 1.0}, "speedup_over_vllm": 3.2,
+        } | more  # fmt: skip
+
+    text = targets.table(
+        [
+            row("ours", 8256, 4.0),
+            row("ours", 16512, 12.0),
+            row("ours-1", 16512, 21.0),
+            row("vllm", 16512, 38.4),
+            row("ours", 16512, 99.0, checkpoint="another"),
+            row("ours", 32768, 0.0, first_token_s=None),
+        ],
+        "m",
+    )
+    found = {
+        (cells[0], cells[2]): (cells[3], cells[4])
+        for line in text.splitlines()[2:]
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])
+    }
+    assert found["vLLM alone / ours", "16512"] == (">= 3", "3.200")
+    assert found["second question / first", "8256"] == ("<= 0.05", "0.020")
+    assert found["hand-off / prefill", "8256"] == ("<= 0.03", "0.025")
+    assert found["1 rank / 2 ranks", "16512"] == (">= 1.7", "1.750")
+    assert found["time per token / that at 8 K", "16512"] == ("-", "1.500")
+    assert len(found) == 8
 
 
 def test_a_case_that_cannot_be(maker: CaseMaker) -> None:
