@@ -49,7 +49,7 @@ class RankGroup:
     Attributes:
         layout: of a KV page.
         chunk_tokens: tokens per chunk and rank.
-        teams: that may compute a prefix; the first one is all ranks.
+        teams, everyone: that may compute a prefix, and the one of all ranks.
         on_lost: called with the generation that was lost with a rank; a new one then starts.
 
     Raises:
@@ -71,12 +71,17 @@ class RankGroup:
         self.layout = kv_layout(checkpoint, dtype, engine)
         self.chunk_tokens = chunk_tokens(engine, device)
         self.teams = form_teams(engine.ranks, engine.elastic)
+        self.everyone = self.teams[0]
         self._exchanges = {
             team.size: exchange_choice(checkpoint, engine, team.size) for team in self.teams
         }
         self.on_lost: Callable[[int], None] | None = None
         self._tasks: dict[str, RunningTask] = {}
-        self._turns = Turns(self._tell(msg.Pause), self._tell(msg.Resume))
+        self._turns = Turns(
+            self._tell(msg.Pause),
+            self._tell(msg.Resume),
+            lambda *both: self.fit_together(*((turn.tokens, turn.team) for turn in both)),
+        )
         self._budget: Callable[[int], KVBudget] = cache(
             lambda ranks: kv_budget(engine, checkpoint, dtype, device, ranks=ranks)
         )
@@ -149,11 +154,6 @@ class RankGroup:
     # ---- before a task ---------------------------------------------------------------------
 
     @property
-    def everyone(self) -> Team:
-        """The team of all ranks."""
-        return self.teams[0]
-
-    @property
     def exchange(self) -> ExchangeChoice:
         """The configured one, of all ranks."""
         return self.exchange_of(self.everyone)
@@ -206,12 +206,8 @@ class RankGroup:
             ServiceError: the task's own error; RANK_DIED or RANK_STALLED when the group went
                 down with it; STALE_GENERATION if the manifest names an earlier group.
         """
-        outer = self._tasks.get(over)
-        needs = (task.plan.num_tokens, task.team)
-        if outer is None or not self.fit_together((outer.tokens, outer.team), needs):
-            over = ""
-        pausable = task.comparison is None  # which has no chunks
-        async with self._turns.take(task.job_id, task.team, over, pausable) as turn:
+        tokens, pausable = task.plan.num_tokens, task.comparison is None  # which has no chunks
+        async with self._turns.take(task.job_id, task.team, tokens, over, pausable) as turn:
             await self.wait_ready()
             if task.manifest.generation != self.generation:
                 raise ServiceError(
@@ -222,7 +218,7 @@ class RankGroup:
                 )
             start = time.perf_counter()
             future = asyncio.get_running_loop().create_future()
-            running = RunningTask(task.job_id, *needs, on_progress, future)
+            running = RunningTask(task.job_id, task.team, on_progress, future)
             self._tasks[task.job_id] = running
             try:
                 self._ranks.send(msg.Run(task), task.team.members)

@@ -48,7 +48,6 @@ class RunningTask:
     """One task in its team's ranks: what they have answered so far."""
 
     job_id: str
-    tokens: int
     team: Team
     on_progress: Callable[[msg.Progress], None]
     future: asyncio.Future[None]

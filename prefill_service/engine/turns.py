@@ -32,6 +32,7 @@ class Turn:
     """One task's right to its team's ranks.
 
     Attributes:
+        tokens: of its prefix.
         over: id of the task that is to be paused for this one, if it has to wait for no other.
         pausable: whether this one may be paused.
         inside: the paused task whose ranks it has.
@@ -40,6 +41,7 @@ class Turn:
 
     job_id: str
     team: Team
+    tokens: int = 0
     over: str = ""
     pausable: bool = True
     inside: Turn | None = None
@@ -65,19 +67,25 @@ class Turns:
         pause: tells a task's ranks to pause; each of them says so (``said_paused``), unless the
             task ends first.
         resume: tells a paused task's ranks to go on.
+        fit: whether ranks have room for a paused task and another one inside.
     """
 
-    def __init__(self, pause: Callable[[Turn], None], resume: Callable[[Turn], None]) -> None:
-        self._pause, self._resume = pause, resume
+    def __init__(
+        self,
+        pause: Callable[[Turn], None],
+        resume: Callable[[Turn], None],
+        fit: Callable[[Turn, Turn], bool] = lambda paused, inside: True,
+    ) -> None:
+        self._pause, self._resume, self._fit = pause, resume, fit
         self._running: list[Turn] = []
         self._waiting: list[Turn] = []
 
     @asynccontextmanager
     async def take(
-        self, job_id: str, team: Team, over: str = "", pausable: bool = True
+        self, job_id: str, team: Team, tokens: int = 0, over: str = "", pausable: bool = True
     ) -> AsyncIterator[Turn]:
         """Wait for a turn; it ends with the context."""
-        turn = Turn(job_id, team, over, pausable)
+        turn = Turn(job_id, team, tokens, over, pausable)
         self._waiting.append(turn)
         try:
             self._advance()
@@ -127,7 +135,8 @@ class Turns:
         """The task to pause for this one, if there is one to be paused."""
         for other in self._running:
             if other.job_id == turn.over and other.pausable and other.inside is None:
-                return other if other.team.contains(turn.team) else None
+                suits = other.team.contains(turn.team) and self._fit(other, turn)
+                return other if suits else None
         return None
 
     def _free(self, turn: Turn, outer: Turn | None, before: list[Turn]) -> bool:

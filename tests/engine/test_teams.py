@@ -84,7 +84,9 @@ async def four(
         LONG: make_video(seconds=45.0, fps=10, width=160, height=120),
     }
     folder = tmp_path_factory.mktemp("teams")
-    async with running_group(checkpoint("qwen3_vl"), folder, 4, chunk_tokens=40) as harness:
+    async with running_group(
+        checkpoint("qwen3_vl"), folder, 4, chunk_tokens=40, heartbeat_timeout_s=60.0
+    ) as harness:
         four = Four(harness, videos)
         await four.prepare()
         yield four
@@ -179,12 +181,14 @@ async def test_a_mix_of_teams_cancels_and_kills(four: Four) -> None:
     teams = list(group.teams)
 
     async def one(number: int) -> tuple[str, PrefillTask | None]:
-        await asyncio.sleep(chance.random() * 3)
+        name = SHORT if number % 5 else LONG
+        await asyncio.sleep(chance.random() * (3 if number % 5 else 1))
         await group.wait_ready()
-        name = chance.choice([SHORT, SHORT, SHORT, LONG])
-        kind = chance.choice(list(ExchangeKind))
-        task = four.task(name, chance.choice(teams), kind)
-        over = chance.choice([*group._tasks, ""])
+        over, team = "", chance.choice(teams)
+        if group._tasks and chance.random() < 0.6:
+            over, outer = chance.choice(list(group._tasks.items()))
+            team = chance.choice([inner for inner in teams if outer.team.contains(inner)])
+        task = four.task(name, team, chance.choice(KINDS))
         job = asyncio.create_task(four.harness.prefill(task, over))
         if chance.random() < 0.3:
             await asyncio.sleep(chance.random())

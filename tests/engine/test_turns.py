@@ -15,8 +15,10 @@ from prefill_service.parallel.teams import Team, form_teams
 class Ranks:
     """Tasks of some chunks, in step on all ranks of their team, that pause between two of them."""
 
-    def __init__(self, size: int) -> None:
-        self.turns = Turns(self._pause, self._resume)
+    def __init__(self, size: int, room: int = 1 << 30) -> None:
+        self.turns = Turns(
+            self._pause, self._resume, lambda paused, inside: paused.tokens + inside.tokens <= room
+        )
         self.going: list[set[str]] = [set() for _ in range(size)]
         self.paused: dict[str, asyncio.Event] = {}
         self.asked: set[str] = set()
@@ -37,7 +39,7 @@ class Ranks:
         over: str = "",
         step: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        async with self.turns.take(job, team, over) as turn:
+        async with self.turns.take(job, team, chunks, over) as turn:
             self._enter(job, team)
             try:
                 for chunk in range(chunks):
@@ -152,6 +154,19 @@ async def test_one_that_overtakes_passes_those_that_wait_for_the_end() -> None:
     jobs.append(asyncio.create_task(group.run("short", Team(1, 1), 1, over="long")))
     await asyncio.wait(jobs)
     assert group.log == ["short", "long", "next"]
+
+
+@pytest.mark.parametrize(("room", "order"), [(61, ["short", "long"]), (60, ["long", "short"])])
+async def test_nobody_is_paused_for_one_that_does_not_fit(room: int, order: list[str]) -> None:
+    """Also one that begins only after the other has asked."""
+    group, everyone = Ranks(2, room), Team(0, 2)
+    jobs = [asyncio.create_task(group.run("before", everyone, 2))]
+    await settle()
+    jobs.append(asyncio.create_task(group.run("long", everyone, 60)))
+    jobs.append(asyncio.create_task(group.run("short", everyone, 1, over="long")))
+    await asyncio.wait(jobs)
+    assert group.log == ["before", *order]
+    assert group.pauses == (order[0] == "short")
 
 
 async def test_one_inside_a_pause_is_not_paused_itself() -> None:
