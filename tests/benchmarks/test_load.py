@@ -11,11 +11,12 @@ from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
+from prefill_client.errors import PrefillError
 
 from benchmarks.load import report
 from benchmarks.load.drive import Record, Reply, drive
 from benchmarks.load.memory import MemoryLog, slope, tree_bytes
-from benchmarks.load.systems import _read
+from benchmarks.load.systems import Ours, _read
 from benchmarks.load.traffic import Arrival, Film, Traffic, make_films, plan_traffic
 from tools.needle.stories import Question
 
@@ -106,6 +107,39 @@ async def test_clients_ask_one_after_the_other_and_late_questions_count_from_the
     assert (everything["questions"], everything["failed"], everything["retried"]) == (6, 2, 4)
     assert (new["questions"], known["questions"]) == (1, 5)
     assert everything["drained_s"] > 0
+
+
+async def test_a_full_queue_is_asked_again_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Ours(tmp_path, tmp_path, 1, 1, "balanced", 1 << 20)
+    answers: list[Reply | PrefillError] = [
+        PrefillError("QUEUE_FULL", "later", retry_after_s=0.01),
+        PrefillError("KV_POOL_FULL", "later"),
+        Reply(0.0, "red"),
+        PrefillError("DECODE_FAILED", "never"),
+    ]
+    retries = []
+    waited = []
+
+    async def ask(client: int, film: Film, question: str, count: int) -> Reply:
+        retries.append(count)
+        answer = answers.pop(0)
+        if isinstance(answer, PrefillError):
+            raise answer
+        return answer
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(ours, "_ask", ask)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    assert (await ours.ask(0, film(tmp_path), "what?")).text == "red"
+    assert retries == [0, 1, 2]
+    assert 0.01 <= waited[0] <= 0.015  # as told, and a little more
+    assert 1.0 <= waited[1] <= 1.5
+    with pytest.raises(PrefillError, match="never"):
+        await ours.ask(0, film(tmp_path), "what?")
 
 
 def test_percentiles() -> None:
