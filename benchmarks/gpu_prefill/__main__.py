@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("a layer is not what float32 makes of it; nothing was timed", file=sys.stderr)
         return 1
     print(f"\n{report.LEGEND}\n")
+    for line in report.bounds(benchmark.rows):
+        print(line)
     for line in report.targets(benchmark.rows) if device.cuda else ():
         print(line)
     name = f"{device.name}, torch {torch.__version__}, dense: {benchmark.kernel_name}"

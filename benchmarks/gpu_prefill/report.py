@@ -130,6 +130,16 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def bounds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Per model and length, what would be gained if attention took no time."""
+    return [
+        f"{row['model']}, {row['tokens']} tokens: without any attention dense would be "
+        f"{1 / (1 - row['attention_share']):.2f} times as fast"
+        for row in rows
+        if row["mode"] == DENSE and row["extrapolated"] and row["attention_share"] < 1
+    ]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     return tables.markdown(COLUMNS, [[_cell(row, name) for name in COLUMNS] for row in rows])

@@ -176,6 +176,8 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
         Cell(QWEN3_8B, tokens, "fast", 3), tokens, Run(linear + 1.0, 1.0, [layer]), peak
     )
     assert (fast["density"], fast["kept_mass"], fast["attend"]) == (0.5, pytest.approx(0.97), 0.5)
+    (bound,) = report.bounds([dense, fast])
+    assert f"{1 + 35 / whole:.2f} times" in bound
     report.add_speedups([dense, fast])
     assert fast["speedup"] == pytest.approx((whole + 35) / (whole + 17.5))
     assert "1 times" not in "".join(report.targets([dense, fast]))
