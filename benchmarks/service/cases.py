@@ -75,7 +75,9 @@ class CaseMaker:
     """
 
     def __init__(self, checkpoint: Path, size: tuple[int, int], folder: Path) -> None:
-        self._planner = PromptPlanner(open_checkpoint(str(checkpoint)), "float32")
+        opened = open_checkpoint(str(checkpoint))
+        self._planner = PromptPlanner(opened, "float32")
+        self._context = opened.max_position_embeddings
         self._size, self._folder = size, folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -83,8 +85,8 @@ class CaseMaker:
         """The shortest video of at least ``tokens`` vision tokens.
 
         Raises:
-            CaseError: it would need more frames than vLLM samples, or the checkpoint makes
-                fewer tokens of it.
+            CaseError: it would need more frames than vLLM samples, the checkpoint makes fewer
+                tokens of it, or has no room for as many.
         """
         per_patch = self._size[0] * self._size[1] // 32**2
         patches = -(-tokens // per_patch)
@@ -99,6 +101,11 @@ class CaseMaker:
                 f"the checkpoint's processor makes {case.video_tokens} tokens of "
                 f"{case.frames} frames of {self._size[0]}x{self._size[1]}, not {tokens}: "
                 "its limit on pixels is lower"
+            )
+        if len(case.prompts[0]) >= self._context:
+            raise CaseError(
+                f"a prompt of {len(case.prompts[0])} tokens is longer than the checkpoint's "
+                f"context of {self._context}"
             )
         return case
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from prefill_client import PrefillError
+
 from benchmarks.service.cases import Case
 from benchmarks.service.memory import MemoryWatch, cpu_seconds
 from benchmarks.service.rows import Cell
@@ -23,7 +25,7 @@ class Length:
         tokens: vision tokens.
         repeats: how often, each time with another video.
         systems: names of those that take part.
-        modes: of them; empty for all.
+        modes: of those that have several; empty for all.
     """
 
     tokens: int
@@ -93,7 +95,7 @@ class Session:
             (system, mode)
             for system in taking_part
             for mode in system.modes
-            if not length.modes or mode in length.modes
+            if not length.modes or mode in length.modes or len(system.modes) == 1
         ]
         cells = [self._cell(system, mode, length.tokens) for system, mode in pairs]
         self.cells += cells
@@ -104,7 +106,11 @@ class Session:
             for index in order:
                 (system, mode), cell = pairs[index], cells[index]
                 if not cell.skipped:
-                    self._measure(system, mode, cell, case, repeat)
+                    try:
+                        self._measure(system, mode, cell, case, repeat)
+                    except (RuntimeError, OSError, PrefillError) as error:
+                        cell.skipped = f"{type(error).__name__}: {error}"
+                        self._say(f"{system.name}, {mode}, {cell.tokens}: {cell.skipped}")
                     self._on_change()
         return cells
 
