@@ -9,7 +9,7 @@ job's trace (``prefill trace``) tells what overlapped:
 
 * ``decode``: sum of the slowest rank's decode slices; ``compute``: of vision and prefill slices.
   Decoders and ranks share the cores of a CPU, so each takes longer than it would alone.
-* ``hidden``: the part of the decode slices in which the same rank was encoding or prefilling.
+* ``hidden``: how much of the shorter of the two went on during the other, on the same rank.
 * ``bound``: 1.15 x max(decode, compute) + hand-off, which the first token must not exceed. The
   hand-off is the time from the question's submission to vLLM to its first token.
 * ``memory``: largest proportional set size of the service and its ranks and decoders from the
@@ -99,6 +99,7 @@ def read_trace(trace: dict[str, Any], first_token_s: float) -> dict[str, float]:
     )
     decode_s, compute_s = max(map(length, decode)), max(map(length, compute))
     hidden = sum(overlap(d, c) for d, c in zip(decode, compute, strict=True))
+    shorter = sum(min(length(d), length(c)) for d, c in zip(decode, compute, strict=True))
     bound = FACTOR * max(decode_s, compute_s) + handoff
     return {
         "first_token_s": first_token_s,
@@ -108,7 +109,7 @@ def read_trace(trace: dict[str, Any], first_token_s: float) -> dict[str, float]:
         "compute_s": compute_s,
         "handoff_s": handoff,
         "before_ranks_s": min(start for rank in decode for start, _ in rank),
-        "hidden": hidden / sum(map(length, decode)),
+        "hidden": hidden / shorter,
         "bound_s": bound,
         "first_token_over_bound": first_token_s / bound,
     }
@@ -179,7 +180,7 @@ def show(row: dict[str, Any]) -> None:
         f"{row['decode_s']:.1f}, vision + prefill {row['compute_s']:.1f}) + hand-off "
         f"{row['handoff_s']:.2f} = {row['bound_s']:.1f} s: {met}"
     )
-    print(f"{row['hidden']:.0%} of decoding went on while the same rank encoded or prefilled")
+    print(f"{row['hidden']:.0%} of the shorter of the two went on during the other")
     met = "met" if row["memory_mib"] * 2**20 <= TARGET_BYTES else "NOT MET"
     print(f"memory above model and KV {row['memory_mib']:.0f} MiB of {TARGET_BYTES >> 20}: {met}")
 

@@ -70,13 +70,15 @@ def test_bound_and_overlap_are_those_of_the_trace() -> None:
             ),
             1: (
                 span("decode", "chunk 0", 1, 2), span("vision", "chunk 0", 2, 3),
-                span("prefill", "chunk 0", 4, 6),
+                span("prefill", "chunk 0", 4, 8),
             ),
         },
     )  # fmt: skip
     row = read_trace(json.loads(render("job_a", trace)), first_token_s=13.0)
     assert (row["decode_s"], row["compute_s"], row["handoff_s"]) == (6, 7, 0.5)
-    assert row["hidden"] == pytest.approx(3 / 7)  # of rank 0's six seconds three, of rank 1's none
+    assert row["hidden"] == pytest.approx(
+        3 / 7
+    )  # three of rank 0's six of decoding; rank 1 decodes for one
     assert row["bound_s"] == pytest.approx(1.15 * 7 + 0.5)
     assert row["first_token_over_bound"] == pytest.approx(13 / (1.15 * 7 + 0.5))
 
