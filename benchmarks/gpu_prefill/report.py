@@ -21,9 +21,10 @@ were run it is extrapolated (~): attention by its layers, all else by its FLOPs.
 tokens_per_s, speedup (over dense), mfu, attention_share: of prefill_s. mfu: FLOPs done (of
 attention, those of attended pairs) over time and the matmul peak of this run. select, attend,
 certify: shares of attention in clustering + selection, in attending and in the certificate, as the
-product reports them (certify: all the rest of it). linear_of_peak: FLOPs of linear layers over all
-time outside attention (norms, rotary embedding and copies included) and the matmul peak.
-kept_mass, error: certified means of the sparse part. peak_gib: as run, with weights and inputs."""
+product reports them (certify: all the rest of it; of exact attention, the rows it observes).
+linear_of_peak: FLOPs of linear layers over all time outside attention (norms, rotary embedding and
+copies included) and the matmul peak. kept_mass, error: certified means of the sparse part.
+peak_gib: as run, with weights and inputs."""
 
 
 def make_row(cell: Cell, tokens: int, run: Run, peak: float) -> dict[str, Any]:
@@ -65,29 +66,29 @@ def _pairs(run: Run, tokens: int, layers: int) -> float:
 
 
 def _of_reports(run: Run) -> dict[str, Any]:
+    """Density, times and certificates that the product reports; nothing of the dense baseline."""
     if not run.reports:
         return {"density": 1.0}
     causal = sum(layer.causal for layer in run.reports)
-    density = sum(layer.density * layer.causal for layer in run.reports) / causal
-    kept = [layer.kept_mass for layer in run.reports if layer.kept_mass.count]
-    if not kept:
-        return {"density": density}
     spent = {
         name: sum(getattr(layer, f"{name}_s") for layer in run.reports)
         for name in ("select", "attend", "certify")
     }
     total = sum(spent.values())
-    errors = [layer.output_error for layer in run.reports]
     tiles = sum(layer.tiles for layer in run.reports)
-    return {
-        "density": density,
-        "kept_mass": sum(k.total for k in kept) / sum(k.count for k in kept),
-        "kept_mass_p10": min(k.percentile(0.1, 1.0) for k in kept),
-        "error": sum(e.total for e in errors) / sum(e.count for e in errors),
+    found: dict[str, Any] = {
+        "density": sum(layer.density * layer.causal for layer in run.reports) / causal,
         "redone": sum(layer.tiles_redone for layer in run.reports) / tiles,
         "went_dense": sum(layer.tiles_dense for layer in run.reports) / tiles,
         **{name: value / total for name, value in spent.items()},
     }
+    kept = [layer.kept_mass for layer in run.reports if layer.kept_mass.count]
+    if kept:
+        errors = [layer.output_error for layer in run.reports if layer.output_error.count]
+        found["kept_mass"] = sum(k.total for k in kept) / sum(k.count for k in kept)
+        found["kept_mass_p10"] = min(k.percentile(0.1, 1.0) for k in kept)
+        found["error"] = sum(e.total for e in errors) / sum(e.count for e in errors)
+    return found
 
 
 def add_speedups(rows: Sequence[dict[str, Any]]) -> None:

@@ -118,7 +118,10 @@ class OursKV:
             out = attention.attend(layer, q, kv, start, start, scale)
             self._exchange.reordered(layer, clustered, state.clustered)
             return out
+        clock = Stopwatch(q.device)
         out = self._exchange.attend(layer, q)
+        clock.lap("attend")
+        attention.attended(layer, clock.seconds("attend"))
         attention.observe(layer, q, self._exchange.complete(layer), start, scale)
         return out
 
