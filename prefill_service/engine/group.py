@@ -182,12 +182,12 @@ class RankGroup:
         layout = chunk_layout(plan.patch_ends, self._engine, self._device, choice, team.size)
         return shard_runs(layout, self.layout, team)
 
-    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
-        """Whether ranks can have the working KV of two tasks at once, neither of it offloaded.
+    def fits(self, tokens: int, team: Team) -> bool:
+        """Whether the team's ranks can have the working KV of a prefix."""
+        return tokens <= self._budget(team.size).fitting_tokens
 
-        Args:
-            paused, inside: tokens and team of each.
-        """
+    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+        """Whether ranks can have that of two tasks (tokens, team) at once, nothing offloaded."""
         needed = [self._budget(team.size).working_set(tokens) for tokens, team in (paused, inside)]
         return sum(needed) <= self._budget(self.everyone.size).working_bytes
 

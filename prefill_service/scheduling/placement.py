@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from prefill_service.parallel.teams import Team
 
@@ -92,8 +93,15 @@ class Placement:
 Seconds = Callable[[int, int], float]
 """Time of a prefix of so many tokens on so many ranks, in any unit."""
 
-FitTogether = Callable[[tuple[int, Team], tuple[int, Team]], bool]
-"""Whether ranks can compute two prefixes (tokens, team), one in the other's pause."""
+
+class Room(Protocol):
+    """What ranks have working KV for (``RankGroup``)."""
+
+    def fits(self, tokens: int, team: Team) -> bool:
+        """Whether a team can compute a prefix."""
+
+    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+        """Whether it can compute two (tokens, team), one in the other's pause."""
 
 
 def assumed_seconds(tokens: int, ranks: int) -> float:
@@ -107,7 +115,7 @@ class Placer:
     Args:
         teams: there are; the first is all ranks.
         chunk_tokens: per chunk and rank.
-        fit_together: see ``FitTogether``.
+        room: where smaller teams have to divide what only larger ones can hold.
         overtaking: whether jobs may be paused at all.
         seconds: predicts how long prefixes take.
     """
@@ -116,13 +124,13 @@ class Placer:
         self,
         teams: Sequence[Team],
         chunk_tokens: int,
-        fit_together: FitTogether,
+        room: Room,
         overtaking: bool = True,
         seconds: Seconds = assumed_seconds,
     ) -> None:
         self._teams = teams
         self._chunk_tokens = chunk_tokens
-        self._fit_together = fit_together
+        self._room = room
         self._overtaking = overtaking
         self._seconds = seconds
 
@@ -155,11 +163,13 @@ class Placer:
         return placed
 
     def _place(self, job: Waiting, waiting: int, board: _Board) -> Placement | None:
-        teams = self._teams[:1]
+        teams = list(self._teams[:1])
         alone = waiting == 1 and not board.active
         if not (job.everyone or alone):
             size = self.degree(job.tokens, waiting, -(-job.tokens // self._chunk_tokens))
-            teams = [team for team in self._teams if team.size <= size]
+            fitting = [team for team in self._teams if self._room.fits(job.tokens, team)]
+            least = min((team.size for team in fitting), default=0)
+            teams = [team for team in fitting if team.size <= max(size, least)] or teams
         ends = {team: board.end(team, self._seconds(job.tokens, team.size)) for team in teams}
         best = min(teams, key=lambda team: (ends[team], -team.size, team.first))
         if board.free(best) and board.begins_now(best, self._seconds(job.tokens, best.size)):
@@ -184,7 +194,7 @@ class Placer:
                     suits
                     and outer.team.contains(team)
                     and board.free(team, besides=outer)
-                    and self._fit_together((outer.tokens, outer.team), (job.tokens, team))
+                    and self._room.fit_together((outer.tokens, outer.team), (job.tokens, team))
                 ):
                     return Placement(job.job_id, team, outer.job_id)
         return None

@@ -64,7 +64,7 @@ class Scheduler:
         self._group = group
         self._max_queued = config.max_queued_jobs
         placer = Placer(
-            group.teams, group.chunk_tokens, group.fit_together, overtaking=config.elastic,
+            group.teams, group.chunk_tokens, group, overtaking=config.elastic,
             seconds=assumed_seconds if exchanges is None else exchanges.seconds,
         )  # fmt: skip
         self._queue = JobQueue(placer, self._prefill, self._settle)

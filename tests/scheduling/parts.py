@@ -131,7 +131,7 @@ class Group:
         self.started: list[str] = []
         self.tasks: list[PrefillTask] = []
         self.stopped: list[str] = []
-        self.fits = True
+        self.roomy = True
         self.paused: dict[str, asyncio.Event] = {}
         """Jobs that were paused, and whether they may go on."""
         self.pages: dict[str, asyncio.Event] = {}
@@ -191,8 +191,11 @@ class Group:
     def exchange_of(self, team: Team) -> ExchangeChoice:
         return ExchangeChoice()
 
+    def fits(self, tokens: int, team: Team) -> bool:
+        return True
+
     def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
-        return self.fits
+        return self.roomy
 
     async def prefill(
         self, task: PrefillTask, on_progress: Callable[[Progress], None], over: str = ""

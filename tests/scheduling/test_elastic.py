@@ -54,7 +54,7 @@ async def test_a_short_job_overtakes_a_long_one(serve: Serve) -> None:
 async def test_nobody_overtakes_who_does_not_fit_or_may_not(serve: Serve) -> None:
     for elastic in (True, False):
         async with serve(engine={"elastic": elastic}) as s:
-            s.group.step_s, s.group.fits = 0.03, not elastic
+            s.group.step_s, s.group.roomy = 0.03, not elastic
             s.group.teams = s.group.teams if elastic else s.group.teams[:1]
             jobs = [await s.create(frames=40 - elastic), await s.create(frames=4 - elastic)]
             for job in jobs:

@@ -24,8 +24,21 @@ CHUNK = 512
 ALL = Team(0, 4)
 
 
-def placer(ranks: int = 4, fits: bool = True, overtaking: bool = True) -> Placer:
-    return Placer(form_teams(ranks), CHUNK, lambda paused, inside: fits, overtaking)
+class Room:
+    """Of ``tokens`` on each rank, with an exchange that divides them; of two at once if ``two``."""
+
+    def __init__(self, tokens: int = 1 << 30, two: bool = True) -> None:
+        self.tokens, self.two = tokens, two
+
+    def fits(self, tokens: int, team: Team) -> bool:
+        return tokens <= self.tokens * team.size
+
+    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+        return self.two
+
+
+def placer(ranks: int = 4, room: Room | None = None, overtaking: bool = True) -> Placer:
+    return Placer(form_teams(ranks), CHUNK, room or Room(), overtaking)
 
 
 def queue(*tokens: int) -> list[Waiting]:
@@ -91,6 +104,13 @@ def test_one_behind_begins_if_it_is_in_nobodys_way() -> None:
     assert placer().place([tired, large, small], [at_work]) == []
 
 
+def test_a_prefix_has_as_many_ranks_as_it_needs_room() -> None:
+    tight = placer(room=Room(CHUNK))
+    assert teams(tight.place(queue(CHUNK, CHUNK + 1), [])) == [Team(0, 1), Team(2, 2)]
+    assert teams(tight.place(queue(3 * CHUNK, *[CHUNK] * 40), [])) == [ALL]
+    assert teams(tight.place(queue(9 * CHUNK, 8 * CHUNK), [])) == [ALL]  # which will refuse it
+
+
 def test_who_overtakes() -> None:
     long = Active("long", 40 * CHUNK, 20 * CHUNK, ALL)
     short = Waiting("short", 20 * CHUNK // SHORT)
@@ -105,7 +125,7 @@ def test_who_overtakes() -> None:
         (short, replace(long, inside="another")),
     ]:
         assert placer().place([waiting], [active]) == []
-    assert placer(fits=False).place([short], [long]) == []
+    assert placer(room=Room(two=False)).place([short], [long]) == []
     assert placer(overtaking=False).place([short], [long]) == []
 
 
