@@ -164,8 +164,8 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
     """
     repeats = arguments.repeats
     larger = (
-        Length(4096, repeats, EVERYTHING),
-        Length(8192, repeats, EVERYTHING),
+        Length(4096, repeats, NO_SINGLE),
+        Length(8192, repeats, NO_SINGLE),
         Length(16384, 1, EVERYTHING),
         Length(32768, 1, ("ours", "vllm")),
         Length(65536, 1, ("ours",), ("balanced",)),
