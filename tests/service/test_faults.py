@@ -104,6 +104,31 @@ def test_a_client_that_leaves_stops_the_work_within_a_second(
     assert client.ask_text(long_video, "Still there?", max_tokens=4, fps=0.5).text
 
 
+def test_a_short_question_overtakes_a_long_prefill(client: Client, long_video: Video) -> None:
+    """Another prefix of few frames is answered while the long one's ranks are paused for it."""
+    started = threading.Event()
+
+    def on_progress(job: object) -> None:
+        if getattr(job, "state", None) is JobState.RUNNING:
+            started.set()
+
+    options: Any = {"max_tokens": 8, "quality": "exact"}
+    stream = client.ask(long_video, "What happens?", fps=8.0, on_progress=on_progress, **options)
+    reader = threading.Thread(target=lambda: _swallow(stream), daemon=True)
+    reader.start()
+    assert started.wait(60)
+    short = client.ask_text(long_video, "What happens?", num_frames=4, **options)
+    states = {job.job_id: job.state for job in client.jobs()}
+    assert states[short.job_id] is JobState.SUCCEEDED
+    assert JobState.RUNNING in states.values()
+    reader.join(120)
+    assert stream.final is not None
+    # Four times the tokens were left, so that nothing but the pause can have let it go before.
+    assert stream.final.usage.video_tokens > 8 * short.usage.video_tokens
+    again = client.ask_text(long_video, "What happens?", fps=8.0, **options)
+    assert again.job_id == stream.final.job_id
+
+
 def _swallow(stream: object) -> None:
     try:
         for _ in stream:  # type: ignore[attr-defined]
