@@ -301,7 +301,8 @@ def estimate_loss(
         q_offset=q_offset, scale=scale, block_table=block_table, summaries=(k_mean, k_mean),
         bias=bias, query_step=step, lse_only=True,
     )  # fmt: skip
-    block_m = block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
+    # With 128 rows of 128 blocks the registers of sm_90 do not suffice.
+    block_m, block_n = 64, 64 if block_d > 128 or q.dtype == torch.float32 else 128
     loss_kernel[rows, triton.cdiv(blocks, block_n)](
         q, lse, k_mean, k_far, variance, bias, loss, peak, q.stride(0), q.stride(1), queries,
         tiles, tile_tokens, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,

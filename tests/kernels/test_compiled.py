@@ -138,15 +138,11 @@ def test_attention_on_blackwell(head_dim: int, config: tuple[int, int, bool, int
 
 
 DIMENSIONS = {"GROUP": 7, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_TOKENS": 128}
-LOSS = DIMENSIONS | {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_P": 64}
-BIAS = DIMENSIONS | {"LOG_BLOCK": 4.85, "EDGE": 2.5, "BLOCK_N": 1024}
+LOSS = DIMENSIONS | {"BLOCK_M": 64, "BLOCK_N": 128}
+BIAS = {"BLOCK_TOKENS": 128, "LOG_BLOCK": 4.85, "EDGE": 2.5, "BLOCK_N": 1024}
 OTHERS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "pool": (selection.pool_kernel, DIMENSIONS | {"BLOCK_P": 4}, 4),
-    "bias": (
-        selection.bias_kernel,
-        DIMENSIONS | {"LOG_BLOCK": 4.85, "EDGE": 2.5, "BLOCK_N": 1024},
-        4,
-    ),
+    "square": (selection.square_kernel, DIMENSIONS | {"BLOCK_M": 64}, 4),
+    "bias": (selection.bias_kernel, BIAS, 4),
     "loss": (selection.loss_kernel, LOSS, 8),
     "threshold": (selection.threshold_kernel, {"BLOCK_N": 256}, 4),
     "fill": (selection.fill_kernel, {"BLOCK_N": 256}, 4),
