@@ -7,7 +7,7 @@ Questions with known answers about needle videos of 16 seconds to six minutes co
 process; half of them are about a video that somebody asked about before. Every system has the
 machine to itself, the same files, and the same arrivals. vLLM alone reads the files in place and
 keeps its caches of prefixes and of processed videos; the service has the files uploaded. The exit
-status is 1 if a question failed.
+status is 1 if a question failed, or a system did not start.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WARM_UP = (16, 64)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if a question failed."""
+    """Exit status 1 if a question failed or a system did not start."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)  # this process asks; it computes nothing
     seconds = 60 * options.minutes
@@ -66,13 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     samples: dict[str, list[Sample]] = {}
     starts: dict[str, float] = {}
     commands: dict[str, list[str]] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="load-") as name:
-        folder = Path(name)
-        films = make_films(traffic.patches, folder, options.seed, options.side)
+        folder = options.logs or Path(name)
+        films = make_films(traffic.patches, _made(folder / "videos"), options.seed, options.side)
         warm = make_films(WARM_UP, _made(folder / "warm"), options.seed + 1, options.side)
         for system_name in options.systems:
             system = _systems(options, _made(folder / system_name))[system_name]()
-            found = asyncio.run(_measure(system, traffic, films, warm))
+            try:
+                found = asyncio.run(_measure(system, traffic, films, warm))
+            except RuntimeError as error:  # it did not start; the other one's figures stand
+                print(f"{system_name}: {error}", file=sys.stderr)
+                failed.append(system_name)
+                continue
             records[system_name], samples[system_name], starts[system_name] = found
             commands[system_name] = list(system.arguments)
             _show(system_name, records[system_name], samples[system_name], seconds)
@@ -88,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.draw(records, samples, options.out.with_suffix(".png"))
     _summary(rows, records, samples)
     print(f"\n{options.out} and {options.out.with_suffix('.png').name} written")
-    return 1 if any(record.error for found in records.values() for record in found) else 0
+    asked = [record for found in records.values() for record in found]
+    return 1 if failed or any(record.error for record in asked) else 0
 
 
 async def _measure(
@@ -149,7 +156,7 @@ def _summary(
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return folder
 
 
@@ -169,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, default=ROOT / "assets" / "needle-qwen3-vl")
     add("--quality", default="balanced", help="of the service's attention; %(default)s")
     add("--pool-mib", type=int, default=192, help="the service's KV pages; %(default)s")
+    add("--logs", type=Path, help="new folder for videos, logs and data, which stay there")
     add("--out", type=Path, default=tables.RESULTS / "load-cpu.json")
     return parser
 
