@@ -11,12 +11,13 @@ from typing import Any
 
 from benchmarks import fidelity, tables
 from benchmarks.fidelity import adversarial, results, service
+from benchmarks.fidelity.comparison import METHODS
 from benchmarks.fidelity.scoring import Asked, Setting
 from benchmarks.fidelity.videos import Work, run
 from benchmarks.fidelity.workers import spread
 
 QUALITIES = ("exact", "high", "balanced", "fast")
-SWEEP = (0.02, 0.1, 0.2, 0.5)
+SWEEP = (0.05, 0.15, 0.5)
 CHECKPOINT = Path("assets/needle-qwen3-vl")
 SERVICE_PATCHES = (64, 128, 256, 384, 512)
 
@@ -25,11 +26,18 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
     """The longest first, so that no worker waits at the end."""
     settings = [Setting(quality, ranks) for ranks in options.ranks for quality in QUALITIES]
     settings += [Setting(f"epsilon={epsilon}") for epsilon in options.sweep]
+    published = [
+        Setting(method, ranks)
+        for ranks in options.published_ranks
+        for method in ("exact", *options.published)
+    ]
     for patches in sorted(options.patches, reverse=True):
         for index in range(options.videos):
+            beside = patches in options.published_patches and index < options.published_videos
+            wanted = dict.fromkeys([*settings, *(published if beside else ())])
             seed = options.seed * 100_000 + index
             yield Work(options.checkpoint, options.sparse_from, patches, options.questions, seed,
-                       tuple(settings))  # fmt: skip
+                       tuple(wanted))  # fmt: skip
 
 
 def in_process(options: argparse.Namespace) -> list[Asked]:
@@ -53,6 +61,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=4, help="of each task, per video")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sweep", type=float, nargs="*", default=SWEEP, help="epsilons, one rank")
+    parser.add_argument("--published", nargs="*", default=METHODS, choices=METHODS,
+                        help="methods to compare with; each question takes a prefill")  # fmt: skip
+    parser.add_argument("--published-patches", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--published-videos", type=int, default=6, help="per length")
+    parser.add_argument("--published-ranks", type=int, nargs="*", default=[4])
     parser.add_argument("--sparse-from", type=int, default=512, help="tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())

@@ -1,7 +1,8 @@
 """Videos made to fool selection: does any quality fail where its certificate is content?
 
 A *silent failure* is an answer that differs from the exact prefill's while the floor of the
-quality was met. Whether the model itself is right about such a video is another matter, and is
+quality was met; *sure* counts those of them that exact gave with a lead over the next answer, the
+others were toss-ups. Whether the model itself is right about such a video is another matter, and is
 printed beside it.
 """
 
@@ -127,7 +128,7 @@ def run(work: Work) -> list[Asked]:
     settings = [Setting(quality, ranks) for quality in QUALITIES for ranks in (1, 2)]
     frames = filmed(story, work.seed, look)
     return reader(work.checkpoint, work.sparse_from).compare(
-        frames, questions, settings, measure_truth=False
+        frames, questions, settings, work.seed, measure_truth=False
     )
 
 
@@ -137,7 +138,13 @@ def rows(case: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
     for quality in QUALITIES:
         members = [one for one in asked if one.setting.quality == quality]
         same = [flag for one in members for flag in one.same]
-        silent = sum(not flag for one in members if one.floor_met for flag in one.same)
+        silent = [
+            sure
+            for one in members
+            if one.floor_met
+            for same, sure in zip(one.same, one.sure, strict=True)
+            if not same
+        ]
         found.append(
             {
                 "case": case,
@@ -145,8 +152,9 @@ def rows(case: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
                 "answers": len(same),
                 "right": round(float(np.mean([f for one in members for f in one.right])), 3),
                 "as_exact": round(float(np.mean(same)), 3),
-                "silent_failures": silent,
-                "density": round(float(np.mean([one.density for one in members])), 3),
+                "silent_failures": len(silent),
+                "sure": sum(silent),
+                "density": round(float(np.mean([one.density or 1.0 for one in members])), 3),
             }
         )
     return found

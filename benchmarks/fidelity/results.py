@@ -67,7 +67,7 @@ def rows_of(asked: Sequence[Asked]) -> list[dict[str, Any]]:
         cells.setdefault((one.patches, one.setting), []).append(one)
     rows = []
     for (patches, setting), members in cells.items():
-        exact = cells[patches, Setting("exact", setting.ranks)]
+        exact = _exact_of(members, asked)
         measures = {
             "kept_mass": _mean([m.true_mass for m in members]),
             "kept_mass_certified": _mean([m.certified for m in members]),
@@ -88,6 +88,16 @@ def rows_of(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     return rows
 
 
+def _exact_of(members: Sequence[Asked], asked: Sequence[Asked]) -> list[Asked]:
+    """The exact prefill of each one's video, on as many ranks."""
+    exact = {
+        (one.patches, one.video, one.setting.ranks): one
+        for one in asked
+        if one.setting.quality == "exact"
+    }
+    return [exact[one.patches, one.video, one.setting.ranks] for one in members]
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
@@ -102,7 +112,7 @@ def losses(asked: Sequence[Asked], seed: int = 0) -> list[dict[str, Any]]:
     found = []
     for setting in dict.fromkeys(one.setting for one in asked):
         members = [one for one in asked if one.setting == setting]
-        exact = [one for one in asked if one.setting == Setting("exact", setting.ranks)]
+        exact = _exact_of(members, asked)
         lost = np.array([
             sum(e.right) - sum(m.right) for m, e in zip(members, exact, strict=True)
         ])  # fmt: skip

@@ -10,22 +10,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.fidelity.comparison import METHODS, comparison_kv
 from benchmarks.fidelity.rehearsal import Prefix, Rehearsal, rehearse
 from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode
+from prefill_service.parallel.comparison.modes import comparison_mode
 from tools.needle import checkpoint, sketches, stories, tower, videos
 from tools.needle.stories import TASKS, Question, Story
 from tools.needle.videos import PLAIN, Look
 
+SURE = 1.0
+"""Lead in nats from which an answer is no toss-up: 2.7 times as likely as the next one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One way to prefill: a step of the dial (or ``epsilon=...``) and a number of ranks."""
+    """One way to prefill: a step of the dial, ``epsilon=...`` or a published method; and ranks."""
 
     quality: str
     ranks: int = 1
+
+    @property
+    def published(self) -> Comparison | None:
+        """The published method, if it is one."""
+        return Comparison(self.quality) if self.quality in METHODS else None
 
     @property
     def policy(self) -> AttentionPolicy:
@@ -41,22 +52,27 @@ class Asked:
 
     Attributes:
         setting: which.
+        video: its seed.
         patches, tokens: of the video's prefix.
         tasks: [questions] index into ``TASKS``.
         right: [questions] whether the answer's first token is the true one.
         same: [questions] whether it is the exact prefill's, on as many ranks.
-        density, certified: of the report; ``certified`` is None where nothing was sampled.
+        sure: [questions] whether the exact prefill's leads by more than ``SURE``.
+        density, certified: of the report; ``certified`` is None where nothing was sampled, both are
+            for published methods, of which nothing is measured.
         true_mass: kept mass over all rows; None where it was not measured.
-        floor_met: of the report.
+        floor_met: of the report; False where there is none.
     """
 
     setting: Setting
+    video: int
     patches: int
     tokens: int
     tasks: list[int]
     right: list[bool]
     same: list[bool]
-    density: float
+    sure: list[bool]
+    density: float | None
     certified: float | None
     true_mass: float | None
     floor_met: bool
@@ -108,16 +124,16 @@ class Reader:
         )  # fmt: skip
 
     @torch.no_grad()
-    def answers(self, prefix: Prefix, kv: list[torch.Tensor], texts: Sequence[str]) -> list[str]:
-        """First word of the answer to each question, alone behind the prefix."""
+    def answers(
+        self, prefix: Prefix, kv: list[torch.Tensor], texts: Sequence[str]
+    ) -> tuple[list[str], list[float]]:
+        """First word of the answer to each question, alone behind the prefix, and its lead.
+
+        The lead is the logarithm of how many times as likely the word is as the next one.
+        """
         from transformers import DynamicCache
 
-        turns = [
-            self._tokenizer.encode(
-                f"{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
-            )
-            for text in texts
-        ]
+        turns = [self.turn(text) for text in texts]
         slot = max(map(len, turns))
         ids = torch.full((len(turns), slot), self._tokenizer.pad_token_id)
         for row, turn in zip(ids, turns, strict=True):
@@ -131,14 +147,22 @@ class Reader:
             torch.zeros(1, tokens),
         )  # fmt: skip
         last = torch.tensor([index * slot + len(turn) - 1 for index, turn in enumerate(turns)])
-        best = self._model.lm_head(hidden[0, last]).argmax(-1)
-        return [self._tokenizer.decode([token]) for token in best.tolist()]
+        best = self._model.lm_head(hidden[0, last]).topk(2)
+        words = [self._tokenizer.decode([token]) for token in best.indices[:, 0].tolist()]
+        return words, (best.values[:, 0] - best.values[:, 1]).tolist()
+
+    def turn(self, text: str) -> list[int]:
+        """Tokens behind a prefix."""
+        turn = f"{text}<|im_end|>\n<|im_start|>assistant\n"
+        ids: list[int] = self._tokenizer.encode(turn, add_special_tokens=False)
+        return ids
 
     def compare(
         self,
         frames: np.ndarray,
         questions: Sequence[Question],
         settings: Sequence[Setting],
+        video: int,
         *,
         measure_truth: bool,
     ) -> list[Asked]:
@@ -146,35 +170,61 @@ class Reader:
 
         Args:
             settings: with ``exact`` among them for every number of ranks.
+            video: its seed.
             measure_truth: also certify every row, in passes of their own.
         """
         prefix = self.prefix(frames)
         texts = [question.text for question in questions]
-        exact: dict[int, list[str]] = {}
+        exact: dict[int, tuple[list[str], list[bool]]] = {}
         asked = []
         for setting in sorted(settings, key=lambda s: s.quality != Quality.EXACT):
-            done = self.prefill(prefix, setting)
-            words = self.answers(prefix, done.kv, texts)
-            if setting.quality == Quality.EXACT:
-                exact[setting.ranks] = words
-            masses = [layer.kept_mass for layer in done.report.layers]
-            sampled = sum(mass.count for mass in masses)
-            certified = sum(mass.total for mass in masses) / sampled if sampled else None
+            measured: tuple[float | None, float | None, float | None, bool]
+            if setting.published:
+                words = [self._published(prefix, setting, text) for text in texts]
+                measured = (None, None, None, False)
+            else:
+                done = self.prefill(prefix, setting)
+                words, leads = self.answers(prefix, done.kv, texts)
+                masses = [layer.kept_mass for layer in done.report.layers]
+                sampled = sum(mass.count for mass in masses)
+                measured = (
+                    done.report.density,
+                    sum(mass.total for mass in masses) / sampled if sampled else None,
+                    self._truth(prefix, setting) if measure_truth else None,
+                    all(mass.mean(1.0) >= setting.policy.min_kept_mass for mass in masses),
+                )
+                if setting.quality == Quality.EXACT:
+                    exact[setting.ranks] = words, [lead > SURE for lead in leads]
+            true, sure = exact[setting.ranks]
             asked.append(
                 Asked(
                     setting,
+                    video,
                     len(prefix.patch_ends),
                     len(prefix.token_ids),
                     [TASKS.index(question.task) for question in questions],
                     [w == q.answer for w, q in zip(words, questions, strict=True)],
-                    [w == e for w, e in zip(words, exact[setting.ranks], strict=True)],
-                    done.report.density,
-                    certified,
-                    self._truth(prefix, setting) if measure_truth else None,
-                    all(mass.mean(1.0) >= setting.policy.min_kept_mass for mass in masses),
+                    [w == e for w, e in zip(words, true, strict=True)],
+                    sure,
+                    *measured,
                 )
             )
         return asked
+
+    def _published(self, prefix: Prefix, setting: Setting, text: str) -> str:
+        """The answer after a published method's prefill, which has seen the question."""
+        assert setting.published is not None
+        mode = comparison_mode(setting.published, len(prefix.token_ids), setting.ranks)
+        kv = self.published(prefix, mode, setting.ranks, text)
+        return self.answers(prefix, kv, [text])[0][0]
+
+    def published(
+        self, prefix: Prefix, mode: ComparisonMode, ranks: int, text: str
+    ) -> list[torch.Tensor]:
+        """KV of a published method's prefill, made for one question."""
+        return comparison_kv(
+            self._prefill, prefix, mode, ranks, self.turn(text), self._chunk_tokens
+        )
 
     def _truth(self, prefix: Prefix, setting: Setting) -> float | None:
         """Kept mass over all rows that were sparse, without the floor."""

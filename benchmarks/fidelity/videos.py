@@ -28,5 +28,5 @@ def run(work: Work) -> list[Asked]:
     """In a worker."""
     frames, questions = fresh_video(work.patches, work.questions, work.seed)
     return reader(work.checkpoint, work.sparse_from).compare(
-        frames, questions, work.settings, measure_truth=work.patches <= TRUTH_UP_TO
+        frames, questions, work.settings, work.seed, measure_truth=work.patches <= TRUTH_UP_TO
     )

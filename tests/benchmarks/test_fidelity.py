@@ -14,7 +14,10 @@ import torch
 
 from benchmarks.fidelity import adversarial, results
 from benchmarks.fidelity.scoring import Asked, Reader, Setting, fresh_video
+from prefill_service.engine.messages import ComparisonTask
 from prefill_service.models.plan import FrameSampling
+from prefill_service.parallel.comparison.mode import Comparison
+from prefill_service.parallel.comparison.modes import comparison_mode
 from tests.engine.harness import running_group
 from tools.needle import stories, videos
 
@@ -45,13 +48,39 @@ async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ra
     assert (done.report.density < 0.95) == (quality != "exact")
 
 
+async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
+    """APB, whose later ranks have the question twice; and with all passing, what is exact."""
+    patches, ranks = 40, 2
+    story = stories.sample_story(patches, np.random.default_rng(4))
+    path = videos.write_mp4(tmp_path / "a.mp4", story, seed=4)
+    reader = Reader(ASSET)
+    prefix = reader.prefix(videos.read_frames(path))
+    tokens, text = len(prefix.token_ids), "What color is the ring?"
+    mode = comparison_mode(Comparison.APB, tokens, ranks)
+    async with running_group(ASSET, tmp_path, ranks, chunk_tokens=200) as harness:
+        plan, _ = await harness.plan(path, FrameSampling())
+        how = ComparisonTask(mode, tuple(reader.turn(text)))
+        task = harness.task(path, plan, comparison=how)
+        await harness.prefill(task)
+        served = harness.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
+    ours = torch.stack(reader.published(prefix, mode, ranks, text)).transpose(2, 3)
+    assert (ours - served).norm() / served.norm() < 1e-4
+
+    every = comparison_mode(Comparison.SPAVA, tokens, 3, passing_tokens=tokens)
+    exact = torch.stack(reader.prefill(prefix, Setting("exact")).kv)
+    spava = torch.stack(reader.published(prefix, every, 3, text))
+    assert (spava - exact).norm() / exact.norm() < 1e-5
+    assert (ours.transpose(2, 3) - exact).norm() / exact.norm() > 1e-2
+
+
 def test_a_slice_of_the_table(tmp_path: Path) -> None:
     """New videos, another seed: retrieval survives the default quality."""
     out = tmp_path / "fidelity.json"
     command = [sys.executable, "-m", "benchmarks.fidelity", "--checkpoint", str(ASSET)]
     command += ["--patches", "64", "192", "--videos", "3", "--seed", "77", "--questions", "4"]
     command += ["--ranks", "1", "--sweep", "0.5", "--workers", "2", "--out", str(out)]
-    command += ["--no-service", "--no-adversarial"]
+    command += ["--no-service", "--no-adversarial", "--published", "star"]
+    command += ["--published-patches", "64", "--published-videos", "2"]
     root = ASSET.parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -60,9 +89,14 @@ def test_a_slice_of_the_table(tmp_path: Path) -> None:
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert all(row.keys() >= KEYS for row in rows)
     pooled = {
-        (row["temporal_patches"], row["quality"]): row for row in rows if row["task"] == "all"
+        (row["temporal_patches"], row["quality"]): row
+        for row in rows
+        if row["task"] == "all" and (row["ranks"] == 1) == (row["quality"] != "star")
     }
-    assert len(pooled) == 2 * 5
+    assert len(pooled) == 2 * 5 + 1
+    assert pooled[64, "star"]["ranks"] == 4
+    assert pooled[64, "star"]["questions"] >= 20
+    assert pooled[64, "star"]["kept_mass"] is pooled[64, "star"]["density"] is None
     for patches in (64, 192):
         exact, balanced = pooled[patches, "exact"], pooled[patches, "balanced"]
         assert exact["questions"] >= 36
@@ -74,7 +108,7 @@ def test_a_slice_of_the_table(tmp_path: Path) -> None:
         assert pooled[patches, "epsilon=0.5"]["density"] <= balanced["density"]
     assert pooled[192, "balanced"]["density"] < pooled[64, "balanced"]["density"] < 1
     assert {loss["quality"] for loss in meta["losses"]} == {
-        "exact", "high", "balanced", "fast", "epsilon=0.5",
+        "exact", "high", "balanced", "fast", "epsilon=0.5", "star",
     }  # fmt: skip
     assert "points of accuracy lost" in done.stdout
 
@@ -82,7 +116,10 @@ def test_a_slice_of_the_table(tmp_path: Path) -> None:
 def test_losses_and_intervals() -> None:
     def asked(quality: str, right: list[bool], patches: int = 64) -> Asked:
         tasks = [index % 4 for index in range(len(right))]
-        return Asked(Setting(quality), patches, 955, tasks, right, right, 0.5, None, None, True)
+        sure = [True] * len(right)
+        return Asked(
+            Setting(quality), 3, patches, 955, tasks, right, right, sure, 0.5, None, None, True
+        )
 
     many = [asked("exact", [True] * 4), asked("exact", [True] * 4, 128)]
     many += [asked("fast", [True, True, True, False]), asked("fast", [True] * 4, 128)]
@@ -124,12 +161,17 @@ def test_adversarial_videos_are_what_they_say(case: str) -> None:
 def test_silent_failures_are_counted() -> None:
     def asked(quality: str, same: list[bool], floor_met: bool) -> Asked:
         tasks = [0] * len(same)
-        return Asked(Setting(quality), 64, 955, tasks, same, same, 0.5, 0.9, None, floor_met)
+        sure = [index % 2 == 0 for index in range(len(same))]
+        return Asked(
+            Setting(quality), 3, 64, 955, tasks, same, same, sure, 0.5, 0.9, None, floor_met
+        )
 
     many = [asked(quality, [True], True) for quality in ("exact", "high")]
-    many += [asked("balanced", [True, False], True), asked("fast", [False, False], False)]
-    silent = {row["quality"]: row["silent_failures"] for row in adversarial.rows("case", many)}
-    assert silent == {"exact": 0, "high": 0, "balanced": 1, "fast": 0}
+    many += [asked("balanced", [True, False, False], True), asked("fast", [False, False], False)]
+    rows = {row["quality"]: row for row in adversarial.rows("case", many)}
+    silent = {quality: row["silent_failures"] for quality, row in rows.items()}
+    assert silent == {"exact": 0, "high": 0, "balanced": 2, "fast": 0}
+    assert rows["balanced"]["sure"] == 1
 
 
 def test_fresh_videos_are_reproducible() -> None:
