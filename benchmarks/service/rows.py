@@ -77,6 +77,7 @@ class Cell:
             "frames_equal": all(case.frames_equal for case in cases),
             "prompts_equal": self._prompts_equal(),
             "tokens_equal": self._tokens_equal(baseline),
+            "answers": [r.first.token_ids for r in runs],
         }
 
     def _speedup(self, baseline: Cell | None) -> float | None:

@@ -52,6 +52,7 @@ def test_a_session_measures_a_real_system(tiny: Path, maker: CaseMaker, tmp_path
     # transformers loads the file itself: it saw the frames and the prompt that the service plans.
     assert first["prompts_equal"] is True
     assert first["frames_equal"] is True
+    assert first["answers"][0] != first["answers"][1]  # of two videos
     assert 0 < first["second_first_token_s"] < 60
     assert first["first_token_s"] == pytest.approx(sum(first["stages"].values()), abs=0.01)
     assert 1e8 < first["peak_rss_bytes"] < 1e10
@@ -81,6 +82,7 @@ def test_rows_compare_the_same_videos_only(maker: CaseMaker) -> None:
     assert row["speedup_over_vllm"] == 4.0  # repeat 1 has no counterpart
     assert row["first_token_s"] == 21.0
     assert row["tokens_equal"] == "2/4"
+    assert row["answers"] == [[1, 2, 9, 4], [7, 7, 7, 7]]
     assert row["stages"] == {"vision": 2.0}
     assert base["speedup_over_vllm"] == 1.0
     assert alone["speedup_over_vllm"] is None
