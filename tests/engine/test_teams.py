@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 from torch import Tensor
 
+from prefill_service.attention.quality import resolve_policy
 from prefill_service.engine.messages import PrefillTask, Stage
 from prefill_service.engine.running import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
@@ -85,8 +87,9 @@ async def four(
     }
     folder = tmp_path_factory.mktemp("teams")
     async with running_group(
-        checkpoint("qwen3_vl"), folder, 4, chunk_tokens=40, heartbeat_timeout_s=60.0
-    ) as harness:
+        checkpoint("qwen3_vl"), folder, 4, chunk_tokens=40, sparse_from_tokens=400,
+        heartbeat_timeout_s=60.0,
+    ) as harness:  # fmt: skip
         four = Four(harness, videos)
         await four.prepare()
         yield four
@@ -123,6 +126,21 @@ async def test_a_short_one_overtakes(four: Four, kind: ExchangeKind, team: Team)
     outcome = await job
     four.check(LONG, long)
     assert 0 < outcome.paused_s < outcome.seconds
+
+
+async def test_a_pause_changes_no_bit_of_sparse_attention(four: Four) -> None:
+    sparse = resolve_policy(epsilon=0.3)
+    alone, paused = (replace(four.task(LONG, EVERYONE), policy=sparse) for _ in range(2))
+    outcome = await four.harness.prefill(alone)
+    assert outcome.attention.density < 1
+    expected = four.kv(alone)
+    job = await four.begun(paused)
+    inside = replace(four.task(LONG, FIRST), policy=sparse)
+    await four.harness.prefill(inside, over=paused.job_id)
+    found = await job
+    assert found.paused_s > 0
+    assert found.attention.density == outcome.attention.density
+    assert torch.equal(four.kv(paused), expected)
 
 
 async def test_both_halves_run_inside_one_pause(four: Four) -> None:
