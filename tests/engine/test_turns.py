@@ -98,7 +98,7 @@ async def settle() -> None:
 async def test_any_mix_ends(ranks: int) -> None:
     """Random arrivals, teams, wishes to overtake and cancels; a rank never has two that go on."""
     pauses = 0
-    for seed in range(40):
+    for seed in range(30):
         chance, group, teams = random.Random(seed), Ranks(ranks), form_teams(ranks)
 
         async def one(
@@ -107,7 +107,7 @@ async def test_any_mix_ends(ranks: int) -> None:
             group: Ranks = group,
             teams: tuple[Team, ...] = teams,
         ) -> None:
-            await asyncio.sleep(chance.random() * 0.03)
+            await asyncio.sleep(chance.random() * 0.01)
             over, team = f"{chance.randrange(12)}", chance.choice(teams)
             if group.turns._running and chance.random() < 0.7:
                 outer = chance.choice(group.turns._running)
@@ -116,11 +116,11 @@ async def test_any_mix_ends(ranks: int) -> None:
             job = asyncio.create_task(
                 group.run(
                     f"{number}", team, chance.randint(1, 6), over,
-                    lambda: chance.random() * 0.004,
+                    lambda: chance.random() * 0.0015,
                 )
             )  # fmt: skip
             if chance.random() < 0.3:
-                await asyncio.sleep(chance.random() * 0.02)
+                await asyncio.sleep(chance.random() * 0.008)
                 job.cancel()
             await asyncio.wait({job})
             if not job.cancelled():
@@ -132,7 +132,7 @@ async def test_any_mix_ends(ranks: int) -> None:
         assert not group.turns._running
         assert not group.turns._waiting
         pauses += group.pauses
-    assert pauses > 40
+    assert pauses > 15, pauses
 
 
 async def test_first_come_first_served_among_those_that_want_the_same() -> None:
