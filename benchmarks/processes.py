@@ -52,7 +52,7 @@ class PeakMemory:
         samples: how many were taken.
     """
 
-    def __init__(self, pids: Callable[[], list[int]], interval_s: float = 0.1) -> None:
+    def __init__(self, pids: Callable[[], list[int]], interval_s: float = 0.2) -> None:
         self._pids, self._interval_s = pids, interval_s
         self.peak = self.samples = 0
         self._stop = threading.Event()
@@ -63,8 +63,8 @@ class PeakMemory:
             start = time.monotonic()
             self.peak = max(self.peak, sum(map(pss_bytes, self._pids())))
             self.samples += 1
-            # A sample of big processes takes a while; it must not take their core.
-            if self._stop.wait(max(self._interval_s, 4 * (time.monotonic() - start))):
+            # A sample of big processes takes a while; it must not take their cores.
+            if self._stop.wait(max(self._interval_s, 30 * (time.monotonic() - start))):
                 return
 
     def __enter__(self) -> Self:
