@@ -199,7 +199,7 @@ def run(problem: Problem, epsilon: float, kv: Tensor) -> tuple[Tensor, LayerRepo
     out = torch.empty_like(problem.q)
     for start in range(0, problem.tokens, problem.chunk):
         part = slice(start, min(start + problem.chunk, problem.tokens))
-        out[:, part] = attention.attend(0, problem.q[:, part], kv, start, start, problem.scale)
+        out[:, part] = attention.attend(0, problem.q[:, part], kv, start, problem.scale)
     return out, attention.report().layers[0]
 
 

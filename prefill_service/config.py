@@ -109,6 +109,11 @@ class EngineConfig:
         0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", zero=True
     )
     sparse_block_tokens: int = _opt(64, "Keys per block of sparse attention, 64 or 128.")
+    balance_above: float = _opt(
+        1.1,
+        "Busiest rank over the mean from which on ranks attend to others' blocks; 0: never.",
+        zero=True,
+    )
     head_budgets: str = _opt("", "Profile of `calibrate`: how heads share the sparse budget.")
     kv_pool_bytes: int = _opt(
         0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True
@@ -259,6 +264,8 @@ def validate(config: ServiceConfig) -> None:
     check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
     check(engine.sparse_block_tokens in (64, 128), "engine.sparse_block_tokens",
           engine.sparse_block_tokens, "64 or 128")  # fmt: skip
+    check(engine.balance_above == 0 or engine.balance_above >= 1, "engine.balance_above",
+          engine.balance_above, "0, or 1 or more")  # fmt: skip
     check(engine.heartbeat_timeout_s > HEARTBEAT_S, "engine.heartbeat_timeout_s",
           engine.heartbeat_timeout_s, f"more than {HEARTBEAT_S:g}, the heartbeat")  # fmt: skip
     check(not decoder.url or decoder.url.startswith(("http://", "https://")), "decoder.url",

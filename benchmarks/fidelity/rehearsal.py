@@ -17,7 +17,8 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
-from prefill_service.parallel.layout import Share, deal_patches
+from prefill_service.parallel.layout import Range, Share, deal_patches
+from prefill_service.parallel.units import Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,14 @@ def rehearse(
         )
         for _ in range(ranks)
     ]  # fmt: skip
-    for chunk in deal_patches(prefix.patch_ends, ranks, chunk_tokens).shares:
+    sparse = not policy.exact and tokens >= settings.from_tokens
+    units = Units.of(prefix.patch_ends, chunk_tokens)
+    layout = deal_patches(prefix.patch_ends, ranks, chunk_tokens, whole_units=sparse)
+    for chunk in layout.shares:
         for member, share in zip(members, chunk, strict=True):
             if not share.num_tokens:
                 continue
-            member.begin(chunk[0].contiguous[0], share, members)
+            member.begin(share, units.cut(*share.contiguous), members)
             model.prefill(
                 share.take(prefix.token_ids),
                 share.take(prefix.position_ids),
@@ -114,13 +118,12 @@ class _Rank:
     ) -> None:
         self.replica, self.attention = replica, attention
         self._pages = pages
-        self._chunk_start = 0
-        self._share = Share(())
+        self._share, self._units = Share(()), list[Range]()
         self._members: list[_Rank] = []
 
-    def begin(self, chunk_start: int, share: Share, members: list[_Rank]) -> None:
-        """What comes next is this rank's share of the chunk."""
-        self._chunk_start, self._share, self._members = chunk_start, share, members
+    def begin(self, share: Share, units: list[Range], members: list[_Rank]) -> None:
+        """What comes next is this rank's share of the chunk, which is those units."""
+        self._share, self._units, self._members = share, units, members
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """To the pages, and to every rank's replica."""
@@ -133,10 +136,13 @@ class _Rank:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """As ``engine.pipeline`` does."""
-        (start, _), kv = self._share.contiguous, self.replica[layer]
-        if self.attention.is_sparse(start, q.shape[1]):
-            return self.attention.attend(layer, q, kv, start, self._chunk_start, scale)
-        k, v = kv[: start + q.shape[1]].permute(1, 2, 0, 3)
-        out = attend_causal(q, k, v, start, scale).out
-        self.attention.observe(layer, q, kv, start, scale)
-        return out
+        (begin, _), kv, parts = self._share.contiguous, self.replica[layer], []
+        for start, end in self._units:
+            part = q[:, start - begin : end - begin]
+            if self.attention.is_sparse(start, end - start):
+                parts.append(self.attention.attend(layer, part, kv, start, scale))
+                continue
+            k, v = kv[:end].permute(1, 2, 0, 3)
+            parts.append(attend_causal(part, k, v, start, scale).out)
+            self.attention.observe(layer, part, kv, start, scale)
+        return torch.cat(parts, 1)

@@ -60,6 +60,7 @@ def attention_to_proto(summary: AttentionSummary, brief: bool = False) -> pb.Att
         min_kept_mass=summary.policy.min_kept_mass,
         floor_met=summary.floor_met,
         imbalance=summary.imbalance,
+        imbalance_before=summary.imbalance_before,
         sparse_from_tokens=summary.sparse_from_tokens,
         total=_measures_to_proto(summary.total),
         layers=[

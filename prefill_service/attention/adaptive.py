@@ -27,7 +27,7 @@ from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.keys import KeySource, LayerState, ReplicatedKeys, Segments
 from prefill_service.attention.observe import BlockGrids, PatchMass
 from prefill_service.attention.quality import AttentionPolicy
-from prefill_service.attention.report import LayerReport, RankAttention
+from prefill_service.attention.report import LayerReport, RankAttention, WorkLog
 from prefill_service.attention.sparse import forced_blocks, previous_patch
 from prefill_service.attention.summaries import empty_summaries
 from prefill_service.attention.tiles import Tiles
@@ -106,12 +106,34 @@ class AdaptiveAttention:
         self._patch_mass = PatchMass(patch_ends, device)
         self._grids = BlockGrids(layers, kv_heads, tokens)
         self._buffers = GatherBuffers()
+        self._work = WorkLog(layers)
         blocks = tokens // settings.block_tokens if self._sparse_at(tokens) else 0
         raster = torch.arange(tokens, device=device).expand(kv_heads, -1)
         self._states = [
             LayerState(empty_summaries(kv_heads, blocks, head_dim, dtype, device), raster)
             for _ in range(layers)
         ]
+
+    def start_chunk(self) -> None:
+        """What follows is of the next chunk: ranks wait for each other at every layer of it."""
+        self._work.start_chunk()
+
+    def moved(self, layer: int, pairs: int) -> None:
+        """Note pairs that this rank attended to for others, or if negative they for it."""
+        self._work.computed[-1][layer] += pairs
+
+    def pairs(self, layer: int) -> int:
+        """(query, key) pairs of this rank's queries of the chunk, so far."""
+        return int(self._work.selected[-1][layer])
+
+    @property
+    def segments(self) -> Segments:
+        """How past keys are cut."""
+        return self._settings.segments
+
+    def catch_up(self, layer: int, start: int, source: KeySource) -> None:
+        """Bring this rank's view of the keys to where queries from ``start`` on want it."""
+        source.prepare(layer, self._states[layer], self.recent(start), self._tiles(start, 1))
 
     def is_sparse(self, start: int, queries: int) -> bool:
         """Whether queries [start, start + queries) are to go through ``attend``."""
@@ -121,9 +143,9 @@ class AdaptiveAttention:
         """What is known of a layer's keys."""
         return self._states[layer]
 
-    def recent(self, chunk_start: int) -> int:
-        """Token from which on a chunk's queries keep all by place: the patch before the chunk."""
-        return int(previous_patch(self._patch_ends, chunk_start))
+    def recent(self, start: int) -> int:
+        """Token from which on queries from ``start`` on keep all by place: the patch before."""
+        return int(previous_patch(self._patch_ends, start))
 
     def attend(
         self,
@@ -131,18 +153,18 @@ class AdaptiveAttention:
         q: Tensor,
         kv: Tensor,
         start: int,
-        chunk_start: int,
         scale: float,
         source: KeySource | None = None,
     ) -> Tensor:
-        """Sparse causal attention of queries [start, start + queries).
+        """Sparse causal attention of queries [start, start + queries), a unit.
+
+        What is selected depends on the unit and on the keys, not on what else this rank computes.
 
         Args:
             q: [q_heads, queries, head_dim].
             kv: [tokens, 2, kv_heads, head_dim], complete up to the last query; rows before
-                ``chunk_start`` may be reordered, and no later call may have a query there.
+                ``recent(start)`` may be reordered, and no later call may have a query there.
             start: position of the first query.
-            chunk_start: position of the first query of any rank in this chunk.
             scale: factor on the scores.
             source: brings into ``kv`` what is not there; without it all is.
 
@@ -154,8 +176,8 @@ class AdaptiveAttention:
         k, v = kv[: tiles.keys].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         state, report = self._states[layer], self._reports[layer]
         clock = Stopwatch(k.device)
-        # What is kept by place stays in place: the sinks, and the patch before this chunk.
-        source.prepare(layer, state, self.recent(chunk_start), tiles)
+        # What is kept by place stays in place: the sinks, and the patch before this unit.
+        source.prepare(layer, state, self.recent(start), tiles)
         clock.lap("cluster")
         every = self._settings.certify_every_row
         sampled, closer = _all_rows(tiles) if every else self._certified_rows(tiles, layer)
@@ -166,11 +188,11 @@ class AdaptiveAttention:
             weights, closer, self._epsilons[layer],
         )  # fmt: skip
         done = run.attend(q, k, v, self._policy.min_kept_mass)
-        source.close()
         report.tiles_redone += done.redone * tiles.count
         report.tiles_dense += done.dense * tiles.count
         self._grids.add(layer, tiles, done.keep, state.order)
         self._note(layer, tiles, done.attended.tolist(), done.proof)
+        self._work.add(layer, done.pairs)
         if done.proof.weighted.shape[1]:
             self._note_mass(state, tiles, len(q), position, done.proof.weighted)
         clock.lap("sparse")
@@ -198,6 +220,7 @@ class AdaptiveAttention:
         self._note_mass(self._states[layer], tiles, len(q), position, mass)
         self._grids.add_dense(layer, tiles, range(len(k)))
         self._note(layer, tiles, [float(tiles.causal_keys)] * len(k))
+        self._work.add(layer, float(tiles.causal_keys * len(k)))
         clock.lap("certify")
         self._reports[layer].certify_s += clock.seconds("certify")
 
@@ -210,13 +233,14 @@ class AdaptiveAttention:
         tiles, report = self._tiles(start, queries), self._reports[layer]
         self._grids.add_dense(layer, tiles, range(len(report.attended)))
         self._note(layer, tiles, [float(tiles.causal_keys)] * len(report.attended))
+        self._work.add(layer, float(tiles.causal_keys * len(report.attended)))
 
     def report(self) -> RankAttention:
         """What was measured so far."""
         mass, rows = self._patch_mass.totals()
         return RankAttention(
             self._settings.from_tokens, self._reports, mass, rows,
-            self._grids.pairs, self._grids.causal,
+            self._grids.pairs, self._grids.causal, *self._work.arrays(),
         )  # fmt: skip
 
     # ---- steps -----------------------------------------------------------------------------

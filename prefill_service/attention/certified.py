@@ -33,6 +33,7 @@ class Certified:
         attended: [kv_heads] key columns (``LayerReport.attended``), on the host.
         proof: of ``out``.
         redone, dense: KV heads computed with a smaller epsilon, and densely.
+        pairs: key columns of all that was computed, what was then computed again included.
         select_s, attend_s: seconds, those of what was computed again included.
     """
 
@@ -42,6 +43,7 @@ class Certified:
     proof: Certificate
     redone: int = 0
     dense: int = 0
+    pairs: float = 0.0
     select_s: float = 0.0
     attend_s: float = 0.0
 
@@ -103,6 +105,7 @@ class LayerRun:
         used = self._sparse(q, k, v, heads, 1.0)
         proof = self._certify(q, k, v, used, heads, self.sampled, self.weights)
         done = Certified(used.out, used.keep, used.attended(self.tiles), proof)
+        done.pairs = float(done.attended.sum())
         clocks = [used.clock]
         poor = heads[self._misses(q, k, v, used, heads, proof.kept_mass, floor)]
         done.redone = len(poor)
@@ -116,6 +119,7 @@ class LayerRun:
             again = self._certify(q, k, v, retry, poor, self.sampled)
             _rows(done.out, len(k))[poor] = _rows(retry.out, len(poor))
             done.keep[poor], done.attended[poor.cpu()] = retry.keep, retry.attended(self.tiles)
+            done.pairs += float(done.attended[poor.cpu()].sum())
             proof.kept_mass[poor], proof.output_error[poor] = again.kept_mass, again.output_error
             clocks.append(retry.clock)
             poor = poor[self._misses(q, k, v, retry, poor, again.kept_mass, floor)]
@@ -134,6 +138,7 @@ class LayerRun:
         return sparse_attention(
             q, k, v, summaries, self.tiles, epsilon, self.forced, self.scale, self.buffers,
             lambda wanted: self.source.fetch(wanted, heads),
+            lambda rows, keep, tiles, pairs: self.source.share(rows, keep, tiles, pairs, heads),
         )  # fmt: skip
 
     def _certify(
@@ -182,6 +187,7 @@ class LayerRun:
         done.keep[heads] = ~tiles.hidden(k.device)
         done.attended[heads.cpu()] = float(tiles.causal_keys)
         done.dense = len(heads)
+        done.pairs += float(tiles.causal_keys * len(heads))
         # Dense is exact by definition, but what is not a number has no certificate.
         kept = finite_rows(dense[:, :, self.sampled.to(k.device)]).to(done.proof.kept_mass.dtype)
         done.proof.kept_mass[heads], done.proof.output_error[heads] = kept, 1 - kept

@@ -11,6 +11,7 @@ from torch import Tensor
 from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.certificate import Certificate, certify
 from prefill_service.attention.clustering import order_segments
+from prefill_service.attention.sharing import Shared
 from prefill_service.attention.sparse import SparseResult
 from prefill_service.attention.summaries import BlockSummaries, summarize
 from prefill_service.attention.tiles import Tiles
@@ -78,6 +79,18 @@ class KeySource(Protocol):
     def fetch(self, wanted: Tensor, heads: Tensor) -> None:
         """Have blocks here: ``wanted`` is [len(heads), blocks] bool."""
 
+    def share(
+        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
+    ) -> Shared | None:
+        """Have other ranks attend to a part of what was selected, if they have less to do.
+
+        Args:
+            rows: [n, tiles, group * tile_tokens, head_dim] packed queries.
+            keep: [n, tiles, blocks] bool.
+            pairs: [n] all key columns attended, summed over the queries.
+            heads: [n] KV heads that the others are of.
+        """
+
     def certify(
         self,
         q: Tensor,
@@ -89,9 +102,6 @@ class KeySource(Protocol):
         buffers: GatherBuffers,
     ) -> Certificate:
         """See ``certificate.certify``."""
-
-    def close(self) -> None:
-        """This rank needs nothing more of the layer."""
 
 
 class ReplicatedKeys:
@@ -128,6 +138,12 @@ class ReplicatedKeys:
     def fetch(self, wanted: Tensor, heads: Tensor) -> None:
         """See ``KeySource``: they are."""
 
+    def share(
+        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
+    ) -> Shared | None:
+        """See ``KeySource``: there is nobody else."""
+        return None
+
     def certify(
         self,
         q: Tensor,
@@ -143,9 +159,6 @@ class ReplicatedKeys:
             q, k, v, result, summaries, asked.tiles, asked.sampled, asked.weights, asked.scale,
             buffers,
         )  # fmt: skip
-
-    def close(self) -> None:
-        """See ``KeySource``."""
 
 
 def note_order(state: LayerState, start: int, end: int, order: Tensor) -> None:

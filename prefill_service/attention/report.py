@@ -156,8 +156,10 @@ class AttentionReport:
             relative to uniform attention over the keys they see (1 = no more than chance); mean
             over layers, query heads and the rows that see the patch. Empty if no row was sampled.
         block_map: of the layer and KV head of the lowest density; ``None`` if nothing was sparse.
-        imbalance: (query, key) pairs attended to by the busiest rank over the mean of the ranks
-            (rho of db-SP, arXiv 2511.23113), over the whole prefill.
+        imbalance: (query, key) pairs attended to by the busiest rank over the mean of the ranks,
+            each summed over chunks and layers, at which ranks wait for each other (rho of db-SP,
+            arXiv 2511.23113).
+        imbalance_before: the same, had no rank attended to a part of what others had selected.
     """
 
     sparse_from_tokens: int = 0
@@ -165,6 +167,7 @@ class AttentionReport:
     patch_mass: list[float] = field(default_factory=list)
     block_map: BlockMap | None = None
     imbalance: float = 1.0
+    imbalance_before: float = 1.0
 
     @property
     def density(self) -> float:
@@ -182,6 +185,8 @@ class RankAttention:
             how many rows that was.
         pairs: [layers, kv_heads, grid, grid], attended (query, key) pairs per cell.
         causal: [grid, grid], the pairs that dense attention would have attended.
+        selected, computed: [chunks, layers] (query, key) pairs of this rank's queries, what was
+            computed again included, and those that it attended to, for itself or for others.
     """
 
     sparse_from_tokens: int
@@ -190,12 +195,40 @@ class RankAttention:
     patch_rows: np.ndarray
     pairs: np.ndarray
     causal: np.ndarray
+    selected: np.ndarray
+    computed: np.ndarray
+
+
+class WorkLog:
+    """(query, key) pairs of one rank, by chunk and layer.
+
+    Attributes:
+        selected, computed: see ``RankAttention``; one array [layers] per chunk.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self.selected, self.computed = [np.zeros(layers)], [np.zeros(layers)]
+
+    def start_chunk(self) -> None:
+        """Go on in a new row."""
+        self.selected.append(np.zeros(self._layers))
+        self.computed.append(np.zeros(self._layers))
+
+    def add(self, layer: int, pairs: float) -> None:
+        """Note what queries of this rank had to attend to."""
+        self.selected[-1][layer] += pairs
+        self.computed[-1][layer] += pairs
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both, [chunks, layers]."""
+        return np.stack(self.selected), np.stack(self.computed)
 
 
 def combine(parts: Sequence[RankAttention]) -> AttentionReport:
     """The report of a prefill from its ranks' parts. The parts are consumed."""
-    pairs_of_rank = [sum(sum(layer.attended) for layer in part.layers) for part in parts]
-    mean = sum(pairs_of_rank) / len(parts)
+    before = _imbalance([part.selected for part in parts])
+    after = _imbalance([part.computed for part in parts])
     first, *others = parts
     for part in others:
         for layer, other in zip(first.layers, part.layers, strict=True):
@@ -209,8 +242,16 @@ def combine(parts: Sequence[RankAttention]) -> AttentionReport:
         first.layers,
         (mass / np.maximum(rows, 1)).tolist() if rows.any() else [],
         _sparsest_map(first.layers, pairs, causal),
-        max(pairs_of_rank) / mean if mean else 1.0,
+        after,
+        before,
     )
+
+
+def _imbalance(ranks: Sequence[np.ndarray]) -> float:
+    """Busiest rank over the mean, of one [chunks, layers] array per rank."""
+    work = np.stack(ranks)
+    mean = work.mean(0).sum()
+    return float(work.max(0).sum() / mean) if mean else 1.0
 
 
 def _sparsest_map(

@@ -14,6 +14,7 @@ from prefill_service.attention.block_sparse import GatherBuffers, kept_attention
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend_causal
 from prefill_service.attention.selection import Estimate, estimate, select, single_out, to_csr
+from prefill_service.attention.sharing import Share
 from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.summary_attention import (
     TINY_SHARE,
@@ -110,6 +111,7 @@ def sparse_attention(
     scale: float,
     buffers: GatherBuffers,
     fetch: Callable[[Tensor], None] | None = None,
+    share: Share | None = None,
 ) -> SparseResult:
     """Attend with the fewest kept blocks that misplace an estimated ``epsilon`` of the mass.
 
@@ -124,6 +126,7 @@ def sparse_attention(
         scale: factor on the scores.
         fetch: called, once or more, with the [kv_heads, blocks] bool that are about to be read,
             of the first so many blocks; without it all are there.
+        share: ``KeySource.share``, called once or more; not with CUDA tensors.
     """
     known = summaries.first(tiles.blocks)
     if q.is_cuda:
@@ -139,7 +142,7 @@ def sparse_attention(
         first = start // tiles.tile_tokens
         must = forced[first : first + run.count, : run.blocks]
         parts.append(_with_sdpa(part, k, v, known.first(run.blocks), run, epsilon, must, scale,
-                                buffers, clock, fetch))  # fmt: skip
+                                buffers, clock, fetch, share))  # fmt: skip
     return parts[0] if len(parts) == 1 else _concatenated(parts, tiles.blocks)
 
 
@@ -168,6 +171,7 @@ def _with_sdpa(
     buffers: GatherBuffers,
     clock: Stopwatch,
     fetch: Callable[[Tensor], None] | None,
+    share: Share | None,
 ) -> SparseResult:
     rows = tiles.pack(q, len(k))
     result = local_attention(rows, k, v, tiles, scale, buffers)
@@ -184,8 +188,14 @@ def _with_sdpa(
     if fetch:
         fetch(keep.any(1))
         clock.lap("fetch")
+    shared = share(rows, keep, tiles, columns(keep, bias, tiles)) if share else None
+    here = shared.here if shared else keep
+    if shared:
+        dense[shared.heads] = False
     if tiles.blocks:
-        result = _far(q, rows, k, v, known, tiles, scale, buffers, result, found, keep, dense)
+        result = _far(q, rows, k, v, known, tiles, scale, buffers, result, found, keep, here, dense)
+    if shared:
+        result = shared.add(result)
     out, lse = tiles.unpack(result.out, len(q)), tiles.unpack(result.lse, len(q))
     clock.lap("attend")
     return SparseResult(out, lse, keep, bias, clock)
@@ -203,15 +213,16 @@ def _far(
     local: Partial,
     found: Estimate,
     keep: Tensor,
+    here: Tensor,
     dense: Tensor,
 ) -> Partial:
     """The local region's result, joined with all before it; of packed rows.
 
-    The heads in ``dense`` [kv_heads] are attended to densely, the others through their kept
-    blocks and the summaries of the dropped ones.
+    The heads in ``dense`` [kv_heads] are attended to densely, the others through those of their
+    kept blocks that are to be attended ``here``, and the summaries of the dropped ones.
     """
     if not dense.any():
-        kept = kept_attention(rows, k, v, to_csr(keep), tiles, scale, buffers)
+        kept = kept_attention(rows, k, v, to_csr(here), tiles, scale, buffers)
         dropped = (found.bias > -torch.inf) & ~keep
         merged = merge_with_summaries(local, kept, found.attention, known.v_mean, dropped)
         if not (merged.lse - found.attention.lse < math.log(TINY_SHARE)).any():
@@ -234,7 +245,7 @@ def _far(
         part = _far(
             grouped[heads].flatten(0, 1), rows[heads], k[heads], v[heads], known.heads(heads),
             tiles, scale, buffers, Partial(local.out[heads], local.lse[heads]),
-            found.heads(heads), keep[heads], torch.zeros_like(dense[heads]),
+            found.heads(heads), keep[heads], here[heads], torch.zeros_like(dense[heads]),
         )  # fmt: skip
         out[heads], lse[heads] = part.out, part.lse
     return Partial(out, lse)

@@ -72,7 +72,7 @@ class LocalPrefill:
         start, kv = self._start, self._replica[layer]
         approximate = self._only is None or layer == self._only
         if approximate and self._attention.is_sparse(start, q.shape[1]):
-            return self._attention.attend(layer, q, kv, start, start, scale)
+            return self._attention.attend(layer, q, kv, start, scale)
         k, v = kv[: start + q.shape[1]].permute(1, 2, 0, 3)
         if approximate:
             self._attention.observe(layer, q, kv, start, scale)

@@ -12,6 +12,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.plan import FrameSampling, PrefixPlan
 from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.parallel.units import Units
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
@@ -82,16 +83,14 @@ def encode_video(
     """Decode a planned video and run the vision tower over it, chunk by chunk.
 
     Args:
-        chunk_tokens: tokens of a chunk to aim at; whole temporal patches, at least one.
+        chunk_tokens: tokens of a chunk to aim at; chunks are the units that a rank computes.
         folder: for the index that the decoder reads.
 
     Raises:
         ServiceError: what decoding failed with.
     """
     plan = video.plan
-    patches = len(plan.patch_ends)
-    per_chunk = max(1, chunk_tokens // -(-plan.num_tokens // patches))
-    firsts = [*range(0, patches, per_chunk), patches]
+    firsts = Units.of(plan.patch_ends, chunk_tokens).patches
     starts = [0, *(int(end) for end in plan.patch_ends)]
     preprocess = model.preprocessor(plan)
     frames_per_patch = preprocess.temporal_patch_size

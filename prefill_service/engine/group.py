@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.config import EngineConfig, VideoConfig, resolve_threads
 from prefill_service.engine import messages as msg
 from prefill_service.engine.ranks import Ranks
@@ -20,6 +21,7 @@ from prefill_service.engine.spec import (
     chunk_layout,
     chunk_tokens,
     exchange_choice,
+    is_sparse,
     kv_budget,
     kv_layout,
 )
@@ -168,18 +170,25 @@ class RankGroup:
         exchange: ExchangeChoice | None = None,
         comparison: msg.ComparisonTask | None = None,
         team: Team | None = None,
+        policy: AttentionPolicy | None = None,
     ) -> tuple[ShardRun, ...]:
-        """Which rank will hold which tokens of ``plan``.
+        """Which rank will hold which tokens of ``plan``; of a group that is ready.
 
         Args:
             exchange: the configured one by default.
             team: all ranks by default.
+            policy: exact by default.
         """
         team = team or self.everyone
         if comparison is not None:
             return comparison_runs(comparison_split(plan, comparison, team.size), self.layout, team)
         choice = exchange or self.exchange_of(team)
-        layout = chunk_layout(plan.patch_ends, self._engine, self._device, choice, team.size)
+        sparse = policy is not None and is_sparse(
+            plan.num_tokens, choice, policy, self._ranks.sparse_from_tokens
+        )
+        layout = chunk_layout(
+            plan.patch_ends, self._engine, self._device, choice, team.size, sparse
+        )
         return shard_runs(layout, self.layout, team)
 
     def fits(self, tokens: int, team: Team) -> bool:

@@ -126,12 +126,14 @@ class Ready:
     """The model is loaded and the group has formed.
 
     Attributes:
+        sparse_from_tokens: prompts of so many tokens are sparse; all ranks say the same.
         observed: what a probe measured, where exchanges are planned.
     """
 
     rank: int
     endpoint: str
     device: str
+    sparse_from_tokens: int
     observed: tuple[Observation, ...] = ()
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.report import NEVER, RankAttention
+from prefill_service.engine.attending import ChunkAttention
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
+from prefill_service.engine.shards import layout_of
 from prefill_service.engine.task import (
     RankContext,
     StageClock,
@@ -27,11 +28,11 @@ from prefill_service.kv.offload import OffloadedKV, open_working
 from prefill_service.kv.segment import ShardWriter
 from prefill_service.kv.working import WorkingReport, WorkingShape
 from prefill_service.models.prefill_model import VisionFeatures
-from prefill_service.parallel.demand import DemandExchange
+from prefill_service.parallel.balanced import make_balancer
 from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.exchanges import ExchangeChoice, make_exchange
-from prefill_service.parallel.gather import GatherExchange
-from prefill_service.parallel.layout import Range, Share, deal_patches
+from prefill_service.parallel.layout import Share
+from prefill_service.parallel.units import Units
 from prefill_service.video.frames import FrameStream
 
 
@@ -55,9 +56,10 @@ class ChunkedRun:
                 Progress(task.job_id, rank.number, stage, done, total, seconds)
             )
         )
-        self._chunks = deal_patches(
-            task.plan.patch_ends, group.size, rank.chunk_tokens, task.exchange.kind.order
-        )
+        sparse, ends = rank.sparse, task.plan.patch_ends
+        if not task.exchange.kind.sparse:
+            sparse = replace(sparse, from_tokens=NEVER)
+        self._chunks = layout_of(task, rank.chunk_tokens, layout)
         self._shares = list(self._chunks.of_rank(group.rank))
         self._last_layer = layout.num_layers - 1
         self._layer_spans = LayerSpans(
@@ -73,9 +75,6 @@ class ChunkedRun:
             model.dtype,
             model.device,
         )
-        sparse = rank.sparse
-        if not task.exchange.kind.sparse:
-            sparse = replace(sparse, from_tokens=NEVER)
         self._working = self._open_working(task.exchange, shape)
         self._exchange = make_exchange(
             task.exchange, rank.meshes, self._chunks, shape, sparse.segments, self._working
@@ -88,9 +87,16 @@ class ChunkedRun:
             layout.head_dim,
             model.dtype,
             model.device,
-            task.plan.patch_ends,
+            ends,
         )
-        self._chunk: Range = (0, 0)
+        units = Units.of(ends, rank.chunk_tokens)
+        balancer = make_balancer(
+            task.exchange.kind, group, shape, sparse.tile_tokens, sparse.block_tokens, units,
+            rank.balance_above,
+        )  # fmt: skip
+        self._attending = ChunkAttention(
+            self._exchange, self.attention, units, group.meter, balancer
+        )
         self._share = Share(())
         self._page = 0  # next free page of this rank
         self._patches_done = self._tokens_done = 0
@@ -116,9 +122,8 @@ class ChunkedRun:
             if between_chunks(self._rank, self._control, self._copy_failure()):
                 self.clock.spans.note(Stage.PREFILL, "paused", start)
             start, received = time.perf_counter(), meter.bytes_received
-            self._exchange.start_chunk(chunk)
-            bounds = [bound for part in chunk for piece in part.ranges for bound in piece]
-            self._chunk, self._share = (min(bounds), max(bounds)), share
+            self._attending.start_chunk(chunk, self._rank.group.rank)
+            self._share = share
             if share.num_tokens:
                 self._prefill(share, features)
             else:
@@ -161,42 +166,7 @@ class ChunkedRun:
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
         with self._layer_spans.attending():
-            return self._attend(layer, q, scale)
-
-    def _attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        if isinstance(self._exchange, DemandExchange):
-            return self._attend_on_demand(self._exchange, layer, q, scale)
-        if not isinstance(self._exchange, GatherExchange):
-            for start, end in self._share.ranges:
-                self.attention.count(layer, start, end - start)
-            return self._exchange.attend(layer, q)
-        start, _ = self._share.contiguous
-        if self.attention.is_sparse(start, q.shape[1]):
-            kv, state = self._exchange.complete(layer), self.attention.state(layer)
-            clustered = state.clustered
-            out = self.attention.attend(layer, q, kv, start, self._chunk[0], scale)
-            self._exchange.reordered(layer, clustered, state.clustered)
-            return out
-        meter, clock = self._rank.group.meter, Stopwatch(q.device)
-        waited = meter.seconds
-        out = self._exchange.attend(layer, q)
-        clock.lap("attend")
-        self.attention.attended(layer, clock.seconds("attend") - (meter.seconds - waited))
-        self.attention.observe(layer, q, self._exchange.complete(layer), start, scale)
-        return out
-
-    def _attend_on_demand(
-        self, exchange: DemandExchange, layer: int, q: Tensor, scale: float
-    ) -> Tensor:
-        start, end = self._share.contiguous
-        attention, (first, last) = self.attention, self._chunk
-        if attention.is_sparse(first, last - first):  # for some rank: then summaries are due
-            exchange.advance(layer, attention.state(layer), attention.recent(first))
-        if attention.is_sparse(start, end - start):
-            return attention.attend(layer, q, exchange.kv, start, first, scale, exchange)
-        out = exchange.attend(layer, q)
-        attention.observe(layer, q, exchange.kv, start, scale)
-        return out
+            return self._attending.attend(layer, q, scale)
 
     # ---- steps -----------------------------------------------------------------------------
 

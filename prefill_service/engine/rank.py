@@ -76,7 +76,8 @@ class Rank:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         endpoint = f"unix:{self._spec.socket_path}"
         device = str(context.model.device)
-        self._send(msg.Ready(self._spec.rank, endpoint, device, self._observed))
+        sparse_from = context.sparse.from_tokens
+        self._send(msg.Ready(self._spec.rank, endpoint, device, sparse_from, self._observed))
         try:
             self._serve()
         finally:
@@ -138,6 +139,7 @@ class Rank:
             video=spec.video,
             chunk_tokens=chunk,
             sparse=sparse_settings(spec.engine, from_tokens),
+            balance_above=spec.engine.balance_above,
             send=self._send,
             tick=self._tick,
         )

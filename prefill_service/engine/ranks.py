@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from prefill_service.attention.report import NEVER
 from prefill_service.config import EngineConfig, resolve_threads
 from prefill_service.engine import messages as msg
 from prefill_service.engine.process import RankProcess
@@ -90,6 +91,11 @@ class Ranks:
     def observed(self) -> tuple[Observation, ...]:
         """Of ranks that are up: what rank 0 measured at start, if exchanges are planned."""
         return self._ready[0].observed if 0 in self._ready else ()
+
+    @property
+    def sparse_from_tokens(self) -> int:
+        """Of ranks that are up: prompts of so many tokens are sparse."""
+        return self._ready[0].sparse_from_tokens if 0 in self._ready else NEVER
 
     def send(self, message: object, ranks: Iterable[int] | None = None) -> None:
         """To some ranks, or to all. Each gets messages in the order in which they are sent."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prefill_service.engine.messages import ComparisonTask
+from prefill_service.engine.messages import ComparisonTask, PrefillTask
 from prefill_service.kv.manifest import KVLayout, ShardRun
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.comparison.layout import SequenceSplit, split_patches
-from prefill_service.parallel.layout import ChunkLayout
+from prefill_service.parallel.layout import ChunkLayout, deal_patches
 from prefill_service.parallel.teams import Team
 
 
@@ -25,6 +25,22 @@ def shard_runs(layout: ChunkLayout, kv: KVLayout, team: Team) -> tuple[ShardRun,
                 runs.append(ShardRun(start, end, rank, page))
                 next_page[rank] = page + kv.pages_for(end - start)
     return tuple(sorted(runs, key=lambda run: run.start_token))
+
+
+def layout_of(task: PrefillTask, chunk_tokens: int, kv: KVLayout) -> ChunkLayout:
+    """The layout that a task's manifest was made from; ranks do as it says.
+
+    Raises:
+        ValueError: it was made from another one.
+    """
+    for whole_units in (False, True):
+        layout = deal_patches(
+            task.plan.patch_ends, task.team.size, chunk_tokens, task.exchange.kind.order,
+            whole_units,
+        )  # fmt: skip
+        if shard_runs(layout, kv, task.team) == task.manifest.runs:
+            return layout
+    raise ValueError(f"the manifest of {task.job_id} deals tokens in no way known here")
 
 
 def comparison_split(plan: PrefixPlan, comparison: ComparisonTask, ranks: int) -> SequenceSplit:

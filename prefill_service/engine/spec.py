@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefill_service.attention.adaptive import SparseSettings
+from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.config import (
     AUTO,
     EngineConfig,
@@ -83,10 +84,22 @@ def chunk_layout(
     device: str,
     exchange: ExchangeChoice,
     ranks: int,
+    sparse: bool = False,
 ) -> ChunkLayout:
-    """Which rank of a team computes which tokens of a prompt."""
+    """Which rank of a team computes which tokens of a prompt.
+
+    Args:
+        sparse: see ``is_sparse``.
+    """
     tokens = chunk_tokens(engine, device)
-    return deal_patches(patch_ends, ranks, tokens, exchange.kind.order)
+    return deal_patches(patch_ends, ranks, tokens, exchange.kind.order, sparse)
+
+
+def is_sparse(
+    num_tokens: int, exchange: ExchangeChoice, policy: AttentionPolicy, from_tokens: int
+) -> bool:
+    """Whether some queries of a prompt are attended to sparsely."""
+    return exchange.kind.sparse and not policy.exact and num_tokens >= from_tokens
 
 
 def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:

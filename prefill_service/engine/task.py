@@ -106,6 +106,7 @@ class RankContext:
         video: limits for decoding.
         chunk_tokens: tokens per chunk and rank.
         sparse: sizes of sparse attention.
+        balance_above: see ``EngineConfig``.
         send: delivers progress messages.
         tick: called after each unit of work; liveness for the heartbeat.
     """
@@ -120,6 +121,7 @@ class RankContext:
     video: VideoConfig
     chunk_tokens: int
     sparse: SparseSettings
+    balance_above: float
     send: Callable[[Progress], None]
     tick: Callable[[], None]
 

@@ -6,10 +6,14 @@ the union of the selected blocks that it does not have yet. Sampled rows are cer
 keys are: the rows travel, not the keys (the pass-Q primitive of ``pass_q``). What is selected, and
 therefore what comes out, is what one rank with all keys selects.
 
+Ranks of a chunk see clustered order up to different places (``home_keys``), each its own queries'.
+
 Exact attention fetches all blocks.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,18 +21,34 @@ from torch import Tensor
 
 from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.certificate import Certificate
-from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.keys import LayerState, Measurement, Segments
 from prefill_service.attention.sparse import SparseResult
-from prefill_service.attention.summaries import BlockSummaries, summarize
+from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.tiles import Tiles
 from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.home_keys import HomeKeys
 from prefill_service.parallel.homes import HomeMap
 from prefill_service.parallel.layout import ChunkLayout, Share
 from prefill_service.parallel.rounds import Ask, Header, Rounds
 from prefill_service.parallel.witnesses import Witness, Witnesses
+
+
+@dataclass(slots=True)
+class _Told:
+    """What all ranks were told of a layer's blocks.
+
+    Attributes:
+        complete: blocks before this one are complete, and told in prompt order.
+        clustered: tokens before this one are told in clustered order.
+        ids, summaries: of the blocks told in clustered order in this chunk.
+    """
+
+    complete: int = 0
+    clustered: int = 0
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    summaries: BlockSummaries | None = None
 
 
 class DemandExchange:
@@ -56,10 +76,8 @@ class DemandExchange:
     ) -> None:
         self._group, self._shape, self._sizes = group, shape, segments
         self._homes = HomeMap(layout, group.size, segments.block_tokens, segments.segment_tokens)
+        self._own = HomeKeys(self._homes, group.rank, shape, segments)
         block = (segments.block_tokens, 2, shape.kv_heads, shape.head_dim)
-        mine = len(self._homes.ids(group.rank))
-        # Zeros, because the last block may never be full.
-        self._own = [self._zeros(mine, *block) for _ in range(shape.num_layers)]
         self._cached, self._layer = cached, 0
         rooms = shape.num_layers if cached else 1
         self._rooms = [self._zeros(self._homes.blocks, *block) for _ in range(rooms)]
@@ -67,6 +85,7 @@ class DemandExchange:
         self._rounds = Rounds(group, self._request_room, self._answer)
         self._witnesses = Witnesses(shape)
         self._states: dict[int, LayerState] = {}
+        self._told = [_Told() for _ in range(shape.num_layers)]
 
     @property
     def _room(self) -> Tensor:
@@ -113,8 +132,7 @@ class DemandExchange:
         kept = self._chunk_start // block if self._cached else 0
         self._here[:, kept:] = False
         self._here[:, -(-start // block) : end // block] = True
-        own = self._own[layer].flatten(0, 1)
-        own[self._place] = kv[self._staying]
+        self._own.put(layer, self._place, kv[self._staying])
         coming = [kv.new_empty((len(rows), *kv.shape[1:])) for rows in self._arriving]
         self._group.send_recv(
             {r: kv[rows] for r, rows in zip(self._others(), self._leaving, strict=True)},
@@ -122,41 +140,43 @@ class DemandExchange:
             "homes",
         ).wait()
         for rows, part in zip(self._arriving, coming, strict=True):
-            own[rows] = part
+            self._own.put(layer, rows, part)
 
-    def advance(self, layer: int, state: LayerState, recent: int) -> None:
+    def advance(self, layer: int, state: LayerState, oldest: int, newest: int) -> None:
         """Cluster the segments that have become old, at their homes; tell all what is new.
 
         Every rank calls it after ``store``, once a query of the chunk may be sparse.
 
         Args:
-            recent: tokens from here on are kept by place.
+            oldest, newest: of the chunk's first and last unit, the token from which on their
+                queries keep all by place.
         """
+        size, block, told = self._sizes.segment_tokens, self._sizes.block_tokens, self._told[layer]
+        oldest, newest = oldest // size * size, max(told.clustered, newest // size * size)
         self._states[layer] = state
-        sizes, block = self._sizes, self._sizes.block_tokens
-        first, end = state.clustered, recent // sizes.segment_tokens * sizes.segment_tokens
-        for start in range(first, end, sizes.segment_tokens):
-            if self._homes.segment_home[start // sizes.segment_tokens] == self._group.rank:
-                self._cluster(layer, start)
-        self._here[:, first // block : end // block] = False  # what is here is in another order
-        state.clustered = max(first, end)
-        fresh = [
-            ids[(ids >= first // block) & (ids < self._chunk_end // block)]
-            for ids in (self._homes.ids(rank) for rank in range(self._group.size))
-        ]
-        self._tell(layer, state, fresh)
+        self._see(layer, told.clustered)  # what the chunk before was told, all of it now
+        self._own.cluster(layer, told.clustered, newest)
+        complete = self._chunk_end // block
+        raster = range(max(told.complete, oldest // block), complete)
+        ordered = range(told.clustered // block, newest // block)
+        told.complete, told.clustered = complete, newest
+        self._tell(layer, state, raster, ordered)
+        self._own.settle(layer, oldest)
+        self._see(layer, oldest)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``; every block before the queries is fetched."""
-        start, end = self._ranges[self._group.rank]
-        out = q
+        """See ``Exchange``; every block before the queries is fetched.
+
+        ``q`` may also be that of the first tokens of the share. The layer ends with ``close``.
+        """
+        start, out = self._ranges[self._group.rank][0], q
+        end = start + q.shape[1]
         if end > start:
             blocks = -(-start // self._sizes.block_tokens)
             wanted = torch.ones(self._shape.kv_heads, blocks, dtype=torch.bool)
             self.fetch(wanted, torch.arange(self._shape.kv_heads))
             k, v = self.kv[:end].permute(1, 2, 0, 3)
             out = attend_causal(q, k, v, start, self._shape.scale).out
-        self.close()
         return out
 
     def finish(self) -> None:
@@ -165,7 +185,8 @@ class DemandExchange:
     # ---- KeySource -------------------------------------------------------------------------
 
     def prepare(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
-        """See ``KeySource``; the rest was done in ``advance``."""
+        """See ``KeySource``; most of it was done in ``advance``."""
+        self._see(layer, recent // self._sizes.segment_tokens * self._sizes.segment_tokens)
         first = tiles.local_start(0)
         if first < tiles.q_offset:  # the block in which the first query stands began before it
             wanted = torch.zeros(self._shape.kv_heads, self._homes.blocks, dtype=torch.bool)
@@ -179,7 +200,9 @@ class DemandExchange:
         need &= ~self._here
         self._here.logical_or_(need)
         own = self._known(self._group.rank)
-        self._put(self._group.rank, need[:, own], self._blocks_of(self._layer, need[:, own]))
+        clustered = self._seen()
+        mine = self._own.blocks(self._layer, need[:, own], clustered)
+        self._put(self._group.rank, need[:, own], mine)
         requests = {r: need[:, self._known(r)] for r in self._others()}
         if not any(bool(part.any()) for part in requests.values()):
             return
@@ -189,9 +212,12 @@ class DemandExchange:
         }
         # What is here is known on the host; NCCL takes requests from the device.
         wanted_of = {r: part.to(self._shape.device, torch.uint8) for r, part in requests.items()}
-        self._rounds.ask(Header(Ask.BLOCKS), wanted_of, replies)
+        self._rounds.ask(Header(Ask.BLOCKS, clustered=clustered), wanted_of, replies)
         for r, part in requests.items():
             self._put(r, part, replies[r])
+
+    def share(self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor) -> None:
+        """See ``KeySource``: others do not have the blocks."""
 
     def certify(
         self,
@@ -210,19 +236,19 @@ class DemandExchange:
         rank, samples = self._group.rank, len(asked.sampled)
         rows = witness.rows()
         replies = {r: witness.attention_room() for r in self._others()}
-        header = Header(Ask.ATTENTION, mask, samples)
+        header = Header(Ask.ATTENTION, mask, samples, self._seen())
         self._rounds.ask(header, dict.fromkeys(self._others(), rows), replies)
         replies[rank] = self._attention(rank, header, rows)
         witness.merge(replies)
         requests = [witness.beliefs(r) for r in range(self._group.size)]
         kept = {r: witness.kept_room() for r in self._others()}
-        header = Header(Ask.KEPT_MASS, mask, samples)
+        header = Header(Ask.KEPT_MASS, mask, samples, self._seen())
         self._rounds.ask(header, {r: requests[r] for r in self._others()}, kept)
         kept[rank] = self._kept_mass(rank, header, requests[rank])
         return witness.certificate(kept)
 
     def close(self) -> None:
-        """See ``KeySource``."""
+        """Answer the other ranks until none needs more of the layer."""
         self._rounds.close()
 
     # ---- steps -----------------------------------------------------------------------------
@@ -237,47 +263,47 @@ class DemandExchange:
         """Blocks at home on a rank, of which some token was computed."""
         return self._homes.ids(rank, self._chunk_end)
 
-    def _cluster(self, layer: int, start: int) -> None:
-        sizes = self._sizes
-        first = int(self._homes.rows(np.array([start]))[0]) // sizes.block_tokens
-        blocks = slice(first, first + sizes.segment_tokens // sizes.block_tokens)
-        segment = self._own[layer][blocks].flatten(0, 1)  # [segment, 2, kv_heads, head_dim], a view
-        fixed = 0 if start else sizes.fixed_tokens
-        order = order_segments(
-            segment[:, 0].transpose(0, 1), sizes.block_tokens, sizes.segment_tokens, fixed
-        )
-        for head, rows in enumerate(order):
-            segment[:, :, head] = segment[rows, :, head]
+    def _seen(self) -> int:
+        """Tokens before this one are seen in clustered order by the queries at hand."""
+        state = self._states.get(self._layer)
+        return state.clustered if state else 0
 
-    def _tell(self, layer: int, state: LayerState, fresh: list[np.ndarray]) -> None:
-        """Summaries of every home's fresh blocks, to all."""
-        work, shape = state.summaries.k_mean.dtype, self._shape
-        packed = [
-            torch.empty(
-                (4, shape.kv_heads, len(ids), shape.head_dim), dtype=work, device=shape.device
-            )
-            for ids in fresh
-        ]
-        mine = fresh[self._group.rank]
-        if len(mine):
-            rows = self._homes.rows(mine * self._sizes.block_tokens) // self._sizes.block_tokens
-            blocks = self._own[layer][torch.from_numpy(rows)].flatten(0, 1)
-            k, v = blocks.permute(1, 2, 0, 3)
-            found = summarize(k, v, self._sizes.block_tokens)
-            torch.stack(
-                [found.k_mean, found.k_var, found.v_mean, found.k_far],
-                out=packed[self._group.rank],
-            )
+    def _see(self, layer: int, clustered: int) -> None:
+        """See more segments in clustered order. What is here of them is in another one."""
+        state, told, block = self._states[layer], self._told[layer], self._sizes.block_tokens
+        if clustered <= state.clustered:
+            return
+        first, last = state.clustered // block, clustered // block
+        self._here[:, first:last] = False
+        new = torch.from_numpy((told.ids >= first) & (told.ids < last))
+        assert told.summaries is not None, "segments are seen in clustered order once that is told"
+        state.summaries.scatter(torch.from_numpy(told.ids)[new], told.summaries.of(new))
+        state.clustered = clustered
+
+    def _tell(self, layer: int, state: LayerState, raster: range, ordered: range) -> None:
+        """Summaries of every home's blocks that are new in one order or the other, to all."""
+        ranks, shape = range(self._group.size), self._shape
+        of_raster, of_ordered = (
+            [ids[(ids >= span.start) & (ids < span.stop)] for ids in map(self._homes.ids, ranks)]
+            for span in (raster, ordered)
+        )
+        counts = [len(a) + len(b) for a, b in zip(of_raster, of_ordered, strict=True)]
+        work, rank = state.summaries.k_mean.dtype, self._group.rank
+        sizes = [(4, shape.kv_heads, count, shape.head_dim) for count in counts]
+        packed = [torch.empty(size, dtype=work, device=shape.device) for size in sizes]
+        if counts[rank]:
+            packed[rank].copy_(self._own.summaries(layer, of_raster[rank], of_ordered[rank]))
         for pending in self._group.broadcast_slices(packed):
             pending.wait()
-        for ids, part in zip(fresh, packed, strict=True):
-            state.summaries.scatter(torch.from_numpy(ids), BlockSummaries(*part))
-
-    def _blocks_of(self, layer: int, wanted: Tensor) -> Tensor:
-        """[count, block_tokens, 2, head_dim] of the [kv_heads, own blocks] that are wanted."""
-        heads, slots = wanted.nonzero(as_tuple=True)
-        blocks: Tensor = self._own[layer][slots, :, :, heads]
-        return blocks
+        both = torch.cat(packed, 2)
+        in_order = torch.cat([
+            torch.arange(count) >= len(ids)
+            for count, ids in zip(counts, of_raster, strict=True)
+        ])  # fmt: skip
+        ids = torch.from_numpy(np.concatenate(of_raster))
+        state.summaries.scatter(ids, BlockSummaries(*both[:, :, ~in_order]))
+        told = self._told[layer]
+        told.ids, told.summaries = np.concatenate(of_ordered), BlockSummaries(*both[:, :, in_order])
 
     def _put(self, rank: int, wanted: Tensor, blocks: Tensor) -> None:
         heads, slots = wanted.nonzero(as_tuple=True)
@@ -297,14 +323,15 @@ class DemandExchange:
 
     def _answer(self, rank: int, header: Header, request: Tensor) -> Tensor:
         if header.ask is Ask.BLOCKS:
-            return self._blocks_of(self._layer, request.cpu().bool()).contiguous()
+            wanted = request.cpu().bool()
+            return self._own.blocks(self._layer, wanted, header.clustered).contiguous()
         if header.ask is Ask.ATTENTION:
             return self._attention(rank, header, request)
         return self._kept_mass(rank, header, request)
 
     def _attention(self, rank: int, header: Header, request: Tensor) -> Tensor:
         ids = self._known(self._group.rank)
-        kv = self._own[self._layer][: len(ids)].flatten(0, 1)  # [keys, 2, kv_heads, head_dim]
+        kv = self._own.rows(self._layer, len(ids))
         tokens = ids[:, None] * self._sizes.block_tokens + np.arange(self._sizes.block_tokens)
         position = torch.from_numpy(tokens.ravel()).to(kv.device)
         return self._witnesses.attention(rank, header, request, kv, position)
@@ -315,4 +342,5 @@ class DemandExchange:
         known = summaries.of(ids[ids < summaries.blocks]).k_mean
         # The prompt's last block may be short of tokens: it has no summary, and needs none.
         k_mean = torch.nn.functional.pad(known, (0, 0, 0, len(ids) - known.shape[1]))
-        return self._witnesses.kept_mass(rank, header, request, k_mean)
+        k_mean, orders = self._own.as_seen(self._layer, k_mean, header.clustered)
+        return self._witnesses.kept_mass(rank, header, request, k_mean, orders)

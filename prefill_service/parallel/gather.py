@@ -60,10 +60,11 @@ class GatherExchange:
             self._let_go(layer - 1)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``."""
+        """See ``Exchange``; ``q`` may also be that of the first tokens of the share."""
         if not q.shape[1]:
             return q
-        start, end = self._ranges[self._group.rank]
+        start, _ = self._ranges[self._group.rank]
+        end = start + q.shape[1]
         chunk_start = self._ranges[0][0]
         partials = [self._partial(layer, q, start, end, causal=True)]
         if chunk_start:
@@ -73,20 +74,24 @@ class GatherExchange:
             partials.append(self._partial(layer, q, chunk_start, start))
         return merge(partials).out
 
-    def complete(self, layer: int) -> Tensor:
+    def complete(self, layer: int, reorder_before: int = 0) -> Tensor:
         """The layer's buffer, complete up to this rank's last token of the chunk.
 
-        Rows before the chunk may be reordered: nothing is received there any more, and dense
-        attention over them needs no mask.
+        Args:
+            reorder_before: rows before this one may be reordered: nothing is received there any
+                more, and what this rank has to send of them is gone.
 
         Returns:
             [tokens, 2, kv_heads, head_dim]; rows after this rank's share may still be arriving.
         """
-        self._wait(layer, before_rank=self._group.rank)
+        rank = self._group.rank
+        leaves = self._ranges[rank][0] < reorder_before
+        self._wait(layer, before_rank=rank + leaves)
         return self._working.layer(layer)
 
     def reordered(self, layer: int, start: int, end: int) -> None:
         """Note that rows [start, end) of what ``complete`` gave were changed."""
+        end = min(end, self._ranges[0][0])  # rows of this chunk are new anyway
         if end > start:
             self._working.touch(layer, start, end)
 

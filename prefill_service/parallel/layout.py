@@ -9,6 +9,9 @@ the first chunk on.
 * ``ZIGZAG``: each chunk in 2P runs, of which rank r takes r and 2P-1-r, so that causal work is even
   even if the whole prompt is one chunk (USP, arXiv 2405.07719).
 * One chunk of dealt patches is the contiguous layout.
+
+Where attention is sparse, the last chunk's shares are whole units (``units``), as those of all
+other chunks are anyway: less even, but then it does not matter which rank computes one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from enum import StrEnum
 from itertools import pairwise
 
 import numpy as np
+
+from prefill_service.parallel.units import Units, patches_per_unit
 
 Range = tuple[int, int]
 """First token, one past the last."""
@@ -102,6 +107,7 @@ def deal_patches(
     ranks: int,
     chunk_tokens: int,
     order: Order = Order.DEALT,
+    whole_units: bool = False,
 ) -> ChunkLayout:
     """Deal temporal patches to ranks.
 
@@ -110,6 +116,7 @@ def deal_patches(
         ranks: ranks of the group.
         chunk_tokens: tokens per chunk and rank to aim at; at least one patch is taken.
         order: of the patches of a chunk.
+        whole_units: of dealt patches, cut no unit.
 
     Raises:
         ValueError: no patches.
@@ -117,15 +124,20 @@ def deal_patches(
     patches = len(patch_ends)
     if patches == 0:
         raise ValueError("a video has at least one temporal patch")
-    tokens_per_patch = -(-int(patch_ends[-1]) // patches)
-    per_rank = max(1, chunk_tokens // tokens_per_patch)
+    per_rank = patches_per_unit(patch_ends, chunk_tokens)
+    units = Units.of(patch_ends, chunk_tokens)
     bounds = [0, *(int(end) for end in patch_ends)]
     parts = ranks if order is Order.DEALT else 2 * ranks
     chunks = []
     for first in range(0, patches, per_rank * ranks):
-        count = min(per_rank * ranks, patches - first)
+        end = min(first + per_rank * ranks, patches)
+        count = end - first
         # The first `count % parts` parts take one patch more: they have the least to attend to.
         cuts = [first + p * (count // parts) + min(p, count % parts) for p in range(parts + 1)]
+        # Of a full chunk that is one unit for each rank.
+        if whole_units and order is Order.DEALT and count < per_rank * ranks:
+            edges = units.between(first, end)
+            cuts = [min(edges, key=lambda edge: (abs(edge - cut), -edge)) for cut in cuts]
         pieces = [Piece(a, b, bounds[a], bounds[b]) for a, b in pairwise(cuts)]
         chunks.append(tuple(_share(pieces, rank, order) for rank in range(ranks)))
     return ChunkLayout(tuple(chunks))

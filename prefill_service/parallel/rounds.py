@@ -34,11 +34,13 @@ class Header:
         ask: what.
         heads: KV heads it is about, as a bit mask.
         samples: query rows it is about.
+        clustered: tokens before this one are meant in clustered order.
     """
 
     ask: Ask
     heads: int = 0
     samples: int = 0
+    clustered: int = 0
 
 
 @dataclass(slots=True)
@@ -68,8 +70,8 @@ class Rounds:
             Whether anybody asked anything.
         """
         self.count += 1
-        row = [int(header.ask), header.heads, header.samples]
-        headers = [Header(Ask(a), heads, samples) for a, heads, samples in self.group.share(row)]
+        row = [int(header.ask), header.heads, header.samples, header.clustered]
+        headers = [Header(Ask(ask), *rest) for ask, *rest in self.group.share(row)]
         asking = [
             rank
             for rank, other in enumerate(headers)

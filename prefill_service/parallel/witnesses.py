@@ -8,7 +8,7 @@ adds up what was kept of its keys. Nothing of a key travels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,12 +142,21 @@ class Witnesses:
         self._seen[rank] = q, scores
         return torch.cat([(p @ v).flatten(), lse.flatten()])
 
-    def kept_mass(self, rank: int, header: Header, request: Tensor, k_mean: Tensor) -> Tensor:
+    def kept_mass(
+        self,
+        rank: int,
+        header: Header,
+        request: Tensor,
+        k_mean: Tensor,
+        orders: Sequence[tuple[int, Tensor]] = (),
+    ) -> Tensor:
         """What was kept of the rows of the ``attention`` before, over this home's keys.
 
         Args:
             request: ``Witness.beliefs``.
-            k_mean: [kv_heads, blocks, head_dim] of this home's blocks.
+            k_mean: [kv_heads, blocks, head_dim] of this home's blocks, as the rank sees them.
+            orders: what it sees in another order than ``attention`` did: the first key, and
+                [kv_heads, keys] where from there on each of its keys is.
 
         Returns:
             [q_heads * samples].
@@ -157,6 +166,10 @@ class Witnesses:
         rows = kv_heads * self._group * samples
         if not blocks:  # this home has no keys yet
             return request.new_zeros(rows)
+        for first, order in orders:
+            index = order[self._heads(header)][:, None].expand(-1, scores.shape[1], -1)
+            part = scores[..., first : first + order.shape[1]]
+            part.copy_(part.gather(2, index))
         bias, lse = torch.split(request, [len(request) - 2 * rows, 2 * rows])
         bias = bias.view(kv_heads, 1, samples, blocks)
         exact, used = lse.view(2, kv_heads, self._group, samples)

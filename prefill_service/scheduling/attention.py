@@ -61,6 +61,7 @@ class AttentionSummary:
     total: AttentionMeasures
     layers: tuple[LayerAttention, ...]
     imbalance: float = 1.0
+    imbalance_before: float = 1.0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttentionSummary:
@@ -80,6 +81,7 @@ class AttentionSummary:
             AttentionMeasures(**data["total"]),
             layers,
             data.get("imbalance", 1.0),
+            data.get("imbalance_before", 1.0),
         )
 
 
@@ -126,6 +128,7 @@ def summarize(policy: AttentionPolicy, report: AttentionReport) -> AttentionSumm
         _measure(report.layers),
         layers,
         report.imbalance,
+        report.imbalance_before,
     )
 
 

@@ -85,6 +85,9 @@ class Metrics:
         self._imbalance = gauge(
             "rank_imbalance", "Keys attended by the busiest rank over the mean, last job."
         )
+        self._imbalance_before = gauge(
+            "rank_imbalance_before", "The same, had no rank attended to others' blocks."
+        )
         self._tiles = counter("tiles", "(KV head, query tile) pairs computed.")
         self._redone = counter("tiles_redone", "Of them, again with a smaller epsilon.")
         self._dense = counter("tiles_dense", "Of them, densely in the end.")
@@ -155,6 +158,7 @@ class Metrics:
 
     def _last_job(self, attention: AttentionSummary) -> None:
         self._imbalance.set(attention.imbalance)
+        self._imbalance_before.set(attention.imbalance_before)
         for gauge in (self._layer_density, self._layer_kept, self._layer_error):
             gauge.clear()
         for layer in attention.layers:

@@ -96,7 +96,9 @@ class PrefillRunner:
         profile = self._planning.profile(spec)
         with self._traces.span(job_id, "make room"):
             exchange = await self._exchange(plan, used, comparison, team)
-            manifest, kv_bytes = await self._reserve(plan, profile, exchange, comparison, team)
+            manifest, kv_bytes = await self._reserve(
+                plan, profile, exchange, comparison, team, used
+            )
         self._prefixes.add(manifest, kv_bytes)
         on_start()
         task = PrefillTask(
@@ -153,12 +155,13 @@ class PrefillRunner:
         exchange: ExchangeChoice,
         comparison: ComparisonTask | None,
         team: Team,
+        policy: AttentionPolicy,
     ) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""
         while True:
             await self._group.wait_ready()
             layout = self._group.layout
-            runs = self._group.shard_map(plan, exchange, comparison, team)
+            runs = self._group.shard_map(plan, exchange, comparison, team, policy)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
             await self._prefixes.make_room(pages * layout.page_bytes)
             if self._group.ready:

@@ -36,7 +36,7 @@ def run(
     for start in range(0, tokens, chunk):
         part = q[:, start : start + chunk]
         if attention.is_sparse(start, part.shape[1]):
-            outs.append(attention.attend(0, part, kv, start, start, SCALE))
+            outs.append(attention.attend(0, part, kv, start, SCALE))
         else:
             keys, values = kv[: start + part.shape[1]].permute(1, 2, 0, 3)
             outs.append(attend_causal(part, keys, values, start, SCALE).out)

@@ -82,7 +82,7 @@ def test_sinks_and_the_previous_patch_are_attended_whole(patch: int) -> None:
     kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
-        attention.attend(0, q[:, part], kv, start, start, SCALE)
+        attention.attend(0, q[:, part], kv, start, SCALE)
         for name, token in (("sink", 0), ("sink", 63), ("previous", max(0, start - patch))):
             assert torch.equal(kv[token, 0], k[:, token]), (name, token, start)
     reordered = (kv[:, 0] != k.transpose(0, 1)).any(-1)  # [tokens, kv_heads]
@@ -115,7 +115,7 @@ def test_ranks_combine_to_what_one_rank_reports() -> None:
         )  # fmt: skip
         for start in range(0, 1024, 512):
             mine = start + 256 * rank
-            attention.attend(0, q[:, mine : mine + 256], kv, mine, start, SCALE)
+            attention.attend(0, q[:, mine : mine + 256], kv, mine, SCALE)
         parts.append(attention.report())
     report = combine(parts)
     layer = report.layers[0]

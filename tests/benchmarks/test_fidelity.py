@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ra
         ASSET, tmp_path, ranks, chunk_tokens=200, sparse_from_tokens=400
     ) as harness:
         plan, _ = await harness.plan(path, FrameSampling())
-        task = replace(harness.task(path, plan), policy=setting.policy)
+        task = harness.task(path, plan, policy=setting.policy)
         outcome = await harness.prefill(task)
         served = harness.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
     reader = Reader(ASSET, sparse_from=400, chunk_tokens=200)

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "kv": {"models.plan"},
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
     "engine": {"models", "attention", "parallel", "planning", "kv", "video"},
-    "calibration": {"engine", "models", "attention", "video"},
+    "calibration": {"engine", "models", "attention", "parallel", "video"},
     "decode": {"kv", "models.plan"},
     "scheduling": {
         "attention",

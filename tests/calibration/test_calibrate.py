@@ -71,7 +71,7 @@ async def prefill(
     """By a rank: its report, and KV [layers, 2, tokens, kv_heads, head_dim]."""
     plan, _ = await harness.plan(video, FrameSampling(fps=FPS))
     plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
-    task = replace(harness.task(video, plan), policy=policy)
+    task = harness.task(video, plan, policy=policy)
     layers = (await harness.prefill(task)).attention.layers
     return layers, harness.read_kv(task)
 

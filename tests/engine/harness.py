@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.group import RankGroup
 from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress
@@ -25,6 +26,8 @@ from prefill_service.parallel.teams import Team
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
+
+EXACT = resolve_policy(Quality.EXACT)
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Harness:
         exchange: ExchangeChoice | None = None,
         comparison: ComparisonTask | None = None,
         team: Team | None = None,
+        policy: AttentionPolicy = EXACT,
     ) -> PrefillTask:
         team = team or self.group.everyone
         exchange = exchange or self.group.exchange_of(team)
@@ -65,7 +69,7 @@ class Harness:
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=self.group.layout,
             num_tokens=plan.num_tokens,
-            runs=self.group.shard_map(plan, exchange, comparison, team),
+            runs=self.group.shard_map(plan, exchange, comparison, team, policy),
             endpoints=self.group.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
@@ -73,9 +77,8 @@ class Harness:
         job_id = f"job_{uuid.uuid4().hex}"
         index = str(self.index_path(video))
         return PrefillTask(
-            job_id, plan, manifest, str(video), index, team,
-            exchange=exchange, comparison=comparison,
-        )  # fmt: skip
+            job_id, plan, manifest, str(video), index, team, policy, exchange, comparison
+        )
 
     async def prefill(self, task: PrefillTask, over: str = "") -> PrefillOutcome:
         self.group.grant(task.plan.prefix_id, "lease", 60.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ async def offloading(
     async with running_group(model, folder, 2, **options) as harness:
         plan, _ = await harness.plan(video, FrameSampling(fps=8.0))
         policy = resolve_policy(epsilon=epsilon) if epsilon else resolve_policy(Quality.EXACT)
-        task = replace(harness.task(video, plan), policy=policy)
+        task = harness.task(video, plan, policy=policy)
         outcome = await harness.prefill(task)
         return harness.read_kv(task), outcome
 

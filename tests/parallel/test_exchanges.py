@@ -165,7 +165,7 @@ def published_bytes(kind: ExchangeKind, ranks: int, degree: int, case: Case) -> 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_rank_receives_what_the_papers_say(size: int, tmp_path: Path) -> None:
-    # What demand moves depends on what is selected: see test_demand.py.
+    # What demand moves depends on what is selected: see test_sparse.py.
     kinds = [kind for kind in ExchangeKind if kind is not ExchangeKind.DEMAND]
     results = run_ranks(run_rank, size, tmp_path, [(kind.value, EVEN) for kind in kinds])
     for index, kind in enumerate(kinds):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
 from prefill_service.decode.vllm_client import DecodeEvent, DecodeRequest
 from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress, Stage
@@ -180,6 +181,7 @@ class Group:
         exchange: ExchangeChoice | None = None,
         comparison: ComparisonTask | None = None,
         team: Team = EVERYONE,
+        policy: AttentionPolicy | None = None,
     ) -> tuple[ShardRun, ...]:
         if comparison is not None:
             return comparison_runs(comparison_split(plan, comparison, 2), LAYOUT, team)

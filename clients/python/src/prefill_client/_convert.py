@@ -156,6 +156,7 @@ def _attention(message: prefill_pb.AttentionReport) -> attention.AttentionReport
         min_kept_mass=message.min_kept_mass,
         floor_met=message.floor_met,
         imbalance=message.imbalance,
+        imbalance_before=message.imbalance_before,
         sparse_from_tokens=message.sparse_from_tokens,
         total=_measures(message.total),
         layers=tuple(

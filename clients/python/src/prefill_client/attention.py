@@ -69,8 +69,9 @@ class AttentionReport:
         total: over all layers, times summed.
         layers: without the last one, whose attention a prefix never needs; empty if nothing was
             measured, and in listings.
-        imbalance: keys attended by the busiest rank over the mean of the ranks; 0 from a server
-            that is older than this.
+        imbalance: keys attended by the busiest rank over the mean of the ranks, at each chunk and
+            layer; 0 from a server that is older than this.
+        imbalance_before: the same, had no rank attended to a part of what others had selected.
     """
 
     quality: Quality
@@ -81,6 +82,7 @@ class AttentionReport:
     total: AttentionMeasures
     layers: tuple[LayerAttention, ...]
     imbalance: float = 0.0
+    imbalance_before: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class LayerAttention(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., measures: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., head_density: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class AttentionReport(_message.Message):
-    __slots__ = ("quality", "epsilon", "min_kept_mass", "floor_met", "sparse_from_tokens", "total", "layers", "imbalance")
+    __slots__ = ("quality", "epsilon", "min_kept_mass", "floor_met", "sparse_from_tokens", "total", "layers", "imbalance", "imbalance_before")
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     MIN_KEPT_MASS_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class AttentionReport(_message.Message):
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     IMBALANCE_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_BEFORE_FIELD_NUMBER: _ClassVar[int]
     quality: Quality
     epsilon: float
     min_kept_mass: float
@@ -214,7 +215,8 @@ class AttentionReport(_message.Message):
     total: AttentionMeasures
     layers: _containers.RepeatedCompositeFieldContainer[LayerAttention]
     imbalance: float
-    def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ..., floor_met: _Optional[bool] = ..., sparse_from_tokens: _Optional[int] = ..., total: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ..., imbalance: _Optional[float] = ...) -> None: ...
+    imbalance_before: float
+    def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ..., floor_met: _Optional[bool] = ..., sparse_from_tokens: _Optional[int] = ..., total: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ..., imbalance: _Optional[float] = ..., imbalance_before: _Optional[float] = ...) -> None: ...
 
 class CollectiveUse(_message.Message):
     __slots__ = ("name", "calls", "bytes_received", "elapsed")

@@ -1,0 +1,271 @@
+"""Sparse attention over ranks selects, computes and certifies what one rank with all keys does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.quality import AttentionPolicy, resolve_policy
+from prefill_service.attention.report import combine
+from prefill_service.attention.tiles import Tiles
+from prefill_service.engine.attending import ChunkAttention
+from prefill_service.parallel.balanced import make_balancer
+from prefill_service.parallel.demand import DemandExchange
+from prefill_service.parallel.exchange import AttentionShape, Exchange
+from prefill_service.parallel.exchanges import ExchangeKind
+from prefill_service.parallel.gather import GatherExchange
+from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.layout import ChunkLayout, deal_patches
+from prefill_service.parallel.units import Units
+from tests.parallel.ranks import run_ranks
+
+LAYERS, KV_HEADS, HEAD_DIM, SCALE = 2, 2, 16, 0.25
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt: patches of so many tokens, tokens per chunk and rank, what is asked for.
+
+    ``broken``: one value is not a number, so that its KV head has no certificate. ``action``: where
+    queries want single keys, as shares of the prompt; elsewhere they want the mean.
+    """
+
+    patches: int
+    patch_tokens: int
+    chunk: int
+    ratio: int
+    policy: AttentionPolicy
+    from_tokens: int = 200
+    broken: bool = False
+    action: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def ends(self) -> np.ndarray:
+        return 5 + np.arange(1, self.patches + 1) * self.patch_tokens
+
+    @property
+    def q_heads(self) -> int:
+        return self.ratio * KV_HEADS
+
+    @property
+    def settings(self) -> SparseSettings:
+        return SparseSettings(self.from_tokens, block_tokens=16, tile_tokens=32, segment_blocks=4)
+
+    @property
+    def shape(self) -> AttentionShape:
+        tokens = int(self.ends[-1])
+        return AttentionShape(
+            LAYERS, tokens, self.q_heads, KV_HEADS, HEAD_DIM, SCALE, torch.float64, CPU
+        )
+
+    def layout(self, ranks: int) -> ChunkLayout:
+        sparse = not self.policy.exact and int(self.ends[-1]) >= self.from_tokens
+        return deal_patches(self.ends, ranks, self.chunk, whole_units=sparse)
+
+    def data(self) -> Tensor:
+        """[layers, heads, tokens, head_dim]: keys in a few loose clusters, queries near some."""
+        tokens, seed = int(self.ends[-1]), torch.Generator().manual_seed(self.patches)
+        centres = torch.randn(LAYERS, 12, HEAD_DIM, dtype=torch.float64, generator=seed)
+        heads = self.q_heads + 2 * KV_HEADS
+        near = torch.randint(0, 12, (LAYERS, heads, tokens), generator=seed)
+        noise = torch.randn(LAYERS, heads, tokens, HEAD_DIM, dtype=torch.float64, generator=seed)
+        picked = torch.stack([centres[layer][near[layer]] for layer in range(LAYERS)])
+        found = 1.5 * picked + 0.5 * noise
+        first, last = (int(share * tokens) for share in self.action)
+        found[:, : self.q_heads, :first] *= 0.3  # sharper attention would need all blocks
+        found[:, : self.q_heads, last:] *= 0.3
+        if self.broken:
+            found[:, -1, 3] = torch.nan
+        return found
+
+    def split(self, layer: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.split(layer, [self.q_heads, KV_HEADS, KV_HEADS]))
+
+
+BUSY = Case(90, 37, 80, 1, resolve_policy(epsilon=0.2), action=(0.79, 0.83))
+"""All that happens in 3,335 tokens happens in 133 of them, less than two units."""
+
+CASES = {
+    "sparse": Case(40, 37, 150, 2, resolve_policy(epsilon=0.2)),
+    "redone": Case(40, 37, 150, 2, resolve_policy(epsilon=0.5, min_kept_mass=0.8)),
+    "dense in the end": Case(20, 37, 150, 1, resolve_policy(epsilon=0.2), broken=True),
+    "units in parts": Case(100, 13, 530, 1, resolve_policy(epsilon=0.2)),
+    "exact": Case(20, 37, 150, 2, resolve_policy(epsilon=0.0)),
+    "small shares": Case(30, 37, 37, 7, resolve_policy(epsilon=0.2)),
+    "shares in a block": Case(60, 7, 7, 1, resolve_policy(epsilon=0.2)),
+    "exact, shares in a block": Case(40, 7, 7, 2, resolve_policy(epsilon=0.0)),
+    "one patch": Case(1, 30, 150, 1, resolve_policy(epsilon=0.2), from_tokens=1),
+}
+
+
+class Selection(AdaptiveAttention):
+    """Notes which blocks every unit keeps, by layer and first token."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(
+            case.settings, case.policy, LAYERS, KV_HEADS, HEAD_DIM, torch.float64, CPU, case.ends
+        )
+        self.kept: dict[tuple[int, int], Tensor] = {}
+        add = self._grids.add
+
+        def noted(layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
+            self.kept[layer, tiles.q_offset] = keep.clone()
+            add(layer, tiles, keep, order)
+
+        self._grids.add = noted  # type: ignore[method-assign]
+
+
+class Spied(DemandExchange):
+    """Notes which blocks of other ranks are needed, in its own way: per layer, as a set."""
+
+    def __init__(self, *arguments: Any, cached: bool) -> None:
+        super().__init__(*arguments, cached=cached)
+        self.needed = 0
+        self.have: list[set[tuple[int, int]]] = [set() for _ in range(LAYERS)]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        super().store(layer, k, v)
+        start, end = self._ranges[self._group.rank]
+        whole = self._ranges[0][0] // 16 if self._cached else 0  # blocks of earlier chunks
+        self.have[layer] = {(head, b) for head, b in self.have[layer] if b < whole}
+        mine = [b for b in range(end // 16) if start <= b * 16]
+        self.have[layer] |= {(head, b) for head in range(KV_HEADS) for b in mine}
+
+    def _see(self, layer: int, clustered: int) -> None:
+        old = self._states[layer].clustered
+        super()._see(layer, clustered)
+        ordered = range(old // 16, clustered // 16)
+        self.have[layer] -= {(head, b) for head in range(KV_HEADS) for b in ordered}
+
+    def fetch(self, wanted: Tensor, heads: Tensor) -> None:
+        for row, block in wanted.nonzero().tolist():
+            one = (int(heads[row]), block)
+            if one not in self.have[self._layer]:
+                self.have[self._layer].add(one)
+                self.needed += int(self._homes.block_home[block] != self._group.rank)
+        super().fetch(wanted, heads)
+
+
+def compute(group: SPGroup, case: Case, kind: str) -> dict[str, Any]:
+    """This rank's part of a prefill, by the product's own path."""
+    layout, shape = case.layout(group.size), case.shape
+    units, balancer = Units.of(case.ends, case.chunk), None
+    exchange: Exchange
+    if kind == "gather":
+        exchange = GatherExchange(group, shape)
+    elif kind == "balanced":
+        exchange = GatherExchange(group, shape)
+        balancer = make_balancer(ExchangeKind.GATHER, group, shape, 32, 16, units, 1.0)
+    else:
+        cached = kind == "demand"
+        exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
+    selection, data, before = Selection(case), case.data(), dict(group.meter.uses)
+    attending = ChunkAttention(exchange, selection, units, group.meter, balancer)
+    out = torch.zeros_like(data[:, : case.q_heads])
+    for shares in layout.shares:
+        attending.start_chunk(shares, group.rank)
+        start, end = shares[group.rank].contiguous
+        for layer in range(LAYERS):
+            q, k, v = case.split(data[layer][:, start:end])
+            exchange.store(layer, k.transpose(0, 1), v.transpose(0, 1))
+            out[layer][:, start:end] = attending.attend(layer, q, SCALE)
+    exchange.finish()
+    return {
+        "out": out,
+        "kept": selection.kept,
+        "report": selection.report(),
+        "uses": group.meter.since(before),
+        "needed": getattr(exchange, "needed", None),
+    }
+
+
+def one_rank(case: Case) -> dict[str, Any]:
+    """Unit by unit, with every key at hand."""
+    selection, data = Selection(case), case.data()
+    out = torch.zeros_like(data[:, : case.q_heads])
+    for layer in range(LAYERS):
+        whole, k, v = case.split(data[layer])
+        kv = torch.stack([k, v]).permute(2, 0, 1, 3).contiguous()
+        for start, end in Units.of(case.ends, case.chunk).cut(0, int(case.ends[-1])):
+            q = whole[:, start:end]
+            if selection.is_sparse(start, end - start):
+                out[layer][:, start:end] = selection.attend(layer, q, kv, start, SCALE)
+            else:
+                k, v = kv[:end].permute(1, 2, 0, 3)
+                out[layer][:, start:end] = attend_causal(q, k, v, start, SCALE).out
+                selection.observe(layer, q, kv, start, SCALE)
+    return {"out": out, "kept": selection.kept, "report": selection.report()}
+
+
+def kinds(name: str) -> tuple[str, ...]:
+    return ("balanced", "demand", *(("gather", "uncached") if name == "sparse" else ()))
+
+
+def run_rank(group: SPGroup, names: list[str]) -> list[dict[str, dict[str, Any]]]:
+    return [{kind: compute(group, CASES[name], kind) for kind in kinds(name)} for name in names]
+
+
+def run_busy(group: SPGroup) -> dict[str, Any]:
+    return compute(group, BUSY, "balanced")
+
+
+def assert_same_blocks(found: list[dict[str, Any]], expected: dict[str, Any], case: str) -> None:
+    """Ranks' parts of a prefill against that of one rank."""
+    out = sum(part["out"] for part in found)  # each has its own queries, and zeros
+    torch.testing.assert_close(out, expected["out"], rtol=0, atol=1e-9, equal_nan=True)
+    kept = {unit: keep for part in found for unit, keep in part["kept"].items()}
+    assert kept.keys() == expected["kept"].keys(), case
+    for unit, keep in kept.items():
+        assert torch.equal(keep, expected["kept"][unit]), (case, unit)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_any_number_of_ranks_selects_what_one_does(size: int, tmp_path: Path) -> None:
+    names = list(CASES)
+    ranks = run_ranks(run_rank, size, tmp_path, names)
+    for index, name in enumerate(names):
+        expected = one_rank(CASES[name])
+        wanted = expected["report"].layers
+        for kind in kinds(name):
+            found = [rank[index][kind] for rank in ranks]
+            assert_same_blocks(found, expected, f"{name}, {kind}")
+            layers = combine([part["report"] for part in found]).layers
+            for ours, theirs in zip(layers, wanted, strict=True):
+                assert ours.attended == theirs.attended, (name, kind)
+                assert ours.tiles_redone == theirs.tiles_redone, (name, kind)
+                assert ours.tiles_dense == theirs.tiles_dense, (name, kind)
+                assert ours.kept_mass.count == theirs.kept_mass.count, (name, kind)
+                for mine, other in (
+                    (ours.kept_mass, theirs.kept_mass), (ours.output_error, theirs.output_error)
+                ):  # fmt: skip
+                    assert mine.total == pytest.approx(other.total, abs=1e-8), (name, kind)
+            for part in found:
+                if part["needed"] is not None:
+                    use = part["uses"].get("blocks")
+                    received = use.bytes_received if use else 0
+                    assert received == part["needed"] * 16 * 2 * HEAD_DIM * 8
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_is_skewed_is_balanced(size: int, tmp_path: Path) -> None:
+    """Of the paper: at most 5 % above the mean afterwards, and nothing else changes."""
+    found = run_ranks(run_busy, size, tmp_path)
+    expected = one_rank(BUSY)
+    assert_same_blocks(found, expected, "busy")
+    report = combine([part["report"] for part in found])
+    assert report.imbalance_before > 1.1
+    assert report.imbalance <= 1.05
+    for ours, theirs in zip(report.layers, expected["report"].layers, strict=True):
+        assert ours.attended == theirs.attended
+    used = [part["uses"]["balance"].bytes_received for part in found]
+    gathered = [part["uses"]["broadcast"].bytes_received for part in found]
+    assert 0 < sum(used) < sum(gathered)  # far from moving everything
