@@ -105,6 +105,7 @@ def _measure(
                 "arguments": {s.name: getattr(s, "arguments", []) for s in systems},
                 "environment": {s.name: getattr(s, "environment", {}) for s in systems},
             })  # fmt: skip
+            session.warm_up(maker.make(1, arguments.seed))
             for length in lengths:
                 cells = session.run(length, partial(_case, cases, length.tokens))
                 _say(rows.table(rows.rows(cells)))

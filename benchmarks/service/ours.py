@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,8 @@ from benchmarks.service.systems import (
 )
 from tools.service_process import ServiceProcess
 
+AGREE = "agree"
+
 
 class Service:
     """``prefill-service serve`` with its embedded vLLM.
@@ -43,9 +46,9 @@ class Service:
             "--engine-threads-per-rank", str(threads),
             "--decoder-kv-cache-gib", str(KV_BYTES / (1 << 30)),
         ]  # fmt: skip
-        data = ["--data-dir", str(setup.folder / f"data-{ranks}")]
+        self._data = tempfile.TemporaryDirectory(prefix="data-", dir=setup.folder)
         self._process = ServiceProcess(
-            [*self.arguments, *data], setup.folder / f"service-{ranks}.log"
+            [*self.arguments, "--data-dir", self._data.name], setup.folder / f"service-{ranks}.log"
         )
 
     def __enter__(self) -> Self:
@@ -68,6 +71,7 @@ class Service:
     ) -> None:
         self._client.close()
         self._process.stop()
+        self._data.cleanup()
 
     @property
     def pid(self) -> int:
@@ -122,7 +126,8 @@ def stages(job: Job, answer: Answer, first_token_s: float) -> dict[str, float]:
     """Seconds by stage of a first question, of the slowest rank each; they add up to more or less
     what the client waited, since decoding overlaps the rest and ranks are not equally slow.
 
-    ``linear`` is what remains of the prefill: matrix products, norms, page writing. ``vllm`` is
+    ``agree`` is what the ranks wait for each other, at layers and between chunks; ``linear`` what
+    remains of the prefill: matrix products, norms, page writing, agreements within it; ``vllm`` is
     from the question's submission to the first token without the hand-off; ``other`` is what the
     client waited before the ranks began, between stages, and for the network.
     """
@@ -137,7 +142,9 @@ def stages(job: Job, answer: Answer, first_token_s: float) -> dict[str, float]:
         total = result.attention.total
         found |= {"select": total.select_s, "attend": total.attend_s, "certify": total.certify_s}
     if result.communication:
-        found["exchange"] = sum(use.elapsed_s for use in result.communication.collectives)
+        for use in result.communication.collectives:
+            name = use.name if use.name == AGREE else "exchange"
+            found[name] = found.get(name, 0.0) + use.elapsed_s
     inside = sum(found.get(name, 0.0) for name in ("select", "attend", "certify", "exchange"))
     found["linear"] = max(0.0, found["prefill"] - inside)
     found["handoff"] = answer.timings.handoff_s

@@ -84,6 +84,12 @@ class Session:
         """End them."""
         self._stack.close()
 
+    def warm_up(self, case: Case) -> None:
+        """Ask every system about a short video, so that first requests' own costs are over."""
+        for system in self._systems:
+            for mode in system.modes:
+                system.measure(case, mode)
+
     def run(self, length: Length, make: Callable[[int], Case]) -> list[Cell]:
         """Measure one length; its cells.
 
