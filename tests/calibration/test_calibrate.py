@@ -35,7 +35,7 @@ from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.service import build_parts
 from tests.engine.harness import Harness, running_group
 
-EPSILON = 0.3
+EPSILON = 0.7
 FPS = 4.0
 SIZES = ["--sparse-from-tokens", "400", "--chunk-tokens", "200", "--fps", str(FPS)]
 
