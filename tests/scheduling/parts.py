@@ -133,6 +133,8 @@ class Group:
         self.tasks: list[PrefillTask] = []
         self.stopped: list[str] = []
         self.roomy = True
+        self.held: set[str] = set()
+        """Jobs that get no further for now."""
         self.paused: dict[str, asyncio.Event] = {}
         """Jobs that were paused, and whether they may go on."""
         self.pages: dict[str, asyncio.Event] = {}
@@ -223,7 +225,7 @@ class Group:
         try:
             for done in range(1, patches + 1):
                 await asyncio.wait({death}, timeout=self.step_s)
-                while task.job_id in self.paused and not self.paused[task.job_id].is_set():
+                while not death.done() and self._stands(task.job_id):
                     await asyncio.wait({death}, timeout=0.01)
                 if death.done():
                     death.result()
@@ -247,6 +249,9 @@ class Group:
             {"decode": 0.1}, {"broadcast": CollectiveUse(1, 1, 0.01)}, 0.1, report(task),
             (WorkingReport(64, 32, 7, 0.5), WorkingReport(64, 32, 4, 0.25)),
         )  # fmt: skip
+
+    def _stands(self, job_id: str) -> bool:
+        return job_id in self.held or (job_id in self.paused and not self.paused[job_id].is_set())
 
     def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         assert ttl_s > 0
