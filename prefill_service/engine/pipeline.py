@@ -215,6 +215,7 @@ class ChunkedRun:
         self._writer.seal_pages(self._page, pages)
         self._page += pages
 
+    @torch.inference_mode()  # as the model is: what was made in it is changed here, too
     def _stand_by(self) -> None:
         """A rank without a share in this chunk still takes part in the others' exchanges."""
         layout, model = self._rank.kv_layout, self._rank.model
