@@ -100,7 +100,7 @@ class ChunkAttention:
         parts = []
         if border > start or not units:
             part = q[:, : border - start]
-            parts.append(exchange.attend(layer, part))
+            parts.append(exchange.attend_first(layer, part))
             attention.observe(layer, part, exchange.kv, start, scale)
         for first, last in units:
             part = q[:, first - start : last - start]

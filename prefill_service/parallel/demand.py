@@ -165,10 +165,13 @@ class DemandExchange:
         self._see(layer, oldest)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``; every block before the queries is fetched.
+        """See ``Exchange``; every block before the queries is fetched."""
+        out = self.attend_first(layer, q)
+        self.close()
+        return out
 
-        ``q`` may also be that of the first tokens of the share. The layer ends with ``close``.
-        """
+    def attend_first(self, layer: int, q: Tensor) -> Tensor:
+        """The same of the share's first tokens only; the layer then ends with ``close``."""
         start, out = self._ranges[self._group.rank][0], q
         end = start + q.shape[1]
         if end > start:
