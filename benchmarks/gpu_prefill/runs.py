@@ -17,6 +17,7 @@ from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
+from prefill_service.engine.attending import ChunkAttention
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.segment import ShardStore, ShardWriter
 from prefill_service.models.plan import PrefixPlan
@@ -24,6 +25,7 @@ from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.group import SPGroup
 from prefill_service.parallel.layout import ChunkLayout, deal_patches
+from prefill_service.parallel.units import Units
 
 DENSE = "dense"
 MODES = (DENSE, "exact", "high", "balanced", "fast")
@@ -71,7 +73,7 @@ class OursKV:
     """``engine.pipeline.ChunkedRun``'s keys and attention, of one rank and the gather exchange.
 
     Args:
-        layout: of the prompt, on one rank.
+        layout: of the prompt, on one rank, in chunks of ``chunk_tokens``.
         writer: takes the pages of every layer, as for a hand-off.
     """
 
@@ -80,6 +82,7 @@ class OursKV:
         model: RandomModel,
         plan: PrefixPlan,
         layout: ChunkLayout,
+        chunk_tokens: int,
         settings: SparseSettings,
         quality: Quality,
         writer: ShardWriter | None = None,
@@ -91,19 +94,21 @@ class OursKV:
             self._attending, plan.num_tokens, model.num_heads, checkpoint.num_kv_heads,
             checkpoint.head_dim, model.attention_scale, model.dtype, model.device,
         )  # fmt: skip
-        self._exchange = GatherExchange(SPGroup(0, 1, None, None), shape)
+        group = SPGroup(0, 1, None, None)
+        self._exchange = GatherExchange(group, shape)
         self.attention = AdaptiveAttention(
             settings, resolve_policy(quality), self._attending, checkpoint.num_kv_heads,
             checkpoint.head_dim, model.dtype, model.device, plan.patch_ends,
         )  # fmt: skip
-        self._chunk, self._start, self._page = -1, 0, 0
+        units = Units.of(plan.patch_ends, chunk_tokens)
+        self._chunks = ChunkAttention(self._exchange, self.attention, units, group.meter)
+        self._chunk, self._page = -1, 0
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """See ``LayerKV``."""
         if layer == 0:
             self._chunk += 1
-            self._exchange.start_chunk(self._layout.shares[self._chunk])
-            self._start, _ = self._layout.shares[self._chunk][0].contiguous
+            self._chunks.start_chunk(self._layout.shares[self._chunk], 0)
         if self._writer is not None:
             self._write(self._writer, layer, k, v)
         if layer < self._attending:
@@ -111,19 +116,7 @@ class OursKV:
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """See ``LayerKV``."""
-        attention, start = self.attention, self._start
-        if attention.is_sparse(start, q.shape[1]):
-            kv, state = self._exchange.complete(layer), attention.state(layer)
-            clustered = state.clustered
-            out = attention.attend(layer, q, kv, start, start, scale)
-            self._exchange.reordered(layer, clustered, state.clustered)
-            return out
-        clock = Stopwatch(q.device)
-        out = self._exchange.attend(layer, q)
-        clock.lap("attend")
-        attention.attended(layer, clock.seconds("attend"))
-        attention.observe(layer, q, self._exchange.complete(layer), start, scale)
-        return out
+        return self._chunks.attend(layer, q, scale)
 
     def _write(self, writer: ShardWriter, layer: int, k: Tensor, v: Tensor) -> None:
         writer.write(layer, self._page, k.contiguous(), v.contiguous())
@@ -227,7 +220,9 @@ def prefill(
     if mode == DENSE:
         kv: OursKV | DenseKV = DenseKV(model, plan, len(chunks), kernel)
     else:
-        kv = OursKV(model, plan, layout, settings.sparse, Quality(mode), writer)
+        kv = OursKV(
+            model, plan, layout, settings.chunk_tokens, settings.sparse, Quality(mode), writer
+        )
     clock = Stopwatch(device.torch)
     attended: list[Tensor] | None = [] if capture else None
     stored: dict[int, list[Tensor]] | None = {} if capture else None

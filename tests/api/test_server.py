@@ -349,13 +349,13 @@ async def test_signal_during_start(tmp_path: Path, template: Any) -> None:
 async def test_internal_errors_are_logged_under_an_id(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefill_service.scheduling.scheduler import Scheduler
+    from prefill_service.scheduling.book import JobBook
 
-    def broken(self: Scheduler, job_id: str) -> None:
+    def broken(self: JobBook, job_id: str) -> None:
         raise KeyError("secret")
 
     async with serve() as s:
-        monkeypatch.setattr(Scheduler, "get", broken)
+        monkeypatch.setattr(JobBook, "get", broken)
         code, reason, metadata, _ = await error_of(s.get("job_x"))
         assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
         assert metadata["error_id"] in caplog.text

@@ -28,20 +28,14 @@ LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float32", pa
 
 
 async def ask(
-    decoder: Decoder, case: Case, handoff: HandoffParams, name: str, tokens: int,
-    at_first_token: Callable[[], object] = lambda: None,
-) -> list[int]:  # fmt: skip
+    decoder: Decoder, case: Case, handoff: HandoffParams, name: str, tokens: int
+) -> list[int]:
     prefix_id = handoff.manifest.prefix_id
     request = DecodeRequest(
         case.prompts[0], replace(case.plan, prefix_id=prefix_id), handoff,
         Sampling(max_tokens=tokens, ignore_eos=True), name,
     )  # fmt: skip
-    answer: list[int] = []
-    async for event in decoder.generate(request):
-        if event.token_ids and not answer:
-            at_first_token()
-        answer.extend(event.token_ids)
-    return answer
+    return [t async for event in decoder.generate(request) for t in event.token_ids]
 
 
 async def test_preemption_death_and_restart(
@@ -102,9 +96,13 @@ async def _kill_engine_and_see(decoder: Decoder, case: Case, handoff: HandoffPar
     children = psutil.Process(decoder.pid).children(recursive=True)
     old_pid = decoder.pid
     (engine,) = [p for p in children if "EngineCore" in p.name() or "EngineCor" in p.name()]
-    # At the first token, not after some time: an idle machine is through within a second.
+    # It stands still first: it could be through with its answer before anybody can kill it.
+    engine.suspend()
+    asking = asyncio.create_task(ask(decoder, case, handoff, "dying", 700))
+    await asyncio.sleep(1)
+    engine.kill()
     with pytest.raises(ServiceError) as caught:
-        await ask(decoder, case, handoff, "dying", 700, at_first_token=engine.kill)
+        await asking
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE
     deadline = time.monotonic() + 60
     while decoder.ready:
