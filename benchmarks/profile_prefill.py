@@ -1,0 +1,201 @@
+"""Where the time of a prefill goes on one CPU core, and how far from the floor each part is.
+
+    python -m benchmarks.profile_prefill --checkpoint build/checkpoints/bench-qwen3-vl --tokens 8192
+
+One process computes a synthetic video as one rank does, vision tower first, under torch's profiler.
+Operators are summed by what they are for; the floor of matrix products is their FLOPs at the rate
+that the same operators reach alone, in this run. Seconds are CPU time of the process, which other
+programs disturb less than the clock. ``--plain`` does the same without packed linear layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import tables
+from prefill_service.attention.adaptive import SparseSettings
+from prefill_service.attention.dense import attend
+from prefill_service.attention.quality import Quality, resolve_policy
+from prefill_service.attention.report import LayerReport
+from prefill_service.calibration.prefill import LocalPrefill
+from prefill_service.calibration.prefix import EncodedVideo, PlannedVideo, encode_video
+from prefill_service.config import VideoConfig
+from prefill_service.models import prefill_model
+from prefill_service.models.checkpoint import Checkpoint, open_checkpoint
+from prefill_service.models.plan import FrameSampling
+from prefill_service.models.planner import PromptPlanner
+from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.video.probe import probe_video
+from tools.make_video import write_video
+
+_PARTS = {
+    "linear layers": ("mkldnn::_linear_pointwise", "aten::addmm"),
+    "attention kernel": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "summaries, certificate (products)": ("aten::mm", "aten::bmm"),
+    "gather, copies": ("aten::index_select", "aten::copy_", "aten::index", "aten::cat"),
+}
+"""Operators by what they are for; nearly all else goes element by element."""
+
+_FRAME = 320, 224
+_TOKENS_PER_PATCH = 79  # of two such frames, timestamp included
+CPU = torch.device("cpu")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=8192, help="about so many (%(default)s)")
+    parser.add_argument("--quality", nargs="+", type=Quality,
+                        default=[Quality.EXACT, Quality.BALANCED])  # fmt: skip
+    parser.add_argument("--chunk", type=int, default=512, help="tokens (%(default)s)")
+    parser.add_argument("--plain", action="store_true", help="torch's own linear layers")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = measure(options)
+    print(f"{options.checkpoint.name}, float32, one core, chunks of {options.chunk} tokens")
+    print(tables.markdown(
+        ["part", "CPU s", "share", "TFLOP", "GFLOP/s", "alone", "of that"],
+        [[r["part"], f"{r['cpu_s']:.2f}", f"{r['share']:.0%}", *_rates(r)] for r in rows],
+    ))  # fmt: skip
+    if options.out:
+        about = tables.settings(checkpoint=options.checkpoint.name, chunk_tokens=options.chunk)
+        tables.write(options.out, {"settings": about, "rows": rows})
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per quality and part; the tower first."""
+    checkpoint = open_checkpoint(str(options.checkpoint))
+    if options.plain:
+        with patch.object(prefill_model, "can_pack", lambda *_: False):
+            model = PrefillModel(checkpoint, torch.float32, CPU, 1024)
+    else:
+        model = PrefillModel(checkpoint, torch.float32, CPU, 1024)
+    with tempfile.TemporaryDirectory(prefix="profile-") as folder:
+        start = time.process_time()
+        video = _video(checkpoint, options.tokens, Path(folder), model, options.chunk)
+        rows = [_row("decode and vision tower", time.process_time() - start, 1.0)]
+    for quality in options.quality:
+        rows += _prefill(model, video, quality, options.chunk)
+    return rows
+
+
+def _video(
+    checkpoint: Checkpoint, tokens: int, folder: Path, model: PrefillModel, chunk: int
+) -> EncodedVideo:
+    seconds = max(2, tokens // _TOKENS_PER_PATCH)
+    path = write_video(folder / "video.mp4", seconds, 2.0, *_FRAME)
+    index = asyncio.run(probe_video(path, VideoConfig()))
+    plan = PromptPlanner(checkpoint, "float32").plan(index, path.name, FrameSampling(fps=2.0), "")
+    return encode_video(PlannedVideo(path, index, plan), model, chunk, folder)
+
+
+def _prefill(
+    model: PrefillModel, video: EncodedVideo, quality: Quality, chunk: int
+) -> list[dict[str, Any]]:
+    run = LocalPrefill(model, video, SparseSettings(from_tokens=1024), resolve_policy(quality))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.process_time()
+        reports = run.run()
+        total = time.process_time() - start
+    events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    whole = sum(events.values())
+    tokens, density = video.plan.num_tokens, _attended(reports) / _causal(reports)
+    name = f"{quality}, {tokens:,} tokens, density {density:.3f}"
+    rows, rest = [_row(name, total, 1.0)], 1.0
+    flops = {"linear layers": _linear_flops(model) * tokens,
+             "attention kernel": _attention_flops(model, reports)}  # fmt: skip
+    alone = {"linear layers": _linear_rate(model, chunk),
+             "attention kernel": _attention_rate(model, chunk, tokens // 2)}  # fmt: skip
+    for part, operators in _PARTS.items():
+        share = sum(events.get(operator, 0.0) for operator in operators) / whole
+        rest -= share
+        rows.append(_row(f"  {part}", total * share, share, flops.get(part), alone.get(part)))
+    return [*rows, _row("  all else", total * rest, rest)]
+
+
+def _row(
+    part: str, cpu_s: float, share: float, flops: float | None = None, alone: float | None = None
+) -> dict[str, Any]:
+    return {"part": part, "cpu_s": cpu_s, "share": share, "flops": flops, "alone_flop_s": alone}
+
+
+def _rates(row: dict[str, Any]) -> list[str]:
+    if not row["flops"]:
+        return ["-"] * 4
+    rate = row["flops"] / row["cpu_s"]
+    return [f"{row['flops'] / 1e12:.2f}", f"{rate / 1e9:.0f}", f"{row['alone_flop_s'] / 1e9:.0f}",
+            f"{rate / row['alone_flop_s']:.0%}"]  # fmt: skip
+
+
+def _linear_flops(model: PrefillModel) -> float:
+    """Per token; of the last layer only what makes its keys and values, and its queries."""
+    layers = model._model.language_model.layers
+    found = 0.0
+    for number, layer in enumerate(layers):
+        for name, part in layer.named_modules():
+            last = number == len(layers) - 1
+            if hasattr(part, "out_features") and (not last or name[-6:] in _OF_KV):
+                found += 2.0 * part.in_features * part.out_features
+    return found
+
+
+_OF_KV = ("q_proj", "k_proj", "v_proj")
+
+
+def _attended(reports: list[LayerReport]) -> float:
+    return sum(sum(report.attended) for report in reports)
+
+
+def _causal(reports: list[LayerReport]) -> float:
+    return sum(report.causal * len(report.attended) for report in reports)
+
+
+def _attention_flops(model: PrefillModel, reports: list[LayerReport]) -> float:
+    checkpoint = model.checkpoint
+    group = model.num_heads // checkpoint.num_kv_heads
+    return 4.0 * checkpoint.head_dim * group * _attended(reports)
+
+
+@torch.inference_mode()
+def _linear_rate(model: PrefillModel, rows: int) -> float:
+    layer = model._model.language_model.layers[0].mlp.up_proj
+    x = torch.randn(rows, layer.in_features)
+    flops = 2.0 * rows * int(layer.in_features) * int(layer.out_features)
+    return flops / _best(lambda: layer(x))
+
+
+@torch.inference_mode()
+def _attention_rate(model: PrefillModel, rows: int, keys: int) -> float:
+    checkpoint = model.checkpoint
+    q = torch.randn(model.num_heads, rows, checkpoint.head_dim)
+    k, v = torch.randn(2, checkpoint.num_kv_heads, keys, checkpoint.head_dim)
+    seconds = _best(lambda: attend(q, k, v, causal=False, scale=0.1))
+    return 4.0 * model.num_heads * rows * keys * checkpoint.head_dim / seconds
+
+
+def _best(work: Callable[[], object], times: int = 10) -> float:
+    """CPU seconds of one call, the least of ``times``."""
+    found = []
+    for _ in range(times + 1):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found[1:])
+
+
+if __name__ == "__main__":
+    main()
