@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import psutil
+
+from benchmarks.processes import pss_bytes, tree
 
 Sample = tuple[float, int]
 """Seconds after the start, bytes."""
@@ -18,21 +18,7 @@ Sample = tuple[float, int]
 
 def tree_bytes(pid: int) -> int:
     """PSS of a process and all its descendants: what they share counts once."""
-    try:
-        root = psutil.Process(pid)
-        members = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    return sum(pss_bytes(process.pid) for process in members)
-
-
-def pss_bytes(pid: int) -> int:
-    """Of one process; 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # ended, or a zombie
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
+    return sum(map(pss_bytes, tree(pid)))
 
 
 class MemoryLog:
