@@ -1,4 +1,4 @@
-"""Block-sparse attention on CPU: gather a tile's kept blocks, one SDPA call over them.
+"""Block-sparse attention on CPU: gather a tile's kept blocks, and attend to them as if they were all.
 
 The rows of one (KV head, tile) are its group's heads times its tokens, and they share one list of
 keys. Rows with equally many kept blocks go through one batched call.
@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from prefill_service.attention.cpu_flash import attend_rows
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.csr import BlockCSR
@@ -62,7 +63,7 @@ def local_attention(
     first = tiles.q_offset - before
     # Keys after the last query do not exist yet; queries that do exist are masked from them.
     whole = tiles.queries // tile
-    shape = (kv_heads * count, 1, length, head_dim)
+    shape = (kv_heads * count, length, head_dim)
     parts = []
     for name, x in (("k", k), ("v", v)):
         part = buffers.get(name, shape, x).view(kv_heads, count, length, head_dim)
@@ -74,11 +75,8 @@ def local_attention(
             part[:, whole, : rest.shape[1]] = rest
             part[:, whole, rest.shape[1] :] = 0
         parts.append(part.view(shape))
-    hidden = torch.ones(tile, length, dtype=torch.bool).triu(before + 1)
-    mask = torch.zeros(packed // tile, tile, length, dtype=rows.dtype)
-    mask = mask.masked_fill_(hidden, -torch.inf).view(1, 1, packed, length)
-    q = rows.flatten(0, 1)[:, None]
-    out, lse = _sdpa(q, parts[0], parts[1], mask.expand(len(q), -1, -1, -1), scale)
+    hidden = torch.ones(tile, tile, dtype=torch.bool).triu(1).repeat(packed // tile, 1)
+    out, lse = attend_rows(rows.flatten(0, 1), parts[0], parts[1], scale, hidden)
     return Partial(out.reshape(rows.shape), lse.reshape(rows.shape[:3]))
 
 
@@ -153,7 +151,7 @@ class _Work:
     ) -> tuple[Tensor, Tensor]:
         """Output [batch, rows, head_dim] and LSE [batch, rows]; ``index`` is ``batch``."""
         block, head_dim = self.tiles.block_tokens, self.k.shape[-1]
-        shape = (len(batch), 1, kept * block, head_dim)
+        shape = (len(batch), kept * block, head_dim)
         keys, values = self.buffers.get("k", shape, self.k), self.buffers.get("v", shape, self.v)
         for i, row in enumerate(batch):
             head = row // self.tiles.count
@@ -161,15 +159,4 @@ class _Work:
             into = (kept, block, head_dim)
             torch.index_select(self.k_blocks[head], 0, col, out=keys[i].view(into))
             torch.index_select(self.v_blocks[head], 0, col, out=values[i].view(into))
-        out, lse = _sdpa(self.rows[index][:, None], keys, values, None, self.scale)
-        return out[:, 0], lse[:, 0]
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash kernel, all [batch, 1, length, head_dim]; the LSE is natural."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return out, lse.to(torch.float64) if q.dtype == torch.float64 else lse
+        return attend_rows(self.rows[index], keys, values, self.scale)

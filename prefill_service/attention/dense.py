@@ -13,6 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefill_service.attention.cpu_flash import attend_rows
+
+
+_CAUSAL_ROWS = 128
+"""Queries of a strip of causal attention on CPUs: half of its last keys are computed in vain."""
+
 
 @dataclass(frozen=True, slots=True)
 class Partial:
@@ -50,6 +56,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Pa
     if keys == 0 or queries == 0:
         return empty_partial(q)
     group = q_heads // kv_heads
+    if q.device.type == "cpu":
+        return _attend_on_cpu(q, k, v, causal, scale)
     if causal:
         # Packed rows would break the causal diagonal, so repeat K and V; this part is short.
         k = k.repeat_interleave(group, 0)
@@ -95,14 +103,29 @@ def merge(partials: list[Partial]) -> Partial:
     return Partial(out.to(partials[0].out.dtype), total)
 
 
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
+    """``attend``: the query heads of a KV head are rows that share their keys."""
+    grouped = q.reshape(len(k), -1, *q.shape[1:])  # [kv_heads, group, queries, head_dim]
+    queries = q.shape[1]
+    size = min(queries, _CAUSAL_ROWS) if causal else queries
+    outs, lses = [], []
+    for start in range(0, queries, size):
+        part = grouped[:, :, start : start + size]
+        group, count = part.shape[1:3]
+        end, hidden = k.shape[1], None
+        if causal:  # what lies before the strip is seen by all of it
+            end = start + count
+            hidden = torch.ones(count, count, dtype=torch.bool).triu(1).repeat(group, 1)
+        out, lse = attend_rows(part.flatten(1, 2), k[:, :end], v[:, :end], scale, hidden)
+        outs.append(out.view(part.shape))
+        lses.append(lse.view(part.shape[:3]))
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in (outs, lses))
+    return Partial(out.reshape(q.shape), lse.reshape(q.shape[:2]))
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's own kernels that return the LSE. All of [1, heads, length, head_dim]."""
+    """torch's own CUDA kernels that return the LSE. All of [1, heads, length, head_dim]."""
     aten = torch.ops.aten
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
-        )
-        return out, lse.to(torch.float64) if q.dtype == torch.float64 else lse
     if q.dtype in (torch.float16, torch.bfloat16):
         heads = q.shape[1] // k.shape[1]
         assert heads == 1, "GQA is packed or repeated before the kernel"
