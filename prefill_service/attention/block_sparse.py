@@ -1,4 +1,4 @@
-"""Block-sparse attention on CPU: gather a tile's kept blocks, and attend to them as if they were all.
+"""Block-sparse attention on CPU: gather a tile's kept blocks, then attend to all that was gathered.
 
 The rows of one (KV head, tile) are its group's heads times its tokens, and they share one list of
 keys. Rows with equally many kept blocks go through one batched call.
@@ -13,9 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from prefill_service.attention.cpu_flash import attend_rows
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.tiles import Tiles
+from prefill_service.kernels.cpu_attention import attend_rows
 from prefill_service.kernels.csr import BlockCSR
 
 _BATCH_FLOATS = 1 << 20

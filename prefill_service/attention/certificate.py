@@ -19,6 +19,7 @@ from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.sparse import SparseResult
 from prefill_service.attention.summaries import BlockSummaries
 from prefill_service.attention.tiles import Tiles
+from prefill_service.kernels.onednn import product
 
 _AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Probabilities held at once: with a million keys even a few rows of all heads are gigabytes."""
@@ -78,9 +79,8 @@ def exact_rows(
         [group * samples]; float32 (or float64). The probabilities live in ``buffers``.
     """
     rows = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32).flatten(0, 1)
-    shape = (len(rows), len(k))
-    scores, p = buffers.get("scores", shape, rows), buffers.get("probabilities", shape, rows)
-    torch.mm(rows * scale, k.to(rows.dtype).T, out=scores)
+    p = buffers.get("probabilities", (len(rows), len(k)), rows)
+    scores = product(rows * scale, k.to(rows.dtype))
     hidden = torch.arange(q_offset, len(k), device=q.device) > position[:, None]
     scores[:, q_offset:].masked_fill_(hidden.repeat(len(q), 1), -torch.inf)
     torch.softmax(scores, -1, out=p)
@@ -156,7 +156,7 @@ class _Measured:
             logit = (q.to(p.dtype) * self.scale) @ self.summaries.k_mean[head].to(p.dtype).T
             logit = logit + self.used.bias[head, tile] - lse[..., None]  # [group, samples, blocks]
             kept = self._kept_mass(p, ratio, logit, self.used.keep[head, tile] | local)
-            exact = (p @ self.v[head].to(p.dtype)).view_as(out)
+            exact = product(p, self.v[head].to(p.dtype).contiguous().T).view_as(out)
             error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
             # What is not a number has no certificate: an infinite LSE would make p~ anything.
             sound = finite_rows(out) & lse.isfinite() & error.isfinite()

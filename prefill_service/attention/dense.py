@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefill_service.attention.cpu_flash import attend_rows
-
+from prefill_service.kernels.cpu_attention import attend_rows
 
 _CAUSAL_ROWS = 128
 """Queries of a strip of causal attention on CPUs: half of its last keys are computed in vain."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.dense import Partial
+from prefill_service.kernels.onednn import product
 
 _ALIGNED = 16  # row lengths that vector units and BLAS like
 TINY_SHARE = 1e-30
@@ -61,9 +62,10 @@ def _logits(rows: Tensor, local_lse: Tensor, k_mean: Tensor, bias: Tensor, scale
     width = -(-(blocks + 1) // _ALIGNED) * _ALIGNED
     scores = rows.new_empty(kv_heads, count, packed, width)
     for head in range(kv_heads):
-        out = scores[head].view(-1, width)[:, :blocks]
-        torch.mm(rows[head].reshape(-1, head_dim), (k_mean[head] * scale).T, out=out)
-    scores[..., :blocks] += bias[:, :, None]
+        logits = product(rows[head].reshape(-1, head_dim), k_mean[head] * scale)
+        torch.add(
+            logits.view(count, packed, blocks), bias[head, :, None], out=scores[head, ..., :blocks]
+        )
     scores[..., blocks] = local_lse
     scores[..., blocks + 1 :] = -torch.inf
     return scores
@@ -81,12 +83,17 @@ def merge_with_summaries(
         dropped: [kv_heads, tiles, blocks] bool, blocks that their summary stands for.
     """
     (kv_heads, count, packed, head_dim), blocks = local.out.shape, v_mean.shape[1]
-    # The last columns count the dropped mass: values of 1.
-    values = v_mean.new_zeros(kv_heads, count, blocks, head_dim + _ALIGNED)
-    values[..., :head_dim] = torch.where(dropped[..., None], v_mean[:, None], 0.0)
-    values[..., head_dim] = dropped
-    shares = attention.shares[..., :blocks].flatten(0, 1)
-    summed = torch.bmm(shares, values.flatten(0, 1)).view(kv_heads, count, packed, -1)
+    # The last columns count the dropped mass: values of 1. What is no block weighs nothing.
+    width = attention.shares.shape[-1]
+    values = v_mean.new_zeros(kv_heads, count, width, head_dim + _ALIGNED)
+    values[..., :blocks, :head_dim] = torch.where(dropped[..., None], v_mean[:, None], 0.0)
+    values[..., :blocks, head_dim] = dropped
+    summed = torch.stack([
+        product(shares, value.T)
+        for shares, value in zip(
+            attention.shares.flatten(0, 1), values.flatten(0, 1), strict=True
+        )
+    ]).view(kv_heads, count, packed, -1)  # fmt: skip
     kept_log = kept.lse - attention.lse
     top = kept_log.clamp(min=0)  # an estimate may be far too low: scale by what is larger
     scaled = torch.exp(-top)

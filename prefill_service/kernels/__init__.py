@@ -1,1 +1,4 @@
-"""Triton kernels, each beside its naive PyTorch reference. Imports torch and triton only."""
+"""Triton kernels, each beside its naive PyTorch reference; for CPUs, what goes through oneDNN.
+
+Imports torch and triton only.
+"""

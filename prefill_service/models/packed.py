@@ -1,10 +1,7 @@
 """Linear layers on CPUs: oneDNN products of weights packed once, with the activation fused.
 
-torch multiplies float32 matrices with MKL, which packs the weight anew in every call and leaves
-bias and activation to passes of their own. oneDNN takes a weight in the order its kernel reads,
-and applies both while the result is in registers. The operators are those that torch's own
-compiler emits for frozen models (``torch._inductor.fx_passes.mkldnn_fusion``); here they are
-called without a compiler, which a bare machine does not have. docs/performance.md has the gain.
+The operator is that of ``kernels.onednn``. It takes a weight in the order its kernel reads, which
+MKL would make anew in every call, and applies bias and activation while the result is in registers.
 """
 
 from __future__ import annotations

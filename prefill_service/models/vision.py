@@ -14,8 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from prefill_service.kernels.cpu_attention import attend_rows
+from prefill_service.kernels.onednn import serves
+
 VISION_ATTENTION = "prefill_service_flash_varlen"
 """Under a name with "flash" in it transformers hands over all frames at once, and their borders."""
+
+_LONG = 384
+"""Tokens from which on frames are long enough for ``attend_rows``, a call for each on CPUs."""
 
 
 def varlen_attention(
@@ -56,6 +62,9 @@ def varlen_attention(
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """[heads, runs, length, head_dim] each to [runs, length, heads, head_dim]."""
+    if q.shape[2] >= _LONG and serves(q):
+        out, _ = attend_rows(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scaling)
+        return out.view(q.shape).permute(1, 2, 0, 3)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
 

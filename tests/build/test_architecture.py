@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": set(),
     "video": set(),
     "kv": {"models.plan"},
-    "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
+    "models": {"attention", "kernels", "kv.fingerprint", "kv.manifest", "video.index"},
     "engine": {"models", "attention", "parallel", "planning", "kv", "video"},
     "calibration": {"engine", "models", "attention", "parallel", "video"},
     "decode": {"kv", "models.plan"},

@@ -84,4 +84,7 @@ def _torch_flash(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q[:, None], k[:, None], v[:, None], 0.0, False, attn_mask=mask, scale=scale
     )
-    return out[:, 0], lse[:, 0].to(torch.float64) if q.dtype == torch.float64 else lse[:, 0]
+    lse = lse[:, 0].to(torch.float64) if q.dtype == torch.float64 else lse[:, 0]
+    if hidden is not None and hidden.shape[1] == k.shape[1]:
+        lse[:, hidden.all(1)] = -torch.inf  # torch says 0
+    return out[:, 0], lse

@@ -1,0 +1,84 @@
+"""Attention through oneDNN products against a float64 softmax, over the borders of its strips."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefill_service.kernels import cpu_attention
+from prefill_service.kernels.cpu_attention import attend_rows
+from prefill_service.kernels.onednn import product, serves
+
+SCALE = 0.2
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    scores = q.double() @ k.double().mT * SCALE
+    if hidden is not None:
+        scores[..., k.shape[1] - hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).nan_to_num(0.0) @ v.double(), lse
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (3, 7), (7, 100), (33, 65), (50, 31)])
+@pytest.mark.parametrize("last", [0, 1, 5])
+@pytest.mark.parametrize("strip", [(1 << 20, 2048), (64, 2048), (130, 13)])
+def test_rows_equal_a_softmax(
+    rows: int, keys: int, last: int, strip: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "_SCORES", strip[0])
+    monkeypatch.setattr(cpu_attention, "_ROWS", strip[1])
+    q, k, v = rand(2, rows, 16), rand(2, keys, 16, seed=1), rand(2, keys, 16, seed=2)
+    assert serves(q)
+    hidden = rand(rows, min(last, keys), seed=3) > 0 if last else None
+    out, lse = attend_rows(q, k, v, SCALE, hidden)
+    expected, expected_lse = oracle(q, k, v, hidden)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
+
+
+def test_a_row_without_keys_is_zero_in_every_dtype() -> None:
+    q, k = rand(1, 4, 16), rand(1, 3, 16, seed=1)
+    hidden = torch.tensor([[True] * 3, [False] * 3, [True, False, True], [False] * 3])
+    for dtype in (torch.float32, torch.float64):
+        out, lse = attend_rows(q.to(dtype), k.to(dtype), k.to(dtype), SCALE, hidden)
+        assert lse[0, 0] == -torch.inf
+        assert not out[0, 0].any()
+        assert lse[0, 1:].isfinite().all()
+        torch.testing.assert_close(out[0, 2].float(), k[0, 1])
+
+
+def test_peaks_that_rise_from_strip_to_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running maximum moves in every strip, over more than exp2's range in float32."""
+    monkeypatch.setattr(cpu_attention, "_SCORES", 8)
+    q, k, v = torch.ones(1, 2, 1), torch.arange(0.0, 3000.0, 100.0)[None, :, None], rand(1, 30, 1)
+    for keys, values in ((k, v), (k.flip(1), v.flip(1))):
+        out, lse = attend_rows(q, keys, values, SCALE)
+        torch.testing.assert_close(out, v[:, -1:].expand(1, 2, 1))
+        torch.testing.assert_close(lse, torch.full((1, 2), 2900 * SCALE))
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    q, k = rand(1, 5, 16), rand(1, 9, 16, seed=1)
+    q[0, 2, 3], q[0, 4, 0] = torch.nan, torch.inf
+    out, lse = attend_rows(q, k, k, SCALE)
+    assert out[0, [2, 4]].isnan().any(-1).all()
+    good = [0, 1, 3]
+    expected, expected_lse = oracle(q[:, good], k, k)
+    torch.testing.assert_close(out[:, good].double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse[:, good].double(), expected_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_product_of_any_strides(dtype: torch.dtype) -> None:
+    x, wide = rand(5, 24).to(dtype), rand(7, 3, 24, seed=1).to(dtype)
+    for y in (wide[:, 0], wide[:, 1].contiguous(), wide[:, 2].T.contiguous().T, wide[:0, 0]):
+        torch.testing.assert_close(product(x, y), x @ y.T)
+    assert product(x[:0], wide[:, 0]).shape == (0, 7)
+    strided = rand(5, 48, seed=2).to(dtype)[:, ::2]
+    torch.testing.assert_close(product(strided, wide[:, 0]), strided @ wide[:, 0].T)
