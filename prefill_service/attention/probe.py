@@ -14,7 +14,7 @@ from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.clustering import cluster_order
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.report import NEVER
-from prefill_service.attention.sparse import sparse_attention
+from prefill_service.attention.sparse import SparseResult, sparse_attention
 from prefill_service.attention.summaries import summarize
 from prefill_service.attention.tiles import Tiles
 
@@ -42,7 +42,8 @@ def measure_crossover(
 
     One chunk of queries at the end of 1 K, 2 K, ... keys, a quarter of the blocks kept, ordering
     and summaries of a chunk's keys included. Stops at the first win, or after some seconds, not
-    counting the warm-up, in which kernels are compiled.
+    counting the warm-up, in which kernels are compiled. On CPUs it is the process's own time that
+    counts: other ranks, and a vLLM that starts, use the same cores.
 
     Returns:
         Tokens; the next length if time ran out, ``NEVER`` if the longest one was no win.
@@ -69,23 +70,23 @@ def measure_crossover(
 
 def _sparse(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, segment_tokens: int
-) -> Callable[[], object]:
+) -> Callable[[], SparseResult]:
     """One chunk: order as many keys as there are queries, summarise, select, attend."""
     block = tiles.block_tokens
     known = summarize(k[:, : tiles.blocks * block], v[:, : tiles.blocks * block], block)
     forced = (torch.arange(tiles.blocks) % _DENSITY == 0).expand(tiles.count, -1)
     limit = torch.tensor([tiles.candidates(tile) for tile in range(tiles.count)])[:, None]
     forced = (forced & (torch.arange(tiles.blocks) < limit)).to(q.device)
-    epsilon = torch.ones(len(k), device=q.device)
+    epsilon = torch.full((len(k),), torch.inf, device=q.device)  # no other block is kept
     buffers = GatherBuffers()
     segments = -(-tiles.queries // segment_tokens)
     past = k[:, : segments * segment_tokens].reshape(len(k), segments, -1, k.shape[-1])
 
-    def run() -> None:
+    def run() -> SparseResult:
         cluster_order(past, block)
         summarize(k[:, : tiles.queries // block * block], v[:, : tiles.queries // block * block],
                   block)  # fmt: skip
-        sparse_attention(q, k, v, known, tiles, epsilon, forced, 1.0, buffers)
+        return sparse_attention(q, k, v, known, tiles, epsilon, forced, 1.0, buffers)
 
     return run
 
@@ -93,12 +94,13 @@ def _sparse(
 def _fastest(device: torch.device, *contestants: Callable[[], object]) -> list[float]:
     """Best of some runs of each, in turns, after one to warm up."""
     best = [float("inf")] * len(contestants)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     for turn in range(1 + _TURNS):
         for i, run in enumerate(contestants):
-            start = time.perf_counter()
+            start = clock()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:
-                best[i] = min(best[i], time.perf_counter() - start)
+                best[i] = min(best[i], clock() - start)
     return best
