@@ -114,6 +114,11 @@ class EngineConfig:
         "Busiest rank over the mean from which on ranks attend to others' blocks; 0: never.",
         zero=True,
     )
+    balance_least_gflop: float = _opt(
+        1.5,
+        "What that has to spare the busiest rank of a layer, billions of operations; 0: anything.",
+        zero=True,
+    )
     head_budgets: str = _opt("", "Profile of `calibrate`: how heads share the sparse budget.")
     kv_pool_bytes: int = _opt(
         0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True

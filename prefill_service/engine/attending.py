@@ -80,7 +80,10 @@ class ChunkAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _balanced(self, layer: int, kv: Tensor) -> BalancedKeys | None:
-        """Keys that are on every rank, where some rank's queries of the chunk are sparse."""
+        """Keys that are on every rank, where some rank's queries of the chunk are sparse.
+
+        Nothing if evening out what ranks have to do would not be worth it.
+        """
         attention, balancer = self._attention, self._balancer
         if balancer is None or not self._split(*self._chunk)[1]:
             return None
@@ -88,7 +91,9 @@ class ChunkAttention:
             kv, attention.segments, balancer, attention.recent(self._chunk[0]),
             lambda pairs: attention.moved(layer, pairs),
         )  # fmt: skip
-        return keys if keys.common else None
+        if not keys.common:
+            return None
+        return keys if balancer.due(attention.pairs(0) if layer == 1 else None) else None
 
     def _on_demand(self, exchange: DemandExchange, layer: int, q: Tensor, scale: float) -> Tensor:
         attention, state = self._attention, self._attention.state(layer)

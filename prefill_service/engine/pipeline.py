@@ -92,7 +92,7 @@ class ChunkedRun:
         units = Units.of(ends, rank.chunk_tokens)
         balancer = make_balancer(
             task.exchange.kind, group, shape, sparse.tile_tokens, sparse.block_tokens, units,
-            rank.balance_above,
+            rank.balance_above, rank.balance_least_gflop * 1e9,
         )  # fmt: skip
         self._attending = ChunkAttention(
             self._exchange, self.attention, units, group.meter, balancer

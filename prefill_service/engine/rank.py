@@ -140,6 +140,7 @@ class Rank:
             chunk_tokens=chunk,
             sparse=sparse_settings(spec.engine, from_tokens),
             balance_above=spec.engine.balance_above,
+            balance_least_gflop=spec.engine.balance_least_gflop,
             send=self._send,
             tick=self._tick,
         )

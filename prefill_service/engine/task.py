@@ -106,7 +106,7 @@ class RankContext:
         video: limits for decoding.
         chunk_tokens: tokens per chunk and rank.
         sparse: sizes of sparse attention.
-        balance_above: see ``EngineConfig``.
+        balance_above, balance_least_gflop: see ``EngineConfig``.
         send: delivers progress messages.
         tick: called after each unit of work; liveness for the heartbeat.
     """
@@ -122,6 +122,7 @@ class RankContext:
     chunk_tokens: int
     sparse: SparseSettings
     balance_above: float
+    balance_least_gflop: float
     send: Callable[[Progress], None]
     tick: Callable[[], None]
 

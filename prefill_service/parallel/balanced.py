@@ -20,7 +20,7 @@ from prefill_service.attention.dense import Partial
 from prefill_service.attention.keys import ReplicatedKeys, Segments
 from prefill_service.attention.sharing import attend_listed
 from prefill_service.attention.tiles import Tiles
-from prefill_service.parallel.balance import Load, Move, plan_moves
+from prefill_service.parallel.balance import Load, Move, imbalance, plan_moves
 from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.exchanges import ExchangeKind
 from prefill_service.parallel.group import SPGroup, Transfer
@@ -42,6 +42,7 @@ class Balancer:
         tile_tokens, block_tokens: of queries and keys.
         max_tiles: tiles of the longest unit.
         above: imbalance up to which nothing moves.
+        least_gain: floating-point operations that the busiest rank of a layer has to be spared.
     """
 
     group: SPGroup
@@ -50,7 +51,26 @@ class Balancer:
     block_tokens: int
     max_tiles: int
     above: float
+    least_gain: float
     _buffers: GatherBuffers = field(default_factory=GatherBuffers)
+    _due: bool = True
+
+    def due(self, first: int | None) -> bool:
+        """Whether to even out a layer; every rank finds the same.
+
+        It takes two agreements in the midst of the layer, whether or not anything moves. Layers
+        of a chunk are alike, so ranks compare once a chunk, in the second layer, what each had to
+        do in the first one, which is treated as the chunk before was.
+
+        Args:
+            first: (query, key) pairs of this rank's queries in the first layer, to compare now.
+        """
+        if first is not None:
+            totals = [row[0] for row in self.group.share([first])]
+            flops = 4 * self.shape.head_dim * self.shape.q_heads // self.shape.kv_heads
+            gain = (max(totals) - sum(totals) / len(totals)) * flops
+            self._due = imbalance(totals) > self.above and gain >= self.least_gain
+        return self._due
 
     def share(self, mine: Load | None, pairs: int = 0) -> tuple[list[Move], list[Load], bool]:
         """What every rank has to do, and who does what of it for whom.
@@ -158,6 +178,7 @@ def make_balancer(
     block_tokens: int,
     units: Units,
     above: float,
+    least_gain: float = 0.0,
 ) -> Balancer | None:
     """A balancer, where ranks can help each other and may.
 
@@ -168,7 +189,8 @@ def make_balancer(
     if not gathered or not above or shape.device.type != "cpu":
         return None
     longest = max(b - a for a, b in pairwise(units.tokens))
-    return Balancer(group, shape, tile_tokens, block_tokens, -(-longest // tile_tokens), above)
+    tiles = -(-longest // tile_tokens)
+    return Balancer(group, shape, tile_tokens, block_tokens, tiles, above, least_gain)
 
 
 @dataclass(slots=True)
