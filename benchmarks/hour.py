@@ -30,7 +30,7 @@ from typing import Any
 from prefill_client import Client
 
 from benchmarks import tables
-from benchmarks.processes import PeakMemory, pss_bytes, tree
+from benchmarks.processes import MemoryLog, tree_bytes
 from tools.make_hour_video import write_hour
 from tools.make_video import write_video
 from tools.service_process import ServiceProcess
@@ -153,8 +153,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
     with ServiceProcess(arguments, LOG) as service:
         service.wait_ready(START_S, lambda _: None)
 
-        def ours() -> list[int]:
-            return tree(service.pid, leave_out="vllm_server")
+        def ours() -> int:
+            return tree_bytes(service.pid, leave_out="vllm_server")
 
         with Client(service.address) as client:
             short = write_video(folder / "short.mp4", seconds=8, width=640, height=360)
@@ -162,8 +162,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
                 short, QUESTION, num_frames=WARM_UP, max_pixels=WARM_UP * 256 * 288,
                 quality=options.quality, max_tokens=4,
             )  # fmt: skip
-            before = sum(map(pss_bytes, ours()))
-            with PeakMemory(ours) as memory:
+            before = ours()
+            with MemoryLog(ours) as memory:
                 row, trace = ask(client, options.video, options)
     kv = row["kv_bytes"] * (1 + options.ranks)
     row["memory_mib"] = (memory.peak - before - kv) / 2**20

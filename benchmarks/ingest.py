@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import PeakMemory, pss_bytes, tree
+from benchmarks.processes import MemoryLog, pss_bytes, tree_bytes
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
@@ -182,7 +182,7 @@ def race(contestant: str, options: argparse.Namespace, pixels: Path) -> dict[str
     if options.scratch:
         command += ["--scratch", str(options.scratch)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with PeakMemory(lambda: tree(process.pid)) as memory:
+    with MemoryLog(lambda: tree_bytes(process.pid)) as memory:
         output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{contestant} ended with code {process.returncode}")

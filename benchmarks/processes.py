@@ -12,14 +12,34 @@ from typing import Self
 
 import psutil
 
+Sample = tuple[float, int]
+"""Seconds after the start, bytes."""
+
+_GENTLE = 30
+"""A sample of big processes takes a while; this many times as long is waited until the next."""
+
 
 def pss_bytes(pid: int) -> int:
     """Proportional set size: what n processes share counts a n-th in each. 0 if it is gone."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return _kib(pid, "smaps_rollup", ("Pss:",))
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident anonymous memory of one process; 0 if it is gone."""
+    return _kib(pid, "status", ("RssAnon:",))
+
+
+def shared_bytes(pid: int) -> int:
+    """One process's proportional share of files and shared memory; 0 if it is gone."""
+    return _kib(pid, "smaps_rollup", ("Pss_File:", "Pss_Shmem:"))
+
+
+def _kib(pid: int, name: str, fields: tuple[str, ...]) -> int:
+    try:
+        text = Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:  # ended, or a zombie
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(fields))
 
 
 def tree(pid: int, leave_out: str = "") -> list[int]:
@@ -40,34 +60,45 @@ def tree(pid: int, leave_out: str = "") -> list[int]:
     return found
 
 
-class PeakMemory:
-    """Samples the memory of a process tree in a thread, inside a ``with`` block.
+def tree_bytes(pid: int, leave_out: str = "") -> int:
+    """PSS of a process and all its descendants (``tree``): what they share counts once."""
+    return sum(map(pss_bytes, tree(pid, leave_out)))
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process tree so far, of what has ended in it too."""
+    total = 0.0
+    for member in tree(pid):
+        with contextlib.suppress(psutil.Error):
+            # Own and reaped children's, user and system.
+            total += sum(psutil.Process(member).cpu_times()[:4])
+    return total
+
+
+class MemoryLog:
+    """Reads memory in a thread, at once and then regularly, inside a ``with`` block.
 
     Args:
-        pids: the processes to add up, asked for at every sample.
-        interval_s: between two samples.
+        read: bytes.
+        every_s: between two samples, or more where reading takes long.
 
     Attributes:
-        peak: largest sum so far, bytes.
-        samples: how many were taken.
+        samples: so far.
     """
 
-    def __init__(self, pids: Callable[[], list[int]], interval_s: float = 0.2) -> None:
-        self._pids, self._interval_s = pids, interval_s
-        self.peak = self.samples = 0
+    def __init__(self, read: Callable[[], int], every_s: float = 0.2) -> None:
+        self._read, self._every_s = read, every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self.samples: list[Sample] = []
 
-    def _run(self) -> None:
-        while True:
-            start = time.monotonic()
-            self.peak = max(self.peak, sum(map(pss_bytes, self._pids())))
-            self.samples += 1
-            # A sample of big processes takes a while; it must not take their cores.
-            if self._stop.wait(max(self._interval_s, 30 * (time.monotonic() - start))):
-                return
+    @property
+    def peak(self) -> int:
+        """Largest sample so far, bytes."""
+        return max((size for _, size in self.samples), default=0)
 
     def __enter__(self) -> Self:
+        self._begin = time.monotonic()
         self._thread.start()
         return self
 
@@ -79,3 +110,39 @@ class PeakMemory:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            start = time.monotonic()
+            self.samples.append((start - self._begin, self._read()))
+            spent = time.monotonic() - start
+            if self._stop.wait(max(self._every_s, _GENTLE * spent)):
+                return
+
+
+class MemoryWatch(MemoryLog):
+    """Peak memory of a process tree, cheaply.
+
+    Anonymous memory, which is what comes and goes, is sampled and added up. What processes share
+    (libraries, KV pages) counts once: each one's proportional share is added, as it is at the end,
+    since reading it makes the kernel walk all page tables for too long.
+
+    Args:
+        pid: root of the tree.
+
+    Attributes:
+        peak_bytes: set on exit.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(lambda: sum(map(anonymous_bytes, tree(pid))))
+        self._pid, self.peak_bytes = pid, 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.peak_bytes = self.peak + sum(map(shared_bytes, tree(self._pid)))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.profile_prefill --checkpoint build/checkpoints/bench-qwen3-vl --tokens 8192
 
-One process computes a synthetic video as one rank does, vision tower first, under torch's profiler.
-Operators are summed by what they are for; the floor of matrix products is their FLOPs at the rate
-that the same operators reach alone, in this run. Seconds are CPU time of the process, which other
-programs disturb less than the clock. ``--plain`` does the same without packed linear layers.
+One process computes a synthetic video as one rank does, vision tower first. The floor of matrix
+products is their FLOPs at the rate that the same operators reach alone, in this run. Seconds are
+CPU time of the process, which other programs disturb less than the clock. ``--operators N`` adds
+the N most expensive operators, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import tables
@@ -30,21 +32,13 @@ from prefill_service.attention.report import LayerReport
 from prefill_service.calibration.prefill import LocalPrefill
 from prefill_service.calibration.prefix import EncodedVideo, PlannedVideo, encode_video
 from prefill_service.config import VideoConfig
-from prefill_service.models import prefill_model
 from prefill_service.models.checkpoint import Checkpoint, open_checkpoint
+from prefill_service.models.packed import PackedLinear
 from prefill_service.models.plan import FrameSampling
 from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.video.probe import probe_video
 from tools.make_video import write_video
-
-_PARTS = {
-    "linear layers": ("mkldnn::_linear_pointwise", "aten::addmm"),
-    "attention kernel": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
-    "summaries, certificate (products)": ("aten::mm", "aten::bmm"),
-    "gather, copies": ("aten::index_select", "aten::copy_", "aten::index", "aten::cat"),
-}
-"""Operators by what they are for; nearly all else goes element by element."""
 
 _FRAME = 320, 224
 _TOKENS_PER_PATCH = 79  # of two such frames, timestamp included
@@ -61,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quality", nargs="+", type=Quality,
                         default=[Quality.EXACT, Quality.BALANCED])  # fmt: skip
     parser.add_argument("--chunk", type=int, default=512, help="tokens (%(default)s)")
-    parser.add_argument("--plain", action="store_true", help="torch's own linear layers")
+    parser.add_argument("--operators", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -79,17 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per quality and part; the tower first."""
     checkpoint = open_checkpoint(str(options.checkpoint))
-    if options.plain:
-        with patch.object(prefill_model, "can_pack", lambda *_: False):
-            model = PrefillModel(checkpoint, torch.float32, CPU, 1024)
-    else:
-        model = PrefillModel(checkpoint, torch.float32, CPU, 1024)
+    model = PrefillModel(checkpoint, torch.float32, CPU, 1024)
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         start = time.process_time()
         video = _video(checkpoint, options.tokens, Path(folder), model, options.chunk)
         rows = [_row("decode and vision tower", time.process_time() - start, 1.0)]
     for quality in options.quality:
         rows += _prefill(model, video, quality, options.chunk)
+        if options.operators:
+            _print_operators(model, video, quality, options.operators)
     return rows
 
 
@@ -106,25 +98,74 @@ def _video(
 def _prefill(
     model: PrefillModel, video: EncodedVideo, quality: Quality, chunk: int
 ) -> list[dict[str, Any]]:
-    run = LocalPrefill(model, video, SparseSettings(from_tokens=1024), resolve_policy(quality))
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    run = _run(model, video, quality)
+    with _timed_linears(model) as linear:
         start = time.process_time()
         reports = run.run()
         total = time.process_time() - start
-    events = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    whole = sum(events.values())
     tokens, density = video.plan.num_tokens, _attended(reports) / _causal(reports)
-    name = f"{quality}, {tokens:,} tokens, density {density:.3f}"
-    rows, rest = [_row(name, total, 1.0)], 1.0
+    parts = {
+        "linear layers": linear.seconds,
+        "attention": sum(report.attend_s for report in reports),
+        "selection": sum(report.select_s for report in reports),
+        "certificate": sum(report.certify_s for report in reports),
+    }
+    parts["all else"] = total - sum(parts.values())
     flops = {"linear layers": _linear_flops(model) * tokens,
-             "attention kernel": _attention_flops(model, reports)}  # fmt: skip
+             "attention": _attention_flops(model, reports)}  # fmt: skip
     alone = {"linear layers": _linear_rate(model, chunk),
-             "attention kernel": _attention_rate(model, chunk, tokens // 2)}  # fmt: skip
-    for part, operators in _PARTS.items():
-        share = sum(events.get(operator, 0.0) for operator in operators) / whole
-        rest -= share
-        rows.append(_row(f"  {part}", total * share, share, flops.get(part), alone.get(part)))
-    return [*rows, _row("  all else", total * rest, rest)]
+             "attention": _attention_rate(model, chunk, tokens // 2)}  # fmt: skip
+    return [
+        _row(f"{quality}, {tokens:,} tokens, density {density:.3f}", total, 1.0),
+        *(
+            _row(f"  {part}", seconds, seconds / total, flops.get(part), alone.get(part))
+            for part, seconds in parts.items()
+            if seconds > 0
+        ),
+    ]
+
+
+def _run(model: PrefillModel, video: EncodedVideo, quality: Quality) -> LocalPrefill:
+    return LocalPrefill(model, video, SparseSettings(from_tokens=1024), resolve_policy(quality))
+
+
+@dataclass(slots=True)
+class _Timed:
+    """CPU seconds inside some modules; ``start`` is of the call under way."""
+
+    seconds: float = 0.0
+    start: float = 0.0
+
+
+@contextmanager
+def _timed_linears(model: PrefillModel) -> Iterator[_Timed]:
+    """Time what runs in the decoder's linear layers, by hooks on them."""
+    timed = _Timed()
+
+    def enter(*_: object) -> None:
+        timed.start = time.process_time()
+
+    def leave(*_: object) -> None:
+        timed.seconds += time.process_time() - timed.start
+
+    linears = [m for m in model._model.language_model.modules()
+               if isinstance(m, (PackedLinear, nn.Linear))]  # fmt: skip
+    hooks = [m.register_forward_pre_hook(enter) for m in linears]
+    hooks += [m.register_forward_hook(leave) for m in linears]
+    try:
+        yield timed
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _print_operators(
+    model: PrefillModel, video: EncodedVideo, quality: Quality, count: int
+) -> None:
+    run = _run(model, video, quality)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run.run()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=count))
 
 
 def _row(

@@ -27,15 +27,16 @@ import torch
 from benchmarks import tables
 from benchmarks.load import report
 from benchmarks.load.drive import Record, drive
-from benchmarks.load.memory import MemoryLog, Sample
 from benchmarks.load.systems import LoadedSystem, Ours, VllmAlone
 from benchmarks.load.traffic import LENGTHS, Film, Traffic, make_films, plan_traffic
+from benchmarks.processes import MemoryLog, Sample, tree_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("ours", "vllm")
 PATCH_PIXELS, PATCH_TEXT, ROOM = 32, 12, 512
 """A token covers 32 x 32 pixels of two frames; before a patch there is a timestamp, after the video
 a question."""
+SAMPLED_EVERY_S = 5.0
 WARM_UP = (16, 64)
 """Temporal patches of the videos that are asked about before the clock starts."""
 
@@ -118,7 +119,7 @@ async def _measure(
         print(f"{system.name} serves after {started_s:.0f} s", flush=True)
         for film in warm:
             await system.ask(0, film, film.question(0).text)
-        with MemoryLog(system.pid) as memory:
+        with MemoryLog(lambda: tree_bytes(system.pid), SAMPLED_EVERY_S) as memory:
             records = await drive(system, traffic, films, said)
     return records, memory.samples, started_s
 

@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import tables
 from benchmarks.load.drive import Record
-from benchmarks.load.memory import Sample, slope
+from benchmarks.processes import Sample
 
 COLUMNS = (
     "system", "videos", "questions", "failed", "retried", "right", "p50_s", "p95_s", "worst_s",
@@ -71,6 +73,15 @@ def _row(system: str, which: str, records: Sequence[Record], seconds: float) -> 
         ),
         "drained_s": max(0.0, end_s - seconds),
     }
+
+
+def slope(samples: Sequence[Sample]) -> float | None:
+    """Bytes per minute over the second half, by least squares; ``None`` of fewer than three."""
+    late = samples[len(samples) // 2 :]
+    if len(late) < 3:
+        return None
+    seconds, sizes = np.array(late, dtype=float).T
+    return float(np.polyfit(seconds, sizes, 1)[0] * 60)
 
 
 def memory_row(system: str, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.processes import cpu_seconds
 from benchmarks.service.cases import QUESTIONS, Case
-from benchmarks.service.memory import cpu_seconds
 from benchmarks.service.systems import MAX_TOKENS, PENALTY, Asked, Measured, Setup
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ from typing import Self
 
 from prefill_client import Answer, Client, Job, Video
 
+from benchmarks.processes import cpu_seconds
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
-from benchmarks.service.memory import cpu_seconds
 from benchmarks.service.systems import (
     KV_BYTES,
     MAX_TOKENS,

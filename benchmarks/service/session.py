@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from prefill_client import PrefillError
 
+from benchmarks.processes import MemoryWatch, cpu_seconds
 from benchmarks.service.cases import Case
-from benchmarks.service.memory import MemoryWatch, cpu_seconds
 from benchmarks.service.rows import Cell
 from benchmarks.service.systems import System
 

@@ -18,8 +18,8 @@ from typing import Any, Self
 
 import psutil
 
+from benchmarks.processes import cpu_seconds, tree
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
-from benchmarks.service.memory import cpu_seconds, family
 from benchmarks.service.systems import (
     KV_BYTES,
     MAX_TOKENS,
@@ -194,7 +194,10 @@ class VllmServer:
         raise RuntimeError(f"vLLM alone was not healthy in {START_S:g} s:\n{self._tail()}")
 
     def _stop(self) -> None:
-        members = family(self._process.pid)
+        members = []
+        for pid in tree(self._process.pid):
+            with suppress(psutil.NoSuchProcess):
+                members.append(psutil.Process(pid))
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         psutil.wait_procs(members, timeout=30)

@@ -34,6 +34,9 @@ from prefill_service.attention.tiles import Tiles
 
 _MIN_SAMPLES, _MAX_SAMPLES = 2, 8  # where a chunk has more tiles, one of each is certified
 _CERTIFIED_EVERY, _OBSERVED_EVERY = 64, 256
+_ONE_A_TILE_FROM = 8192
+"""Keys from which one row of each tile is certified: a row costs as much as all keys, and prompts
+of that length have many chunks to look at."""
 _CLOSER = 3
 """A closer look is at so many times as many rows."""
 
@@ -258,6 +261,8 @@ class AdaptiveAttention:
         They are others in each layer and chunk.
         """
         few = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _CERTIFIED_EVERY))
+        if tiles.keys >= _ONE_A_TILE_FROM:
+            few = max(_MIN_SAMPLES, min(few, tiles.count))
         wanted = min(self._settings.certify_rows, tiles.queries) or few
         per_tile, seed = -(-wanted // tiles.count), _seed(tiles, layer)
         closer = sample_tiles(tiles, _CLOSER * per_tile, seed + tiles.count)

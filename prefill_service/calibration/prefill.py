@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport
@@ -76,7 +77,11 @@ class LocalPrefill:
         k, v = kv[: start + q.shape[1]].permute(1, 2, 0, 3)
         if approximate:
             self._attention.observe(layer, q, kv, start, scale)
-        return attend_causal(q, k, v, start, scale).out
+        clock = Stopwatch(q.device)
+        out = attend_causal(q, k, v, start, scale).out
+        clock.lap("attend")
+        self._attention.attended(layer, clock.seconds("attend"))
+        return out
 
     def _empty(self) -> Tensor:
         return torch.empty(self._shape, dtype=self._model.dtype, device=self._model.device)

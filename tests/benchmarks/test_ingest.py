@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import ingest
 from benchmarks.hour import intervals, overlap, read_trace
-from benchmarks.processes import PeakMemory, pss_bytes, tree
+from benchmarks.processes import MemoryLog, pss_bytes, tree
 from prefill_service.engine.trace import Span
 from prefill_service.scheduling.traces import JobTrace, render
 from tools.make_hour_video import HourOptions, write_hour
@@ -91,7 +91,7 @@ def test_overlap_of_intervals() -> None:
 
 def test_peak_memory_sees_what_comes_and_goes() -> None:
     me = os.getpid()
-    with PeakMemory(lambda: [me], 0.01) as memory:
+    with MemoryLog(lambda: pss_bytes(me), 0.01) as memory:
         before = pss_bytes(me)
         block = np.ones(64 << 20, np.uint8)
         while memory.peak < before + (60 << 20):  # the next sample is due any moment

@@ -15,9 +15,10 @@ from prefill_client.errors import PrefillError
 
 from benchmarks.load import report
 from benchmarks.load.drive import Record, Reply, drive
-from benchmarks.load.memory import MemoryLog, slope, tree_bytes
+from benchmarks.load.report import slope
 from benchmarks.load.systems import Ours, _read
 from benchmarks.load.traffic import Arrival, Film, Traffic, make_films, plan_traffic
+from benchmarks.processes import MemoryLog, tree_bytes
 from tools.needle.stories import Question
 
 
@@ -159,7 +160,7 @@ def test_slope_is_that_of_the_second_half() -> None:
 
 
 def test_memory_of_this_process_is_seen() -> None:
-    with MemoryLog(os.getpid(), every_s=0.01) as log:
+    with MemoryLog(lambda: tree_bytes(os.getpid()), every_s=0.01) as log:
         block = bytearray(64 << 20)
         while len(log.samples) < 3:
             time.sleep(0.01)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks import tables
+from benchmarks.processes import MemoryWatch
 from benchmarks.service import rows, targets
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
-from benchmarks.service.memory import MemoryWatch
 from benchmarks.service.rows import Cell
 from benchmarks.service.session import Length, Session
 from benchmarks.service.systems import Asked, Measured, Setup
