@@ -18,7 +18,7 @@ class Quality(StrEnum):
     CUSTOM = "custom"
 
 
-EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.1, Quality.BALANCED: 0.2, Quality.FAST: 0.3}
+EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.1, Quality.BALANCED: 0.15, Quality.FAST: 0.3}
 """Attention mass that selection may misplace, per step (docs/attention.md says why these)."""
 
 FLOOR_TOLERANCE = 1e-6
