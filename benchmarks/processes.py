@@ -81,21 +81,28 @@ class MemoryLog:
     Args:
         read: bytes.
         every_s: between two samples, or more where reading takes long.
+        at_end: bytes that are read once, at the end, and added to the peak.
 
     Attributes:
         samples: so far.
     """
 
-    def __init__(self, read: Callable[[], int], every_s: float = 0.2) -> None:
-        self._read, self._every_s = read, every_s
+    def __init__(
+        self,
+        read: Callable[[], int],
+        every_s: float = 0.2,
+        at_end: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._read, self._every_s, self._at_end = read, every_s, at_end
+        self._added = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.samples: list[Sample] = []
 
     @property
     def peak(self) -> int:
-        """Largest sample so far, bytes."""
-        return max((size for _, size in self.samples), default=0)
+        """Largest sample so far, bytes, and what was there at the end."""
+        return max((size for _, size in self.samples), default=0) + self._added
 
     def __enter__(self) -> Self:
         self._begin = time.monotonic()
@@ -110,6 +117,7 @@ class MemoryLog:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        self._added = self._at_end()
 
     def _run(self) -> None:
         while True:
@@ -120,29 +128,14 @@ class MemoryLog:
                 return
 
 
-class MemoryWatch(MemoryLog):
+def memory_watch(pid: int) -> MemoryLog:
     """Peak memory of a process tree, cheaply.
 
     Anonymous memory, which is what comes and goes, is sampled and added up. What processes share
     (libraries, KV pages) counts once: each one's proportional share is added, as it is at the end,
     since reading it makes the kernel walk all page tables for too long.
-
-    Args:
-        pid: root of the tree.
-
-    Attributes:
-        peak_bytes: set on exit.
     """
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(lambda: sum(map(anonymous_bytes, tree(pid))))
-        self._pid, self.peak_bytes = pid, 0
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self.peak_bytes = self.peak + sum(map(shared_bytes, tree(self._pid)))
+    return MemoryLog(
+        lambda: sum(map(anonymous_bytes, tree(pid))),
+        at_end=lambda: sum(map(shared_bytes, tree(pid))),
+    )

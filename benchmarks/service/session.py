@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prefill_client import PrefillError
 
-from benchmarks.processes import MemoryWatch, cpu_seconds
+from benchmarks.processes import cpu_seconds, memory_watch
 from benchmarks.service.cases import Case
 from benchmarks.service.rows import Cell
 from benchmarks.service.systems import System
@@ -127,9 +127,9 @@ class Session:
 
     def _measure(self, system: System, mode: str, cell: Cell, case: Case, repeat: int) -> None:
         start = time.perf_counter()
-        with MemoryWatch(system.pid) as memory:
+        with memory_watch(system.pid) as memory:
             measured = system.measure(case, mode)
-        measured.peak_bytes = memory.peak_bytes
+        measured.peak_bytes = memory.peak
         cell.runs[repeat] = case, measured
         first = measured.first.first_token_s
         if first > self._budget_s:

@@ -156,7 +156,7 @@ class _Measured:
             logit = (q.to(p.dtype) * self.scale) @ self.summaries.k_mean[head].to(p.dtype).T
             logit = logit + self.used.bias[head, tile] - lse[..., None]  # [group, samples, blocks]
             kept = self._kept_mass(p, ratio, logit, self.used.keep[head, tile] | local)
-            exact = product(p, self.v[head].to(p.dtype).contiguous().T).view_as(out)
+            exact = product(p, self.v[head].to(p.dtype).T).view_as(out)
             error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
             # What is not a number has no certificate: an infinite LSE would make p~ anything.
             sound = finite_rows(out) & lse.isfinite() & error.isfinite()

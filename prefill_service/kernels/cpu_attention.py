@@ -65,7 +65,7 @@ def _online(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Ten
         peak = peak.masked_fill_(peak == -torch.inf, 0.0)
         scores.sub_(peak[:, None]).exp2_()
         fade = torch.exp2(top - peak)
-        out = product(scores, v[keys].contiguous().T).addcmul_(out, fade[:, None])
+        out = product(scores, v[keys].T).addcmul_(out, fade[:, None])
         total = scores.sum(1).addcmul_(total, fade)
         top = peak
     lse = (top + total.log2()) * math.log(2)

@@ -1,9 +1,9 @@
 """Products on CPUs through oneDNN, whose kernels use all of a CPU's vector width.
 
-torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's keeps to half the
-width of AVX-512 units. The operator is the one that torch's own compiler emits for frozen models
-(``torch._inductor.fx_passes.mkldnn_fusion``); here it is called without a compiler, which a bare
-machine does not have. docs/performance.md has the gain.
+torch multiplies float32 matrices with MKL, which on the AMD CPU that this was measured on keeps to
+half the width of its AVX-512 units. The operator is the one that torch's own compiler emits for
+frozen models (``torch._inductor.fx_passes.mkldnn_fusion``); here it is called without a compiler,
+which a bare machine does not have. docs/performance.md has the gain.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         return x @ y.T
     ops: Any = torch.ops.mkldnn
     if not (y.is_contiguous() or y.T.is_contiguous()):
-        y = y.contiguous()
+        y = y.T.contiguous().T if y.stride(0) == 1 else y.contiguous()
     out: Tensor = ops._linear_pointwise(x, y, None, "none", [], "")
     return out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tables
-from benchmarks.processes import MemoryWatch
+from benchmarks.processes import memory_watch
 from benchmarks.service import rows, targets
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
@@ -127,13 +127,13 @@ def test_a_case_that_cannot_be(maker: CaseMaker) -> None:
 
 
 def test_memory_counts_what_was_there_in_between() -> None:
-    with MemoryWatch(os.getpid()) as before:
+    with memory_watch(os.getpid()) as before:
         pass
-    with MemoryWatch(os.getpid()) as watch:
+    with memory_watch(os.getpid()) as watch:
         block = np.ones(200 << 17)  # 200 MiB
         time.sleep(0.5)
         del block
-    assert 150 << 20 < watch.peak_bytes - before.peak_bytes < 300 << 20
+    assert 150 << 20 < watch.peak - before.peak < 300 << 20
 
 
 def test_the_larger_checkpoint_is_in_the_8bs_proportion() -> None:
