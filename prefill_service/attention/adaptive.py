@@ -84,6 +84,7 @@ class AdaptiveAttention:
         layers: layers that attend.
         kv_heads, head_dim, dtype, device: of K and V.
         patch_ends: [patches] one past each temporal patch's last token.
+        heads: KV heads that are attended to here, where others have the rest.
 
     Raises:
         ValueError: the policy's budgets are those of other layers or heads.
@@ -99,12 +100,15 @@ class AdaptiveAttention:
         dtype: torch.dtype,
         device: torch.device,
         patch_ends: np.ndarray,
+        heads: slice | None = None,
     ) -> None:
         self._settings, self._policy = settings, policy
         self._patch_ends = patch_ends
         tokens = int(patch_ends[-1])
-        epsilons = policy.head_epsilons(layers, kv_heads)
-        self._epsilons = [torch.tensor(layer, device=device) for layer in epsilons]
+        self._heads = slice(0, kv_heads) if heads is None else heads
+        self._all_heads, epsilons = kv_heads, policy.head_epsilons(layers, kv_heads)
+        self._epsilons = [torch.tensor(layer[self._heads], device=device) for layer in epsilons]
+        kv_heads = self._heads.stop - self._heads.start
         self._reports = [LayerReport(layer, [0.0] * kv_heads) for layer in range(layers)]
         self._patch_mass = PatchMass(patch_ends, device)
         self._grids = BlockGrids(layers, kv_heads, tokens)
@@ -241,10 +245,11 @@ class AdaptiveAttention:
     def report(self) -> RankAttention:
         """What was measured so far."""
         mass, rows = self._patch_mass.totals()
-        return RankAttention(
+        found = RankAttention(
             self._settings.from_tokens, self._reports, mass, rows,
             self._grids.pairs, self._grids.causal, *self._work.arrays(),
         )  # fmt: skip
+        return found.among(self._heads, self._all_heads)
 
     # ---- steps -----------------------------------------------------------------------------
 

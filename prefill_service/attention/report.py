@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -114,6 +114,15 @@ class LayerReport:
         self.certify_s = max(self.certify_s, other.certify_s)
         self._add_head_mass(other.head_mass)
 
+    def among(self, heads: slice, kv_heads: int) -> LayerReport:
+        """The same as a part of more KV heads; keys are counted where the first one is."""
+        group = len(self.head_mass) // max(1, len(self.attended))
+        before, after = heads.start, kv_heads - heads.stop
+        attended = [*[0.0] * before, *self.attended, *[0.0] * after]
+        mass = [*[0.0] * (before * group), *self.head_mass, *[0.0] * (after * group)]
+        causal = 0.0 if before else self.causal
+        return replace(self, attended=attended, causal=causal, head_mass=mass)
+
     @property
     def head_density(self) -> list[float]:
         """[kv_heads] attended over causal keys; 1 where nothing was to be attended."""
@@ -197,6 +206,22 @@ class RankAttention:
     causal: np.ndarray
     selected: np.ndarray
     computed: np.ndarray
+
+    def among(self, heads: slice, kv_heads: int) -> RankAttention:
+        """The same, measured of the KV heads ``heads``, as a part of all ``kv_heads``.
+
+        What does not depend on the head is counted by the rank that has the first one.
+        """
+        if (heads.start, heads.stop) == (0, kv_heads):
+            return self
+        pairs = np.zeros((len(self.pairs), kv_heads, *self.pairs.shape[2:]), self.pairs.dtype)
+        pairs[:, heads] = self.pairs
+        return replace(
+            self,
+            layers=[layer.among(heads, kv_heads) for layer in self.layers],
+            pairs=pairs,
+            causal=np.zeros_like(self.causal) if heads.start else self.causal,
+        )
 
 
 class WorkLog:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.clock import Stopwatch
+from prefill_service.attention.dense import attend_causal
 from prefill_service.parallel.balanced import BalancedKeys, Balancer
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import Exchange
@@ -14,6 +15,7 @@ from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.layout import Range, Share
 from prefill_service.parallel.meter import CommMeter
 from prefill_service.parallel.units import Units
+from prefill_service.parallel.usp import UspExchange
 
 
 class ChunkAttention:
@@ -52,6 +54,8 @@ class ChunkAttention:
             return self._gathered(self._exchange, layer, q, scale)
         if isinstance(self._exchange, DemandExchange):
             return self._on_demand(self._exchange, layer, q, scale)
+        if isinstance(self._exchange, UspExchange) and by_heads(self._exchange):
+            return self._by_heads(self._exchange, layer, q, scale)
         for start, end in self._share.ranges:
             self._attention.count(layer, start, end - start)
         return self._exchange.attend(layer, q)
@@ -113,6 +117,25 @@ class ChunkAttention:
         exchange.close()
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def _by_heads(self, exchange: UspExchange, layer: int, q: Tensor, scale: float) -> Tensor:
+        """All queries of the chunk, of the heads whose keys are here."""
+        attention, q = self._attention, exchange.to_heads(q)
+        if not len(q):  # there are more ranks than KV heads
+            return exchange.to_tokens(q)
+        (start, border), units = self._split(*self._chunk)
+        kv, parts = exchange.keys(layer), []
+        if border > start:
+            part, clock = q[:, : border - start], Stopwatch(q.device)
+            k, v = kv[:border].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
+            parts.append(attend_causal(part, k, v, start, scale).out)
+            clock.lap("attend")
+            attention.attended(layer, clock.seconds("attend"))
+            attention.observe(layer, part, kv, start, scale)
+        for first, last in units:
+            part = q[:, first - start : last - start]
+            parts.append(attention.attend(layer, part, kv, first, scale))
+        return exchange.to_tokens(torch.cat(parts, 1))
+
     def _split(self, start: int, end: int) -> tuple[Range, list[Range]]:
         """Tokens [start, end): first those attended to exactly, then the units that are sparse."""
         units = [
@@ -121,3 +144,10 @@ class ChunkAttention:
             if self._attention.is_sparse(first, last - first)
         ]
         return (start, units[0][0] if units else end), units
+
+
+def by_heads(exchange: Exchange) -> slice | None:
+    """KV heads of which this rank has all keys and attends to them sparsely, if it has not all."""
+    if isinstance(exchange, UspExchange) and exchange.whole_groups:
+        return exchange.kv_heads
+    return None

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.report import NEVER, RankAttention
-from prefill_service.engine.attending import ChunkAttention
+from prefill_service.engine.attending import ChunkAttention, by_heads
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
 from prefill_service.engine.shards import layout_of
+from prefill_service.engine.spec import is_sparse
 from prefill_service.engine.task import (
     RankContext,
     StageClock,
@@ -76,8 +77,9 @@ class ChunkedRun:
             model.device,
         )
         self._working = self._open_working(task.exchange, shape)
+        selects = is_sparse(shape.num_tokens, task.exchange, task.policy, sparse.from_tokens)
         self._exchange = make_exchange(
-            task.exchange, rank.meshes, self._chunks, shape, sparse.segments, self._working
+            task.exchange, rank.meshes, self._chunks, shape, sparse.segments, self._working, selects
         )
         self.attention = AdaptiveAttention(
             sparse,
@@ -88,6 +90,7 @@ class ChunkedRun:
             model.dtype,
             model.device,
             ends,
+            by_heads(self._exchange),
         )
         units = Units.of(ends, rank.chunk_tokens)
         balancer = make_balancer(

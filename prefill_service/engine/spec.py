@@ -143,7 +143,7 @@ def kv_budget(
         resolve_kv_pool_bytes(engine),
         engine.kv_working_bytes or _device_share(engine.ranks, device),
         offload=engine.kv_offload == "host" and choice.kind.offloads,
-        sharers=choice.sharers(ranks, checkpoint.num_kv_heads),
+        sharers=choice.sharers(ranks, checkpoint.num_heads, checkpoint.num_kv_heads),
     )
 
 

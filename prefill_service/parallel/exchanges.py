@@ -11,6 +11,7 @@ from prefill_service.parallel.cycles import hamiltonian_cycles
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape, Exchange
 from prefill_service.parallel.gather import GatherExchange
+from prefill_service.parallel.heads import HeadSplit
 from prefill_service.parallel.layout import ChunkLayout, Order
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.pass_q import PassQExchange
@@ -39,7 +40,7 @@ class ExchangeKind(StrEnum):
     @property
     def sparse(self) -> bool:
         """Selected blocks can be attended to; the others compute every prefix exactly."""
-        return self in (ExchangeKind.GATHER, ExchangeKind.DEMAND)
+        return self in (ExchangeKind.GATHER, ExchangeKind.DEMAND, ExchangeKind.ULYSSES)
 
     @property
     def offloads(self) -> bool:
@@ -84,11 +85,16 @@ class ExchangeChoice:
     kind: ExchangeKind = ExchangeKind.GATHER
     degree: int = 1
 
-    def sharers(self, ranks: int, kv_heads: int) -> int:
-        """Ranks that divide K and V among them; 1: each has room for all."""
+    def sharers(self, ranks: int, q_heads: int, kv_heads: int) -> int:
+        """Ranks that divide K and V among them; 1: each has room for all.
+
+        Of heads that they cannot divide evenly, the rank with the most counts.
+        """
         if self.kind in (ExchangeKind.GATHER, ExchangeKind.DEMAND):
             return 1
-        return ranks // self.degree * min(self.degree, kv_heads)
+        split = HeadSplit(q_heads, kv_heads, self.degree)
+        most = max(len(range(kv_heads)[split.keys(part)]) for part in range(self.degree))
+        return ranks // self.degree * (kv_heads // most)
 
     def __str__(self) -> str:
         """Name, and for ``usp`` the mesh's row."""
@@ -112,6 +118,7 @@ def make_exchange(
     shape: AttentionShape,
     segments: Segments,
     working: WorkingLayers | None = None,
+    sparse: bool = False,
 ) -> Exchange:
     """An exchange for one prompt.
 
@@ -120,6 +127,7 @@ def make_exchange(
         layout: of the prompt, in the exchange's order.
         segments: sizes of sparse attention.
         working: buffers of an exchange that ``offloads``; without it, all are on the device.
+        sparse: some queries of the prompt are attended to sparsely.
     """
     mesh = meshes[choice.degree]
     match choice.kind:
@@ -131,5 +139,7 @@ def make_exchange(
             return PassQExchange(mesh.world, layout, shape)
         case ExchangeKind.MULTI_RING:
             return UspExchange(mesh, layout, shape, disjoint_rings)
+        case ExchangeKind.ULYSSES:
+            return UspExchange(mesh, layout, shape, one_ring, whole_groups=sparse)
         case _:
             return UspExchange(mesh, layout, shape, one_ring)

@@ -21,11 +21,14 @@ class HeadSplit:
     Attributes:
         q_heads, kv_heads: of the model; the first is a multiple of the second.
         parts: ranks that share them.
+        whole_groups: a KV head stays with all its query heads, which select blocks together. Then
+            nothing is replicated, runs differ by up to a group, and parts may have none.
     """
 
     q_heads: int
     kv_heads: int
     parts: int
+    whole_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.q_heads % self.kv_heads:
@@ -42,14 +45,15 @@ class HeadSplit:
 
     def queries(self, part: int) -> slice:
         """Query heads of a part."""
-        each, rest = divmod(self.q_heads, self.parts)
-        bounds = [index * each + min(index, rest) for index in (part, part + 1)]
+        unit = self.group if self.whole_groups else 1
+        each, rest = divmod(self.q_heads // unit, self.parts)
+        bounds = [unit * (index * each + min(index, rest)) for index in (part, part + 1)]
         return slice(*bounds)
 
     def keys(self, part: int) -> slice:
         """KV heads that they read."""
         queries = self.queries(part)
-        return slice(queries.start // self.group, (queries.stop - 1) // self.group + 1)
+        return slice(queries.start // self.group, -(-queries.stop // self.group))
 
     def runs(self, part: int) -> Iterator[tuple[slice, slice]]:
         """The part cut where the query heads per KV head change.

@@ -36,16 +36,22 @@ class UspExchange:
         layout: of the whole prompt.
         shape: of the model's attention.
         circulate: how K and V go round a column.
+        whole_groups: see ``HeadSplit``; what sparse attention needs.
 
     Raises:
         ValueError: the Ulysses degree exceeds the query heads.
     """
 
     def __init__(
-        self, mesh: SPMesh, layout: ChunkLayout, shape: AttentionShape, circulate: Circulate
+        self,
+        mesh: SPMesh,
+        layout: ChunkLayout,
+        shape: AttentionShape,
+        circulate: Circulate,
+        whole_groups: bool = False,
     ) -> None:
         self._mesh, self._circulate = mesh, circulate
-        self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size)
+        self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_groups)
         self._held = HeldTokens(mesh.ring.size)
         mine = self._heads.keys(mesh.ulysses.rank)
         tokens = sum(
@@ -95,25 +101,34 @@ class UspExchange:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """See ``Exchange``."""
         ring, part = self._mesh.ring, self._mesh.ulysses.rank
-        queries = ChunkQueries(self._to_heads(q), self._ranges, self._heads, part, self._scale)
+        queries = ChunkQueries(self.to_heads(q), self._ranges, self._heads, part, self._scale)
         own = self._kv[layer][: self._held.rows(ring.rank)]
         rows = [self._held.rows(member) for member in range(ring.size)]
         for arrived in self._circulate(ring, own, rows):
             queries.meet(arrived.kv, arrived.first, self._held, arrived.member)
             if arrived.member == ring.rank:
                 queries.meet_own(own, self._held, ring.rank)
-        return self._to_tokens(queries.result().out)
+        return self.to_tokens(queries.result().out)
 
     def finish(self) -> None:
         """See ``Exchange``; nothing outlives a call here."""
 
-    def _row(self, chunk: tuple[Share, ...], member: int) -> list[Share]:
-        """Shares of the ranks at a place of the ring."""
-        size = self._mesh.ulysses.size
-        return [chunk[self._mesh.world_rank(member, index)] for index in range(size)]
+    @property
+    def whole_groups(self) -> bool:
+        """See ``HeadSplit``."""
+        return self._heads.whole_groups
 
-    def _to_heads(self, q: Tensor) -> Tensor:
-        """[q_heads, own tokens, d] to [own heads, the row's tokens in order, d]."""
+    @property
+    def kv_heads(self) -> slice:
+        """Those of which this rank has K and V."""
+        return self._heads.keys(self._mesh.ulysses.rank)
+
+    def keys(self, layer: int) -> Tensor:
+        """[tokens, 2, own kv_heads, head_dim] of the row's tokens, in prompt order."""
+        return self._kv[layer]
+
+    def to_heads(self, q: Tensor) -> Tensor:
+        """[q_heads, own tokens, d] to [own heads, the row's tokens of the chunk in order, d]."""
         ulysses, heads = self._mesh.ulysses, self._heads
         if ulysses.size == 1:
             return q
@@ -126,7 +141,7 @@ class UspExchange:
         ).wait()
         return torch.cat(arriving, 1)[:, self._order]
 
-    def _to_tokens(self, out: Tensor) -> Tensor:
+    def to_tokens(self, out: Tensor) -> Tensor:
         """The reverse."""
         ulysses, heads = self._mesh.ulysses, self._heads
         if ulysses.size == 1:
@@ -138,3 +153,8 @@ class UspExchange:
             [whole[heads.queries(part)] for part in range(ulysses.size)],
         ).wait()
         return whole
+
+    def _row(self, chunk: tuple[Share, ...], member: int) -> list[Share]:
+        """Shares of the ranks at a place of the ring."""
+        size = self._mesh.ulysses.size
+        return [chunk[self._mesh.world_rank(member, index)] for index in range(size)]

@@ -37,7 +37,7 @@ def memory_bytes(
             # Of one layer: the shard being attended to and the one arriving meanwhile.
             return (layers + _moving(scheme)) * held * kv
         case Exchange.ULYSSES | Exchange.USP:
-            heads = int(split_heads(shape, scheme.ulysses)[1].max())
+            heads = int(split_heads(shape, scheme.ulysses, scheme.whole_groups)[1].max())
             row = int(chunking.rows(scheme.ulysses).held[-1].max())
             per_layer = row * heads * 2 * shape.head_dim * shape.bytes_per_element
             return (layers + _moving(scheme)) * per_layer + int(moved.exposed.received.max())

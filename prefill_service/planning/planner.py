@@ -74,7 +74,8 @@ def _candidates(request: PlanRequest, cost: CostModel) -> Iterator[Candidate]:
             for size in sizes
             for order in Order
         }
-        for scheme in schemes(ranks):
+        for exact in schemes(ranks):
+            scheme = exact.at(request.density)
             if scheme.exchange not in request.exchanges:
                 continue
             unsuitable = scheme.unsuitable(request.shape, request.density, request.parallel_links)

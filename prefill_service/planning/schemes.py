@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -33,11 +33,13 @@ class Scheme:
         exchange: what moves.
         ranks: the sequence-parallel degree.
         ulysses: ranks that split heads among them; rank i has ring index ``i // ulysses``.
+        whole_groups: they split them by KV head, as ``ulysses`` does where attention selects.
     """
 
     exchange: Exchange
     ranks: int
     ulysses: int = 1
+    whole_groups: bool = False
 
     @property
     def ring(self) -> int:
@@ -60,7 +62,12 @@ class Scheme:
     @property
     def selects(self) -> bool:
         """Whether attention can be sparse: where a rank has, or can ask for, any key it wants."""
-        return self.exchange in (Exchange.GATHER, Exchange.DEMAND)
+        return self.exchange in (Exchange.GATHER, Exchange.DEMAND) or self.whole_groups
+
+    def at(self, density: float) -> Scheme:
+        """As it computes a prefix that attends to such a share of the keys."""
+        selects = self.exchange is Exchange.ULYSSES and density < 1
+        return replace(self, whole_groups=True) if selects else self
 
     def unsuitable(self, shape: ModelShape, density: float, parallel_links: int) -> str | None:
         """Why this scheme cannot run at all, or not differ from a simpler one, or ``None``."""
@@ -99,10 +106,15 @@ def has_disjoint_rings(ranks: int) -> bool:
     return ranks % 2 == 1 or ranks in (2, 8)
 
 
-def split_heads(shape: ModelShape, parts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_heads(
+    shape: ModelShape, parts: int, whole_groups: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Query heads of each part, in runs as even as possible, and the KV heads each run reads.
 
     KV heads that two runs read are replicated, so the second may sum to more than there are.
+
+    Args:
+        whole_groups: no two runs read the same; some may then be empty.
 
     Raises:
         ValueError: more parts than query heads.
@@ -110,8 +122,8 @@ def split_heads(shape: ModelShape, parts: int) -> tuple[NDArray[np.int64], NDArr
     if parts > shape.q_heads:
         raise ValueError(f"{parts} ranks cannot share {shape.q_heads} query heads")
     group = shape.q_heads // shape.kv_heads
-    each, rest = divmod(shape.q_heads, parts)
+    unit = group if whole_groups else 1
+    each, rest = divmod(shape.q_heads // unit, parts)
     index = np.arange(parts + 1)
-    bounds = index * each + np.minimum(index, rest)
-    first, last = bounds[:-1], bounds[1:] - 1
-    return np.diff(bounds), last // group - first // group + 1
+    bounds = unit * (index * each + np.minimum(index, rest))
+    return np.diff(bounds), -(-bounds[1:] // group) - bounds[:-1] // group

@@ -140,6 +140,11 @@ class _Calculation:
         others: Ints = self.tokens.sum(1, keepdims=True) - self.tokens
         return others
 
+    @property
+    def heads(self) -> tuple[Ints, Ints]:
+        """[ulysses] query heads and KV heads of the ranks of a row."""
+        return split_heads(self.shape, self.scheme.ulysses, self.scheme.whole_groups)
+
     def gather(self) -> Stream:
         """Each other rank's share, in one broadcast."""
         busy = (self.tokens > 0).astype(np.int64)
@@ -150,7 +155,7 @@ class _Calculation:
         ulysses, ring = self.scheme.ulysses, self.scheme.ring
         held = self.chunking.rows(ulysses).held.repeat(ulysses, 1)
         others = held[:, ::ulysses].sum(1, keepdims=True) - held
-        _, kv_heads = split_heads(self.shape, ulysses)
+        _, kv_heads = self.heads
         per_head = 2 * self.shape.head_dim * self.shape.bytes_per_element
         received = others * np.tile(kv_heads, ring) * per_head
         return Stream(received, np.full_like(received, ring - 1), rings)
@@ -159,7 +164,7 @@ class _Calculation:
         """K and V, then Q, of this rank's heads; then outputs of its tokens' other heads."""
         ulysses, ring = self.scheme.ulysses, self.scheme.ring
         row = self.chunking.rows(ulysses).tokens.repeat(ulysses, 1)
-        q_heads, kv_heads = (np.tile(h, ring) for h in split_heads(self.shape, ulysses))
+        q_heads, kv_heads = (np.tile(h, ring) for h in self.heads)
         heads_in = (row - self.tokens) * (q_heads + 2 * kv_heads)
         heads_out = self.tokens * (self.shape.q_heads - q_heads)
         per_head = self.shape.head_dim * self.shape.bytes_per_element

@@ -91,4 +91,5 @@ def _floats(values: Ints, factor: float) -> Floats:
 def _head_pairs(scheme: Scheme, shape: ModelShape, chunking: Chunking) -> Floats:
     """[chunks, ranks] pairs times query heads: all of its tokens, or its heads of its row's."""
     row = chunking.rows(scheme.ulysses).pairs.repeat(scheme.ulysses, 1)
-    return row * np.tile(split_heads(shape, scheme.ulysses)[0], scheme.ring)
+    q_heads, _ = split_heads(shape, scheme.ulysses, scheme.whole_groups)
+    return row * np.tile(q_heads, scheme.ring)

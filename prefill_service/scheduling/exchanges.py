@@ -1,8 +1,9 @@
 """Which exchange computes a prefix, where the configuration leaves it open.
 
 A cost model of this machine, from the ranks' probe at start and refined by every finished prefill,
-costs the exchanges for a prefix's length (docs/planner.md). All are exact; attention can be sparse
-under ``gather`` only, so that another one is chosen where computing all of it is faster still.
+costs the exchanges for a prefix's length (docs/planner.md). All are exact; of those considered,
+attention can be sparse under ``gather`` and ``ulysses`` only, so that another one is chosen where
+computing all of it is faster still.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class ExchangePlanner:
             self._density[policy.profile] = density = min(1.0, max(density, 1e-3))
         layout = deal_patches(plan.patch_ends, ranks, self._chunk_tokens, choice.kind.order)
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree)
+        scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree).at(density)
         model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
         self._seconds.clear()
         logger.info("cost model: %s", model)

@@ -18,6 +18,7 @@ from prefill_service.engine.spec import kv_budget
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.plan import FrameSampling
+from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
 from tests.engine.harness import running_group
 
 
@@ -129,8 +130,11 @@ async def test_only_gather_offloads(checkpoint: Callable[..., Path], tmp_path: P
 
 @pytest.mark.parametrize(
     ("exchange", "ranks", "sharers"),
-    [("gather", 4, 1), ("demand", 4, 1), ("ring", 4, 4), ("ulysses", 4, 2), ("usp", 4, 4)],
-)
+    [
+        ("gather", 4, 1), ("demand", 4, 1), ("ring", 4, 4), ("ulysses", 2, 2), ("ulysses", 3, 2),
+        ("ulysses", 4, 2), ("usp", 4, 4),
+    ],
+)  # fmt: skip
 def test_exchanges_that_divide_the_keys_need_a_share(
     checkpoint: Callable[..., Path], exchange: str, ranks: int, sharers: int
 ) -> None:
@@ -138,6 +142,11 @@ def test_exchanges_that_divide_the_keys_need_a_share(
     opened = open_checkpoint(str(checkpoint("qwen3_vl")))
     engine = EngineConfig(ranks=ranks, exchange=exchange)
     assert kv_budget(engine, opened, "float32", "cpu").sharers == sharers
+
+
+def test_the_rank_with_the_most_heads_counts() -> None:
+    """Of three ranks the one with query heads 11 to 21 of 32 reads four KV heads of eight."""
+    assert ExchangeChoice(ExchangeKind.ULYSSES, 3).sharers(3, 32, 8) == 2
 
 
 def test_defaults_divide_the_memory(checkpoint: Callable[..., Path]) -> None:

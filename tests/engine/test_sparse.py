@@ -14,7 +14,7 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.report import NEVER
 from prefill_service.engine.running import PrefillOutcome
 from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
 from tests.engine.harness import Harness, running_group
 
 VIDEO = {"seconds": 20.0, "fps": 10, "width": 160, "height": 120}
@@ -28,7 +28,9 @@ async def prefill(
 ) -> tuple[torch.Tensor, PrefillOutcome]:
     plan, _ = await harness.plan(video, FrameSampling(fps=8.0))
     plan = replace(plan, prefix_id=f"pfx_{policy.profile}_{exchange}")
-    task = harness.task(video, plan, ExchangeChoice(exchange), policy=policy)
+    heads = harness.planner.checkpoint.num_heads
+    choice = choose_exchange(exchange, harness.group.everyone.size, heads, 0)
+    task = harness.task(video, plan, choice, policy=policy)
     outcome = await harness.prefill(task)
     return harness.read_kv(task), outcome
 
@@ -47,7 +49,7 @@ async def test_any_number_of_ranks_selects_the_same(
         async with running_group(
             model, folder, ranks, chunk_tokens=540, sparse_from_tokens=400
         ) as harness:
-            for exchange in (ExchangeKind.GATHER, ExchangeKind.DEMAND):
+            for exchange in (ExchangeKind.GATHER, ExchangeKind.DEMAND, ExchangeKind.ULYSSES):
                 found[ranks, exchange] = await prefill(harness, video, policy, exchange)
     expected, alone = found[1, ExchangeKind.GATHER]
     assert alone.attention.density < 1
@@ -58,8 +60,11 @@ async def test_any_number_of_ranks_selects_the_same(
             assert ours.attended == theirs.attended, (ranks, exchange)
             assert ours.tiles_redone == theirs.tiles_redone
             assert ours.kept_mass.count == theirs.kept_mass.count
-        if exchange is ExchangeKind.GATHER:  # which alone knows where clustered keys come from
+            assert ours.head_mass == pytest.approx(theirs.head_mass, rel=1e-3)
+        if exchange is not ExchangeKind.DEMAND:  # which does not know where clustered keys are from
             assert outcome.attention.block_map == alone.attention.block_map
+            mass = outcome.attention.patch_mass
+            assert mass == pytest.approx(alone.attention.patch_mass, rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [2])

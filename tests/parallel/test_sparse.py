@@ -16,16 +16,18 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.tiles import Tiles
-from prefill_service.engine.attending import ChunkAttention
+from prefill_service.engine.attending import ChunkAttention, by_heads
+from prefill_service.engine.spec import is_sparse
 from prefill_service.parallel.balanced import make_balancer
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape, Exchange
-from prefill_service.parallel.exchanges import ExchangeKind
+from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange, make_exchange
 from prefill_service.parallel.gather import GatherExchange
 from prefill_service.parallel.group import SPGroup
 from prefill_service.parallel.layout import ChunkLayout, deal_patches
+from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.units import Units
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
 LAYERS, KV_HEADS, HEAD_DIM, SCALE = 2, 2, 16, 0.25
 CPU = torch.device("cpu")
@@ -47,6 +49,7 @@ class Case:
     from_tokens: int = 200
     broken: bool = False
     action: tuple[float, float] = (0.0, 0.0)
+    kv_heads: int = KV_HEADS
 
     @property
     def ends(self) -> np.ndarray:
@@ -54,7 +57,7 @@ class Case:
 
     @property
     def q_heads(self) -> int:
-        return self.ratio * KV_HEADS
+        return self.ratio * self.kv_heads
 
     @property
     def settings(self) -> SparseSettings:
@@ -64,7 +67,7 @@ class Case:
     def shape(self) -> AttentionShape:
         tokens = int(self.ends[-1])
         return AttentionShape(
-            LAYERS, tokens, self.q_heads, KV_HEADS, HEAD_DIM, SCALE, torch.float64, CPU
+            LAYERS, tokens, self.q_heads, self.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
         )
 
     def layout(self, ranks: int) -> ChunkLayout:
@@ -75,7 +78,7 @@ class Case:
         """[layers, heads, tokens, head_dim]: keys in a few loose clusters, queries near some."""
         tokens, seed = int(self.ends[-1]), torch.Generator().manual_seed(self.patches)
         centres = torch.randn(LAYERS, 12, HEAD_DIM, dtype=torch.float64, generator=seed)
-        heads = self.q_heads + 2 * KV_HEADS
+        heads = self.q_heads + 2 * self.kv_heads
         near = torch.randint(0, 12, (LAYERS, heads, tokens), generator=seed)
         noise = torch.randn(LAYERS, heads, tokens, HEAD_DIM, dtype=torch.float64, generator=seed)
         picked = torch.stack([centres[layer][near[layer]] for layer in range(LAYERS)])
@@ -88,7 +91,7 @@ class Case:
         return found
 
     def split(self, layer: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.split(layer, [self.q_heads, KV_HEADS, KV_HEADS]))
+        return tuple(torch.split(layer, [self.q_heads, self.kv_heads, self.kv_heads]))
 
 
 BUSY = Case(90, 37, 80, 1, resolve_policy(epsilon=0.2), action=(0.79, 0.83))
@@ -103,6 +106,7 @@ CASES = {
     "small shares": Case(30, 37, 37, 7, resolve_policy(epsilon=0.2)),
     "shares in a block": Case(60, 7, 7, 1, resolve_policy(epsilon=0.2)),
     "exact, shares in a block": Case(40, 7, 7, 2, resolve_policy(epsilon=0.0)),
+    "three heads": Case(30, 37, 120, 2, resolve_policy(epsilon=0.2), kv_heads=3),
     "one patch": Case(1, 30, 150, 1, resolve_policy(epsilon=0.2), from_tokens=1),
 }
 
@@ -110,10 +114,11 @@ CASES = {
 class Selection(AdaptiveAttention):
     """Notes which blocks every unit keeps, by layer and first token."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, heads: slice | None = None) -> None:
         super().__init__(
-            case.settings, case.policy, LAYERS, KV_HEADS, HEAD_DIM, torch.float64, CPU, case.ends
-        )
+            case.settings, case.policy, LAYERS, case.kv_heads, HEAD_DIM, torch.float64, CPU,
+            case.ends, heads,
+        )  # fmt: skip
         self.kept: dict[tuple[int, int], Tensor] = {}
         add = self._grids.add
 
@@ -162,13 +167,21 @@ def compute(group: SPGroup, case: Case, kind: str) -> dict[str, Any]:
     exchange: Exchange
     if kind == "gather":
         exchange = GatherExchange(group, shape)
+    elif kind == "ulysses":
+        meshes = form_meshes(group, TIMEOUT_S)
+        choice = choose_exchange(ExchangeKind.ULYSSES, group.size, case.q_heads, 0)
+        sparse = is_sparse(shape.num_tokens, choice, case.policy, case.from_tokens)
+        exchange = make_exchange(
+            choice, meshes, layout, shape, case.settings.segments, sparse=sparse
+        )
     elif kind == "balanced":
         exchange = GatherExchange(group, shape)
         balancer = make_balancer(ExchangeKind.GATHER, group, shape, 32, 16, units, 1.0)
     else:
         cached = kind == "demand"
         exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
-    selection, data, before = Selection(case), case.data(), dict(group.meter.uses)
+    selection = Selection(case, by_heads(exchange))
+    data, before = case.data(), dict(group.meter.uses)
     attending = ChunkAttention(exchange, selection, units, group.meter, balancer)
     out = torch.zeros_like(data[:, : case.q_heads])
     for shares in layout.shares:
@@ -206,12 +219,20 @@ def one_rank(case: Case) -> dict[str, Any]:
     return {"out": out, "kept": selection.kept, "report": selection.report()}
 
 
-def kinds(name: str) -> tuple[str, ...]:
-    return ("balanced", "demand", *(("gather", "uncached") if name == "sparse" else ()))
+def kinds(name: str, ranks: int) -> list[str]:
+    """Ways to compute a case; more ranks than query heads cannot divide them."""
+    found = {
+        "sparse": ["balanced", "demand", "ulysses", "gather", "uncached"],
+        "three heads": ["ulysses"],
+    }.get(name, ["balanced", "demand", "ulysses"])
+    return [kind for kind in found if kind != "ulysses" or ranks <= CASES[name].q_heads]
 
 
 def run_rank(group: SPGroup, names: list[str]) -> list[dict[str, dict[str, Any]]]:
-    return [{kind: compute(group, CASES[name], kind) for kind in kinds(name)} for name in names]
+    return [
+        {kind: compute(group, CASES[name], kind) for kind in kinds(name, group.size)}
+        for name in names
+    ]
 
 
 def run_busy(group: SPGroup) -> dict[str, Any]:
@@ -222,10 +243,28 @@ def assert_same_blocks(found: list[dict[str, Any]], expected: dict[str, Any], ca
     """Ranks' parts of a prefill against that of one rank."""
     out = sum(part["out"] for part in found)  # each has its own queries, and zeros
     torch.testing.assert_close(out, expected["out"], rtol=0, atol=1e-9, equal_nan=True)
-    kept = {unit: keep for part in found for unit, keep in part["kept"].items()}
+    kept: dict[tuple[int, int], list[Tensor]] = {}
+    for part in found:
+        for unit, keep in part["kept"].items():  # of all KV heads on one rank, or some on each
+            kept.setdefault(unit, []).append(keep)
     assert kept.keys() == expected["kept"].keys(), case
-    for unit, keep in kept.items():
-        assert torch.equal(keep, expected["kept"][unit]), (case, unit)
+    for unit, keeps in kept.items():
+        assert torch.equal(torch.cat(keeps), expected["kept"][unit]), (case, unit)
+
+
+def ulysses_bytes(case: Case, ranks: int) -> list[int]:
+    """Each rank's heads of all others' tokens, and all others' heads of its own tokens."""
+    each, rest = divmod(case.kv_heads, ranks)
+    received = []
+    for rank in range(ranks):
+        keys = each + (rank < rest)
+        queries, mine = keys * case.ratio, 0
+        for chunk in case.layout(ranks).shares:
+            own = chunk[rank].num_tokens
+            others = sum(share.num_tokens for share in chunk) - own
+            mine += others * (queries + 2 * keys) + own * (case.q_heads - queries)
+        received.append(mine * LAYERS * HEAD_DIM * 8)
+    return received
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -235,7 +274,7 @@ def test_any_number_of_ranks_selects_what_one_does(size: int, tmp_path: Path) ->
     for index, name in enumerate(names):
         expected = one_rank(CASES[name])
         wanted = expected["report"].layers
-        for kind in kinds(name):
+        for kind in kinds(name, size):
             found = [rank[index][kind] for rank in ranks]
             assert_same_blocks(found, expected, f"{name}, {kind}")
             layers = combine([part["report"] for part in found]).layers
@@ -248,6 +287,9 @@ def test_any_number_of_ranks_selects_what_one_does(size: int, tmp_path: Path) ->
                     (ours.kept_mass, theirs.kept_mass), (ours.output_error, theirs.output_error)
                 ):  # fmt: skip
                     assert mine.total == pytest.approx(other.total, abs=1e-8), (name, kind)
+            if kind == "ulysses" and size > 1 and name in ("sparse", "three heads"):
+                used = [part["uses"]["all_to_all"].bytes_received for part in found]
+                assert used == ulysses_bytes(CASES[name], size)
             for part in found:
                 if part["needed"] is not None:
                     use = part["uses"].get("blocks")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from prefill_service.parallel.heads import HeadSplit
 from prefill_service.planning.chunking import Order, chunking_of, deal_tokens
 from prefill_service.planning.passing import moves_queries, queries_move_from
 from prefill_service.planning.schemes import Exchange, Scheme, schemes, split_heads
@@ -133,6 +134,34 @@ def test_heads_are_split_evenly_and_cover_their_groups(parts: int) -> None:
     assert queries.max() - queries.min() <= 1
     assert keys.sum() >= max(shape.kv_heads, parts)
     assert (keys * 7 >= queries).all()
+
+
+@pytest.mark.parametrize("parts", range(1, 7))
+def test_whole_groups_stay_together(parts: int) -> None:
+    """As ``HeadSplit`` cuts them, which ranks go by."""
+    shape = PRESETS["qwen2.5-vl-7b"]
+    queries, keys = split_heads(shape, parts, whole_groups=True)
+    assert keys.sum() == shape.kv_heads
+    assert (queries == 7 * keys).all()
+    assert keys.max() - keys.min() <= 1
+    split = HeadSplit(shape.q_heads, shape.kv_heads, parts, whole_groups=True)
+    for part in range(parts):
+        assert len(range(shape.q_heads)[split.queries(part)]) == queries[part]
+        assert len(range(shape.kv_heads)[split.keys(part)]) == keys[part]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+def test_sparse_ulysses_moves_each_head_once(ranks: int) -> None:
+    """Of even shares: every rank's heads of the others' tokens, and the others' of its own."""
+    n, shape = 240, SHAPE
+    scheme = scheme_of(Exchange.ULYSSES, ranks).at(density=0.3)
+    found = traffic(scheme, shape, deal_tokens(n, ranks, n // ranks)).received
+    own = [4 // ranks + (rank < 4 % ranks) for rank in range(ranks)]  # KV heads; 2 queries each
+    size, away = shape.head_dim * shape.bytes_per_element, n - n // ranks
+    assert found.tolist() == [
+        size * (away * 4 * heads + n // ranks * (shape.q_heads - 2 * heads)) for heads in own
+    ]
+    assert scheme_of(Exchange.RING, ranks).at(density=0.3) == scheme_of(Exchange.RING, ranks)
 
 
 def test_refusals_name_the_value() -> None:
