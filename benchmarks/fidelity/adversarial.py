@@ -2,8 +2,8 @@
 
 A *silent failure* is an answer that differs from the exact prefill's while the floor of the
 quality was met; *sure* counts those of them that exact gave with a lead over the next answer, the
-others were toss-ups. Whether the model itself is right about such a video is another matter, and is
-printed beside it.
+others were toss-ups, and *sure_and_right* those that cost a right answer. Whether the model itself
+is right about such a video is another matter, and is printed beside it.
 """
 
 from __future__ import annotations
@@ -135,14 +135,18 @@ def run(work: Work) -> list[Asked]:
 def rows(case: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
     """Per quality, ranks pooled."""
     found = []
+    truth = {(one.setting.ranks, one.video): one.right for one in asked
+             if one.setting.quality == "exact"}  # fmt: skip
     for quality in QUALITIES:
         members = [one for one in asked if one.setting.quality == quality]
         same = [flag for one in members for flag in one.same]
         silent = [
-            sure
+            (sure, sure and right)
             for one in members
             if one.floor_met
-            for same, sure in zip(one.same, one.sure, strict=True)
+            for same, sure, right in zip(
+                one.same, one.sure, truth[one.setting.ranks, one.video], strict=True
+            )
             if not same
         ]
         found.append(
@@ -153,7 +157,8 @@ def rows(case: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
                 "right": round(float(np.mean([f for one in members for f in one.right])), 3),
                 "as_exact": round(float(np.mean(same)), 3),
                 "silent_failures": len(silent),
-                "sure": sum(silent),
+                "sure": sum(sure for sure, _ in silent),
+                "sure_and_right": sum(right for _, right in silent),
                 "density": round(float(np.mean([one.density or 1.0 for one in members])), 3),
             }
         )
