@@ -15,6 +15,8 @@ from client_helpers import PREFILL, Api, Cli, make_client
 from prefill.v1 import prefill_service_pb2 as pb
 from prefill_client import (
     BlockMap,
+    Comparison,
+    ComparisonMethod,
     Inspection,
     InvalidRequestError,
     LayerAttention,
@@ -59,7 +61,24 @@ async def test_inspection(api: Api, server, clip):
     assert caught.value.reason == "NO_ATTENTION_REPORT"
 
 
+async def test_a_published_method(api: Api, server, clip):
+    job = await api.call(
+        "prefill", clip, wait=True, comparison="star", comparison_question="Who?", anchor_tokens=30
+    )
+    assert job.spec.comparison == Comparison(ComparisonMethod.STAR, "Who?", 30, None)
+    await api.call("ask_text", job.spec.video_id, "Who?", comparison=ComparisonMethod.SPAVA)
+    wanted = pb.ComparisonSpec(method=pb.COMPARISON_METHOD_SPAVA)  # the question is asked anyway
+    assert server.state.asks[0].spec.comparison == wanted
+    assert not server.state.asks[0].spec.HasField("attention")
+    plain = await api.call("prefill", clip, wait=True)
+    assert plain.spec.comparison is None
+
+
 async def test_bad_options_are_named(api: Api, server, clip):
+    with pytest.raises(ValueError, match="comparison = 'flash' is not accepted"):
+        await api.call("prefill", clip, comparison="flash")
+    with pytest.raises(ValueError, match="anchor_tokens needs a comparison: spava, star, apb"):
+        await api.call("prefill", clip, anchor_tokens=3)
     with pytest.raises(ValueError, match="quality = 'best' is not accepted; expected one of exact"):
         await api.call("prefill", clip, quality="best")
     with pytest.raises(TypeError, match="epsilon = 'much' is not accepted"):
@@ -84,6 +103,12 @@ def test_command_line(cli: Cli, server, clip):
     assert (spec.epsilon, spec.min_kept_mass) == (0.05, 0.9)
     run = cli.run("ask", clip, "Who?", "--quality", "exact")
     assert "; attention exact, density 1.00; job_" in run.stderr
+    run = cli.run("start", clip, "--comparison", "apb", "--comparison-question", "Who?",
+                  "--passing-tokens", "7")  # fmt: skip
+    assert run.returncode == 0
+    assert list(server.state.jobs.values())[-1].spec.comparison == pb.ComparisonSpec(
+        method=pb.COMPARISON_METHOD_APB, question="Who?", passing_tokens=7
+    )
     run = cli.run("ask", clip, "Who?", "--quality", "best")
     assert (run.returncode, "invalid choice: 'best'" in run.stderr) == (2, True)
     run = cli.run("start", clip, "--quality", "fast", "--epsilon", "0.1")

@@ -99,7 +99,20 @@ def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
         quality=_quality(message.attention.quality),
         epsilon=_optional(message.attention, "epsilon"),
         min_kept_mass=_optional(message.attention, "min_kept_mass"),
+        comparison=_comparison(message.comparison) if message.HasField("comparison") else None,
     )
+
+
+def _comparison(message: prefill_pb.ComparisonSpec) -> types.Comparison:
+    return types.Comparison(
+        method=_enum(
+            prefill_pb.ComparisonMethod, message.method, "COMPARISON_METHOD_",
+            types.ComparisonMethod,
+        ),
+        question=message.question,
+        anchor_tokens=_optional(message, "anchor_tokens"),
+        passing_tokens=_optional(message, "passing_tokens"),
+    )  # fmt: skip
 
 
 def _quality(value: int) -> attention.Quality:

@@ -12,17 +12,27 @@ from typing import Any
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 from prefill_client.attention import Quality
-from prefill_client.types import AskOptions, FrameOptions, Message, QuestionLike, Video, VideoLike
+from prefill_client.types import (
+    AskOptions,
+    ComparisonMethod,
+    FrameOptions,
+    Message,
+    QuestionLike,
+    Video,
+    VideoLike,
+)
 
 SAMPLING_NAMES = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
 DECODING_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repetition_penalty",
                   "ignore_eos")  # fmt: skip
 ATTENTION_NAMES = ("quality", "epsilon", "min_kept_mass")
-FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt", *ATTENTION_NAMES)
+COMPARISON_NAMES = ("comparison", "comparison_question", "anchor_tokens", "passing_tokens")
+FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt", *ATTENTION_NAMES, *COMPARISON_NAMES)
 ASK_NAMES = (*FRAME_NAMES, *DECODING_NAMES, "stop")
 
 _VIDEO_ID = re.compile(r"vid_[0-9A-Za-z]+")
 QUALITIES = tuple(quality.value for quality in Quality if quality is not Quality.UNSPECIFIED)
+COMPARISONS = tuple(m.value for m in ComparisonMethod if m is not ComparisonMethod.UNSPECIFIED)
 _ROLES = {"user": answer_pb.ROLE_USER, "assistant": answer_pb.ROLE_ASSISTANT}
 
 
@@ -57,7 +67,8 @@ def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
 
     Raises:
         TypeError: an option is unknown or has the wrong type.
-        ValueError: an option is out of the range of its field, or no quality.
+        ValueError: an option is out of the range of its field, no quality or no method, or is of
+            a comparison that was not asked for.
     """
     check_names(options, FRAME_NAMES)
     spec = prefill_pb.PrefillSpec(video_id=video_id)
@@ -65,13 +76,32 @@ def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
     _assign(spec.sampling, options, SAMPLING_NAMES)
     quality = options.get("quality")
     if quality is not None:
-        if quality not in QUALITIES:
-            accepted = ", ".join(QUALITIES)
-            raise ValueError(f"quality = {quality!r} is not accepted; expected one of {accepted}")
+        _check_choice("quality", quality, QUALITIES)
         dial = prefill_pb.AttentionSpec(quality=f"QUALITY_{quality.upper()}")
         spec.attention.CopyFrom(dial)
     _assign(spec.attention, options, ("epsilon", "min_kept_mass"))
+    _assign_comparison(spec, options)
     return spec
+
+
+def _assign_comparison(spec: prefill_pb.PrefillSpec, options: FrameOptions) -> None:
+    method = options.get("comparison")
+    if method is None:
+        for name in COMPARISON_NAMES:
+            if options.get(name) is not None:
+                raise ValueError(f"{name} needs a comparison: {', '.join(COMPARISONS)}")
+        return
+    _check_choice("comparison", method, COMPARISONS)
+    asked = prefill_pb.ComparisonSpec(method=f"COMPARISON_METHOD_{method.upper()}")
+    asked.question = options.get("comparison_question") or ""
+    _assign(asked, options, ("anchor_tokens", "passing_tokens"))
+    spec.comparison.CopyFrom(asked)
+
+
+def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} = {value!r} is not accepted; expected one of "
+                         f"{', '.join(accepted)}")  # fmt: skip
 
 
 def build_ask(

@@ -108,7 +108,7 @@ async def run_batch(
     build_spec("", defaults or {})  # type: ignore[arg-type]  # refused before anything is asked
     items, bad = read_input(input_path)
     for item in items:
-        if item.options.keys().isdisjoint(ATTENTION_NAMES):
+        if item.options.keys().isdisjoint((*ATTENTION_NAMES, "comparison")):
             item.options.update(defaults or {})
     with (
         ResultFile(output_path, resume=True) as output,

@@ -148,6 +148,25 @@ class PrefillResult:
     communication: CommunicationReport | None = None
 
 
+class ComparisonMethod(StrEnum):
+    """A published way to compute a prefix, for research."""
+
+    UNSPECIFIED = "unspecified"
+    SPAVA = "spava"
+    STAR = "star"
+    APB = "apb"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a prefix was computed by instead of attention. None: as published for its length."""
+
+    method: ComparisonMethod
+    question: str
+    anchor_tokens: int | None
+    passing_tokens: int | None
+
+
 @dataclass(frozen=True)
 class PrefillSpec:
     """The video prefix a job computes. None: the model family's own default."""
@@ -162,6 +181,7 @@ class PrefillSpec:
     quality: Quality
     epsilon: float | None
     min_kept_mass: float | None
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +282,10 @@ class FrameOptions(TypedDict, total=False):
     ``quality`` is "exact", "high", "balanced" (the default) or "fast"; ``epsilon``, instead of
     it, is the attention mass that may be misplaced, 0 (exact) to below 1. ``min_kept_mass`` is
     the floor of what is measured to be kept, 0 (off) to 1. Each choice is a prefix of its own.
+
+    ``comparison``, instead of these, has a published method compute the prefix, for research:
+    "spava", "star" or "apb". It consults the question; where none is asked, give it as
+    ``comparison_question``. ``anchor_tokens`` and ``passing_tokens`` replace published lengths.
     """
 
     fps: float | None
@@ -273,6 +297,10 @@ class FrameOptions(TypedDict, total=False):
     quality: Quality | str | None
     epsilon: float | None
     min_kept_mass: float | None
+    comparison: ComparisonMethod | str | None
+    comparison_question: str | None
+    anchor_tokens: int | None
+    passing_tokens: int | None
 
 
 class AskOptions(FrameOptions, total=False):

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from prefill_client._channel import TLS
-from prefill_client._requests import ASK_NAMES, ATTENTION_NAMES, FRAME_NAMES, QUALITIES
+from prefill_client._requests import (
+    ASK_NAMES,
+    ATTENTION_NAMES,
+    COMPARISONS,
+    FRAME_NAMES,
+    QUALITIES,
+)
 
 DESCRIPTION = """\
 Ask questions about long videos. A video is uploaded once, prefilled once, and then
@@ -34,7 +40,7 @@ input, one JSON object per line:
 "video" is a path (relative to the current folder), a file:// URL or an id. Instead of
 "question" there may be "messages": [{"role": "user", "content": "..."}]. The other keys of
 "body" are the options of "prefill ask" with underscores: fps, num_frames, max_pixels,
-system_prompt, quality, max_tokens, temperature, top_p, top_k, seed, stop, ...
+system_prompt, quality, comparison, max_tokens, temperature, top_p, top_k, seed, stop, ...
 
 Each answer is appended to the output and synced to the disk at once. Run the same command
 again to go on after an interruption: lines that are in the output are skipped, lines that
@@ -70,6 +76,16 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system-prompt", metavar="TEXT", help="system message before the video")
 
     _add_attention(parser)
+
+
+def _add_comparison(parser: argparse.ArgumentParser, asks: bool) -> None:
+    group = parser.add_argument_group("comparison, for research (instead of attention's options)")
+    group.add_argument("--comparison", choices=COMPARISONS,
+                       help="a published method computes the prefix, for one question")  # fmt: skip
+    if not asks:
+        group.add_argument("--comparison-question", metavar="TEXT", help="the question it consults")
+    group.add_argument("--anchor-tokens", type=int, metavar="N", help="default: as published")
+    group.add_argument("--passing-tokens", type=int, metavar="N", help="default: as published")
 
 
 def _add_attention(parser: argparse.ArgumentParser, note: str = "default: balanced") -> None:
@@ -121,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     ask = command("ask", "ask one or more questions about a video")
     _add_frames(ask)
+    _add_comparison(ask, asks=True)
     _add_decoding(ask)
     ask.add_argument("video", metavar="VIDEO")
     ask.add_argument("questions", metavar="QUESTION", nargs="+")
@@ -131,6 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("video", metavar="VIDEO")
     start = command("start", "prefill videos now, so that questions are quick later")
     _add_frames(start)
+    _add_comparison(start, asks=False)
     start.add_argument("videos", metavar="VIDEO", nargs="+")
     start.add_argument("--wait", action="store_true", help="wait until the prefill has ended")
     json_flag(start, "one JSON object per job")
@@ -213,14 +231,19 @@ def client_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def frame_options(args: argparse.Namespace) -> Any:
     """The frame options that were given."""
-    return {name: getattr(args, name) for name in FRAME_NAMES if getattr(args, name) is not None}
+    return _given(args, FRAME_NAMES)
 
 
 def attention_options(args: argparse.Namespace) -> Any:
     """The attention options that were given."""
-    return {name: value for name in ATTENTION_NAMES if (value := getattr(args, name)) is not None}
+    return _given(args, ATTENTION_NAMES)
 
 
 def ask_options(args: argparse.Namespace) -> Any:
     """The options of ``Client.ask`` that were given."""
-    return {name: getattr(args, name) for name in ASK_NAMES if getattr(args, name) is not None}
+    return _given(args, ASK_NAMES)
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> Any:
+    # A command has not all of them: chat, say, no comparison.
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
