@@ -71,7 +71,7 @@ class ComparisonRun:
         """Encode the rank's patches, the anchor's included, then run the language model once."""
         features, error = self._encode()
         # Ranks have unequal numbers of encoding steps, so they meet when all are done.
-        checkpoint(self._rank, self._control, error)
+        checkpoint(self._rank, self._control, error=error)
         self._start = time.perf_counter()
         ids, positions = self._inputs()
         self._rank.model.prefill(ids, positions, self._task.plan.video_token_id, features, self)

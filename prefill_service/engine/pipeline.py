@@ -12,6 +12,7 @@ from torch import Tensor
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.engine.attending import ChunkAttention, by_heads
+from prefill_service.engine.cadence import Cadence
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
 from prefill_service.engine.shards import layout_of
@@ -50,7 +51,7 @@ class ChunkedRun:
         self._rank = rank
         self._plan = task.plan
         self._writer = writer
-        self._control = control
+        self._control, self._cadence = control, Cadence()
         group, layout, model = rank.group, rank.kv_layout, rank.model
         self.clock = StageClock(
             lambda stage, done, total, seconds: rank.send(
@@ -122,7 +123,8 @@ class ChunkedRun:
         for chunk, share in zip(self._chunks.shares, self._shares, strict=True):
             features = self._encode(share)
             start = time.perf_counter()
-            if between_chunks(self._rank, self._control, self._copy_failure()):
+            failure = self._copy_failure()
+            if between_chunks(self._rank, self._control, self._cadence, failure):
                 self.clock.spans.note(Stage.PREFILL, "paused", start)
             start, received = time.perf_counter(), meter.bytes_received
             self._attending.start_chunk(chunk, self._rank.group.rank)
@@ -156,9 +158,10 @@ class ChunkedRun:
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """This rank's keys and values of one layer: to its pages, and to the other ranks."""
         self._layer_spans.enter(layer)
-        if self._rank.model.device.type == "cpu":
-            # On a GPU a layer is far shorter than a second; there, once per chunk is enough.
-            # (Copies can fail on a CPU only, so what was computed without them is never sealed.)
+        due = self._cadence.due()
+        # On a GPU a layer is far shorter than a second; there, once per chunk is enough. Copies can
+        # fail on a CPU only, and what was computed without them is never to be sealed.
+        if self._rank.model.device.type == "cpu" and (due or self._working):
             self._checkpoint(self._copy_failure())
         if len(k):
             self._write(layer, k, v)
@@ -241,7 +244,7 @@ class ChunkedRun:
             page += self._rank.kv_layout.pages_for(len(part_k))
 
     def _checkpoint(self, error: ServiceError | None = None) -> None:
-        checkpoint(self._rank, self._control, error)
+        checkpoint(self._rank, self._control, self._cadence, error)
 
     def _on_frames(self, done: int, total: int, seconds: float) -> None:
         self._rank.tick()

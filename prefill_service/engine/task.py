@@ -14,6 +14,7 @@ from typing import Protocol
 from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.report import RankAttention
 from prefill_service.config import VideoConfig
+from prefill_service.engine.cadence import Cadence
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
 from prefill_service.engine.shards import pages_of_rank
 from prefill_service.engine.trace import Amount, SpanBuffer
@@ -30,6 +31,7 @@ from prefill_service.parallel.mesh import SPMesh
 logger = logging.getLogger("prefill_service.task")
 
 _PROGRESS_INTERVAL_S = 0.2
+_MOST_MS = (1 << 20) - 1
 
 
 class Status(IntEnum):
@@ -206,13 +208,18 @@ def _run_task(
     )
 
 
-def checkpoint(rank: RankContext, control: TaskControl, error: ServiceError | None = None) -> None:
+def checkpoint(
+    rank: RankContext,
+    control: TaskControl,
+    cadence: Cadence | None = None,
+    error: ServiceError | None = None,
+) -> None:
     """Synchronisation point: all ranks of the team go on, or all raise ``TaskAborted``."""
-    _agree(rank, control, error, pause=False)
+    _agree(rank, control, cadence, error, pause=False)
 
 
 def between_chunks(
-    rank: RankContext, control: TaskControl, error: ServiceError | None = None
+    rank: RankContext, control: TaskControl, cadence: Cadence, error: ServiceError | None = None
 ) -> bool:
     """A ``checkpoint`` at which the task is paused if all of its ranks have been told to.
 
@@ -222,7 +229,7 @@ def between_chunks(
     Returns:
         Whether it was paused.
     """
-    paused = _agree(rank, control, error, control.pause.is_set())
+    paused = _agree(rank, control, cadence, error, control.pause.is_set())
     if paused:
         control.pause.clear()
         control.stand_aside()
@@ -230,12 +237,24 @@ def between_chunks(
 
 
 def _agree(
-    rank: RankContext, control: TaskControl, error: ServiceError | None, pause: bool
+    rank: RankContext,
+    control: TaskControl,
+    cadence: Cadence | None,
+    error: ServiceError | None,
+    pause: bool,
 ) -> bool:
-    """The gravest status of all ranks counts; if that is none, whether all of them can pause."""
+    """The gravest status of all ranks counts; if that is none, whether all of them can pause.
+
+    One number says both, and below them how long a layer takes: the largest is that of a rank with
+    the gravest status, and every rank learns the same.
+    """
     mine = Status.CANCELLED if control.cancelled.is_set() else Status.FINE
-    agreed = rank.group.agree(2 * (Status.FAILED if error else mine) + (not pause))
+    told = 2 * (Status.FAILED if error else mine) + (not pause)
+    layer_ms = min(cadence.layer_ms, _MOST_MS) if cadence else 0
+    agreed, layer_ms = divmod(rank.group.agree(told * (_MOST_MS + 1) + layer_ms), _MOST_MS + 1)
     status = Status(agreed // 2)
     if status is not Status.FINE:
         raise TaskAborted(status, error)
+    if cadence:
+        cadence.agreed(layer_ms)
     return agreed == 0
