@@ -42,7 +42,7 @@ LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 3, 8, 2, 128
 PATCH, CHUNK = 128, 512
 SCALE = HEAD_DIM**-0.5
 CPU = torch.device("cpu")
-BUSY = {"none": 1, "every second unit": 2, "every eighth unit": 8}
+BUSY = {"every unit": 1, "every second unit": 2, "every eighth unit": 8}
 """How often a unit has something to look for."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.cpu_attention import attend_rows
+from prefill_service.kernels.cpu_threads import spread
 from prefill_service.kernels.csr import BlockCSR
 
 _BATCH_FLOATS = 1 << 20
@@ -65,7 +66,7 @@ def local_attention(
     whole = tiles.queries // tile
     shape = (kv_heads * count, length, head_dim)
     parts = []
-    for name, x in (("k", k), ("v", v)):
+    for name, x in (("k0", k), ("v0", v)):
         part = buffers.get(name, shape, x).view(kv_heads, count, length, head_dim)
         if whole:
             windows = x[:, first : first + before + whole * tile].unfold(1, length, tile)
@@ -104,12 +105,16 @@ def kept_attention(
     lse_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     out = torch.empty_like(rows).flatten(0, 1)
     lse = rows.new_full(out.shape[:2], -torch.inf, dtype=lse_dtype)
-    for kept, batch in work.batches():
+
+    def attend(piece: tuple[int, list[int]], worker: int) -> None:
+        kept, batch = piece
         index = slice(batch[0], batch[0] + 1) if len(batch) == 1 else batch  # a view, if it can be
         if kept:
-            out[index], lse[index] = work.attend(kept, batch, index)
+            out[index], lse[index] = work.attend(kept, batch, index, worker)
         else:
             out[index] = 0
+
+    spread(attend, list(work.batches()))
     return Partial(out.view(rows.shape), lse.view(rows.shape[:3]))
 
 
@@ -147,12 +152,13 @@ class _Work:
                 yield kept, rows[i : i + size]
 
     def attend(
-        self, kept: int, batch: list[int], index: list[int] | slice
+        self, kept: int, batch: list[int], index: list[int] | slice, worker: int
     ) -> tuple[Tensor, Tensor]:
         """Output [batch, rows, head_dim] and LSE [batch, rows]; ``index`` is ``batch``."""
         block, head_dim = self.tiles.block_tokens, self.k.shape[-1]
         shape = (len(batch), kept * block, head_dim)
-        keys, values = self.buffers.get("k", shape, self.k), self.buffers.get("v", shape, self.v)
+        keys = self.buffers.get(f"k{worker}", shape, self.k)
+        values = self.buffers.get(f"v{worker}", shape, self.v)
         for i, row in enumerate(batch):
             head = row // self.tiles.count
             col = self.csr.col[self.starts[row] : self.starts[row + 1]]

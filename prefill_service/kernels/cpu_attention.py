@@ -13,9 +13,12 @@ import math
 import torch
 from torch import Tensor
 
+from prefill_service.kernels.cpu_threads import spread
 from prefill_service.kernels.onednn import product, serves
 
-_ROWS = 2048
+_ROWS, _LEAST_ROWS = 2048, 256
+"""Of a strip; fewer than the first where there are threads to share them."""
+
 _SCORES = 1 << 20
 """Held at once, 4 MiB."""
 
@@ -38,13 +41,18 @@ def attend_rows(
     if not serves(q):
         return _torch_flash(q, k, v, scale, hidden)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-    for entry in range(len(q)):
-        for start in range(0, q.shape[1], _ROWS):
-            rows = slice(start, start + _ROWS)
-            out[entry, rows], lse[entry, rows] = _online(
-                q[entry, rows] * (scale / math.log(2)), k[entry], v[entry],
-                None if hidden is None else hidden[rows],
-            )  # fmt: skip
+
+    def strip(piece: tuple[int, slice], _: int) -> None:
+        entry, rows = piece
+        out[entry, rows], lse[entry, rows] = _online(
+            q[entry, rows] * (scale / math.log(2)), k[entry], v[entry],
+            None if hidden is None else hidden[rows],
+        )  # fmt: skip
+
+    each = -(-len(q) * q.shape[1] // torch.get_num_threads())
+    size = min(_ROWS, max(_LEAST_ROWS, each))
+    starts = range(0, q.shape[1], size)
+    spread(strip, [(entry, slice(at, at + size)) for entry in range(len(q)) for at in starts])
     return out, lse
 
 
