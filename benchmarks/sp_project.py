@@ -170,6 +170,8 @@ def _ours(shape: ModelShape, machine: Machine) -> Iterator[tuple[Scheme, bool]]:
     yield Scheme(Exchange.PASS_Q, ranks), False
     yield Scheme(Exchange.GATHER, ranks), True
     yield Scheme(Exchange.DEMAND, ranks), True
+    if ranks <= shape.kv_heads:  # more would wait
+        yield Scheme(Exchange.ULYSSES, ranks, ranks), True
 
 
 def _dense(shape: ModelShape, tokens: int, machine: Machine, given: Assumptions) -> Projection:
@@ -190,6 +192,7 @@ def _of_scheme(
     chunking = deal_tokens(tokens, scheme.ranks, chunk, scheme.order)
     # Sparse attention's rate is lower: as if it computed more pairs at that of dense attention.
     density = min(1.0, given.density / given.sparse) if sparse else 1.0
+    scheme = scheme.at(density)
     if scheme.exchange is Exchange.DEMAND:
         work, received = _demand(shape, chunking, density, given)
         # Room for all blocks, beside those at home here.
