@@ -30,7 +30,7 @@ from typing import Any
 from prefill_client import Client
 
 from benchmarks import tables
-from benchmarks.processes import MemoryLog, tree_bytes
+from benchmarks.processes import MemoryLog, end_on_sigterm, tree_bytes
 from tools.make_hour_video import write_hour
 from tools.make_video import write_video
 from tools.service_process import ServiceProcess
@@ -216,4 +216,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

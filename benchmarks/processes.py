@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,15 @@ Sample = tuple[float, int]
 
 _GENTLE = 30
 """A sample of big processes takes a while; this many times as long is waited until the next."""
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, which stops the services it has started."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def pss_bytes(pid: int) -> int:

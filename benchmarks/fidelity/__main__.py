@@ -15,6 +15,7 @@ from benchmarks.fidelity.comparison import METHODS
 from benchmarks.fidelity.scoring import Asked, Setting
 from benchmarks.fidelity.videos import Work, run
 from benchmarks.fidelity.workers import spread
+from benchmarks.processes import end_on_sigterm
 
 QUALITIES = ("exact", "high", "balanced", "fast")
 SWEEP = (0.05, 0.2, 0.5)
@@ -113,4 +114,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

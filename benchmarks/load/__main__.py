@@ -29,7 +29,7 @@ from benchmarks.load import report
 from benchmarks.load.drive import Record, drive
 from benchmarks.load.systems import LoadedSystem, Ours, VllmAlone
 from benchmarks.load.traffic import LENGTHS, Film, Traffic, make_films, plan_traffic
-from benchmarks.processes import MemoryLog, Sample, tree_bytes
+from benchmarks.processes import MemoryLog, Sample, end_on_sigterm, tree_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("ours", "vllm")
@@ -183,4 +183,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

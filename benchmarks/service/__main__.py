@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from benchmarks import tables
+from benchmarks.processes import end_on_sigterm
 from benchmarks.service import rows, targets
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
@@ -242,4 +243,5 @@ def _systems(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()
