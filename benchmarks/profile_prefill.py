@@ -4,8 +4,8 @@
 
 One process computes a synthetic video as one rank does, vision tower first. The floor of matrix
 products is their FLOPs at the rate that the same operators reach alone, in this run. Seconds are
-CPU time of the process, which other programs disturb less than the clock. ``--operators N`` adds
-the N most expensive operators, by torch's profiler.
+the clock's, on one thread: nothing else should run. ``--operators N`` adds the N most expensive
+operators, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(options)
     print(f"{options.checkpoint.name}, float32, one core, chunks of {options.chunk} tokens")
     print(tables.markdown(
-        ["part", "CPU s", "share", "TFLOP", "GFLOP/s", "alone", "of that"],
-        [[r["part"], f"{r['cpu_s']:.2f}", f"{r['share']:.0%}", *_rates(r)] for r in rows],
+        ["part", "seconds", "share", "TFLOP", "GFLOP/s", "alone", "of that"],
+        [[r["part"], f"{r['seconds']:.2f}", f"{r['share']:.0%}", *_rates(r)] for r in rows],
     ))  # fmt: skip
     if options.out:
         about = tables.settings(checkpoint=options.checkpoint.name, chunk_tokens=options.chunk)
@@ -75,9 +75,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     checkpoint = open_checkpoint(str(options.checkpoint))
     model = PrefillModel(checkpoint, torch.float32, CPU, 1024)
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        start = time.process_time()
+        start = time.perf_counter()
         video = _video(checkpoint, options.tokens, Path(folder), model, options.chunk)
-        rows = [_row("decode and vision tower", time.process_time() - start, 1.0)]
+        rows = [_row("decode and vision tower", time.perf_counter() - start, 1.0)]
     for quality in options.quality:
         rows += _prefill(model, video, quality, options.chunk)
         if options.operators:
@@ -100,9 +100,9 @@ def _prefill(
 ) -> list[dict[str, Any]]:
     run = _run(model, video, quality)
     with _timed_linears(model) as linear:
-        start = time.process_time()
+        start = time.perf_counter()
         reports = run.run()
-        total = time.process_time() - start
+        total = time.perf_counter() - start
     tokens, density = video.plan.num_tokens, _attended(reports) / _causal(reports)
     parts = {
         "linear layers": linear.seconds,
@@ -131,7 +131,7 @@ def _run(model: PrefillModel, video: EncodedVideo, quality: Quality) -> LocalPre
 
 @dataclass(slots=True)
 class _Timed:
-    """CPU seconds inside some modules; ``start`` is of the call under way."""
+    """Seconds inside some modules; ``start`` is of the call under way."""
 
     seconds: float = 0.0
     start: float = 0.0
@@ -143,10 +143,10 @@ def _timed_linears(model: PrefillModel) -> Iterator[_Timed]:
     timed = _Timed()
 
     def enter(*_: object) -> None:
-        timed.start = time.process_time()
+        timed.start = time.perf_counter()
 
     def leave(*_: object) -> None:
-        timed.seconds += time.process_time() - timed.start
+        timed.seconds += time.perf_counter() - timed.start
 
     linears = [m for m in model._model.language_model.modules()
                if isinstance(m, (PackedLinear, nn.Linear))]  # fmt: skip
@@ -169,15 +169,15 @@ def _print_operators(
 
 
 def _row(
-    part: str, cpu_s: float, share: float, flops: float | None = None, alone: float | None = None
+    part: str, seconds: float, share: float, flops: float | None = None, alone: float | None = None
 ) -> dict[str, Any]:
-    return {"part": part, "cpu_s": cpu_s, "share": share, "flops": flops, "alone_flop_s": alone}
+    return {"part": part, "seconds": seconds, "share": share, "flops": flops, "alone_flop_s": alone}
 
 
 def _rates(row: dict[str, Any]) -> list[str]:
     if not row["flops"]:
         return ["-"] * 4
-    rate = row["flops"] / row["cpu_s"]
+    rate = row["flops"] / row["seconds"]
     return [f"{row['flops'] / 1e12:.2f}", f"{rate / 1e9:.0f}", f"{row['alone_flop_s'] / 1e9:.0f}",
             f"{rate / row['alone_flop_s']:.0%}"]  # fmt: skip
 
@@ -229,12 +229,12 @@ def _attention_rate(model: PrefillModel, rows: int, keys: int) -> float:
 
 
 def _best(work: Callable[[], object], times: int = 10) -> float:
-    """CPU seconds of one call, the least of ``times``."""
+    """Seconds of one call, the least of ``times``."""
     found = []
     for _ in range(times + 1):
-        start = time.process_time()
+        start = time.perf_counter()
         work()
-        found.append(time.process_time() - start)
+        found.append(time.perf_counter() - start)
     return min(found[1:])
 
 

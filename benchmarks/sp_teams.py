@@ -5,7 +5,8 @@
 One rank group with a tiny random checkpoint. In alternating rounds it computes short prefixes, of
 less than one chunk, one after the other on all ranks and side by side on one rank each; and a short
 one that comes while a long one runs, inside its pause and after its end. Prints each round's wall
-clock and the medians of the ratios.
+clock and the medians of the ratios; what the long one takes alone is what both took one after the
+other, without a short one's share of those in turn.
 """
 
 from __future__ import annotations
@@ -89,22 +90,22 @@ class Work:
         alone = [team for team in self.group.teams if team.size == 1]
         await asyncio.gather(*(self.several(frames, team, count) for team in alone))
 
-    async def behind(self, long: int, short: int, overtake: bool) -> float:
-        """Seconds of a short one that comes when a long one has begun to compute."""
+    async def behind(self, long: int, short: int, overtake: bool) -> tuple[float, float]:
+        """Seconds of a short one that comes when a long one has begun to compute, and of that."""
         begun = asyncio.Event()
 
         def on_progress(progress: Progress) -> None:
             if progress.stage is Stage.PREFILL:
                 begun.set()
 
-        outer = self.task(long, self.group.everyone)
+        outer, start = self.task(long, self.group.everyone), time.perf_counter()
         job = asyncio.create_task(self.group.prefill(outer, on_progress))
         await begun.wait()
         inner = self.task(short, self.group.everyone)
         seconds = await self.run(inner, outer.job_id if overtake else "")
         await job
         self.group.drop(outer.plan.prefix_id)
-        return seconds
+        return seconds, time.perf_counter() - start
 
 
 async def measure(ranks: int, rounds: int, folder: Path) -> None:
@@ -125,7 +126,7 @@ async def measure(ranks: int, rounds: int, folder: Path) -> None:
         print(f"{ranks} ranks; prefixes of {short.num_tokens} and {long.num_tokens} tokens")
         await work.several(4, group.everyone, 2)
         await work.side_by_side(4, 1)
-        gains, waits = [], []
+        gains, waits, later = [], [], []
         for number in range(1, rounds + 1):
             start = time.perf_counter()
             await work.several(4, group.everyone, EACH * ranks)
@@ -133,17 +134,22 @@ async def measure(ranks: int, rounds: int, folder: Path) -> None:
             start = time.perf_counter()
             await work.side_by_side(4, EACH)
             together = time.perf_counter() - start
-            waited, inside = await work.behind(256, 4, False), await work.behind(256, 4, True)
+            # The short one that waits is over after the long one: its time is the long one's, too.
+            waited, both = await work.behind(256, 4, False)
+            inside, paused = await work.behind(256, 4, True)
+            alone = both - in_turn / (EACH * ranks)
             gains.append(in_turn / together)
             waits.append(waited / inside)
+            later.append(paused / alone - 1)
             print(
                 f"round {number}: {EACH * ranks} short ones in turn {in_turn:.2f} s, side by side "
                 f"{together:.2f} s; one behind a long one {waited:.2f} s, inside its pause "
-                f"{inside:.2f} s"
+                f"{inside:.2f} s, which then takes {paused:.2f} s instead of {alone:.2f}"
             )
         print(
             f"medians: side by side {statistics.median(gains):.1f} times the throughput; the short "
-            f"one ends {statistics.median(waits):.1f} times sooner; load {os.getloadavg()[0]:.0f} "
+            f"one ends {statistics.median(waits):.1f} times sooner, the long one "
+            f"{statistics.median(later):.0%} later; load {os.getloadavg()[0]:.0f} "
             f"on {os.cpu_count()} cores"
         )
     finally:

@@ -159,18 +159,22 @@ def test_adversarial_videos_are_what_they_say(case: str) -> None:
 
 def test_silent_failures_are_counted() -> None:
     def asked(quality: str, same: list[bool], floor_met: bool) -> Asked:
-        tasks = [0] * len(same)
-        sure = [index % 2 == 0 for index in range(len(same))]
+        tasks, sure = [0] * 4, [True, True, False, True]
+        right = [True, True, True, False] if quality == "exact" else same
         return Asked(
-            Setting(quality), 3, 64, 955, tasks, same, same, sure, 0.5, 0.9, None, floor_met
+            Setting(quality), 3, 64, 955, tasks, right, same, sure, 0.5, 0.9, None, floor_met
         )
 
-    many = [asked(quality, [True], True) for quality in ("exact", "high")]
-    many += [asked("balanced", [True, False, False], True), asked("fast", [False, False], False)]
+    many = [asked(quality, [True] * 4, True) for quality in ("exact", "high")]
+    many += [
+        asked("balanced", [True, False, False, False], True),
+        asked("fast", [False] * 4, False),
+    ]
     rows = {row["quality"]: row for row in adversarial.rows("case", many)}
     silent = {quality: row["silent_failures"] for quality, row in rows.items()}
-    assert silent == {"exact": 0, "high": 0, "balanced": 2, "fast": 0}
-    assert rows["balanced"]["sure"] == 1
+    assert silent == {"exact": 0, "high": 0, "balanced": 3, "fast": 0}
+    assert rows["balanced"]["sure"] == 2
+    assert rows["balanced"]["sure_and_right"] == 1
 
 
 def test_fresh_videos_are_reproducible() -> None:

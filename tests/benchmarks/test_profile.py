@@ -27,7 +27,9 @@ def test_parts_add_up(
     for start, end in zip(wholes[1:], [*wholes[2:], len(rows)], strict=True):
         parts = {row["part"].strip(): row for row in rows[start + 1 : end]}
         assert {"linear layers", "attention", "all else"} <= set(parts)
-        assert sum(row["cpu_s"] for row in parts.values()) == pytest.approx(rows[start]["cpu_s"])
+        assert sum(row["seconds"] for row in parts.values()) == pytest.approx(
+            rows[start]["seconds"]
+        )
         assert all(row["flops"] > 0 for name, row in parts.items() if name in _PRODUCTS)
     assert "density 1.000" in rows[wholes[1]]["part"]
     assert "selection" in {row["part"].strip() for row in rows[wholes[2] :]}
