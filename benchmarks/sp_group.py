@@ -67,7 +67,7 @@ async def prefill_video(
     await group.start()
     try:
         for kind in kinds:
-            exchange = choose_exchange(kind, ranks, checkpoint.num_heads, 0)
+            exchange = choose_exchange(kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads)
             manifest = Manifest(
                 prefix_id=plan.prefix_id,
                 engine_id="benchmark",

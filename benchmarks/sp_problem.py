@@ -23,7 +23,8 @@ from prefill_service.planning.schemes import Exchange, Scheme
 from prefill_service.planning.shapes import ModelShape
 from prefill_service.planning.traffic import Traffic, traffic
 
-DENSE = (Kind.GATHER, Kind.RING, Kind.ULYSSES, Kind.USP, Kind.PASS_Q, Kind.MULTI_RING)
+DENSE = (Kind.GATHER, Kind.RING, Kind.ULYSSES, Kind.USP, Kind.PASS_Q, Kind.MULTI_RING,
+         Kind.ULYSSES_GATHER)  # fmt: skip
 """Exchanges whose bytes follow from the layout alone, not from what attention selects."""
 SEGMENTS = Segments(block_tokens=64, segment_tokens=1024, fixed_tokens=64)
 """For ``demand``."""
@@ -58,7 +59,7 @@ class Problem:
 
     def choice(self, kind: Kind, ranks: int) -> ExchangeChoice:
         """The exchange with its mesh."""
-        return choose_exchange(kind, ranks, self.q_heads, 0)
+        return choose_exchange(kind, ranks, self.q_heads, self.kv_heads)
 
     def layout(self, kind: Kind, ranks: int) -> ChunkLayout:
         """Which rank has which tokens."""

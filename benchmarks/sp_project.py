@@ -84,8 +84,8 @@ class Assumptions:
             "gather, rings, Spava's passing sets and all but the last return of pass_q travel "
             "beside attention, and the longer of both counts; all-to-alls are waited for",
             "between nodes the network counts: all bytes of a ring, whose slowest hop sets the "
-            "pace; of the others the share that other nodes send; usp keeps its all-to-alls "
-            "within a node",
+            "pace; of the others the share that other nodes send; usp and ulysses_gather keep "
+            "their all-to-alls within a node",
             "all ranks wait for the slowest; shares are even; vision tower and decoding are left "
             "out, with all contestants",
             f"K and V have {self.kv_bytes / 2**30:.0f} GiB on a GPU; where they take more, the row "
@@ -172,6 +172,8 @@ def _ours(shape: ModelShape, machine: Machine) -> Iterator[tuple[Scheme, bool]]:
     yield Scheme(Exchange.DEMAND, ranks), True
     if ranks <= shape.kv_heads:  # more would wait
         yield Scheme(Exchange.ULYSSES, ranks, ranks), True
+    degree = min(degree, shape.kv_heads)
+    yield Scheme(Exchange.ULYSSES_GATHER, ranks, degree, whole_groups=True), True
 
 
 def _dense(shape: ModelShape, tokens: int, machine: Machine, given: Assumptions) -> Projection:
@@ -228,6 +230,13 @@ def _over_links(work: Work, scheme: Scheme, machine: Machine) -> Work:
             return replace(work, exposed_bytes=work.exposed_bytes * remote)
         case Exchange.USP:  # the mesh's rows are nodes
             return replace(work, exposed_bytes=work.exposed_bytes * nvlink)
+        case Exchange.ULYSSES_GATHER:  # rows are nodes, or parts of one
+            others, elsewhere = scheme.ring - 1, scheme.ring - scheme.ring // machine.nodes
+            return replace(
+                work,
+                exposed_bytes=work.exposed_bytes * nvlink,
+                hidden_bytes=work.hidden_bytes * (elsewhere / others),
+            )
         case _:
             return work
 

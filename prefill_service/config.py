@@ -22,7 +22,8 @@ from prefill_service.errors import Reason, ServiceError
 HEARTBEAT_S = 1.0
 """How often a rank says that it lives."""
 
-EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring", "demand")
+EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring", "demand",
+             "ulysses_gather")  # fmt: skip
 """``parallel.exchanges.ExchangeKind``, without importing torch."""
 
 AUTO = "auto"
@@ -94,9 +95,12 @@ class EngineConfig:
     dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
     exchange: str = _opt(
         "gather",
-        "How ranks exchange keys: gather, ring, ulysses, usp, pass_q, multi_ring, demand, or auto.",
+        "How ranks exchange keys: gather, ring, ulysses, usp, pass_q, multi_ring, demand, "
+        "ulysses_gather, or auto.",
     )
-    ulysses_degree: int = _opt(0, "Of usp: ranks that share heads; 0: chosen.", zero=True)
+    ulysses_degree: int = _opt(
+        0, "Of usp and ulysses_gather: ranks that share heads; 0: chosen.", zero=True
+    )
     chunk_tokens: int = _opt(
         0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", zero=True
     )

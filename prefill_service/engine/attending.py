@@ -7,15 +7,14 @@ from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.clock import Stopwatch
-from prefill_service.attention.dense import attend_causal
 from prefill_service.parallel.balanced import BalancedKeys, Balancer
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import Exchange
 from prefill_service.parallel.gather import GatherExchange
-from prefill_service.parallel.layout import Range, Share
+from prefill_service.parallel.layout import Range, Share, span
 from prefill_service.parallel.meter import CommMeter
+from prefill_service.parallel.ulysses_gather import UlyssesGatherExchange
 from prefill_service.parallel.units import Units
-from prefill_service.parallel.usp import UspExchange
 
 
 class ChunkAttention:
@@ -45,24 +44,26 @@ class ChunkAttention:
         """Announce a chunk, and whose share of it is computed here."""
         self._exchange.start_chunk(chunk)
         self._attention.start_chunk()
-        bounds = [bound for share in chunk for piece in share.ranges for bound in piece]
-        self._chunk, self._share = (min(bounds), max(bounds)), chunk[rank]
+        self._chunk, self._share = span(chunk), chunk[rank]
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries [q_heads, tokens, head_dim] over all tokens before."""
         if isinstance(self._exchange, GatherExchange):
-            return self._gathered(self._exchange, layer, q, scale)
+            return self._gathered(self._exchange, self._share, layer, q, scale)
         if isinstance(self._exchange, DemandExchange):
             return self._on_demand(self._exchange, layer, q, scale)
-        if isinstance(self._exchange, UspExchange) and by_heads(self._exchange):
+        if isinstance(self._exchange, UlyssesGatherExchange):
             return self._by_heads(self._exchange, layer, q, scale)
         for start, end in self._share.ranges:
             self._attention.count(layer, start, end - start)
         return self._exchange.attend(layer, q)
 
-    def _gathered(self, exchange: GatherExchange, layer: int, q: Tensor, scale: float) -> Tensor:
+    def _gathered(
+        self, exchange: GatherExchange, share: Share, layer: int, q: Tensor, scale: float
+    ) -> Tensor:
+        """Queries of ``share``, which is this rank's of a chunk of ``exchange``."""
         attention, state = self._attention, self._attention.state(layer)
-        (start, border), units = self._split(*self._share.contiguous)
+        (start, border), units = self._split(*share.contiguous)
         parts, clustered = [], state.clustered
         if border > start or not units:
             part, clock, waited = q[:, : border - start], Stopwatch(q.device), self._meter.seconds
@@ -117,24 +118,14 @@ class ChunkAttention:
         exchange.close()
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _by_heads(self, exchange: UspExchange, layer: int, q: Tensor, scale: float) -> Tensor:
-        """All queries of the chunk, of the heads whose keys are here."""
-        attention, q = self._attention, exchange.to_heads(q)
-        if not len(q):  # there are more ranks than KV heads
-            return exchange.to_tokens(q)
-        (start, border), units = self._split(*self._chunk)
-        kv, parts = exchange.keys(layer), []
-        if border > start:
-            part, clock = q[:, : border - start], Stopwatch(q.device)
-            k, v = kv[:border].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
-            parts.append(attend_causal(part, k, v, start, scale).out)
-            clock.lap("attend")
-            attention.attended(layer, clock.seconds("attend"))
-            attention.observe(layer, part, kv, start, scale)
-        for first, last in units:
-            part = q[:, first - start : last - start]
-            parts.append(attention.attend(layer, part, kv, first, scale))
-        return exchange.to_tokens(torch.cat(parts, 1))
+    def _by_heads(
+        self, exchange: UlyssesGatherExchange, layer: int, q: Tensor, scale: float
+    ) -> Tensor:
+        """Queries of the row's share, of the heads whose keys are here."""
+        q = exchange.to_heads(q)
+        if len(q):  # there may be more ranks in a row than KV heads
+            q = self._gathered(exchange.gathered, exchange.share, layer, q, scale)
+        return exchange.to_tokens(q)
 
     def _split(self, start: int, end: int) -> tuple[Range, list[Range]]:
         """Tokens [start, end): first those attended to exactly, then the units that are sparse."""
@@ -146,8 +137,6 @@ class ChunkAttention:
         return (start, units[0][0] if units else end), units
 
 
-def by_heads(exchange: Exchange) -> slice | None:
-    """KV heads of which this rank has all keys and attends to them sparsely, if it has not all."""
-    if isinstance(exchange, UspExchange) and exchange.whole_groups:
-        return exchange.kv_heads
-    return None
+def heads_here(exchange: Exchange) -> slice | None:
+    """KV heads of which this rank attends to all keys, if others attend to the rest."""
+    return exchange.kv_heads if isinstance(exchange, UlyssesGatherExchange) else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.report import NEVER, RankAttention
-from prefill_service.engine.attending import ChunkAttention, by_heads
+from prefill_service.engine.attending import ChunkAttention, heads_here
 from prefill_service.engine.cadence import Cadence
 from prefill_service.engine.feeder import ChunkFeeder
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
@@ -91,7 +91,7 @@ class ChunkedRun:
             model.dtype,
             model.device,
             ends,
-            by_heads(self._exchange),
+            heads_here(self._exchange),
         )
         units = Units.of(ends, rank.chunk_tokens)
         balancer = make_balancer(

@@ -72,7 +72,7 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0
             name="engine.kv_offload",
         )
     try:
-        return choose_exchange(kind, ranks, checkpoint.num_heads, wanted)
+        return choose_exchange(kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads, wanted)
     except ValueError as error:
         text = f"engine.exchange = {engine.exchange!r} is not accepted: {error}"
         raise ServiceError(Reason.CONFIG_INVALID, text, name="engine.exchange") from error

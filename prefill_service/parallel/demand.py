@@ -30,7 +30,7 @@ from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.group import SPGroup
 from prefill_service.parallel.home_keys import HomeKeys
 from prefill_service.parallel.homes import HomeMap
-from prefill_service.parallel.layout import ChunkLayout, Share
+from prefill_service.parallel.layout import ChunkLayout, Share, span
 from prefill_service.parallel.rounds import Ask, Header, Rounds
 from prefill_service.parallel.witnesses import Witness, Witnesses
 
@@ -108,8 +108,7 @@ class DemandExchange:
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         """See ``Exchange``; shares are contiguous."""
         self._ranges = [share.contiguous for share in chunk]
-        self._chunk_start = self._ranges[0][0]
-        self._chunk_end = max(end for _, end in self._ranges)
+        self._chunk_start, self._chunk_end = span(chunk)
         tokens = [np.arange(start, end) for start, end in self._ranges]
         homes = [self._homes.home_of(of_rank) for of_rank in tokens]
         rank = self._group.rank

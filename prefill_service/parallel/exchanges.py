@@ -16,6 +16,7 @@ from prefill_service.parallel.layout import ChunkLayout, Order
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.pass_q import PassQExchange
 from prefill_service.parallel.ring import disjoint_rings, one_ring
+from prefill_service.parallel.ulysses_gather import UlyssesGatherExchange
 from prefill_service.parallel.usp import UspExchange
 from prefill_service.parallel.working import WorkingLayers
 
@@ -30,17 +31,25 @@ class ExchangeKind(StrEnum):
     PASS_Q = "pass_q"
     MULTI_RING = "multi_ring"
     DEMAND = "demand"
+    ULYSSES_GATHER = "ulysses_gather"
 
     @property
     def order(self) -> Order:
         """The layout that keeps its causal work even."""
-        dealt = self in (ExchangeKind.GATHER, ExchangeKind.ULYSSES, ExchangeKind.DEMAND)
-        return Order.DEALT if dealt else Order.ZIGZAG
+        return Order.DEALT if self.sparse else Order.ZIGZAG
 
     @property
     def sparse(self) -> bool:
         """Selected blocks can be attended to; the others compute every prefix exactly."""
-        return self in (ExchangeKind.GATHER, ExchangeKind.DEMAND, ExchangeKind.ULYSSES)
+        circulates = (
+            ExchangeKind.RING, ExchangeKind.USP, ExchangeKind.PASS_Q, ExchangeKind.MULTI_RING
+        )  # fmt: skip
+        return self not in circulates
+
+    @property
+    def two_dimensional(self) -> bool:
+        """The mesh's rows can be of several lengths."""
+        return self in (ExchangeKind.USP, ExchangeKind.ULYSSES_GATHER)
 
     @property
     def offloads(self) -> bool:
@@ -48,29 +57,34 @@ class ExchangeKind(StrEnum):
         return self is ExchangeKind.GATHER
 
 
-def ulysses_degree(kind: ExchangeKind, ranks: int, q_heads: int, wanted: int = 0) -> int:
+def ulysses_degree(
+    kind: ExchangeKind, ranks: int, q_heads: int, kv_heads: int, wanted: int = 0
+) -> int:
     """Ranks of a row of the mesh.
 
     Args:
-        wanted: for ``usp``; 0: the largest divisor of the ranks, themselves excluded if possible,
-            that the query heads allow.
+        wanted: of a two-dimensional exchange; 0: the largest divisor of the ranks, themselves
+            excluded if possible, that the heads allow.
 
     Raises:
-        ValueError: a degree that does not divide the ranks, or exceeds the query heads.
+        ValueError: a degree that does not divide the ranks, or exceeds the query heads (the KV
+            heads, where these are not divided further).
     """
+    whole = kind is ExchangeKind.ULYSSES_GATHER
+    heads, what = (kv_heads, "KV heads") if whole else (q_heads, "query heads")
     if kind is ExchangeKind.ULYSSES:
         degree = ranks
-    elif kind is not ExchangeKind.USP:
+    elif not kind.two_dimensional:
         degree = 1
     elif wanted:
         degree = wanted
         if ranks % degree:
             raise ValueError(f"a Ulysses degree of {degree} does not divide {ranks} ranks")
     else:
-        inner = [u for u in range(2, ranks) if ranks % u == 0 and u <= q_heads]
-        degree = max(inner, default=ranks if ranks <= q_heads else 1)
-    if degree > q_heads:
-        raise ValueError(f"a Ulysses degree of {degree} exceeds the model's {q_heads} query heads")
+        inner = [u for u in range(2, ranks) if ranks % u == 0 and u <= heads]
+        degree = max(inner, default=ranks if ranks <= heads else 1)
+    if degree > heads:
+        raise ValueError(f"a Ulysses degree of {degree} exceeds the model's {heads} {what}")
     return degree
 
 
@@ -92,18 +106,21 @@ class ExchangeChoice:
         """
         if self.kind in (ExchangeKind.GATHER, ExchangeKind.DEMAND):
             return 1
-        split = HeadSplit(q_heads, kv_heads, self.degree)
+        whole = self.kind is ExchangeKind.ULYSSES_GATHER
+        split = HeadSplit(q_heads, kv_heads, self.degree, whole)
         most = max(len(range(kv_heads)[split.keys(part)]) for part in range(self.degree))
-        return ranks // self.degree * (kv_heads // most)
+        return (1 if whole else ranks // self.degree) * (kv_heads // most)
 
     def __str__(self) -> str:
-        """Name, and for ``usp`` the mesh's row."""
-        return f"{self.kind} {self.degree}" if self.kind is ExchangeKind.USP else self.kind
+        """Name, and the mesh's row where it is a choice."""
+        return f"{self.kind} {self.degree}" if self.kind.two_dimensional else self.kind
 
 
-def choose_exchange(kind: ExchangeKind, ranks: int, q_heads: int, wanted: int) -> ExchangeChoice:
+def choose_exchange(
+    kind: ExchangeKind, ranks: int, q_heads: int, kv_heads: int, wanted: int = 0
+) -> ExchangeChoice:
     """An exchange with its degree; arguments and errors of ``ulysses_degree``."""
-    return ExchangeChoice(kind, ulysses_degree(kind, ranks, q_heads, wanted))
+    return ExchangeChoice(kind, ulysses_degree(kind, ranks, q_heads, kv_heads, wanted))
 
 
 def uses_disjoint_rings(ranks: int) -> bool:
@@ -139,7 +156,9 @@ def make_exchange(
             return PassQExchange(mesh.world, layout, shape)
         case ExchangeKind.MULTI_RING:
             return UspExchange(mesh, layout, shape, disjoint_rings)
-        case ExchangeKind.ULYSSES:
-            return UspExchange(mesh, layout, shape, one_ring, whole_groups=sparse)
+        case ExchangeKind.ULYSSES_GATHER:
+            return UlyssesGatherExchange(mesh, shape)
+        case ExchangeKind.ULYSSES if sparse:
+            return UlyssesGatherExchange(mesh, shape)  # its one row, and heads cut as that needs
         case _:
             return UspExchange(mesh, layout, shape, one_ring)

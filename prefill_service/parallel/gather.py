@@ -13,7 +13,7 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.group import PendingSlice, SPGroup
-from prefill_service.parallel.layout import Range, Share
+from prefill_service.parallel.layout import Range, Share, span
 from prefill_service.parallel.working import ResidentLayers, WorkingLayers
 
 
@@ -40,13 +40,15 @@ class GatherExchange:
         self._working = working or ResidentLayers(shape)
         self._pending: list[list[PendingSlice]] = [[] for _ in range(shape.num_layers)]
         self._ranges: list[Range] = []
+        self._chunk_start = 0
 
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         """See ``Exchange``; shares are one piece each, contiguous over the ranks."""
         if self._ranges:
             self._let_go(len(self._pending) - 1)
         self._ranges = [share.contiguous for share in chunk]
-        self._working.start_chunk(self._ranges[0][0], max(end for _, end in self._ranges))
+        self._chunk_start, end = span(chunk)
+        self._working.start_chunk(self._chunk_start, end)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """See ``Exchange``: put them in place and send them off."""
@@ -65,7 +67,7 @@ class GatherExchange:
             return q
         start, _ = self._ranges[self._group.rank]
         end = start + q.shape[1]
-        chunk_start = self._ranges[0][0]
+        chunk_start = self._chunk_start
         partials = [self._partial(layer, q, start, end, causal=True)]
         if chunk_start:
             partials.append(self._partial(layer, q, 0, chunk_start))
@@ -91,7 +93,7 @@ class GatherExchange:
 
     def reordered(self, layer: int, start: int, end: int) -> None:
         """Note that rows [start, end) of what ``complete`` gave were changed."""
-        end = min(end, self._ranges[0][0])  # rows of this chunk are new anyway
+        end = min(end, self._chunk_start)  # rows of this chunk are new anyway
         if end > start:
             self._working.touch(layer, start, end)
 

@@ -148,6 +148,12 @@ def _share(pieces: list[Piece], rank: int, order: Order) -> Share:
     return Share(tuple(piece for piece in mine if piece.num_tokens))
 
 
+def span(chunk: Iterable[Share]) -> Range:
+    """First token of a chunk and one past its last; a rank without a share has no say."""
+    ranges = [piece for share in chunk for piece in share.ranges]
+    return min(start for start, _ in ranges), max(end for _, end in ranges)
+
+
 def join(ranges: Iterable[Range]) -> list[Range]:
     """Disjoint ranges in ascending order, neighbours made one, empty ones left out."""
     joined: list[Range] = []

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prefill_service.parallel.exchange import AttentionShape
+from prefill_service.parallel.head_row import HeadRow
 from prefill_service.parallel.heads import HeadSplit
 from prefill_service.parallel.layout import ChunkLayout, HeldTokens, Range, Share, join
 from prefill_service.parallel.mesh import SPMesh
@@ -36,28 +36,23 @@ class UspExchange:
         layout: of the whole prompt.
         shape: of the model's attention.
         circulate: how K and V go round a column.
-        whole_groups: see ``HeadSplit``; what sparse attention needs.
 
     Raises:
         ValueError: the Ulysses degree exceeds the query heads.
     """
 
     def __init__(
-        self,
-        mesh: SPMesh,
-        layout: ChunkLayout,
-        shape: AttentionShape,
-        circulate: Circulate,
-        whole_groups: bool = False,
+        self, mesh: SPMesh, layout: ChunkLayout, shape: AttentionShape, circulate: Circulate
     ) -> None:
         self._mesh, self._circulate = mesh, circulate
-        self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_groups)
+        self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size)
+        self._row = HeadRow(mesh, self._heads)
         self._held = HeldTokens(mesh.ring.size)
-        mine = self._heads.keys(mesh.ulysses.rank)
+        mine = self._row.kv_heads
         tokens = sum(
             share.num_tokens
             for chunk in layout.shares
-            for share in self._row(chunk, mesh.ring.rank)
+            for share in self._row.shares(chunk, mesh.ring.rank)
         )
         size = (tokens, 2, mine.stop - mine.start, shape.head_dim)
         self._kv = [
@@ -72,89 +67,29 @@ class UspExchange:
         self._first_row = self._held.rows(ring.rank)
         self._ranges: list[Range] = []
         for member in range(ring.size):
-            ranges = join(chain(*(share.ranges for share in self._row(chunk, member))))
+            shares = self._row.shares(chunk, member)
+            ranges = join(chain(*(share.ranges for share in shares)))
             self._held.extend(member, ranges)
             if member == ring.rank:
                 self._ranges = ranges
-        row = self._row(chunk, ring.rank)
-        self._counts = [share.num_tokens for share in row]
-        # Members' tokens one after the other, and the same in token order.
-        tokens = np.array([t for share in row for a, b in share.ranges for t in range(a, b)], int)
-        order = np.argsort(tokens)
-        self._order = torch.from_numpy(order).to(self._device)
-        self._inverse = torch.from_numpy(np.argsort(order)).to(self._device)
+        self._row.start_chunk(chunk, self._device)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """See ``Exchange``."""
-        ulysses, heads = self._mesh.ulysses, self._heads
-        place = self._kv[layer][self._first_row : self._first_row + sum(self._counts)]
-        kv = torch.stack([k, v], 1)  # [tokens, 2, kv_heads, head_dim]
-        if ulysses.size == 1:
-            place.copy_(kv)
-            return
-        arriving = [kv.new_empty((count, *place.shape[1:])) for count in self._counts]
-        ulysses.all_to_all(
-            [kv[:, :, heads.keys(part)] for part in range(ulysses.size)], arriving
-        ).wait()
-        torch.index_select(torch.cat(arriving), 0, self._order, out=place)
+        end = self._first_row + self._row.tokens
+        self._row.kv_to_heads(k, v, self._kv[layer][self._first_row : end])
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """See ``Exchange``."""
         ring, part = self._mesh.ring, self._mesh.ulysses.rank
-        queries = ChunkQueries(self.to_heads(q), self._ranges, self._heads, part, self._scale)
+        queries = ChunkQueries(self._row.to_heads(q), self._ranges, self._heads, part, self._scale)
         own = self._kv[layer][: self._held.rows(ring.rank)]
         rows = [self._held.rows(member) for member in range(ring.size)]
         for arrived in self._circulate(ring, own, rows):
             queries.meet(arrived.kv, arrived.first, self._held, arrived.member)
             if arrived.member == ring.rank:
                 queries.meet_own(own, self._held, ring.rank)
-        return self.to_tokens(queries.result().out)
+        return self._row.to_tokens(queries.result().out)
 
     def finish(self) -> None:
         """See ``Exchange``; nothing outlives a call here."""
-
-    @property
-    def whole_groups(self) -> bool:
-        """See ``HeadSplit``."""
-        return self._heads.whole_groups
-
-    @property
-    def kv_heads(self) -> slice:
-        """Those of which this rank has K and V."""
-        return self._heads.keys(self._mesh.ulysses.rank)
-
-    def keys(self, layer: int) -> Tensor:
-        """[tokens, 2, own kv_heads, head_dim] of the row's tokens, in prompt order."""
-        return self._kv[layer]
-
-    def to_heads(self, q: Tensor) -> Tensor:
-        """[q_heads, own tokens, d] to [own heads, the row's tokens of the chunk in order, d]."""
-        ulysses, heads = self._mesh.ulysses, self._heads
-        if ulysses.size == 1:
-            return q
-        mine = heads.queries(ulysses.rank)
-        arriving = [
-            q.new_empty((mine.stop - mine.start, count, q.shape[2])) for count in self._counts
-        ]
-        ulysses.all_to_all(
-            [q[heads.queries(part)] for part in range(ulysses.size)], arriving
-        ).wait()
-        return torch.cat(arriving, 1)[:, self._order]
-
-    def to_tokens(self, out: Tensor) -> Tensor:
-        """The reverse."""
-        ulysses, heads = self._mesh.ulysses, self._heads
-        if ulysses.size == 1:
-            return out
-        own = self._counts[ulysses.rank]
-        whole = out.new_empty((heads.q_heads, own, out.shape[2]))
-        ulysses.all_to_all(
-            torch.split(out[:, self._inverse], self._counts, 1),
-            [whole[heads.queries(part)] for part in range(ulysses.size)],
-        ).wait()
-        return whole
-
-    def _row(self, chunk: tuple[Share, ...], member: int) -> list[Share]:
-        """Shares of the ranks at a place of the ring."""
-        size = self._mesh.ulysses.size
-        return [chunk[self._mesh.world_rank(member, index)] for index in range(size)]

@@ -36,9 +36,11 @@ def memory_bytes(
         case Exchange.RING | Exchange.MULTI_RING:
             # Of one layer: the shard being attended to and the one arriving meanwhile.
             return (layers + _moving(scheme)) * held * kv
-        case Exchange.ULYSSES | Exchange.USP:
+        case Exchange.ULYSSES | Exchange.USP | Exchange.ULYSSES_GATHER:
             heads = int(split_heads(shape, scheme.ulysses, scheme.whole_groups)[1].max())
             row = int(chunking.rows(scheme.ulysses).held[-1].max())
+            if scheme.exchange is Exchange.ULYSSES_GATHER:  # of all rows, received in place
+                row = tokens
             per_layer = row * heads * 2 * shape.head_dim * shape.bytes_per_element
             return (layers + _moving(scheme)) * per_layer + int(moved.exposed.received.max())
         case Exchange.PASS_Q:
@@ -49,4 +51,5 @@ def memory_bytes(
 
 
 def _moving(scheme: Scheme) -> int:
-    return 2 if scheme.ring > 1 else 0
+    circulates = scheme.ring > 1 and scheme.exchange is not Exchange.ULYSSES_GATHER
+    return 2 if circulates else 0

@@ -23,6 +23,7 @@ class Exchange(StrEnum):
     PASS_Q = "pass_q"
     MULTI_RING = "multi_ring"
     DEMAND = "demand"
+    ULYSSES_GATHER = "ulysses_gather"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class Scheme:
         exchange: what moves.
         ranks: the sequence-parallel degree.
         ulysses: ranks that split heads among them; rank i has ring index ``i // ulysses``.
-        whole_groups: they split them by KV head, as ``ulysses`` does where attention selects.
+        whole_groups: they split them by KV head, as ``ulysses`` does where attention selects, and
+            ``ulysses_gather`` always.
     """
 
     exchange: Exchange
@@ -49,15 +51,15 @@ class Scheme:
     @property
     def label(self) -> str:
         """Name with the mesh, where it is a choice."""
-        if self.exchange is Exchange.USP:
+        if self.exchange in (Exchange.USP, Exchange.ULYSSES_GATHER):
             return f"{self.exchange} {self.ulysses}x{self.ring}"
         return str(self.exchange)
 
     @property
     def order(self) -> Order:
         """How patches of a chunk are given to ranks: zigzag where only that keeps work even."""
-        dealt = (Exchange.GATHER, Exchange.ULYSSES, Exchange.DEMAND)
-        return Order.DEALT if self.exchange in dealt else Order.ZIGZAG
+        circulates = (Exchange.RING, Exchange.USP, Exchange.PASS_Q, Exchange.MULTI_RING)
+        return Order.ZIGZAG if self.exchange in circulates else Order.DEALT
 
     @property
     def selects(self) -> bool:
@@ -73,6 +75,8 @@ class Scheme:
         """Why this scheme cannot run at all, or not differ from a simpler one, or ``None``."""
         if self.ulysses > shape.q_heads:
             return f"{self.ulysses} ranks cannot share {shape.q_heads} query heads"
+        if self.exchange is Exchange.ULYSSES_GATHER and self.ulysses > shape.kv_heads:
+            return f"{self.ulysses} ranks cannot share {shape.kv_heads} KV heads"
         if self.exchange is Exchange.MULTI_RING and not has_disjoint_rings(self.ranks):
             exist = "none exist" if self.ranks in (4, 6) else "none are known here"
             return (
@@ -96,6 +100,7 @@ def schemes(ranks: int) -> Iterator[Scheme]:
     for ulysses in range(2, ranks):
         if ranks % ulysses == 0:
             yield Scheme(Exchange.USP, ranks, ulysses)
+            yield Scheme(Exchange.ULYSSES_GATHER, ranks, ulysses, whole_groups=True)
 
 
 def has_disjoint_rings(ranks: int) -> bool:

@@ -5,12 +5,14 @@ With N tokens in one chunk, P ranks, e bytes per element and even shares, a rank
 * ``gather``, ``ring``, ``multi_ring``: ``2 h_kv d e N (P-1)/P`` (LSS Transformer, arXiv 2311.02382;
   Ring Self-Attention, 2105.13120; TASP, 2509.26541),
 * ``ulysses``: ``(2 h_q + 2 h_kv) d e N (P-1)/P^2`` (2309.14509),
-* ``usp`` U x R: ``(2 h_q + 2 h_kv) d e (N/P) (U-1)/U + 2 h_kv d e N (R-1)/P`` (2405.07719),
+* ``usp`` and ``ulysses_gather`` U x R:
+  ``(2 h_q + 2 h_kv) d e (N/P) (U-1)/U + 2 h_kv d e N (R-1)/P`` (2405.07719),
 * ``pass_q``: ``h_q (2d+1) e N (P-1)/P`` (TokenRing, 2412.20501); the 1 has 4 bytes at least.
 
-In several chunks they part: ``gather`` and ``ulysses`` move each token once, whereas K and V that
-stay where they were computed have to come round again for every chunk (``ring``, ``multi_ring``,
-``usp``'s rings, ``demand`` for what it selects), or the chunk's queries go to them (``pass_q``).
+In several chunks they part: ``gather``, ``ulysses`` and both together move each token once, whereas
+K and V that stay where they were computed have to come round again for every chunk (``ring``,
+``multi_ring``, ``usp``'s rings, ``demand`` for what it selects), or the chunk's queries go to them
+(``pass_q``).
 """
 
 from __future__ import annotations
@@ -113,6 +115,8 @@ def traffic(
             return Traffic(calculate.nothing, calculate.ring(scheme.ranks - 1))
         case Exchange.ULYSSES | Exchange.USP:
             return Traffic(calculate.heads_to_all(), calculate.ring())
+        case Exchange.ULYSSES_GATHER:
+            return Traffic(calculate.heads_to_all(), calculate.columns())
         case Exchange.PASS_Q:
             return Traffic(calculate.last_results(), calculate.queries())
         case Exchange.DEMAND:
@@ -159,6 +163,17 @@ class _Calculation:
         per_head = 2 * self.shape.head_dim * self.shape.bytes_per_element
         received = others * np.tile(kv_heads, ring) * per_head
         return Stream(received, np.full_like(received, ring - 1), rings)
+
+    def columns(self) -> Stream:
+        """The chunk's K and V of the other rows, those of this rank's heads, a broadcast each."""
+        ulysses, ring = self.scheme.ulysses, self.scheme.ring
+        row = self.chunking.rows(ulysses).tokens.repeat(ulysses, 1)
+        others = row[:, ::ulysses].sum(1, keepdims=True) - row
+        busy = (row > 0).astype(np.int64)
+        _, kv_heads = self.heads
+        per_head = 2 * self.shape.head_dim * self.shape.bytes_per_element
+        calls = busy[:, ::ulysses].sum(1, keepdims=True) - busy
+        return Stream(others * np.tile(kv_heads, ring) * per_head, calls)
 
     def heads_to_all(self) -> Stream:
         """K and V, then Q, of this rank's heads; then outputs of its tokens' other heads."""

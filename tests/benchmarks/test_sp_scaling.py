@@ -33,13 +33,14 @@ def test_a_small_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for sentence in Assumptions().sentences():
         assert sentence in printed
     found = json.loads(output.read_text())
-    assert [row["ranks"] for row in found["checked"]] == [1] * 2 + [2] * 12
+    assert [row["ranks"] for row in found["checked"]] == [1] * 2 + [2] * 14
     assert all(row["bytes"] == row["formula"] for row in found["checked"])
     assert all(sum(row["bytes"]) > 0 for row in found["checked"][2:])
     assert all(row["cpu_s"] > 0 for row in found["checked"])
     contestants = {row["contestant"] for row in found["projected_not_measured"]}
     assert {"dense, 1 GPU", "zigzag ring", "one-chunk ulysses", "Spava"} < contestants
     assert {"ours: gather, sparse", "ours: demand, sparse", "ours: usp 8x4"} < contestants
+    assert {"ours: ulysses_gather 4x2, sparse", "ours: ulysses_gather 4x8, sparse"} < contestants
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 

@@ -29,7 +29,7 @@ VIDEOS = [
 ]
 
 
-HEADS = 4
+HEADS, KV_HEADS = 4, 2
 FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
 CASES = [(family, ranks) for family in FAMILIES for ranks in (1, 2, 3, 4)]
 CASES.append(("qwen3_vl", 5))  # the first odd number of ranks with more than two disjoint rings
@@ -56,7 +56,7 @@ async def test_kv_equals_transformers(
             for kind in ExchangeKind:
                 if kind is ExchangeKind.ULYSSES and ranks > HEADS:
                     continue  # refused: test_more_ranks_than_query_heads
-                task = harness.task(video, plan, choose_exchange(kind, ranks, HEADS, 0))
+                task = harness.task(video, plan, choose_exchange(kind, ranks, HEADS, KV_HEADS))
                 outcome = await harness.prefill(task)
                 # As close to float64 as transformers' own float32 is.
                 case = f"{kind}, {arguments}, {plan.num_tokens} tokens"

@@ -25,7 +25,7 @@ from prefill_service.parallel.teams import Team
 from tests.engine.harness import Harness, running_group
 
 EVERYONE, FIRST, SECOND, LAST = Team(0, 4), Team(0, 2), Team(2, 2), Team(3, 1)
-HEADS = 4
+HEADS, KV_HEADS = 4, 2
 SHORT, LONG = "short", "long"
 KINDS = list(ExchangeKind)
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -49,7 +49,7 @@ class Four:
 
     def task(self, name: str, team: Team, kind: ExchangeKind = ExchangeKind.GATHER) -> PrefillTask:
         """A task with pages of its own, however many compute the same video."""
-        exchange = choose_exchange(kind, team.size, HEADS, 0)
+        exchange = choose_exchange(kind, team.size, HEADS, KV_HEADS)
         task = self.harness.task(self.videos[name], self.plans[name], exchange, team=team)
         plan = replace(task.plan, prefix_id=f"{name}-{task.job_id}")
         return replace(task, plan=plan, manifest=replace(task.manifest, prefix_id=plan.prefix_id))

@@ -99,7 +99,7 @@ class Wire:
 
 
 def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: Case) -> Any:
-    choice = choose_exchange(kind, group.size, case.q_heads, case.degree)
+    choice = choose_exchange(kind, group.size, case.q_heads, case.kv_heads, case.degree)
     layout = deal_patches(case.ends, group.size, case.chunk, kind.order)
     shape = AttentionShape(
         LAYERS, case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
@@ -154,7 +154,7 @@ def published_bytes(kind: ExchangeKind, ranks: int, degree: int, case: Case) -> 
             return 2 * h_kv * d * e * tokens * (ranks - 1) // ranks
         case ExchangeKind.ULYSSES:
             return (2 * h_q + 2 * h_kv) * d * e * tokens * (ranks - 1) // ranks**2
-        case ExchangeKind.USP:
+        case ExchangeKind.USP | ExchangeKind.ULYSSES_GATHER:
             heads = (2 * h_q + 2 * h_kv) * d * e * (tokens // ranks) * (degree - 1) // degree
             return heads + 2 * h_kv * d * e * tokens * (ring - 1) // ranks
         case ExchangeKind.PASS_Q:
@@ -169,14 +169,14 @@ def test_every_rank_receives_what_the_papers_say(size: int, tmp_path: Path) -> N
     kinds = [kind for kind in ExchangeKind if kind is not ExchangeKind.DEMAND]
     results = run_ranks(run_rank, size, tmp_path, [(kind.value, EVEN) for kind in kinds])
     for index, kind in enumerate(kinds):
-        degree = ulysses_degree(kind, size, EVEN.q_heads)
-        assert kind is not ExchangeKind.USP or degree == 2
+        degree = ulysses_degree(kind, size, EVEN.q_heads, EVEN.kv_heads)
+        assert not kind.two_dimensional or degree == 2
         expected = LAYERS * published_bytes(kind, size, degree, EVEN)
         assert [result[index]["wire"] for result in results] == [expected] * size, kind
 
 
 def test_chunks_move_the_past_again_only_in_rings(tmp_path: Path) -> None:
-    """Ulysses and gather move a token once; a ring all that its ranks hold, with every chunk."""
+    """Ulysses, gather and both move a token once; a ring all that its ranks hold, every time."""
     ends = tuple(30 * (i + 1) for i in range(8))
     cases = [
         (kind.value, Case(ends, 60, 4, 1)) for kind in ("gather", "ulysses", "ring", "pass_q")
@@ -204,12 +204,16 @@ def test_ulysses_shares_kv_heads_where_ranks_outnumber_them(tmp_path: Path) -> N
 
 def test_a_degree_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="degree of 3 does not divide 4 ranks"):
-        ulysses_degree(ExchangeKind.USP, 4, 8, wanted=3)
+        ulysses_degree(ExchangeKind.USP, 4, 8, 8, wanted=3)
     with pytest.raises(ValueError, match="degree of 4 exceeds the model's 2 query heads"):
-        ulysses_degree(ExchangeKind.ULYSSES, 4, 2)
+        ulysses_degree(ExchangeKind.ULYSSES, 4, 2, 2)
     with pytest.raises(ValueError, match="degree of 4 exceeds the model's 2 query heads"):
-        ulysses_degree(ExchangeKind.USP, 4, 2, wanted=4)
-    assert ulysses_degree(ExchangeKind.USP, 3, 8) == 3
-    assert ulysses_degree(ExchangeKind.USP, 6, 8) == 3
-    assert ulysses_degree(ExchangeKind.USP, 6, 2) == 2
-    assert ulysses_degree(ExchangeKind.USP, 5, 2) == 1
+        ulysses_degree(ExchangeKind.USP, 4, 2, 2, wanted=4)
+    with pytest.raises(ValueError, match="degree of 4 exceeds the model's 2 KV heads"):
+        ulysses_degree(ExchangeKind.ULYSSES_GATHER, 4, 8, 2, wanted=4)
+    for kind, heads in ((ExchangeKind.USP, (8, 1)), (ExchangeKind.ULYSSES_GATHER, (8, 8))):
+        assert ulysses_degree(kind, 3, *heads) == 3
+        assert ulysses_degree(kind, 6, *heads) == 3
+    for kind, heads in ((ExchangeKind.USP, (2, 1)), (ExchangeKind.ULYSSES_GATHER, (8, 2))):
+        assert ulysses_degree(kind, 6, *heads) == 2
+        assert ulysses_degree(kind, 5, *heads) == 1

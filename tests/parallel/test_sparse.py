@@ -16,8 +16,11 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.tiles import Tiles
-from prefill_service.engine.attending import ChunkAttention, by_heads
+from prefill_service.engine.attending import ChunkAttention, heads_here
 from prefill_service.engine.spec import is_sparse
+from prefill_service.kv.copying_file import FileCopyEngine
+from prefill_service.kv.offload import OffloadedKV
+from prefill_service.kv.working import WorkingShape
 from prefill_service.parallel.balanced import make_balancer
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape, Exchange
@@ -106,6 +109,7 @@ CASES = {
     "small shares": Case(30, 37, 37, 7, resolve_policy(epsilon=0.2)),
     "shares in a block": Case(60, 7, 7, 1, resolve_policy(epsilon=0.2)),
     "exact, shares in a block": Case(40, 7, 7, 2, resolve_policy(epsilon=0.0)),
+    "one late unit": Case(20, 37, 160, 1, resolve_policy(epsilon=0.2)),  # on four ranks, no first
     "three heads": Case(30, 37, 120, 2, resolve_policy(epsilon=0.2), kv_heads=3),
     "one patch": Case(1, 30, 150, 1, resolve_policy(epsilon=0.2), from_tokens=1),
 }
@@ -140,7 +144,8 @@ class Spied(DemandExchange):
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         super().store(layer, k, v)
         start, end = self._ranges[self._group.rank]
-        whole = self._ranges[0][0] // 16 if self._cached else 0  # blocks of earlier chunks
+        first = min(a for a, b in self._ranges if a < b)
+        whole = first // 16 if self._cached else 0  # blocks of earlier chunks
         self.have[layer] = {(head, b) for head, b in self.have[layer] if b < whole}
         mine = [b for b in range(end // 16) if start <= b * 16]
         self.have[layer] |= {(head, b) for head in range(KV_HEADS) for b in mine}
@@ -160,16 +165,27 @@ class Spied(DemandExchange):
         super().fetch(wanted, heads)
 
 
-def compute(group: SPGroup, case: Case, kind: str) -> dict[str, Any]:
+def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
+    """Room for half a layer beside the two that are always here."""
+    sizes = WorkingShape(
+        LAYERS, shape.num_tokens, shape.kv_heads, shape.head_dim, shape.dtype, shape.device
+    )
+    engine, room = FileCopyEngine(sizes, folder), int(2.5 * sizes.layer_bytes)
+    return OffloadedKV(sizes, room, engine, lambda _: 0.4)
+
+
+def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, Any]:
     """This rank's part of a prefill, by the product's own path."""
     layout, shape = case.layout(group.size), case.shape
     units, balancer = Units.of(case.ends, case.chunk), None
     exchange: Exchange
     if kind == "gather":
         exchange = GatherExchange(group, shape)
-    elif kind == "ulysses":
+    elif kind == "offloaded":
+        exchange = GatherExchange(group, shape, offloaded(shape, folder))
+    elif kind in ("ulysses", "ulysses_gather"):
         meshes = form_meshes(group, TIMEOUT_S)
-        choice = choose_exchange(ExchangeKind.ULYSSES, group.size, case.q_heads, 0)
+        choice = choose_exchange(ExchangeKind(kind), group.size, case.q_heads, case.kv_heads)
         sparse = is_sparse(shape.num_tokens, choice, case.policy, case.from_tokens)
         exchange = make_exchange(
             choice, meshes, layout, shape, case.settings.segments, sparse=sparse
@@ -180,7 +196,7 @@ def compute(group: SPGroup, case: Case, kind: str) -> dict[str, Any]:
     else:
         cached = kind == "demand"
         exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
-    selection = Selection(case, by_heads(exchange))
+    selection = Selection(case, heads_here(exchange))
     data, before = case.data(), dict(group.meter.uses)
     attending = ChunkAttention(exchange, selection, units, group.meter, balancer)
     out = torch.zeros_like(data[:, : case.q_heads])
@@ -222,21 +238,30 @@ def one_rank(case: Case) -> dict[str, Any]:
 def kinds(name: str, ranks: int) -> list[str]:
     """Ways to compute a case; more ranks than query heads cannot divide them."""
     found = {
-        "sparse": ["balanced", "demand", "ulysses", "gather", "uncached"],
-        "three heads": ["ulysses"],
-    }.get(name, ["balanced", "demand", "ulysses"])
+        "sparse": [
+            "balanced",
+            "demand",
+            "ulysses",
+            "ulysses_gather",
+            "gather",
+            "uncached",
+            "offloaded",
+        ],
+        "one late unit": ["demand", "ulysses_gather", "gather", "offloaded"],
+        "three heads": ["ulysses", "ulysses_gather"],
+    }.get(name, ["balanced", "demand", "ulysses", "ulysses_gather"])
     return [kind for kind in found if kind != "ulysses" or ranks <= CASES[name].q_heads]
 
 
-def run_rank(group: SPGroup, names: list[str]) -> list[dict[str, dict[str, Any]]]:
+def run_rank(group: SPGroup, folder: Path, names: list[str]) -> list[dict[str, dict[str, Any]]]:
     return [
-        {kind: compute(group, CASES[name], kind) for kind in kinds(name, group.size)}
+        {kind: compute(group, CASES[name], kind, folder) for kind in kinds(name, group.size)}
         for name in names
     ]
 
 
-def run_busy(group: SPGroup) -> dict[str, Any]:
-    return compute(group, BUSY, "balanced")
+def run_busy(group: SPGroup, folder: Path) -> dict[str, Any]:
+    return compute(group, BUSY, "balanced", folder)
 
 
 def assert_same_blocks(found: list[dict[str, Any]], expected: dict[str, Any], case: str) -> None:
@@ -270,7 +295,7 @@ def ulysses_bytes(case: Case, ranks: int) -> list[int]:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_any_number_of_ranks_selects_what_one_does(size: int, tmp_path: Path) -> None:
     names = list(CASES)
-    ranks = run_ranks(run_rank, size, tmp_path, names)
+    ranks = run_ranks(run_rank, size, tmp_path, tmp_path, names)
     for index, name in enumerate(names):
         expected = one_rank(CASES[name])
         wanted = expected["report"].layers
@@ -300,7 +325,7 @@ def test_any_number_of_ranks_selects_what_one_does(size: int, tmp_path: Path) ->
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_is_skewed_is_balanced(size: int, tmp_path: Path) -> None:
     """Of the paper: at most 5 % above the mean afterwards, and nothing else changes."""
-    found = run_ranks(run_busy, size, tmp_path)
+    found = run_ranks(run_busy, size, tmp_path, tmp_path)
     expected = one_rank(BUSY)
     assert_same_blocks(found, expected, "busy")
     report = combine([part["report"] for part in found])

@@ -48,10 +48,12 @@ class Simulation:
         self.ulysses = ranks if exchange == "ulysses" else ulysses
         self.ring = ranks // self.ulysses
         group = shape.q_heads // shape.kv_heads
-        queries = iter(range(shape.q_heads))
+        # What stays together: single heads, or a KV head's.
+        unit = group if exchange == "ulysses_gather" else 1
+        each, rest = divmod(shape.q_heads // unit, self.ulysses)
+        heads = iter(range(shape.q_heads))
         self.q_heads = [
-            [next(queries) for _ in range(shape.q_heads // self.ulysses)]
-            + ([next(queries)] if index < shape.q_heads % self.ulysses else [])
+            [next(heads) for _ in range(unit * (each + (index < rest)))]
             for index in range(self.ulysses)
         ]
         self.kv_heads = [sorted({head // group for head in heads}) for heads in self.q_heads]
@@ -116,7 +118,28 @@ class Simulation:
             if self.ulysses > 1:
                 moved.exposed_calls[rank] = 3
         for column in range(self.ulysses):
-            self._circulate([r * self.ulysses + column for r in range(self.ring)], moved)
+            members = [r * self.ulysses + column for r in range(self.ring)]
+            if self.exchange == "ulysses_gather":
+                self._spread(members, shares, moved)
+            else:
+                self._circulate(members, moved)
+
+    def _spread(self, members: list[int], shares: list[list[int]], moved: Moved) -> None:
+        """What each row has got of the chunk goes to all others of a column, once."""
+        news = [
+            {token for rank in self.row(member) for token in shares[rank]} for member in members
+        ]
+        for member in members:
+            heads = self.kv_heads[member % self.ulysses]
+            for source, new in zip(members, news, strict=True):
+                if source != member and new:
+                    arriving = [(token, head) for token in new for head in heads]
+                    assert not set(arriving) & set(self.kept[member]), "a token came twice"
+                    self.kept[member] += arriving
+                    moved.hidden[member] += len(arriving) * 2 * self.vector
+                    moved.hidden_calls[member] += 1
+            known = {token for token, _ in self.kept[member]}
+            assert known == set(range(max(known, default=-1) + 1))
 
     def _circulate(self, members: list[int], moved: Moved) -> None:
         """On one ring, or cut in parts, each on a ring of its own (of a prime number of ranks)."""

@@ -31,6 +31,9 @@ def every_way(ranks: int, tokens: int) -> list[Found]:
         if p > 1:
             meshes += [("ring", 1), ("pass_q", 1), ("ulysses", p)]
             meshes += [("usp", u) for u in range(2, p) if p % u == 0]
+            meshes += [
+                ("ulysses_gather", u) for u in range(2, SHAPE.kv_heads + 1) if u < p and p % u == 0
+            ]
         sizes = {min(size, -(-tokens // p)) for size in CHUNKS}
         ways += [(name, p, u, size) for name, u in meshes for size in sizes]
     return [way for way in ways if way[2] <= SHAPE.q_heads]
@@ -70,7 +73,8 @@ def by_hand(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
         len(kept) * (SHAPE.kv_heads if name == "pass_q" else 1) * 2 * walk.vector
         for kept in walk.kept
     )
-    layers = attending + (2 if walk.ring > 1 and name != "pass_q" else 0)
+    moving = walk.ring > 1 and name not in ("pass_q", "ulysses_gather")
+    layers = attending + (2 if moving else 0)
     return seconds, max(received), layers * held + max(buffers)
 
 
@@ -83,7 +87,7 @@ def brute_force(request: PlanRequest, cost: CostModel) -> Found | None:
     if not found:
         return None
     limit = min(seconds for seconds, _ in found.values()) * (1 + TOLERANCE)
-    order = ["gather", "ring", "ulysses", "usp", "pass_q"]
+    order = ["gather", "ring", "ulysses", "usp", "pass_q", "ulysses_gather"]
     return min(
         (way for way, (seconds, _) in found.items() if seconds <= limit),
         key=lambda way: (
