@@ -2,7 +2,7 @@
 
 A cost model of this machine, from the ranks' probe at start and refined by every finished prefill,
 costs the exchanges for a prefix's length (docs/planner.md). All are exact; of those considered,
-attention can be sparse under ``gather`` and ``ulysses`` only, so that another one is chosen where
+attention cannot be sparse under rings, ``usp`` and ``pass_q``, so that another one is chosen where
 computing all of it is faster still.
 """
 
