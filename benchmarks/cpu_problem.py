@@ -162,10 +162,12 @@ def plan(problem: Problem) -> Plan:
 
 def _join(first: BlockSummaries, all_blocks: BlockSummaries) -> BlockSummaries:
     """``first``, then the rest of ``all_blocks``."""
-    fields = ("k_mean", "k_var", "v_mean", "k_far")
     begin = first.blocks
     return BlockSummaries(
-        *(torch.cat([getattr(first, f), getattr(all_blocks, f)[:, begin:]], 1) for f in fields)
+        *(
+            torch.cat([a, b[:, begin:]], 1)
+            for a, b in zip(first.parts, all_blocks.parts, strict=True)
+        )
     )
 
 

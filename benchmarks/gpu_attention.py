@@ -119,7 +119,7 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
     shape = Shape(450, 4, 2, head_dim=128, block=128, tile=64, chunk=90)
     problem = Problem(shape, dtype, device)
     rows = problem.rows(0.5)
-    k_mean, k_var, v_mean, k_far = problem.known
+    k_mean, k_var, v_mean, k_far, far_count = problem.known
     k_mean, v_mean, k_far = (x.to(dtype).float() for x in (k_mean, v_mean, k_far))
     geometry = shape.geometry()
     bias = torch.randn(rows.keep.shape, device=device).masked_fill(rows.keep, -torch.inf)
@@ -141,7 +141,7 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
             got = block_sparse_attention(problem.q, k, v, rows.csr, config=config, **case)
             for x, y in zip(got, wanted, strict=True):
                 torch.testing.assert_close(x.double(), y, atol=tolerance, rtol=tolerance)
-    args = (problem.q, problem.k, k_mean, k_var, k_far)
+    args = (problem.q, problem.k, k_mean, k_var, k_far, far_count)
     loss, peak, lift = estimate_loss(*args, **geometry)
     cpu = [x.cpu() for x in args]
     expected_loss, expected_peak, expected_lift = estimate_loss_reference(*cpu, **geometry)

@@ -93,7 +93,7 @@ class Problem:
         self.k, self.v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
 
     @cached_property
-    def known(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def known(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return block_summaries(self.k, self.v, block_tokens=self.shape.block)
 
     def rows(self, density: float) -> Rows:
@@ -123,7 +123,7 @@ class Problem:
 
     def compensated(self, rows: Rows) -> Callable[[], Tensor]:
         """The same with the summaries of all dropped blocks."""
-        k_mean, _, v_mean, _ = self.known
+        k_mean, _, v_mean, *_ = self.known
         bias = torch.zeros(rows.keep.shape, device=self.device).masked_fill_(rows.keep, -torch.inf)
         summaries = (k_mean.to(self.q.dtype), v_mean.to(self.q.dtype))
         return self.ours(rows, summaries=summaries, bias=bias)
@@ -131,14 +131,14 @@ class Problem:
     def selection(self) -> Callable[[], object]:
         """The chunk's own summaries, the estimate over all blocks, and the choice."""
         shape = self.shape
-        k_mean, k_var, _, k_far = self.known
+        k_mean, k_var, _, *far = self.known
         own = slice(shape.q_offset, None)
         forced = torch.zeros(shape.tiles, k_mean.shape[1], dtype=torch.bool, device=self.device)
         epsilon = torch.full((shape.kv_heads,), 0.1, device=self.device)
 
         def select() -> object:
             block_summaries(self.k[:, own], self.v[:, own], block_tokens=shape.block)
-            known = (k_mean, k_var, k_far)
+            known = (k_mean, k_var, *far)
             loss, peak, bias = estimate_loss(self.q, self.k, *known, **shape.geometry())
             return select_blocks(single_out(loss, peak, epsilon), bias, forced, epsilon)
 

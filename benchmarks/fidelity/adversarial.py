@@ -23,7 +23,7 @@ from tools.needle.stories import COLORS, SHAPES, Needle, Question, Story
 from tools.needle.videos import PLAIN, Look
 
 PATCHES = 256
-VIDEOS = 8
+VIDEOS = 24
 QUESTIONS_PER_TASK = 3
 QUALITIES = ("exact", "high", "balanced", "fast")
 _PATCHES_PER_SHARE = 32

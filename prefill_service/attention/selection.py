@@ -114,9 +114,10 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """Mean loss over the asked rows, and its peak, each [kv_heads, tiles, blocks].
 
-    A row loses the misplaced share of a block's mass, and the mass of the block's farthest key:
-    mean and variance hide one key among many (the needle), its own score does not. The peak is the
-    largest value that either has in any row, so that no row loses more than twice the peak.
+    A row loses the misplaced share of a block's mass, and the mass of an outlier: mean and variance
+    hide a few keys among many (an object's), their own score does not. Of several outliers one
+    counts in the mean, since variance knows the others; the peak, the largest value that either has
+    in any row, counts all, so that no row loses more than twice the peak.
 
     Args:
         q: [kv_heads, tiles, rows, head_dim].
@@ -134,7 +135,8 @@ def _losses(
     mean = _mean_rows(share, mass) * misplaced + _mean_rows(share, far)
     if not known.blocks:
         return mean, mean
-    return mean, torch.maximum(mass.amax(2) * misplaced, far.amax(2))
+    outliers = far.amax(2).mul_(known.far_count[:, None]).clamp_(max=1)
+    return mean, torch.maximum(mass.amax(2) * misplaced, outliers)
 
 
 def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:

@@ -268,7 +268,8 @@ def _with_kernels(
 
     clock = Stopwatch(q.device)
     loss, peak, candidates = estimate_loss(
-        q, k, known.k_mean, known.k_var, known.k_far, block_tokens=tiles.block_tokens,
+        q, k, known.k_mean, known.k_var, known.k_far, known.far_count,
+        block_tokens=tiles.block_tokens,
         tile_tokens=tiles.tile_tokens, q_offset=tiles.q_offset, scale=scale,
     )  # fmt: skip
     epsilon = epsilon.float()

@@ -1,4 +1,4 @@
-"""What is known of a key block without reading it: its mean, spread, mean value and outlier."""
+"""What is known of a key block without reading it: its mean, spread, mean value and outliers."""
 
 from __future__ import annotations
 
@@ -11,54 +11,65 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class BlockSummaries:
-    """Statistics of complete key blocks, each [kv_heads, blocks, head_dim] float32 (or float64).
+    """Statistics of complete key blocks, float32 (or float64).
 
     Attributes:
-        k_mean: mean key.
-        k_var: variance of the keys, per dimension (diagonal of their covariance).
-        v_mean: mean value.
-        k_far: the key farthest from the mean; an outlier that mean and variance would hide.
+        k_mean: [kv_heads, blocks, head_dim] mean key.
+        k_var: [kv_heads, blocks, head_dim] variance of the keys, per dimension (diagonal of their
+            covariance).
+        v_mean: [kv_heads, blocks, head_dim] mean value.
+        k_far: [kv_heads, blocks, head_dim] mean of the block's outliers, which mean and variance
+            would hide: the key farthest from the mean, and those more than half as far that way.
+        far_count: [kv_heads, blocks] how many these are.
     """
 
     k_mean: Tensor
     k_var: Tensor
     v_mean: Tensor
     k_far: Tensor
+    far_count: Tensor
 
     @property
     def blocks(self) -> int:
         """How many."""
         return self.k_mean.shape[1]
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Each statistic, in the order above."""
+        return self.k_mean, self.k_var, self.v_mean, self.k_far, self.far_count
+
     def heads(self, index: Tensor) -> BlockSummaries:
         """Of some KV heads."""
-        parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
-        return BlockSummaries(*(part[index] for part in parts))
+        return BlockSummaries(*(part[index] for part in self.parts))
 
     def first(self, blocks: int) -> BlockSummaries:
         """Of the first ``blocks`` blocks (views)."""
-        parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
-        return BlockSummaries(*(part[:, :blocks] for part in parts))
+        return BlockSummaries(*(part[:, :blocks] for part in self.parts))
 
     def of(self, index: Tensor) -> BlockSummaries:
         """Of some blocks."""
-        parts = (self.k_mean, self.k_var, self.v_mean, self.k_far)
-        return BlockSummaries(*(part[:, index] for part in parts))
+        return BlockSummaries(*(part[:, index] for part in self.parts))
 
     def scatter(self, index: Tensor, other: BlockSummaries) -> None:
         """Overwrite some blocks."""
-        self.k_mean[:, index] = other.k_mean
-        self.k_var[:, index] = other.k_var
-        self.v_mean[:, index] = other.v_mean
-        self.k_far[:, index] = other.k_far
+        for part, new in zip(self.parts, other.parts, strict=True):
+            part[:, index] = new
 
     def put(self, start: int, other: BlockSummaries) -> None:
         """Overwrite the blocks from ``start`` on."""
-        end = start + other.blocks
-        self.k_mean[:, start:end] = other.k_mean
-        self.k_var[:, start:end] = other.k_var
-        self.v_mean[:, start:end] = other.v_mean
-        self.k_far[:, start:end] = other.k_far
+        for part, new in zip(self.parts, other.parts, strict=True):
+            part[:, start : start + other.blocks] = new
+
+    def pack(self) -> Tensor:
+        """[kv_heads, blocks, 4 * head_dim + 1], to be sent."""
+        return torch.cat([*self.parts[:-1], self.far_count[..., None]], -1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> BlockSummaries:
+        """The reverse (views)."""
+        mean, var, value, far = packed[..., :-1].chunk(4, -1)
+        return cls(mean, var, value, far, packed[..., -1])
 
 
 def empty_summaries(
@@ -67,7 +78,8 @@ def empty_summaries(
     """Room for ``blocks`` blocks of keys of ``dtype``."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     shape = (kv_heads, blocks, head_dim)
-    return BlockSummaries(*(torch.zeros(shape, dtype=work, device=device) for _ in range(4)))
+    shapes = [shape] * 4 + [shape[:2]]
+    return BlockSummaries(*(torch.zeros(s, dtype=work, device=device) for s in shapes))
 
 
 def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
@@ -92,11 +104,16 @@ def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
     mean = kb.mean(2)
     centred = kb - mean[:, :, None]
     squared = centred.square()
-    farthest = squared.sum(-1).argmax(2)  # [kv_heads, blocks]
-    index = farthest[..., None, None].expand(-1, -1, 1, head_dim)
-    return BlockSummaries(
-        mean, squared.mean(2), v.to(work).reshape(shape).mean(2), kb.gather(2, index).squeeze(2)
-    )
+    distance = squared.sum(-1)  # [kv_heads, blocks, block_tokens]
+    farthest = distance.argmax(2, keepdim=True)
+    index = farthest[..., None].expand(-1, -1, 1, head_dim)
+    along = centred @ centred.gather(2, index).mT  # [kv_heads, blocks, block_tokens, 1]
+    # Of equal keys none is far; the farthest itself counts in any case.
+    outliers = (along[..., 0] > 0.5 * distance.amax(2, keepdim=True)).to(work)
+    outliers.scatter_(2, farthest, 1.0)
+    count = outliers.sum(2)  # [kv_heads, blocks]
+    k_far = (outliers[:, :, None] @ kb).squeeze(2) / count[..., None]
+    return BlockSummaries(mean, squared.mean(2), v.to(work).reshape(shape).mean(2), k_far, count)
 
 
 def lift(variance: Tensor, block_tokens: int) -> Tensor:

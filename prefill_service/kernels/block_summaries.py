@@ -1,6 +1,8 @@
-"""Summaries of key blocks: mean, diagonal variance and outlier of the keys, mean of the values."""
+"""Summaries of key blocks: mean, diagonal variance and outliers of the keys, mean of the values."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from prefill_service.kernels.layout import as_blocks
 # fmt: off
 @triton.jit
 def summaries_kernel(
-    p_k, p_v, p_table, p_k_mean, p_k_var, p_v_mean, p_k_far,
+    p_k, p_v, p_table, p_k_mean, p_k_var, p_v_mean, p_k_far, p_far_count,
     stride_k_block, stride_k_head, stride_k_token,
     stride_v_block, stride_v_head, stride_v_token, stride_table_head, blocks,
     PAGED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
@@ -32,10 +34,16 @@ def summaries_kernel(
     p_tile = p_k + o_k + o_n[:, None] * stride_k_token + o_d[None, :]
     b_k = tl.load(p_tile, mask=d_mask[None, :], other=0.0).to(tl.float32)  # [B, D]
     mean = tl.sum(b_k, 0) / BLOCK_TOKENS
-    squared = b_k - mean[None, :]
-    squared = squared * squared
-    far = tl.argmax(tl.sum(squared, 1), 0)  # the first of equals
-    b_far = tl.sum(tl.where((o_n == far)[:, None], b_k, 0.0), 0)
+    centred = tl.where(d_mask[None, :], b_k - mean[None, :], 0.0)
+    squared = centred * centred
+    distance = tl.sum(squared, 1)
+    farthest = o_n == tl.argmax(distance, 0)  # the first of equals
+    direction = tl.sum(tl.where(farthest[:, None], centred, 0.0), 0)
+    # Of equal keys none is far; the farthest itself counts in any case.
+    along = tl.sum(centred * direction[None, :], 1)
+    outliers = (along > 0.5 * tl.max(distance, 0)) | farthest
+    count = tl.sum(outliers.to(tl.float32), 0)
+    b_far = tl.sum(tl.where(outliers[:, None], b_k, 0.0), 0) / count
     o_v = page.to(tl.int64) * stride_v_block + i_head.to(tl.int64) * stride_v_head
     p_tile = p_v + o_v + o_n[:, None] * stride_v_token + o_d[None, :]
     b_v = tl.load(p_tile, mask=d_mask[None, :], other=0.0).to(tl.float32)
@@ -45,11 +53,12 @@ def summaries_kernel(
     tl.store(p_k_var + o_out, tl.sum(squared, 0) / BLOCK_TOKENS, mask=d_mask)
     tl.store(p_v_mean + o_out, tl.sum(b_v, 0) / BLOCK_TOKENS, mask=d_mask)
     tl.store(p_k_far + o_out, b_far, mask=d_mask)
+    tl.store(p_far_count + i_head.to(tl.int64) * blocks + i_block, count)
 
 
 def block_summaries(
     k: Tensor, v: Tensor, *, block_tokens: int, block_table: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Summaries of every complete block.
 
     Args:
@@ -59,8 +68,10 @@ def block_summaries(
         block_table: [blocks] or [kv_heads, blocks] int32, page of each block to summarise.
 
     Returns:
-        k_mean, k_var (population variance), v_mean and k_far (the key farthest from the mean, the
-        first of equals), each [kv_heads, blocks, head_dim] float32.
+        k_mean, k_var (population variance), v_mean and k_far (mean of the key farthest from the
+        mean, the first of equals, and of those more than half as far in its direction), each
+        [kv_heads, blocks, head_dim]; and how many keys k_far stands for,
+        [kv_heads, blocks]. All float32.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -79,26 +90,34 @@ def block_summaries(
         table_stride = block_table.stride(0) if block_table.dim() == 2 else 0
     outputs = torch.empty((4, kv_heads, blocks, head_dim), dtype=torch.float32, device=k.device)
     k_mean, k_var, v_mean, k_far = outputs
+    far_count = torch.empty((kv_heads, blocks), dtype=torch.float32, device=k.device)
     if blocks:
         block_d = triton.next_power_of_2(head_dim)
         summaries_kernel[blocks, kv_heads](
-            k, v, block_table, k_mean, k_var, v_mean, k_far,
+            k, v, block_table, k_mean, k_var, v_mean, k_far, far_count,
             *k_blocks.stride()[:3], *v_blocks.stride()[:3], table_stride, blocks,
             PAGED=block_table is not None, HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK_TOKENS=block_tokens, num_warps=8 if block_d * block_tokens > 8192 else 4,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return k_mean, k_var, v_mean, k_far
+    return k_mean, k_var, v_mean, k_far, far_count
 
 
 def block_summaries_reference(
     k: Tensor, v: Tensor, *, block_tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``block_summaries`` computes for contiguous keys, naively and in float64."""
     blocks = k.shape[1] // block_tokens
     shape = (k.shape[0], blocks, block_tokens, k.shape[2])
     k, v = (x[:, : blocks * block_tokens].double().reshape(shape) for x in (k, v))
     mean = k.mean(2)
-    squared = (k - mean[:, :, None]).square()
-    far = squared.sum(-1).argmax(-1)[..., None, None].expand(-1, -1, 1, k.shape[-1])
-    return mean, squared.mean(2), v.mean(2), k.gather(2, far).squeeze(2)
+    far, far_count = torch.empty_like(mean), torch.empty(mean.shape[:2], dtype=torch.float64)
+    for head, block in itertools.product(*map(range, mean.shape[:2])):
+        keys = k[head, block]
+        away = keys - mean[head, block]
+        farthest = away[away.norm(dim=1).argmax()]
+        outliers = keys[away @ farthest > 0.5 * farthest @ farthest]
+        if not len(outliers):  # all are equal
+            outliers = keys[:1]
+        far[head, block], far_count[head, block] = outliers.mean(0), len(outliers)
+    return mean, k.var(2, correction=0), v.mean(2), far, far_count

@@ -70,7 +70,7 @@ def bias_kernel(p_variance, p_bias, tiles, blocks, tile_tokens, q_offset, LOG_BL
 # fmt: off
 @triton.jit
 def loss_kernel(
-    p_q, p_lse, p_k_mean, p_k_far, p_variance, p_bias, p_loss, p_peak,
+    p_q, p_lse, p_k_mean, p_k_far, p_far_count, p_variance, p_bias, p_loss, p_peak,
     stride_q_head, stride_q_token, queries, tiles, tile_tokens, q_offset, blocks, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -114,8 +114,8 @@ def loss_kernel(
     variance = tl.load(p_variance + o_row, mask=inside, other=0.0)
     misplaced = tl.sqrt(1 - tl.exp(variance / -_TWO_PI))
 
-    # One key among many (the needle) hides in mean and variance: ask for the farthest by itself.
-    # In a loop of its own, so that only one tile of keys is held at a time.
+    # A few keys among many (the needle) hide in mean and variance: ask for the outliers by
+    # themselves. In a loop of its own, so that only one tile of keys is held at a time.
     b_k = tl.load(p_k_far + o_block, mask=mask, other=0.0)
     far = tl.zeros([BLOCK_N], tl.float32)
     far_peak = tl.zeros([BLOCK_N], tl.float32)
@@ -126,6 +126,8 @@ def loss_kernel(
         p = tl.minimum(tl.exp2(score), 1.0)
         far += tl.sum(p, 0)
         far_peak = tl.maximum(far_peak, tl.max(p, 0))
+    count = tl.load(p_far_count + i_head.to(tl.int64) * blocks + o_n, mask=inside, other=1.0)
+    far_peak = tl.minimum(far_peak * count, 1.0)
     loss = (mass * misplaced + far) / rows
     peak = tl.maximum(mass_peak * misplaced, far_peak)
     tl.store(p_loss + o_row, tl.where(inside, loss, 0.0), mask=o_n < blocks)
@@ -230,6 +232,7 @@ def estimate_loss(
     k_mean: Tensor,
     k_var: Tensor,
     k_far: Tensor,
+    far_count: Tensor,
     *,
     block_tokens: int,
     tile_tokens: int,
@@ -243,8 +246,9 @@ def estimate_loss(
     of its keys), B its tokens and f(v) the lift, v / 2 up to e^2 and e sqrt(v) - e^2 / 2 beyond,
     where e is the largest of B normal values to expect: block score s = scale q . k_mean + ln B +
     f(v); mass p = exp(s - lse), lse over all candidate blocks and the row's exact local scores;
-    a row's loss = p * sqrt(1 - exp(-v / 2 pi)), plus the mass of the block's farthest key, at most
-    1. Rows of every fourth token are asked.
+    a row's loss = p * sqrt(1 - exp(-v / 2 pi)), plus the mass of one outlier of the block,
+    exp(scale q . k_far - lse), at most 1; its peak counts all outliers. Rows of every
+    fourth token are asked.
 
     A query that is not a number makes every loss of its tile NaN: all its blocks are then kept, and
     no row but its own is NaN. (On a CPU its tile's other queries choose.)
@@ -254,6 +258,7 @@ def estimate_loss(
             ``block_sparse_attention``; ``tile_tokens`` a multiple of 4.
         k_mean, k_var, k_far: [kv_heads, blocks, head_dim] of ``block_summaries``; at least the
             blocks before the last tile's first query.
+        far_count: [kv_heads, blocks], likewise.
 
     Returns:
         Each [kv_heads, tiles, blocks] float32. Loss: mean over the asked rows; 0 where a block is
@@ -274,6 +279,8 @@ def estimate_loss(
     for name, x in (("k_var", k_var), ("k_far", k_far)):
         if x.shape != k_mean.shape:
             raise ValueError(f"{name} is {list(x.shape)}, expected {list(k_mean.shape)}")
+    if far_count.shape != k_mean.shape[:2]:
+        raise ValueError(f"far_count is {list(far_count.shape)}, expected {list(k_mean.shape[:2])}")
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float32, device=q.device)
     peak, bias = torch.zeros_like(loss), torch.full_like(loss, -torch.inf)
     if loss.numel() == 0:
@@ -295,6 +302,7 @@ def estimate_loss(
     )  # fmt: skip
     none = BlockCSR(*(torch.zeros(n, dtype=torch.int32, device=q.device) for n in (rows + 1, 1)))
     k_mean, k_far = (x.to(q.dtype).contiguous() for x in (k_mean, k_far))
+    far_count = far_count.float().contiguous()
     step = ROW_STEP.value
     _, lse = block_sparse_attention(
         q[:, ::step], k, k, none, block_tokens=block_tokens, tile_tokens=tile_tokens // step,
@@ -304,8 +312,8 @@ def estimate_loss(
     # With 128 rows of 128 blocks the registers of sm_90 do not suffice.
     block_m, block_n = 64, 64 if block_d > 128 or q.dtype == torch.float32 else 128
     loss_kernel[rows, triton.cdiv(blocks, block_n)](
-        q, lse, k_mean, k_far, variance, bias, loss, peak, q.stride(0), q.stride(1), queries,
-        tiles, tile_tokens, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
+        q, lse, k_mean, k_far, far_count, variance, bias, loss, peak, q.stride(0), q.stride(1),
+        queries, tiles, tile_tokens, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2, **shared,
     )  # fmt: skip
     return loss, peak, bias
@@ -378,6 +386,7 @@ def estimate_loss_reference(
     k_mean: Tensor,
     k_var: Tensor,
     k_far: Tensor,
+    far_count: Tensor,
     *,
     block_tokens: int,
     tile_tokens: int,
@@ -391,6 +400,7 @@ def estimate_loss_reference(
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float64)
     peak, bias = torch.zeros_like(loss), torch.full_like(loss, -torch.inf)
     q, k, k_mean, k_var, k_far = (x.double() for x in (q, k, k_mean, k_var, k_far))
+    far_count = far_count.double()
     for h in range(kv_heads):
         heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
         for t in range(tiles):
@@ -411,6 +421,7 @@ def estimate_loss_reference(
             mass = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
             far = (rows @ k_far[h, :n].T - lse[..., None]).exp().clamp(max=1)[:, asked]
             loss[h, t, :n] = (mass + far).mean((0, 1))
+            far = (far * far_count[h, :n]).clamp(max=1)
             peak[h, t, :n] = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))
     return loss, peak, bias
 

@@ -291,21 +291,22 @@ class DemandExchange:
         )
         counts = [len(a) + len(b) for a, b in zip(of_raster, of_ordered, strict=True)]
         work, rank = state.summaries.k_mean.dtype, self._group.rank
-        sizes = [(4, shape.kv_heads, count, shape.head_dim) for count in counts]
+        sizes = [(shape.kv_heads, count, 4 * shape.head_dim + 1) for count in counts]
         packed = [torch.empty(size, dtype=work, device=shape.device) for size in sizes]
         if counts[rank]:
             packed[rank].copy_(self._own.summaries(layer, of_raster[rank], of_ordered[rank]))
         for pending in self._group.broadcast_slices(packed):
             pending.wait()
-        both = torch.cat(packed, 2)
+        both = torch.cat(packed, 1)
         in_order = torch.cat([
             torch.arange(count) >= len(ids)
             for count, ids in zip(counts, of_raster, strict=True)
         ])  # fmt: skip
         ids = torch.from_numpy(np.concatenate(of_raster))
-        state.summaries.scatter(ids, BlockSummaries(*both[:, :, ~in_order]))
+        state.summaries.scatter(ids, BlockSummaries.unpack(both[:, ~in_order]))
         told = self._told[layer]
-        told.ids, told.summaries = np.concatenate(of_ordered), BlockSummaries(*both[:, :, in_order])
+        told.ids = np.concatenate(of_ordered)
+        told.summaries = BlockSummaries.unpack(both[:, in_order])
 
     def _put(self, rank: int, wanted: Tensor, blocks: Tensor) -> None:
         heads, slots = wanted.nonzero(as_tuple=True)

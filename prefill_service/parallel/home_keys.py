@@ -113,16 +113,16 @@ class HomeKeys:
             clustered: those in the order of ``cluster``, of whole segments not yet settled.
 
         Returns:
-            [4, kv_heads, blocks, head_dim].
+            Packed, [kv_heads, blocks, 4 * head_dim + 1].
         """
         block = self._sizes.block_tokens
         slots = torch.from_numpy(self._homes.rows(raster * block) // block)
         k, v = self._own[layer][slots].flatten(0, 1).permute(1, 2, 0, 3)
-        found = [_stacked(summarize(k, v, block))]
+        found = [summarize(k, v, block).pack()]
         starts = np.unique(clustered * block // self._sizes.segment_tokens)
         ahead = self._ahead[layer]
-        found += [_stacked(ahead[s * self._sizes.segment_tokens].summaries) for s in starts]
-        return torch.cat(found, 2)
+        found += [ahead[s * self._sizes.segment_tokens].summaries.pack() for s in starts]
+        return torch.cat(found, 1)
 
     def as_seen(
         self, layer: int, means: Tensor, clustered: int
@@ -159,7 +159,3 @@ class HomeKeys:
         summaries = summarize(kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1), block)
         mean = summarize(k, v, block).k_mean
         return _Ahead(blocks, kv.view_as(self._own[layer][blocks]), order, summaries, mean)
-
-
-def _stacked(found: BlockSummaries) -> Tensor:
-    return torch.stack([found.k_mean, found.k_var, found.v_mean, found.k_far])

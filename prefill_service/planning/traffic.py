@@ -26,7 +26,8 @@ from prefill_service.planning.schemes import Exchange, Scheme, split_heads
 from prefill_service.planning.shapes import ModelShape
 
 BLOCK_TOKENS = 64
-_SUMMARY_VECTORS = 4  # of a block and KV head: mean key, variance, mean value, farthest key
+_SUMMARY_VECTORS = 4  # of a block and KV head: mean key, variance, mean value, mean outlier
+_SUMMARY_NUMBERS = 1  # the outliers' count
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ DEFAULT_OPTIONS = TrafficOptions()
 
 def summary_bytes(shape: ModelShape) -> int:
     """Bytes of the summaries of one block of keys in one layer."""
-    return _SUMMARY_VECTORS * shape.kv_heads * shape.head_dim * shape.bytes_per_element
+    numbers = _SUMMARY_VECTORS * shape.head_dim + _SUMMARY_NUMBERS
+    return numbers * shape.kv_heads * shape.bytes_per_element
 
 
 def traffic(

@@ -152,12 +152,14 @@ def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, gr
             logits = mine @ known.k_mean[head, :seen].mT + bias
             lse = local_lse[head * group : (head + 1) * group, rows]
             total = torch.logaddexp(logits.logsumexp(-1), lse) if seen else lse
-            mass = torch.exp(logits - total[..., None])[:, ::ROW_STEP] * misplaced_share(variance)
+            mass = torch.exp(logits - total[..., None])[:, ::ROW_STEP]
+            mass = mass * misplaced_share(variance)
             far = mine @ known.k_far[head, :seen].mT - total[..., None]
             far = torch.exp(far).clamp(max=1)[:, ::ROW_STEP]
             torch.testing.assert_close(found.bias[head, tile, :seen], bias)
             torch.testing.assert_close(found.loss[head, tile, :seen], (mass + far).mean((0, 1)))
             if seen:
+                far = (far * known.far_count[head, :seen]).clamp(max=1)  # all outliers
                 peak = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))
                 torch.testing.assert_close(found.peak[head, tile, :seen], peak)
             assert (found.bias[head, tile, seen:] == -torch.inf).all()

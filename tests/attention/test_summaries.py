@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prefill_service.attention.summaries import (
+    BlockSummaries,
     empty_summaries,
     lift,
     misplaced_share,
@@ -26,8 +27,26 @@ def test_against_the_definition() -> None:
             torch.testing.assert_close(known.k_var[head, block], keys.var(0, unbiased=False))
             values = v[head, block * 64 : (block + 1) * 64]
             torch.testing.assert_close(known.v_mean[head, block], values.mean(0))
-            far = keys[(keys - keys.mean(0)).norm(dim=1).argmax()]
-            assert torch.equal(known.k_far[head, block], far)
+            away = keys - keys.mean(0)
+            farthest = away[away.norm(dim=1).argmax()]
+            outliers = keys[away @ farthest > 0.5 * farthest @ farthest]
+            torch.testing.assert_close(known.k_far[head, block], outliers.mean(0))
+            assert known.far_count[head, block] == len(outliers)
+
+
+def test_an_object_of_several_keys_is_one_outlier() -> None:
+    """Nine keys that are alike among others: their mean, and how many they are."""
+    k = 0.1 * rand(1, 64, 8)
+    k[0, 20:29] += 3
+    known = summarize(k, k, 64)
+    assert known.far_count == 9
+    torch.testing.assert_close(known.k_far[0, 0], k[0, 20:29].mean(0))
+
+
+def test_of_equal_keys_none_is_far() -> None:
+    known = summarize(torch.ones(1, 64, 8), torch.ones(1, 64, 8), 64)
+    assert known.far_count == 1
+    assert (known.k_far == 1).all()
 
 
 def test_half_precision_is_summarised_in_float32() -> None:
@@ -42,6 +61,8 @@ def test_parts_of_a_store() -> None:
     part = summarize(rand(2, 128, 8).float(), rand(2, 128, 8, seed=1).float(), 64)
     store.put(3, part)
     assert torch.equal(store.first(5).k_far[:, 3:], part.k_far)
+    sent = BlockSummaries.unpack(part.pack())
+    assert all(map(torch.equal, sent.parts, part.parts))
     assert torch.equal(store.heads(torch.tensor([1])).v_mean[0, 3:5], part.v_mean[1])
     assert not store.k_mean[:, 5:].any()
 

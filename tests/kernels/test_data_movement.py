@@ -25,7 +25,7 @@ def test_summaries(interpret: Interpreter, dtype: torch.dtype, head_dim: int, bl
     k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
     expected = block_summaries_reference(k, v, block_tokens=block)
     got = interpret("block_summaries.block_summaries", k, v, block_tokens=block)
-    assert [x.shape for x in got] == [(3, 3, head_dim)] * 4
+    assert [x.shape for x in got] == [(3, 3, head_dim)] * 4 + [(3, 3)]
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=1e-5)
     pages = torch.full((7, 2, block, 3, head_dim), torch.nan).to(dtype)
@@ -41,10 +41,13 @@ def test_summaries(interpret: Interpreter, dtype: torch.dtype, head_dim: int, bl
 
 def test_summaries_of_equal_keys_and_of_none(interpret: Interpreter) -> None:
     k = torch.ones(1, 32, 64)
-    _, variance, _, far = interpret("block_summaries.block_summaries", k, k, block_tokens=16)
+    _, variance, _, far, far_count = interpret(
+        "block_summaries.block_summaries", k, k, block_tokens=16
+    )
     assert (variance == 0).all()
     assert (far == 1).all()
-    assert [x.shape[1] for x in block_summaries(k, k, block_tokens=64)] == [0] * 4
+    assert (far_count == 1).all()
+    assert [x.shape[1] for x in block_summaries(k, k, block_tokens=64)] == [0] * 5
     with pytest.raises(ValueError, match="block_tokens = 24 is not a power of two"):
         block_summaries(k, k, block_tokens=24)
 

@@ -44,7 +44,7 @@ def inputs(
     k[:, ::61] *= 3
     q = torch.randn(2 * group, queries, head_dim).to(dtype)
     k = k.to(dtype)
-    k_mean, k_var, _, k_far = block_summaries_reference(k, k, block_tokens=block)
+    k_mean, k_var, _, k_far, far_count = block_summaries_reference(k, k, block_tokens=block)
     # Rounded as the kernel will round them.
     k_mean, k_far = (x.to(dtype).float() for x in (k_mean, k_far))
     options = {
@@ -53,7 +53,7 @@ def inputs(
         "q_offset": q_offset,
         "scale": head_dim**-0.5,
     }
-    return (q, k, k_mean, k_var.float(), k_far), options
+    return (q, k, k_mean, k_var.float(), k_far, far_count.float()), options
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_estimate_finds_the_needle(interpret: Interpreter) -> None:
     k[:, 70] = q[0, 0] * 2
     k[:, 64:70] -= k[:, 70:71] / 15
     k[:, 71:80] -= k[:, 70:71] / 15
-    k_mean, k_var, _, k_far = (x.float() for x in block_summaries_reference(k, k, block_tokens=16))
-    loss, *_ = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
+    k_mean, k_var, _, *far = (x.float() for x in block_summaries_reference(k, k, block_tokens=16))
+    loss, *_ = interpret("selection.estimate_loss", q, k, k_mean, k_var, *far, **options)
     assert (loss[:, :, :10].argmax(-1) == 4).all()
     assert (loss[:, :, 4] > 0.5).all()
 
@@ -149,14 +149,14 @@ def test_the_reference_is_what_the_cpu_selects() -> None:
     [(32, 70, 333), (48, 70, 333), (32, 33, 320), (16, 1, 203), (128, 99, 130)],
 )
 def test_the_reference_is_what_the_cpu_estimates(tile: int, queries: int, q_offset: int) -> None:
-    (q, k, k_mean, k_var, k_far), options = inputs(tile=tile, queries=queries, q_offset=q_offset)
+    (q, k, k_mean, k_var, *far), options = inputs(tile=tile, queries=queries, q_offset=q_offset)
     tiles = Tiles(q.shape[1], options["q_offset"], tile, options["block_tokens"])
     none = BlockCSR(torch.zeros(2 * tiles.count + 1, dtype=torch.int32), torch.zeros(0))
     _, lse = block_sparse_reference(q, k, k, none, **options)
     local = tiles.pack(lse[..., None].float(), 2)[..., 0]
-    known = BlockSummaries(k_mean, k_var, k_mean, k_far).first(tiles.blocks)
+    known = BlockSummaries(k_mean, k_var, k_mean, *far).first(tiles.blocks)
     found = estimate(tiles.pack(q, 2), local, tiles, known, options["scale"])
-    loss, peak, bias = estimate_loss_reference(q, k, k_mean, k_var, k_far, **options)
+    loss, peak, bias = estimate_loss_reference(q, k, k_mean, k_var, *far, **options)
     torch.testing.assert_close(found.loss.double(), loss[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.peak.double(), peak[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.bias.double(), bias[..., : tiles.blocks], atol=1e-5, rtol=1e-5)
@@ -208,8 +208,8 @@ def test_selected_blocks_and_summaries_approximate_attention(interpret: Interpre
     (q, k, *_), options = inputs(group=2, q_offset=400, queries=64, seed=3)
     v = torch.randn_like(k)
     known = interpret("block_summaries.block_summaries", k, v, block_tokens=16)
-    k_mean, k_var, v_mean, k_far = known
-    loss, _, bias = interpret("selection.estimate_loss", q, k, k_mean, k_var, k_far, **options)
+    k_mean, k_var, v_mean, *far = known
+    loss, _, bias = interpret("selection.estimate_loss", q, k, k_mean, k_var, *far, **options)
     forced = torch.zeros(loss.shape[1:], dtype=torch.bool)
     csr, dropped = interpret("selection.select_blocks", loss, bias, forced, torch.full((2,), 0.1))
     kept = int(csr.row_ptr[-1]) / float((bias != -torch.inf).sum())

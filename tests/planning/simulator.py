@@ -186,7 +186,7 @@ class Simulation:
 
     def _demand(self, shares: list[list[int]], moved: Moved, share: float, block: int) -> None:
         past = [[token for token, _ in kept] for kept in self.kept]
-        vectors = 4 * self.shape.kv_heads * self.vector
+        vectors = self.shape.kv_heads * (4 * self.vector + self.element)
         for rank, mine in enumerate(shares):
             visible = 0
             for other in range(self.ranks):

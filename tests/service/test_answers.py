@@ -87,6 +87,7 @@ def alone(
         ("qwen2_5_vl", 2, "demand"),
         ("qwen2_5_vl", 3, "pass_q"),
         ("qwen2_5_vl", 4, "ulysses"),
+        ("qwen3_vl", 4, "ulysses_gather"),
     ],  # gather on two ranks: test_faults.py, and others; all on all: tests/engine
 )
 def test_tokens_equal_vllm_alone(
