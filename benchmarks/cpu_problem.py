@@ -100,7 +100,7 @@ class Chunk:
     def keep(self, epsilon: float) -> Tensor:
         """[kv_heads, tiles, blocks] bool; as the product, dense where sparse would not pay."""
         budget = torch.full((len(self.found.loss),), epsilon, dtype=self.found.loss.dtype)
-        keep = select(single_out(self.found.loss, self.found.peak, budget), self.forced, budget)
+        keep = select(single_out(self.found.loss, self.found.peak, budget / 2), self.forced, budget)
         dense = self.attended(keep) > DENSE_ABOVE * self.tiles.causal_keys
         keep[dense] = self.found.bias[dense] > -torch.inf
         return keep

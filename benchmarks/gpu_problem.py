@@ -140,7 +140,7 @@ class Problem:
             block_summaries(self.k[:, own], self.v[:, own], block_tokens=shape.block)
             known = (k_mean, k_var, *far)
             loss, peak, bias = estimate_loss(self.q, self.k, *known, **shape.geometry())
-            return select_blocks(single_out(loss, peak, epsilon), bias, forced, epsilon)
+            return select_blocks(single_out(loss, peak, epsilon / 2), bias, forced, epsilon)
 
         return select
 

@@ -107,7 +107,12 @@ class AdaptiveAttention:
         tokens = int(patch_ends[-1])
         self._heads = slice(0, kv_heads) if heads is None else heads
         self._all_heads, epsilons = kv_heads, policy.head_epsilons(layers, kv_heads)
-        self._epsilons = [torch.tensor(layer[self._heads], device=device) for layer in epsilons]
+        mine = [layer[self._heads] for layer in epsilons]
+        self._epsilons = [torch.tensor(layer, device=device) for layer in mine]
+        self._row_limits = [
+            torch.tensor([policy.row_limit(value) for value in layer], device=device)
+            for layer in mine
+        ]
         kv_heads = self._heads.stop - self._heads.start
         self._reports = [LayerReport(layer, [0.0] * kv_heads) for layer in range(layers)]
         self._patch_mass = PatchMass(patch_ends, device)
@@ -192,7 +197,7 @@ class AdaptiveAttention:
         weights = self._patch_mass.weights(position, tiles.keys)
         run = LayerRun(
             source, state.summaries, tiles, self._forced(tiles), scale, self._buffers, sampled,
-            weights, closer, self._epsilons[layer],
+            weights, closer, self._epsilons[layer], self._row_limits[layer],
         )  # fmt: skip
         done = run.attend(q, k, v, self._policy.min_kept_mass)
         report.tiles_redone += done.redone * tiles.count

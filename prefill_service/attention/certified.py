@@ -80,6 +80,7 @@ class LayerRun:
         weights: [samples, keys] for ``Certificate.weighted``.
         closer: more queries, measured where ``sampled`` misses the floor.
         epsilon: [kv_heads] attention mass that selection may misplace.
+        row_limit: [kv_heads] loss in one row from which a block is kept.
     """
 
     source: KeySource
@@ -92,6 +93,7 @@ class LayerRun:
     weights: Tensor
     closer: Tensor
     epsilon: Tensor
+    row_limit: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, floor: float) -> Certified:
         """Attention that holds the floor wherever that is a matter of approximation.
@@ -132,13 +134,14 @@ class LayerRun:
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, heads: Tensor, factor: float
     ) -> SparseResult:
-        """Sparse attention of some KV heads, with ``factor`` times their epsilon."""
+        """Sparse attention of some KV heads, with ``factor`` times their epsilon and row limit."""
         epsilon = factor * self.epsilon[heads]
         q, k, v, summaries = self._of(q, k, v, heads)
         return sparse_attention(
             q, k, v, summaries, self.tiles, epsilon, self.forced, self.scale, self.buffers,
             lambda wanted: self.source.fetch(wanted, heads),
             lambda rows, keep, tiles, pairs: self.source.share(rows, keep, tiles, pairs, heads),
+            factor * self.row_limit[heads],
         )  # fmt: skip
 
     def _certify(

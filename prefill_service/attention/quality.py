@@ -18,8 +18,14 @@ class Quality(StrEnum):
     CUSTOM = "custom"
 
 
-EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.1, Quality.BALANCED: 0.15, Quality.FAST: 0.3}
+EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.1, Quality.BALANCED: 0.2, Quality.FAST: 0.3}
 """Attention mass that selection may misplace, per step (docs/attention.md says why these)."""
+
+ROW_LIMIT = {Quality.HIGH: 0.05, Quality.BALANCED: 0.05, Quality.FAST: 0.05}
+"""Loss in one row, by either of its two parts, from which a block is kept whatever its mean is."""
+
+_ROW_SHARE = 0.5
+"""The same as a share of an explicit epsilon: no row then loses more than epsilon in a block."""
 
 FLOOR_TOLERANCE = 1e-6
 """The certificate's own float32 rounding, which must not miss a floor of 1."""
@@ -48,12 +54,17 @@ class AttentionPolicy:
         """Nothing is approximated."""
         return self.epsilon == 0
 
+    def row_limit(self, epsilon: float) -> float:
+        """Loss in one row from which a head of that epsilon keeps a block."""
+        return ROW_LIMIT.get(self.quality, _ROW_SHARE * epsilon)
+
     @property
     def profile(self) -> str:
         """Name for the manifest; part of the prefix id, so that unequal KV has unequal ids."""
         if self.exact:
             return "exact"
-        name = f"sparse:epsilon={self.epsilon!r},min_kept_mass={self.min_kept_mass!r}"
+        limits = f"row_limit={self.row_limit(self.epsilon)!r},min_kept_mass={self.min_kept_mass!r}"
+        name = f"sparse:epsilon={self.epsilon!r},{limits}"
         return f"{name},budgets={self.budgets.digest}" if self.budgets else name
 
     def with_budgets(self, budgets: HeadBudgetProfile | None) -> AttentionPolicy:

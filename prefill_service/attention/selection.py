@@ -5,9 +5,10 @@ attention mass but the share of it that the summary misplaces. Both are estimate
 summaries alone, for every query row of the tile, and the blocks that would misplace most are kept
 until the rest misplaces at most epsilon. That is a mean over rows, in which a few rows that look
 for one thing (an object's nine tokens for an earlier object) are lost; so a block that would cost
-any one row more than about epsilon is kept as well. In contrast to a fixed threshold (FlashPrefill,
-arXiv 2603.06199) the result has a stated error, in contrast to top-p (XAttention, arXiv 2503.16428)
-it needs no sort. docs/attention.md derives the formulas and compares them with the field's.
+any one row more than a limit of its own is kept as well. In contrast to a fixed threshold
+(FlashPrefill, arXiv 2603.06199) the result has a stated error, in contrast to top-p (XAttention,
+arXiv 2503.16428) it needs no sort. docs/attention.md derives the formulas and compares them with
+the field's.
 """
 
 from __future__ import annotations
@@ -29,9 +30,6 @@ LEVELS_PER_OCTAVE = 16
 
 ROW_STEP = 4
 """Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
-
-PEAK_SHARE = 0.5
-"""Of epsilon: the peak up to which a block may be dropped; then no row loses more than epsilon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +142,16 @@ def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
     return (weights[:, None].expand(len(x), -1, -1, -1) @ x).squeeze(2)
 
 
-def single_out(loss: Tensor, peak: Tensor, epsilon: Tensor) -> Tensor:
-    """``loss``, infinite where the peak is more than ``PEAK_SHARE`` of epsilon.
+def single_out(loss: Tensor, peak: Tensor, row_limit: Tensor) -> Tensor:
+    """``loss``, infinite where the peak is above the limit.
 
     ``select`` then keeps the block, and counts its loss no more.
 
     Args:
         loss, peak: [kv_heads, tiles, blocks].
-        epsilon: [kv_heads].
+        row_limit: [kv_heads].
     """
-    return torch.where(peak > PEAK_SHARE * epsilon[:, None, None], torch.inf, loss)
+    return torch.where(peak > row_limit[:, None, None], torch.inf, loss)
 
 
 def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:

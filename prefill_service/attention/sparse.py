@@ -112,6 +112,7 @@ def sparse_attention(
     buffers: GatherBuffers,
     fetch: Callable[[Tensor], None] | None = None,
     share: Share | None = None,
+    row_limit: Tensor | None = None,
 ) -> SparseResult:
     """Attend with the fewest kept blocks that misplace an estimated ``epsilon`` of the mass.
 
@@ -127,11 +128,14 @@ def sparse_attention(
         fetch: called, once or more, with the [kv_heads, blocks] bool that are about to be read,
             of the first so many blocks; without it all are there.
         share: ``KeySource.share``, called once or more; not with CUDA tensors.
+        row_limit: [kv_heads], see ``single_out``; without it rows have no say.
     """
+    if row_limit is None:
+        row_limit = torch.full_like(epsilon, torch.inf)
     known = summaries.first(tiles.blocks)
     if q.is_cuda:
         must = forced.to(q.device)
-        return _with_kernels(q, k, v, known, tiles, epsilon, must, scale, fetch)
+        return _with_kernels(q, k, v, known, tiles, epsilon, row_limit, must, scale, fetch)
     clock = Stopwatch(q.device)
     rows = tiles.tile_tokens * len(q)
     step = max(1, _MAX_SCORES // (rows * max(tiles.blocks, 1))) * tiles.tile_tokens
@@ -141,8 +145,8 @@ def sparse_attention(
         run = replace(tiles, queries=part.shape[1], q_offset=tiles.q_offset + start)
         first = start // tiles.tile_tokens
         must = forced[first : first + run.count, : run.blocks]
-        parts.append(_with_sdpa(part, k, v, known.first(run.blocks), run, epsilon, must, scale,
-                                buffers, clock, fetch, share))  # fmt: skip
+        parts.append(_with_sdpa(part, k, v, known.first(run.blocks), run, epsilon, row_limit, must,
+                                scale, buffers, clock, fetch, share))  # fmt: skip
     return parts[0] if len(parts) == 1 else _concatenated(parts, tiles.blocks)
 
 
@@ -166,6 +170,7 @@ def _with_sdpa(
     known: BlockSummaries,
     tiles: Tiles,
     epsilon: Tensor,
+    row_limit: Tensor,
     forced: Tensor,
     scale: float,
     buffers: GatherBuffers,
@@ -178,7 +183,7 @@ def _with_sdpa(
     clock.lap("attend")
     found = estimate(rows, result.lse, tiles, known, scale)
     epsilon = epsilon.to(found.loss.dtype)
-    keep = select(single_out(found.loss, found.peak, epsilon), forced, epsilon)
+    keep = select(single_out(found.loss, found.peak, row_limit.to(epsilon.dtype)), forced, epsilon)
     bias = found.bias.masked_fill(keep, -torch.inf)
     # A head that needs most of its keys is served faster, and exactly, by one dense call.
     dense = columns(keep, bias, tiles) > DENSE_ABOVE * tiles.causal_keys  # [kv_heads]
@@ -258,6 +263,7 @@ def _with_kernels(
     known: BlockSummaries,
     tiles: Tiles,
     epsilon: Tensor,
+    row_limit: Tensor,
     forced: Tensor,
     scale: float,
     fetch: Callable[[Tensor], None] | None = None,
@@ -273,7 +279,9 @@ def _with_kernels(
         tile_tokens=tiles.tile_tokens, q_offset=tiles.q_offset, scale=scale,
     )  # fmt: skip
     epsilon = epsilon.float()
-    csr, bias = select_blocks(single_out(loss, peak, epsilon), candidates, forced, epsilon)
+    csr, bias = select_blocks(
+        single_out(loss, peak, row_limit.float()), candidates, forced, epsilon
+    )
     keep = (bias == -torch.inf) & (candidates != -torch.inf)  # NaN is a candidate, and kept
     clock.lap("select")
     if fetch:

@@ -169,9 +169,13 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
     known = summarize(k[:, : tiles.blocks * 16], v[:, : tiles.blocks * 16], 16)
     forced = forced_blocks(tiles, 1, [620, 652, 684])
-    common = (q, k, v, known, tiles, torch.tensor([0.3, 0.4]), forced, options["scale"])
-    a = interpret("prefill_service.attention.sparse._with_kernels", *common)
-    b = sparse_attention(*common, GatherBuffers())  # of CPU tensors: the other back end
+    given, epsilon = (q, k, v, known, tiles), torch.tensor([0.3, 0.4])
+    rest = forced, options["scale"]
+    a = interpret(
+        "prefill_service.attention.sparse._with_kernels", *given, epsilon, epsilon / 2, *rest
+    )
+    # Of CPU tensors: the other back end.
+    b = sparse_attention(*given, epsilon, *rest, GatherBuffers(), row_limit=epsilon / 2)
     differs = a.keep != b.keep
     assert differs.sum() <= 1  # rounding may move one block over its threshold
     density = b.keep.sum((1, 2)) / sum(tiles.candidates(t) for t in range(tiles.count))
@@ -192,9 +196,12 @@ def test_a_query_that_is_not_a_number_poisons_itself_alone(interpret: Interprete
     tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
     known = summarize(k[:, : tiles.blocks * 16], k[:, : tiles.blocks * 16], 16)
     forced = forced_blocks(tiles, 1, [304, 336])
-    common = (q, k, k, known, tiles, torch.tensor([0.4, 0.4]), forced, options["scale"])
-    a = interpret("prefill_service.attention.sparse._with_kernels", *common)
-    b = sparse_attention(*common, GatherBuffers())
+    given, epsilon = (q, k, k, known, tiles), torch.tensor([0.4, 0.4])
+    rest = forced, options["scale"]
+    a = interpret(
+        "prefill_service.attention.sparse._with_kernels", *given, epsilon, epsilon / 2, *rest
+    )
+    b = sparse_attention(*given, epsilon, *rest, GatherBuffers(), row_limit=epsilon / 2)
     for got in (a, b):
         assert got.out.isnan().all(-1).nonzero().tolist() == [[1, 5]]
         assert got.out.isnan().any(-1).sum() == 1
