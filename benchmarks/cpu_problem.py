@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import PATCH_GRID, synthetic
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.block_sparse import GatherBuffers, local_attention
 from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.selection import Estimate, estimate, select, single_out
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse import (
     DENSE_ABOVE,
     columns,

@@ -25,10 +25,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import tables
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.dense import attend
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.calibration.prefill import LocalPrefill
 from prefill_service.calibration.prefix import EncodedVideo, PlannedVideo, encode_video
 from prefill_service.config import VideoConfig

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from benchmarks import tables
 from benchmarks.sp_ranks import Transport, run_ranks
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import EngineConfig
 from prefill_service.engine.attending import ChunkAttention
 from prefill_service.parallel.balanced import make_balancer

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
 from prefill_service.parallel.layout import Range, Share, deal_patches
 from prefill_service.parallel.units import Units

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.fidelity.comparison import METHODS, comparison_kv
 from benchmarks.fidelity.rehearsal import Prefix, Rehearsal, rehearse
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
 from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode

@@ -12,11 +12,12 @@ from torch import Tensor
 from benchmarks.gpu_prefill.device import Device
 from benchmarks.gpu_prefill.inputs import AttentionInputs
 from benchmarks.gpu_prefill.model import RandomModel, Substituted, run_chunks
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.engine.attending import ChunkAttention
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.segment import ShardStore, ShardWriter

@@ -8,8 +8,6 @@ the floor are computed again with a smaller epsilon, then densely.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,8 +16,6 @@ from prefill_service.attention.block_sparse import GatherBuffers
 from prefill_service.attention.certificate import (
     Certificate,
     exact_rows,
-    sample_rows,
-    sample_tiles,
     visible_mass,
 )
 from prefill_service.attention.certified import LayerRun
@@ -28,51 +24,11 @@ from prefill_service.attention.keys import KeySource, LayerState, ReplicatedKeys
 from prefill_service.attention.observe import BlockGrids, PatchMass
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport, RankAttention, WorkLog
+from prefill_service.attention.sampling import certified_rows, observed_rows
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse import forced_blocks, previous_patch
 from prefill_service.attention.summaries import empty_summaries
 from prefill_service.attention.tiles import Tiles
-
-_MIN_SAMPLES, _MAX_SAMPLES = 2, 8  # where a chunk has more tiles, one of each is certified
-_CERTIFIED_EVERY, _OBSERVED_EVERY = 64, 256
-_ONE_A_TILE_FROM = 8192
-"""Keys from which one row of each tile is certified: a row costs as much as all keys, and prompts
-of that length have many chunks to look at."""
-_CLOSER = 3
-"""A closer look is at so many times as many rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class SparseSettings:
-    """Sizes of sparse attention.
-
-    Attributes:
-        from_tokens: queries that see fewer keys are computed exactly.
-        block_tokens: tokens per key block.
-        tile_tokens: tokens per query tile, a multiple of the block.
-        segment_blocks: blocks per clustered segment, a power of two.
-        sink_blocks: first blocks of the prompt that every tile keeps; at most a segment.
-        certify_every_row: instead of some of each tile; to measure what sampling misses.
-        certify_rows: of each chunk, if it has so many; 0: a 64th of them, 8 at most.
-    """
-
-    from_tokens: int
-    block_tokens: int = 64
-    tile_tokens: int = 128
-    segment_blocks: int = 16
-    sink_blocks: int = 1
-    certify_every_row: bool = False
-    certify_rows: int = 0
-
-    @property
-    def segment_tokens(self) -> int:
-        """Tokens per clustered segment."""
-        return self.block_tokens * self.segment_blocks
-
-    @property
-    def segments(self) -> Segments:
-        """How past keys are cut."""
-        block = self.block_tokens
-        return Segments(block, self.segment_tokens, self.sink_blocks * block)
 
 
 class AdaptiveAttention:
@@ -191,8 +147,7 @@ class AdaptiveAttention:
         # What is kept by place stays in place: the sinks, and the patch before this unit.
         source.prepare(layer, state, self.recent(start), tiles)
         clock.lap("cluster")
-        every = self._settings.certify_every_row
-        sampled, closer = _all_rows(tiles) if every else self._certified_rows(tiles, layer)
+        sampled, closer = certified_rows(self._settings, tiles, layer)
         position = start + sampled.to(k.device)
         weights = self._patch_mass.weights(position, tiles.keys)
         run = LayerRun(
@@ -221,7 +176,7 @@ class AdaptiveAttention:
         tiles = self._tiles(start, q.shape[1])
         clock = Stopwatch(kv.device)
         k = kv[: tiles.keys, 0].transpose(0, 1)
-        sampled = _observed_rows(tiles, layer).to(q.device)
+        sampled = observed_rows(tiles, layer).to(q.device)
         position = start + sampled
         weights = self._patch_mass.weights(position, tiles.keys)
         weighted, scratch = [], GatherBuffers()
@@ -265,19 +220,6 @@ class AdaptiveAttention:
         sizes = self._settings
         return Tiles(queries, start, sizes.tile_tokens, sizes.block_tokens)
 
-    def _certified_rows(self, tiles: Tiles, layer: int) -> tuple[Tensor, Tensor]:
-        """The queries that are certified, some of every tile, and those for a closer look.
-
-        They are others in each layer and chunk.
-        """
-        few = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _CERTIFIED_EVERY))
-        if tiles.keys >= _ONE_A_TILE_FROM:
-            few = max(_MIN_SAMPLES, min(few, tiles.count))
-        wanted = min(self._settings.certify_rows, tiles.queries) or few
-        per_tile, seed = -(-wanted // tiles.count), _seed(tiles, layer)
-        closer = sample_tiles(tiles, _CLOSER * per_tile, seed + tiles.count)
-        return sample_tiles(tiles, per_tile, seed), closer
-
     def _forced(self, tiles: Tiles) -> Tensor:
         first = [tiles.q_offset + t * tiles.tile_tokens for t in range(tiles.count)]
         recent = previous_patch(self._patch_ends, first)
@@ -303,19 +245,3 @@ class AdaptiveAttention:
         """``weighted`` [kv_heads, keys] is that of the sampled rows at ``position``."""
         order, stand_for = state.order[:, : tiles.keys], tiles.queries / len(position)
         self._patch_mass.add(weighted, heads, position, order, stand_for)
-
-
-def _all_rows(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Every query, which no closer look could add to."""
-    rows = torch.arange(tiles.queries)
-    return rows, rows
-
-
-def _observed_rows(tiles: Tiles, layer: int) -> Tensor:
-    """The queries of exact attention whose mass is noted; others in each layer and chunk."""
-    samples = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _OBSERVED_EVERY))
-    return sample_rows(tiles.queries, samples, _seed(tiles, layer))
-
-
-def _seed(tiles: Tiles, layer: int) -> int:
-    return tiles.q_offset // tiles.tile_tokens + 7 * layer

@@ -40,29 +40,6 @@ class Certificate:
     weighted: Tensor
 
 
-def sample_rows(queries: int, samples: int, seed: int) -> Tensor:
-    """Which queries to look at: evenly spaced, shifted by ``seed``, so that chunks differ.
-
-    Returns:
-        [min(samples, queries)] int64, ascending and distinct.
-    """
-    samples = min(samples, queries)
-    shift = (seed * 0.6180339887) % 1  # the golden ratio leaves no stretch unvisited
-    return ((torch.arange(samples) + shift) * (queries / samples)).long()
-
-
-def sample_tiles(tiles: Tiles, per_tile: int, seed: int) -> Tensor:
-    """The same for every tile by itself, so that none is left out; each has its own shift.
-
-    Returns:
-        [samples] int64, ascending and distinct.
-    """
-    return torch.cat([
-        tile * tiles.tile_tokens + sample_rows(tiles.tokens(tile), per_tile, seed + tile)
-        for tile in range(tiles.count)
-    ])  # fmt: skip
-
-
 def exact_rows(
     q: Tensor, k: Tensor, position: Tensor, q_offset: int, scale: float, buffers: GatherBuffers
 ) -> tuple[Tensor, Tensor]:

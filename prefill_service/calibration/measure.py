@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.attention.quality import AttentionPolicy, Quality
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.calibration.prefill import LocalPrefill
 from prefill_service.calibration.prefix import EncodedVideo
 from prefill_service.models.prefill_model import PrefillModel

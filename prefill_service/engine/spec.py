@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import (
     AUTO,
     EngineConfig,

@@ -11,8 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.report import RankAttention
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import VideoConfig
 from prefill_service.engine.cadence import Cadence
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
+from prefill_service.attention.settings import SparseSettings
 
 SCALE = 0.3
 PATCH = 50

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
+from prefill_service.attention.settings import SparseSettings
 from tests.attention import oracle
 from tests.attention.layer import SCALE, error, run
 from tests.attention.oracle import rand

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.certificate import certify, sample_rows, sample_tiles
+from prefill_service.attention.certificate import certify
 from prefill_service.attention.sparse import forced_blocks, sparse_attention
 from prefill_service.attention.summaries import summarize
 from prefill_service.attention.tiles import Tiles
@@ -47,29 +47,6 @@ def test_kept_mass_and_error_of_all_rows(
     # The bound that makes the kept mass worth knowing.
     largest = v.norm(dim=-1).amax()
     assert ((used.out - exact).norm(dim=-1) <= 2 * (1 - mass) * largest + 1e-6).all()
-
-
-def test_sampled_rows_are_spread_and_differ() -> None:
-    first, second = sample_rows(512, 4, 1), sample_rows(512, 4, 2)
-    assert first.tolist() != second.tolist()
-    for rows in (first, second):
-        assert ((rows >= 0) & (rows < 512)).all()
-        assert [int(row) // 128 for row in rows] == [0, 1, 2, 3]
-    assert sample_rows(3, 8, 5).tolist() == [0, 1, 2]
-    assert sample_rows(1, 2, 9).tolist() == [0]
-    seen = {int(row) for seed in range(100) for row in sample_rows(64, 2, seed)}
-    assert len(seen) > 60
-
-
-def test_every_tile_is_sampled() -> None:
-    tiles = Tiles(300, 1000, 128, 64)
-    for per_tile in (1, 3):
-        rows = sample_tiles(tiles, per_tile, 5)
-        assert [int(row) // 128 for row in rows] == [0] * per_tile + [1] * per_tile + [2] * per_tile
-        assert (rows.diff() > 0).all()
-        assert rows.max() < 300
-    assert (sample_tiles(tiles, 1, 5) % 128).unique().numel() == 3  # each at a place of its own
-    assert sample_tiles(Tiles(130, 0, 128, 64), 4, 0)[4:].tolist() == [128, 129]
 
 
 def test_rows_that_are_no_numbers_keep_nothing() -> None:

@@ -20,9 +20,9 @@ from benchmarks.gpu_prefill.inputs import SINKS, video_attention
 from benchmarks.gpu_prefill.model import RandomModel
 from benchmarks.gpu_prefill.runs import DENSE, MODES, Run, Settings, prefill, torch_flash
 from benchmarks.gpu_prefill.shapes import QWEN3_8B, QWEN25_7B, SHAPES, TINY, ModelShape
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.report import LayerReport
+from prefill_service.attention.settings import SparseSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Device(torch.device("cpu"))

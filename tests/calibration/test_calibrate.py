@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.attention.adaptive import SparseSettings
 from prefill_service.attention.head_budgets import HeadBudgetProfile, load_profile
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.calibration.prefill import LocalPrefill
 from prefill_service.calibration.prefix import encode_video, plan_video
 from prefill_service.cli import main

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefill_service.attention.adaptive import AdaptiveAttention, SparseSettings
+from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.tiles import Tiles
 from prefill_service.engine.attending import ChunkAttention, heads_here
 from prefill_service.engine.spec import is_sparse

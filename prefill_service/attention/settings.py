@@ -1,0 +1,41 @@
+"""Sizes of sparse attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefill_service.attention.keys import Segments
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSettings:
+    """Sizes of sparse attention.
+
+    Attributes:
+        from_tokens: queries that see fewer keys are computed exactly.
+        block_tokens: tokens per key block.
+        tile_tokens: tokens per query tile, a multiple of the block.
+        segment_blocks: blocks per clustered segment, a power of two.
+        sink_blocks: first blocks of the prompt that every tile keeps; at most a segment.
+        certify_every_row: instead of some of each tile; to measure what sampling misses.
+        certify_rows: of each chunk, if it has so many; 0: a 64th of them, 8 at most.
+    """
+
+    from_tokens: int
+    block_tokens: int = 64
+    tile_tokens: int = 128
+    segment_blocks: int = 16
+    sink_blocks: int = 1
+    certify_every_row: bool = False
+    certify_rows: int = 0
+
+    @property
+    def segment_tokens(self) -> int:
+        """Tokens per clustered segment."""
+        return self.block_tokens * self.segment_blocks
+
+    @property
+    def segments(self) -> Segments:
+        """How past keys are cut."""
+        block = self.block_tokens
+        return Segments(block, self.segment_tokens, self.sink_blocks * block)
