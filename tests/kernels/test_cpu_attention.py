@@ -85,3 +85,14 @@ def test_product_of_any_strides(dtype: torch.dtype) -> None:
     assert product(x[:0], wide[:, 0]).shape == (0, 7)
     strided = rand(5, 48, seed=2).to(dtype)[:, ::2]
     torch.testing.assert_close(product(strided, wide[:, 0]), strided @ wide[:, 0].T)
+
+
+@pytest.mark.parametrize("rows", [4096, 4097, 9000])
+def test_product_over_the_borders_of_its_strips(rows: int) -> None:
+    """Keys and values of one head among several, more of them than are copied at once."""
+    kv = rand(rows, 2, 8, seed=1)
+    q, p = rand(3, 8), rand(2, 3, rows, seed=2).softmax(-1)
+    scores = q.double() @ kv[:, 0].double().T
+    torch.testing.assert_close(product(q, kv[:, 0]).double(), scores, rtol=0, atol=1e-5)
+    mixed = p.double() @ kv[:, 1].double()
+    torch.testing.assert_close(product(p, kv[:, 1].T).double(), mixed, rtol=0, atol=1e-6)
