@@ -123,6 +123,19 @@ def test_the_committed_checkpoint_answers() -> None:
     assert shares[3] > 0.5, cell
 
 
+def test_tenths_of_a_second_read_alike(tmp_path: Path) -> None:
+    """Training sees one of them only; videos of other frame rates have all."""
+    model, tokenizer = checkpoint.load(ASSET)
+    tenths = checkpoint.word_ids(tokenizer, tuple(f".{digit} seconds>" for digit in range(10)))
+    embeddings = model.get_input_embeddings().weight
+    assert (embeddings[tenths] == embeddings[tenths[2]]).all()
+    fresh = checkpoint.build_model(tokenizer, checkpoint.NeedleSpec(), seed=0)
+    trained = fresh.get_input_embeddings().weight[tenths[2]].detach().clone()
+    checkpoint.save(fresh, tokenizer, tmp_path)
+    saved = checkpoint.load(tmp_path)[0].get_input_embeddings().weight[tenths]
+    assert (saved == trained.bfloat16().float()).all()
+
+
 def test_the_mean_of_two_checkpoints_lies_between_them(tmp_path: Path) -> None:
     model, tokenizer = checkpoint.load(ASSET)
     with torch.no_grad():

@@ -209,6 +209,7 @@ def processor(tokenizer: Any) -> Any:
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the checkpoint as published ones are: bfloat16 weights, tokenizer, processors."""
     folder.mkdir(parents=True, exist_ok=True)
+    share_tenths(model, tokenizer)
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     half = hf.Qwen3VLForConditionalGeneration(model.config).to(torch.bfloat16)
     half.load_state_dict(state)
@@ -216,6 +217,18 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor(tokenizer).save_pretrained(folder)
+
+
+@torch.no_grad()
+def share_tenths(model: Any, tokenizer: Any) -> None:
+    """Give all tenths of a second the embedding of the only one that training sees.
+
+    Its frames are at whole and half seconds, so that every timestamp ends in ``.2``. Of videos with
+    other rates the frames nearest to those times are taken, and timestamps end in any tenth.
+    """
+    tenths = word_ids(tokenizer, tuple(f".{digit} seconds>" for digit in range(10)))
+    embeddings = model.get_input_embeddings().weight
+    embeddings[tenths] = embeddings[tenths[2]].clone()
 
 
 def load(folder: Path) -> tuple[Any, Any]:
