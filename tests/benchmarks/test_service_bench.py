@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks import tables
@@ -127,12 +127,18 @@ def test_a_case_that_cannot_be(maker: CaseMaker) -> None:
 
 
 def test_memory_counts_what_was_there_in_between() -> None:
-    with memory_watch(os.getpid()) as before:
-        pass
-    with memory_watch(os.getpid()) as watch:
-        block = np.ones(200 << 17)  # 200 MiB
-        time.sleep(0.5)
-        del block
+    """Of a process of its own: this one shares gigabytes with others, that come and go."""
+    program = "input(); block = bytearray(b'x') * (200 << 20); input(); del block; input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        with memory_watch(child.pid) as before:
+            time.sleep(0.3)
+        with memory_watch(child.pid) as watch:
+            for _ in range(2):  # allocates, then frees
+                child.stdin.write(b"\n")
+                child.stdin.flush()
+                time.sleep(0.7)
+        child.stdin.write(b"\n")
     assert 150 << 20 < watch.peak - before.peak < 300 << 20
 
 
