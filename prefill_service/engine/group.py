@@ -242,21 +242,13 @@ class RankGroup:
         except asyncio.CancelledError:
             self._ranks.send(msg.Cancel(running.job_id), running.team.members)
             self._turns.ending(turn)
-            settled: set[asyncio.Future[None]] = set()
-            while not settled:
-                # A paused task stops when the one inside, whose ranks are watched, has ended.
-                inside = turn.paused
-                settled, _ = await asyncio.wait([running.future], timeout=_CANCEL_GRACE_S)
-                if not settled and not inside:
-                    self._ranks.lose(
-                        ServiceError(
-                            Reason.RANK_STALLED,
-                            f"the ranks did not stop job {running.job_id} within "
-                            f"{_CANCEL_GRACE_S:g} s",
-                            job_id=running.job_id,
-                        )
-                    )
+            # A paused task stops when the one inside, whose ranks are watched, has ended.
+            inside = turn.paused
+            while not await running.settled(_CANCEL_GRACE_S):
+                if not inside:
+                    self._ranks.lose(running.not_stopped(_CANCEL_GRACE_S))
                     break
+                inside = turn.paused
             if running.future.done():  # not where the group is being stopped anyway
                 with contextlib.suppress(ServiceError):
                     running.future.result()

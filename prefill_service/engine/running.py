@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -63,6 +65,23 @@ class RunningTask:
             self.future.set_exception([*causes, *self.failed.values()][0])
         else:
             self.future.set_result(None)
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until every rank has answered; False if they have not after ``timeout_s``.
+
+        Cancelling the caller does not end the wait: ranks that still compute a task must not be
+        taken for free, nor its pages be dropped, however often somebody cancels it.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.future.done() and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([self.future], timeout=left)
+        return self.future.done()
+
+    def not_stopped(self, timeout_s: float) -> ServiceError:
+        """Of a cancelled task whose ranks have not answered in time."""
+        text = f"the ranks did not stop job {self.job_id} within {timeout_s:g} s"
+        return ServiceError(Reason.RANK_STALLED, text, job_id=self.job_id)
 
     def outcome(self, seconds: float, paused_s: float = 0.0) -> PrefillOutcome:
         """Of a task that has succeeded, ``seconds`` after its start."""

@@ -14,6 +14,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.teams import Team
+from prefill_service.scheduling.attempts import MAX_ATTEMPTS, Attempts
 from prefill_service.scheduling.book import JobBook
 from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.job_store import JobStore
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from prefill_service.video.store import VideoStore
 
 logger = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 2
-"""Starts of a job. As many more do not count that ended with a rank that others had."""
-RESTARTABLE = frozenset({Reason.RANK_DIED, Reason.RANK_STALLED, Reason.STALE_GENERATION})
-"""The group has restarted itself; the job may be tried again."""
 
 
 class Scheduler:
@@ -224,7 +220,9 @@ class Scheduler:
         self._queue.append(job)
 
     def _cancel(self, job: Job, cause: ServiceError) -> None:
-        job.cancelled_by = job.cancelled_by or cause
+        if job.cancelled_by is not None:
+            return  # its ranks are stopping: another CancelledError would only hurry what waits
+        job.cancelled_by = cause
         if job.task is not None:
             job.task.cancel()
         elif self._queue.remove(job):
@@ -262,7 +260,7 @@ class Scheduler:
             with self.jobs.traces.span(job_id, "plan"):
                 plan = await self._planning.plan_held(spec, video)
             self.jobs.rename(job, plan)
-            spared = 0  # starts that others have ended
+            attempts = Attempts(team)
             while True:
                 starts = job.record.attempts
                 try:
@@ -276,11 +274,8 @@ class Scheduler:
                     return
                 except ServiceError as error:
                     started = job.record.attempts > starts  # else the group cannot even start
-                    retry = started and error.reason in RESTARTABLE
-                    if not _concerns(error, team):
-                        spared = min(spared + 1, MAX_ATTEMPTS)
-                    again = job.record.attempts < MAX_ATTEMPTS + spared
-                    if not retry or not again or job.cancelled_by:
+                    again = started and attempts.another(error, job.record.attempts)
+                    if not again or job.cancelled_by:
                         raise
                     logger.warning("%s: %s; trying again", job.record.job_id, error)
                     self.jobs.save(job.update(state=JobState.QUEUED))
@@ -294,12 +289,6 @@ class Scheduler:
     def _group_lost(self, generation: int) -> None:
         logger.warning("generation %d of the rank group is gone, with its prefixes", generation)
         self.prefixes.lose_generation(generation)
-
-
-def _concerns(error: ServiceError, team: Team) -> bool:
-    """Whether the failure of a rank may be the doing of who ran on the team's ranks."""
-    rank = error.metadata.get("rank")
-    return rank is None or int(rank) in team.members
 
 
 def _shutting_down() -> ServiceError:

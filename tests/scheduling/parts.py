@@ -113,7 +113,8 @@ def report(task: PrefillTask) -> AttentionReport:
 class Group:
     """Two ranks. A task takes ``step_s`` per temporal patch, on whatever team, beside any others.
 
-    One that is paused for another goes on when that has ended.
+    One that is paused for another goes on when that has ended. Ranks need ``stop_s`` to stop, and
+    crash when they lose pages that they are writing.
     """
 
     endpoints = ("unix:/r0", "unix:/r1")
@@ -123,7 +124,7 @@ class Group:
     layout = LAYOUT
 
     def __init__(self, restart_s: float = 0.1, start_s: float = 0.0) -> None:
-        self.step_s = 0.0
+        self.step_s = self.stop_s = 0.0
         self.restart_s, self.start_s = restart_s, start_s
         self.generation = 0
         self.ready = False
@@ -138,6 +139,8 @@ class Group:
         self.paused: dict[str, asyncio.Event] = {}
         """Jobs that were paused, and whether they may go on."""
         self.pages: dict[str, asyncio.Event] = {}
+        self.writing: set[str] = set()
+        """Prefixes whose pages are being written, also by ranks that nobody waits for any more."""
         self.leases: dict[str, set[str]] = {}
         self._up = asyncio.Event()
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -165,6 +168,7 @@ class Group:
         self.ready = False
         self._up.clear()
         self.pages.clear()
+        self.writing.clear()
         self.leases.clear()
         self._death.set_exception(ServiceError(reason, "rank 1 was killed by SIGKILL", rank=1))
         self._death.exception()
@@ -219,7 +223,9 @@ class Group:
         assert self.ready
         assert Path(task.video_path).exists()
         self.started.append(task.job_id)
-        ready = self.pages[task.plan.prefix_id] = asyncio.Event()
+        prefix_id = task.plan.prefix_id
+        ready = self.pages[prefix_id] = asyncio.Event()
+        self.writing.add(prefix_id)
         patches = len(task.plan.patch_ends)
         death = self._death
         try:
@@ -230,6 +236,7 @@ class Group:
                 if death.done():
                     death.result()
                 if self.failures and done > patches // 2:
+                    self.writing.discard(prefix_id)
                     raise self.failures.popleft()
                 for stage in Stage:
                     for rank in task.team.members:
@@ -241,8 +248,12 @@ class Group:
                             Progress(task.job_id, rank, stage, tokens, of, done * self.step_s)
                         )
         except asyncio.CancelledError:
+            if self.stop_s:
+                await asyncio.sleep(self.stop_s)
+            self.writing.discard(prefix_id)
             self.stopped.append(task.job_id)
             raise
+        self.writing.discard(prefix_id)
         ready.set()
         self.tasks.append(task)
         return PrefillOutcome(
@@ -262,6 +273,8 @@ class Group:
 
     def drop(self, prefix_id: str) -> None:
         self.pages.pop(prefix_id, None)
+        if prefix_id in self.writing:
+            self.die()
 
     @property
     def open_leases(self) -> int:

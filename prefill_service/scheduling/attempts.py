@@ -1,0 +1,34 @@
+"""When a job is started again that ended with the ranks under it."""
+
+from __future__ import annotations
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.teams import Team
+
+MAX_ATTEMPTS = 2
+"""Starts of a job. As many more do not count that ended with a rank that others had."""
+RESTARTABLE = frozenset({Reason.RANK_DIED, Reason.RANK_STALLED, Reason.STALE_GENERATION})
+"""The group has restarted itself; the job may be tried again."""
+
+
+class Attempts:
+    """The starts of one job on one team.
+
+    Args:
+        team: the ranks that it has each time.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._spared = 0  # starts that others have ended
+
+    def another(self, error: ServiceError, starts: int) -> bool:
+        """Whether the job is started once more after ``starts`` starts, the last ended so."""
+        if not self._concerns(error):
+            self._spared = min(self._spared + 1, MAX_ATTEMPTS)
+        return error.reason in RESTARTABLE and starts < MAX_ATTEMPTS + self._spared
+
+    def _concerns(self, error: ServiceError) -> bool:
+        """Whether the failure of a rank may be the doing of who ran on the team's ranks."""
+        rank = error.metadata.get("rank")
+        return rank is None or int(rank) in self._team.members

@@ -1,0 +1,73 @@
+"""What must not spread: a task cancelled again and again, a rank that fails alone or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from prefill_service.engine.messages import PrefillTask, Stage
+from prefill_service.models.plan import FrameSampling
+from prefill_service.parallel.teams import Team
+from tests.engine.harness import Harness, running_group
+
+EVERYONE, FIRST, SECOND = Team(0, 2), Team(0, 1), Team(1, 1)
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Pair:
+    """Two ranks, and a video that keeps them at work for seconds."""
+
+    def __init__(self, harness: Harness, video: Path) -> None:
+        self.harness, self.video, self.group = harness, video, harness.group
+
+    async def task(self, team: Team = EVERYONE, fps: float = 2.0) -> PrefillTask:
+        plan, _ = await self.harness.plan(self.video, FrameSampling(fps=fps))
+        await self.group.wait_ready()
+        return self.harness.task(self.video, plan, team=team)
+
+    async def begun(self, task: PrefillTask) -> asyncio.Task[object]:
+        """A prefill that computes."""
+        job = asyncio.create_task(self.harness.prefill(task))
+        async with asyncio.timeout(60):
+            while not any(
+                p.job_id == task.job_id and p.stage is Stage.PREFILL for p in self.harness.progress
+            ):
+                await asyncio.sleep(0.01)
+        assert not job.done()
+        return job
+
+    async def works(self) -> None:
+        task = await self.task(fps=0.2)
+        await self.harness.prefill(task)
+        assert not self.harness.read_kv(task).isnan().any()
+        self.group.drop(task.plan.prefix_id)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(
+    checkpoint: Callable[..., Path],
+    make_video: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Pair]:
+    video = make_video(seconds=90, fps=10, width=320, height=240)
+    async with running_group(
+        checkpoint("qwen3_vl"), tmp_path_factory.mktemp("faults"), 2,
+        chunk_tokens=256, heartbeat_timeout_s=3.0,
+    ) as harness:  # fmt: skip
+        yield Pair(harness, video)
+
+
+async def test_a_task_cancelled_again_and_again_ends_with_its_ranks(pair: Pair) -> None:
+    generation, task = pair.group.generation, await pair.task()
+    job = await pair.begun(task)
+    while not job.done():
+        job.cancel()
+        await asyncio.sleep(0.001)
+    assert job.cancelled()
+    pair.group.drop(task.plan.prefix_id)  # as whoever cancelled it does
+    await pair.works()
+    assert pair.group.generation == generation

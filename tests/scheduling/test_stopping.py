@@ -1,0 +1,44 @@
+"""While the ranks are still stopping a cancelled job: it is cancelled again, or asked for again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from prefill.v1 import prefill_service_pb2 as pb
+
+from tests.scheduling.harness import answer, error_of
+
+Serve = Callable[..., Any]
+
+
+async def cancel(s: Any, job_id: str) -> pb.PrefillJob:
+    return (await s.prefills.CancelPrefillJob(pb.CancelPrefillJobRequest(job_id=job_id))).job
+
+
+async def test_two_clients_cancel_one_job(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s, s.group.stop_s = 30, 0.3
+        job = await s.create()
+        await s.until(lambda: bool(s.group.started))
+        jobs = await asyncio.gather(*(cancel(s, job.job_id) for _ in range(3)))
+        assert [job.state for job in jobs] == [pb.JOB_STATE_CANCELLED] * 3
+        assert s.group.stopped == [job.job_id]
+        assert s.group.generation == 0
+
+
+async def test_a_call_leaves_the_job_that_a_client_has_cancelled(serve: Serve) -> None:
+    async with serve() as s:
+        s.group.step_s, s.group.stop_s = 30, 0.3
+        call = s.ask()
+        asking = asyncio.create_task(error_of(answer(call)))
+        await s.until(lambda: bool(s.decoder.requests))
+        job_id = s.group.started[0]
+        cancelling = asyncio.create_task(cancel(s, job_id))
+        await s.until(lambda: s.service._scheduler.jobs.in_hand(job_id).cancelled_by is not None)
+        call.cancel()
+        assert (await cancelling).state == pb.JOB_STATE_CANCELLED
+        await asyncio.wait({asking})
+        assert s.group.stopped == [job_id]
+        assert s.group.generation == 0
