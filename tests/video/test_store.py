@@ -74,7 +74,7 @@ async def refused(reason: Reason, awaitable) -> ServiceError:
 
 
 def files_of(store: VideoStore, video_id: str) -> list[str]:
-    folder = store._folder / video_id
+    folder = store._inventory.folder / video_id
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
@@ -168,7 +168,7 @@ async def test_committed_size_is_the_length_of_the_file(open_store: Open, video:
     store = open_store()
     record = await create(store, video)
     await store.append(record.video_id, 0, video[:2000])
-    os.truncate(store._input(record.video_id), 1500)  # what a power cut may leave
+    os.truncate(store._inventory.input_path(record.video_id), 1500)  # what a power cut may leave
     assert (await store.status(record.video_id)).committed_bytes == 1500
     await store.append(record.video_id, 1500, video[1500:])
     assert (await store.finish(record.video_id)).state is VideoState.READY
@@ -224,7 +224,7 @@ asyncio.run(main())
 async def test_concurrent_finishes_share_one_probe(
     store: VideoStore, video: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefill_service.video import store as module
+    from prefill_service.video import uploads as module
 
     probes = []
 
@@ -307,7 +307,7 @@ async def test_unknown_ids(store: VideoStore) -> None:
         assert error.metadata == {"video_id": "vid_nothing"}
     await refused(Reason.UNKNOWN_VIDEO, store.append("../../etc", 0, b"x"))
     await refused(Reason.UNKNOWN_VIDEO, store.hold("vid_nothing").__aenter__())
-    assert store._locks.keys() <= {"create", "import", "vid_nothing"}
+    assert store._inventory._locks.keys() <= {"create", "import", "vid_nothing"}
 
 
 async def test_ids_that_are_paths_reach_no_files(store: VideoStore, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ async def main(folder, limit):
     made = await store.create_upload("v", 400_000, hashlib.sha256(data).hexdigest())
     offset, chunk = 0, data[:100_000]
     if not limit:
-        (store._folder.parent / "ballast").write_bytes(bytes(700_000))
+        (store._inventory.folder.parent / "ballast").write_bytes(bytes(700_000))
     try:
         for offset in range(0, 400_000, 100_000):
             await store.append(made.video_id, offset, chunk)
@@ -376,7 +376,7 @@ async def main(folder, limit):
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     else:
-        (store._folder.parent / "ballast").unlink()
+        (store._inventory.folder.parent / "ballast").unlink()
     print(await store.append(made.video_id, offset, chunk))
     await store.close()
 asyncio.run(main(sys.argv[1], int(sys.argv[2])))
@@ -487,7 +487,7 @@ async def test_sweep_removes_what_nobody_used(
     assert (await store.get(held.video_id)).expire_time > time.time()  # using it moved it on
     await asyncio.sleep(2.2)
     assert set(await store.sweep()) == {held.video_id, half.video_id}
-    assert list(store._folder.iterdir()) == []
+    assert list(store._inventory.folder.iterdir()) == []
 
 
 async def test_touch_moves_the_expiry(open_store: Open, video: bytes) -> None:
@@ -528,8 +528,8 @@ async def test_left_over_folders_and_lost_files_are_cleared(open_store: Open, vi
     store = open_store()
     record = await upload(store, video)
     await store.close()
-    (store._folder / "vid_halfdeleted").mkdir()
-    store._input(record.video_id).unlink()
+    (store._inventory.folder / "vid_halfdeleted").mkdir()
+    store._inventory.input_path(record.video_id).unlink()
     store = open_store()
-    assert list(store._folder.iterdir()) == []
+    assert list(store._inventory.folder.iterdir()) == []
     await refused(Reason.UNKNOWN_VIDEO, store.get(record.video_id))
