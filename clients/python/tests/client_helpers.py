@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fake_prefill_server import MAGIC, FakeServer
+from fake_backend import MAGIC
+from fake_prefill_server import FakeServer
 
 from prefill_client import AsyncClient, Client, RetryPolicy
 
