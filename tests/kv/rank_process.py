@@ -20,6 +20,7 @@ from prefill_service.kv.page_server import PageServer
 from prefill_service.kv.segment import ShardStore, ShardWriter
 
 GENERATION = 7
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
 
 
 def _main(pipe: Connection, layout: KVLayout, path: Path, generation: int) -> None:
