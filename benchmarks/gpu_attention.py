@@ -32,12 +32,8 @@ from prefill_service.kernels.block_sparse import (
     longest_first,
 )
 from prefill_service.kernels.layout import as_blocks
-from prefill_service.kernels.selection import (
-    estimate_loss,
-    estimate_loss_reference,
-    select_blocks,
-    select_reference,
-)
+from prefill_service.kernels.loss import estimate_loss, estimate_loss_reference
+from prefill_service.kernels.selection import select_blocks, select_reference
 from prefill_service.kernels.tuning import suitable
 
 TOKENS = (16384, 32768, 65536, 131072, 262144, 524288)

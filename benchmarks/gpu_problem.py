@@ -16,7 +16,8 @@ from prefill_service.attention.selection import single_out
 from prefill_service.kernels.block_sparse import block_sparse_attention
 from prefill_service.kernels.block_summaries import block_summaries
 from prefill_service.kernels.csr import BlockCSR
-from prefill_service.kernels.selection import estimate_loss, select_blocks
+from prefill_service.kernels.loss import estimate_loss
+from prefill_service.kernels.selection import select_blocks
 
 CHUNK = 16384
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

@@ -270,7 +270,8 @@ def _with_kernels(
 ) -> SparseResult:
     # Triton is imported where it runs: without a GPU nothing needs it.
     from prefill_service.kernels.block_sparse import block_sparse_attention
-    from prefill_service.kernels.selection import estimate_loss, select_blocks
+    from prefill_service.kernels.loss import estimate_loss
+    from prefill_service.kernels.selection import select_blocks
 
     clock = Stopwatch(q.device)
     loss, peak, candidates = estimate_loss(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import triton
 
-from prefill_service.kernels import block_sparse, block_summaries, merge, pages, selection
+from prefill_service.kernels import block_sparse, block_summaries, loss, merge, pages, selection
 from prefill_service.kernels.tuning import CONFIGS, fits
 from tests.kernels.aot import Code, Const, compile_kernel
 
@@ -141,9 +141,9 @@ DIMENSIONS = {"GROUP": 7, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_TOKENS": 128}
 LOSS = DIMENSIONS | {"BLOCK_M": 64, "BLOCK_N": 128}
 BIAS = {"BLOCK_TOKENS": 128, "LOG_BLOCK": 4.85, "EDGE": 2.5, "BLOCK_N": 1024}
 OTHERS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "square": (selection.square_kernel, DIMENSIONS | {"BLOCK_M": 64}, 4),
-    "bias": (selection.bias_kernel, BIAS, 4),
-    "loss": (selection.loss_kernel, LOSS, 8),
+    "square": (loss.square_kernel, DIMENSIONS | {"BLOCK_M": 64}, 4),
+    "bias": (loss.bias_kernel, BIAS, 4),
+    "loss": (loss.loss_kernel, LOSS, 8),
     "threshold": (selection.threshold_kernel, {"BLOCK_N": 256}, 4),
     "fill": (selection.fill_kernel, {"BLOCK_N": 256}, 4),
     "summaries": (block_summaries.summaries_kernel, DIMENSIONS | {"PAGED": True}, 8),
