@@ -64,6 +64,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     _check_weights(path, model)
     text = config.get("text_config") or config
     heads = int(text["num_attention_heads"])
+    # Published Qwen3-VL configurations name it in the text's part only.
+    named = (part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype"))
     return Checkpoint(
         path=path.resolve(),
         family=family,
@@ -73,7 +75,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         num_kv_heads=int(text.get("num_key_value_heads", heads)),
         head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
         max_position_embeddings=int(text["max_position_embeddings"]),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        dtype=str(next(filter(None, named), "float32")),
     )
 
 

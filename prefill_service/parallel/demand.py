@@ -1,10 +1,11 @@
 """The ``demand`` exchange: only selected blocks travel.
 
-Each rank keeps the K and V of its segments (``homes``). Summaries of all blocks go to all ranks,
-1/32 of K and V; each rank selects for its own query tiles against all keys, and asks the homes for
-the union of the selected blocks that it does not have yet. Sampled rows are certified where the
-keys are: the rows travel, not the keys (the pass-Q primitive of ``pass_q``). What is selected, and
-therefore what comes out, is what one rank with all keys selects.
+Each rank keeps the K and V of its segments (``homes``). Summaries of all blocks, always float32 at
+least, go to all ranks: 1/32 of K and V in float32. Each rank selects for its own query tiles
+against all keys, and asks the homes for the union of the selected blocks that it does not have yet.
+Sampled rows are certified where the keys are: the rows travel, not the keys (the pass-Q primitive
+of ``pass_q``). What is selected, and therefore what comes out, is what one rank with all keys
+selects.
 
 Ranks of a chunk see clustered order up to different places (``home_keys``), each its own queries'.
 

@@ -1,6 +1,6 @@
 """What an exchange is: how the queries of one rank meet the keys and values of all.
 
-One more is a class with these five methods and an entry in ``exchanges.py``.
+One more is a class with these four methods and an entry in ``exchanges.py``.
 """
 
 from __future__ import annotations

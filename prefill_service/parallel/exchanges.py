@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from prefill_service.attention.keys import Segments
-from prefill_service.parallel.cycles import hamiltonian_cycles
 from prefill_service.parallel.demand import DemandExchange
 from prefill_service.parallel.exchange import AttentionShape, Exchange
 from prefill_service.parallel.gather import GatherExchange
@@ -121,11 +120,6 @@ def choose_exchange(
 ) -> ExchangeChoice:
     """An exchange with its degree; arguments and errors of ``ulysses_degree``."""
     return ExchangeChoice(kind, ulysses_degree(kind, ranks, q_heads, kv_heads, wanted))
-
-
-def uses_disjoint_rings(ranks: int) -> bool:
-    """Whether ``multi_ring`` has more than one ring to use with so many ranks."""
-    return ranks > 2 and len(hamiltonian_cycles(ranks)) > 1
 
 
 def make_exchange(

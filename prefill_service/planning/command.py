@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from prefill_service.planning.plan import PlanRequest
     from prefill_service.planning.planner import plan_prefill
     from prefill_service.planning.profile import save_profile
+    from prefill_service.planning.schemes import Exchange, Scheme
     from prefill_service.planning.table import best_of_each, plan_json, table
 
     for option in ("tokens", "ranks", "parallel_links"):
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if args.memory is None:
         assumed.append(f"{memory:g} GiB for K and V on each rank")
     if density < 1:
-        assumed.append("that density with gather and demand, dense attention with the others")
+        names = ", ".join(one for one in Exchange if Scheme(one, 2).at(density).selects)
+        assumed.append(f"that density with {names}, and dense attention with the others")
     if args.json:
         print(json.dumps(_context(request, cost, assumed) | plan_json(plan), indent=2))
         return 0

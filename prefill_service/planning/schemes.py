@@ -69,7 +69,8 @@ class Scheme:
     def at(self, density: float) -> Scheme:
         """As it computes a prefix that attends to such a share of the keys."""
         selects = self.exchange is Exchange.ULYSSES and density < 1
-        return replace(self, whole_groups=True) if selects else self
+        whole = selects or self.exchange is Exchange.ULYSSES_GATHER
+        return replace(self, whole_groups=True) if whole else self
 
     def unsuitable(self, shape: ModelShape, density: float, parallel_links: int) -> str | None:
         """Why this scheme cannot run at all, or not differ from a simpler one, or ``None``."""

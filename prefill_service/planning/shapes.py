@@ -122,7 +122,8 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
             raise _invalid(name, f"{key} = {value!r}; expected a number of 1 or more")
         return value
 
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    named = (part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype"))
+    dtype = next(filter(None, named), "float32")
     if dtype not in _DTYPE_BYTES:
         raise _invalid(name, f"dtype = {dtype!r}; expected one of {', '.join(_DTYPE_BYTES)}")
     heads, hidden = size("num_attention_heads"), size("hidden_size")

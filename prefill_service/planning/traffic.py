@@ -63,12 +63,6 @@ class Traffic:
         total: Ints = (self.exposed.received + self.hidden.received).sum(0)
         return total
 
-    @property
-    def calls(self) -> Ints:
-        """[ranks] operations over all chunks."""
-        total: Ints = (self.exposed.calls + self.hidden.calls).sum(0)
-        return total
-
 
 @dataclass(frozen=True, slots=True)
 class TrafficOptions:
@@ -87,7 +81,7 @@ DEFAULT_OPTIONS = TrafficOptions()
 def summary_bytes(shape: ModelShape) -> int:
     """Bytes of the summaries of one block of keys in one layer."""
     numbers = _SUMMARY_VECTORS * shape.head_dim + _SUMMARY_NUMBERS
-    return numbers * shape.kv_heads * shape.bytes_per_element
+    return numbers * shape.kv_heads * max(4, shape.bytes_per_element)  # at least float32
 
 
 def traffic(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.engine.running import PrefillOutcome
+from prefill_service.engine.spec import is_sparse
 from prefill_service.errors import ServiceError
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
@@ -115,7 +116,11 @@ class ExchangePlanner:
         if choice.kind.sparse:
             # A density of 0 cannot be: the queries' own tiles are always attended.
             self._density[policy.profile] = density = min(1.0, max(density, 1e-3))
-        layout = deal_patches(plan.patch_ends, ranks, self._chunk_tokens, choice.kind.order)
+        begins = outcome.attention.sparse_from_tokens
+        layout = deal_patches(
+            plan.patch_ends, ranks, self._chunk_tokens, choice.kind.order,
+            is_sparse(plan.num_tokens, choice, policy, begins),
+        )  # fmt: skip
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
         scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree).at(density)
         model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)

@@ -25,6 +25,14 @@ def test_a_whole_checkpoint(folder: Path) -> None:
     )  # fmt: skip
 
 
+def test_the_dtype_may_be_named_in_the_texts_part(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    config["text_config"]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(str(folder)).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()

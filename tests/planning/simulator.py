@@ -186,7 +186,8 @@ class Simulation:
 
     def _demand(self, shares: list[list[int]], moved: Moved, share: float, block: int) -> None:
         past = [[token for token, _ in kept] for kept in self.kept]
-        vectors = self.shape.kv_heads * (4 * self.vector + self.element)
+        number = max(4, self.element)  # summaries are float32 at least
+        vectors = self.shape.kv_heads * (4 * self.shape.head_dim + 1) * number
         for rank, mine in enumerate(shares):
             visible = 0
             for other in range(self.ranks):

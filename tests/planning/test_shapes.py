@@ -29,6 +29,8 @@ def test_flat_and_nested_configurations() -> None:
     text = {key: value for key, value in FLAT.items() if key != "torch_dtype"}
     nested = {"dtype": "bfloat16", "text_config": text, "vision_config": {"hidden_size": 1}}
     assert shape_from_config(name, nested) == PRESETS["qwen2.5-vl-7b"]
+    inside = {"text_config": {**text, "dtype": "bfloat16"}}  # as Qwen3-VL is published
+    assert shape_from_config(name, inside) == PRESETS["qwen2.5-vl-7b"]
 
 
 def test_defaults_of_configurations() -> None:

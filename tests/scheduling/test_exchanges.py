@@ -19,9 +19,12 @@ from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.running import PrefillOutcome
 from prefill_service.models.plan import PrefixPlan
 from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.layout import deal_patches
+from prefill_service.planning.chunking import chunking_of
 from prefill_service.planning.fitting import Observation
+from prefill_service.planning.schemes import Exchange, Scheme
 from prefill_service.planning.shapes import PRESETS
-from prefill_service.planning.work import Work
+from prefill_service.planning.work import Work, prefill_work
 from prefill_service.scheduling.exchanges import ExchangePlanner
 from prefill_service.scheduling.placement import assumed_seconds
 from tests.scheduling.parts import Group
@@ -103,6 +106,21 @@ def test_jobs_refine_the_model() -> None:
     assert chooser.model.per_linear_flop + chooser.model.per_attention_flop > 2 * (
         probed.per_linear_flop + probed.per_attention_flop
     )
+
+
+@pytest.mark.parametrize("kind", [ExchangeKind.ULYSSES, ExchangeKind.ULYSSES_GATHER])
+def test_a_job_that_took_what_was_predicted_changes_nothing(kind: ExchangeKind) -> None:
+    """Sparse, on a mesh whose three ranks of a row have 12, 12 and 8 of 32 query heads."""
+    chooser, plan, density = planner(350e9), prefix(65_536), 0.1
+    layout = deal_patches(plan.patch_ends, 3, 4096, whole_units=True)
+    chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
+    scheme = Scheme(Exchange(kind.value), 3, 3, whole_groups=True)
+    before = chooser.model
+    seconds = before.prefill_seconds(prefill_work(scheme, SHAPE, chunking, density))
+    for _ in range(4):
+        chooser.learn(plan, BALANCED, ExchangeChoice(kind, 3), outcome(seconds, density), 3)
+    assert chooser.model.per_attention_flop == pytest.approx(before.per_attention_flop, rel=1e-3)
+    assert chooser.model.per_linear_flop == pytest.approx(before.per_linear_flop, rel=1e-3)
 
 
 class TimedGroup(Group):
