@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,11 +113,12 @@ DENSE = {"enable_gqa": dense_gqa, "expanded": dense_expanded}
 
 @dataclass(slots=True)
 class Timings:
-    """Best seconds per contestant (and density), and the last report per density."""
+    """Best seconds per contestant (and density); per density the last report, and how many."""
 
     best: dict[tuple[str, float], float] = field(default_factory=dict)
     reports: dict[float, LayerReport] = field(default_factory=dict)
     rounds: int = 0
+    rounds_of: Counter[float] = field(default_factory=Counter)
 
     def note(self, name: str, density: float, value: float) -> None:
         """Keep the smaller."""
@@ -159,6 +161,7 @@ def take_turns(
             found.note("select_s", density, report.select_s)
             found.note("certify_s", density, report.certify_s)
             found.reports[density] = report
+            found.rounds_of[density] += 1
             if flex:
                 found.note("flex_s", density, seconds(partial(flex.run, masks[density])))
     return found
@@ -195,7 +198,7 @@ def measure(
                 "wanted_density": wanted,
                 "epsilon": epsilon,
                 "kept_mass": round(report.kept_mass.mean(1.0), 4),
-                "rounds": found.rounds,
+                "rounds": found.rounds_of[wanted],
             }
         )
     return rows

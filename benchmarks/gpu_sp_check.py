@@ -167,7 +167,7 @@ def check_group(
 ) -> list[dict[str, Any]]:
     """A row for each exchange: the KV of a video on ``ranks`` ranks, and on one."""
     # Not above: spawned ranks import this module, and need none of these.
-    from benchmarks.sp_group import Prefix, prefill_video
+    from benchmarks.sp_group import Case, Prefix, prefill_video
     from tools.make_tiny_checkpoint import build
     from tools.make_video import write_video
 
@@ -177,22 +177,22 @@ def check_group(
         model = build(family, folder / "model")
         video = write_video(folder / "video.mp4", seconds=seconds, fps=10, width=160, height=120)
 
-        def prefill(count: int, exchanges: Sequence[ExchangeKind]) -> dict[ExchangeKind, Prefix]:
-            return asyncio.run(
-                prefill_video(model, video, folder, count, exchanges, device, name, 70)
-            )
+        def prefill(count: int, exchanges: Sequence[ExchangeKind]) -> list[Prefix]:
+            cases = [Case(kind) for kind in exchanges]
+            return asyncio.run(prefill_video(model, video, folder, count, cases, device, name, 70))
 
-        alone = prefill(1, [ExchangeKind.GATHER])[ExchangeKind.GATHER]
+        [alone] = prefill(1, [ExchangeKind.GATHER])
         together = prefill(ranks, kinds)
     rows = []
-    for kind, prefix in together.items():
+    for kind, prefix in zip(kinds, together, strict=True):
         wanted = alone.kv.double()
         error = float((prefix.kv.double() - wanted).norm() / wanted.norm())
         rows.append({
             "what": f"{family}, {wanted.shape[2]} tokens", "transport": f"rank group, {device}",
             "ranks": ranks, "exchange": str(kind), "dtype": dtype, "error": error,
-            "limit": GROUP_LIMITS[dtype], "bytes": prefix.received, "seconds": prefix.seconds,
-            "ok": error <= GROUP_LIMITS[dtype] and prefix.received > 0,
+            "limit": GROUP_LIMITS[dtype], "bytes": prefix.outcome.bytes_received,
+            "seconds": prefix.outcome.seconds,
+            "ok": error <= GROUP_LIMITS[dtype] and prefix.outcome.bytes_received > 0,
         })  # fmt: skip
     return rows
 

@@ -14,7 +14,7 @@ job's trace (``prefill trace``) tells what overlapped:
   hand-off is the time from the question's submission to vLLM to its first token.
 * ``memory``: largest proportional set size of the service and its ranks and decoders from the
   upload on, without vLLM, less what they had before, less the KV (its pages, and each rank's copy
-  of all keys to compute with).
+  of all keys to compute with, of every layer but the last, which attends no more).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from prefill_client import Client
 
 from benchmarks import tables
 from benchmarks.processes import MemoryLog, end_on_sigterm, tree_bytes
+from prefill_service.models.checkpoint import open_checkpoint
 from tools.make_hour_video import write_hour
 from tools.make_video import write_video
 from tools.service_process import ServiceProcess
@@ -165,10 +166,17 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
             before = ours()
             with MemoryLog(ours) as memory:
                 row, trace = ask(client, options.video, options)
-    kv = row["kv_bytes"] * (1 + options.ranks)
+    kv = row["kv_bytes"] + options.ranks * working_bytes(options.checkpoint, row["prompt_tokens"])
     row["memory_mib"] = (memory.peak - before - kv) / 2**20
     row["kv_mib"], row["before_mib"] = kv / 2**20, before / 2**20
     return row, trace
+
+
+def working_bytes(model: Path, tokens: int) -> int:
+    """K and V that a rank computes with, float32."""
+    checkpoint = open_checkpoint(str(model))
+    row = 2 * checkpoint.num_kv_heads * checkpoint.head_dim * 4
+    return (checkpoint.num_layers - 1) * row * tokens
 
 
 def show(row: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Where the time of a prefill goes on one CPU core, and how far from the floor each part is.
 
-    python -m benchmarks.profile_prefill --checkpoint build/checkpoints/bench-qwen3-vl --tokens 8192
+    python -m benchmarks.profile_prefill        # makes the larger benchmark checkpoint if need be
+    python -m benchmarks.profile_prefill --checkpoint MODEL --tokens 8192
 
 One process computes a synthetic video as one rank does, vision tower first. The floor of matrix
 products is their FLOPs at the rate that the same operators reach alone, in this run. Seconds are
@@ -38,8 +39,10 @@ from prefill_service.models.plan import FrameSampling
 from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.video.probe import probe_video
+from tools.make_bench_checkpoint import build_larger
 from tools.make_video import write_video
 
+LARGER = Path(__file__).parents[1] / "build" / "checkpoints" / "bench-qwen3-vl"
 _FRAME = 320, 224
 _TOKENS_PER_PATCH = 79  # of two such frames, timestamp included
 CPU = torch.device("cpu")
@@ -50,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=8192, help="about so many (%(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="the larger one of bench-service")
+    parser.add_argument("--tokens", type=int, default=16384, help="about so many (%(default)s)")
     parser.add_argument("--quality", nargs="+", type=Quality,
                         default=[Quality.EXACT, Quality.BALANCED])  # fmt: skip
     parser.add_argument("--chunk", type=int, default=512, help="tokens (%(default)s)")
     parser.add_argument("--operators", type=int, default=0, metavar="N")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=tables.RESULTS / "profile-cpu.json")
     options = parser.parse_args(argv)
+    options.checkpoint = options.checkpoint or build_larger(LARGER)
     torch.set_num_threads(1)
     rows = measure(options)
     print(f"{options.checkpoint.name}, float32, one core, chunks of {options.chunk} tokens")
@@ -65,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["part", "seconds", "share", "TFLOP", "GFLOP/s", "alone", "of that"],
         [[r["part"], f"{r['seconds']:.2f}", f"{r['share']:.0%}", *_rates(r)] for r in rows],
     ))  # fmt: skip
-    if options.out:
-        about = tables.settings(checkpoint=options.checkpoint.name, chunk_tokens=options.chunk)
-        tables.write(options.out, {"settings": about, "rows": rows})
+    about = tables.settings(checkpoint=options.checkpoint.name, chunk_tokens=options.chunk)
+    tables.write(options.out, {"settings": about, "rows": rows})
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -120,11 +120,13 @@ def rounds(
 
 def row(name: str, found: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Of all ranks' rounds."""
-    plain, balanced = (
-        min(max(rank[i]["seconds"] for rank in found) for i in range(at, len(found[0]), 2))
-        for at in (0, 1)
-    )
-    busiest = [max(rank[at]["cpu_s"] for rank in found) for at in (0, 1)]
+
+    def best(what: str) -> list[float]:
+        """Of the slowest rank, without balance and with it."""
+        rounds = [max(rank[i][what] for rank in found) for i in range(len(found[0]))]
+        return [min(rounds[at::2]) for at in (0, 1)]
+
+    (plain, balanced), busiest = best("seconds"), best("cpu_s")
     report = combine([rank[1]["report"] for rank in found])
     return {
         "busy": name,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.group import RankGroup
 from prefill_service.engine.messages import PrefillTask
+from prefill_service.engine.running import PrefillOutcome
 from prefill_service.kv.local_client import LocalClient
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.models.checkpoint import open_checkpoint
@@ -25,18 +27,19 @@ NEVER = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
-    """What a group computed.
+class Case:
+    """How to compute a prefix: exactly, unless told otherwise."""
 
-    Attributes:
-        kv: [layers, 2, tokens, kv_heads, head_dim], on the host.
-        received: bytes over all ranks.
-        seconds: wall clock of the job.
-    """
+    kind: ExchangeKind
+    policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a group computed: KV [layers, 2, tokens, kv_heads, head_dim] on the host, and how."""
 
     kv: Tensor
-    received: int
-    seconds: float
+    outcome: PrefillOutcome
 
 
 async def prefill_video(
@@ -44,30 +47,36 @@ async def prefill_video(
     video: Path,
     folder: Path,
     ranks: int,
-    kinds: Sequence[ExchangeKind],
+    cases: Sequence[Case],
     device: str,
     dtype: str,
     chunk_tokens: int,
-) -> dict[ExchangeKind, Prefix]:
-    """One prefill per exchange, exact, by a group that starts, computes and leaves.
+    sparse_from_tokens: int = NEVER,
+    fps: float = 4.0,
+) -> list[Prefix]:
+    """One prefill per case, by a group that starts, computes and leaves.
 
     Args:
         folder: for the index and sockets; short, since Unix socket paths are.
+        sparse_from_tokens: where sparse attention begins, of a case that has any.
+        fps: frames sampled a second.
     """
     checkpoint = open_checkpoint(str(model))
     config = EngineConfig(
         model=str(model), ranks=ranks, device=device, dtype=dtype, threads_per_rank=1,
-        chunk_tokens=chunk_tokens, sparse_from_tokens=NEVER,
+        chunk_tokens=chunk_tokens, sparse_from_tokens=sparse_from_tokens,
     )  # fmt: skip
     index = await probe_video(video, VideoConfig())
     index.save(folder / "index.npz")
-    plan = PromptPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=4.0), "")
+    plan = PromptPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=fps), "")
     group = RankGroup(config, VideoConfig(), checkpoint, dtype, device, folder)
-    found = {}
+    found = []
     await group.start()
     try:
-        for kind in kinds:
-            exchange = choose_exchange(kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads)
+        for case in cases:
+            exchange = choose_exchange(
+                case.kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads
+            )
             manifest = Manifest(
                 prefix_id=plan.prefix_id,
                 engine_id="benchmark",
@@ -75,18 +84,18 @@ async def prefill_video(
                 model_fingerprint=checkpoint.fingerprint,
                 layout=group.layout,
                 num_tokens=plan.num_tokens,
-                runs=group.shard_map(plan, exchange),
+                runs=group.shard_map(plan, exchange, policy=case.policy),
                 endpoints=group.endpoints,
                 token_ids_hash=hash_token_ids(plan.token_ids),
                 position_delta=plan.position_delta,
             )
             task = PrefillTask(
                 f"job_{uuid.uuid4().hex}", plan, manifest, str(video), str(folder / "index.npz"),
-                group.everyone, exchange=exchange,
+                group.everyone, case.policy, exchange,
             )  # fmt: skip
             group.grant(plan.prefix_id, "lease", 600.0)
             outcome = await group.prefill(task, lambda progress: None)
-            found[kind] = Prefix(_read(manifest), outcome.bytes_received, outcome.seconds)
+            found.append(Prefix(_read(manifest), outcome))
             group.drop(plan.prefix_id)
     finally:
         await group.stop()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,11 +122,12 @@ def _cases(
     lengths = []
     if arguments.videos:
         systems = arguments.systems or EVERYTHING
+        repeats: Counter[int] = Counter()
         for video in arguments.videos:
             case = maker.of_video(video)
-            cases[case.video_tokens, 0] = case
-            lengths.append(Length(case.video_tokens, 1, systems, arguments.modes))
-        return cases, lengths
+            cases[case.video_tokens, repeats[case.video_tokens]] = case
+            repeats[case.video_tokens] += 1
+        return cases, [Length(n, count, systems, arguments.modes) for n, count in repeats.items()]
     for length in plan.lengths:
         try:
             for repeat in range(length.repeats):
@@ -181,7 +183,7 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
     needle = tuple(Length(tokens, 1, NO_SINGLE) for tokens in (4096, 8192, 16384))
     checkpoint = arguments.checkpoint or build_larger(BUILD / "checkpoints" / "bench-qwen3-vl")
     plans = [Plan(checkpoint, _asked(arguments, larger), arguments.size)]
-    if plans[0].lengths is larger:
+    if plans[0].lengths is larger and not arguments.videos:
         plans.append(Plan(checkpoint, longest, arguments.size))
     if arguments.checkpoint is None:
         trained = ROOT / "assets" / "needle-qwen3-vl"

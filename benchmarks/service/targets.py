@@ -17,7 +17,9 @@ def table(found: Sequence[Row], checkpoint: str) -> str:
         *_speedups(rows, "balanced", {16384: 3.0, 32768: 5.0}),
         *_speedups(rows, "exact", {}),
         *_shares(rows, "second question / first", 0.05, lambda r: r["second_first_token_s"]),
-        *_shares(rows, "hand-off / prefill", 0.03, lambda r: r["stages"]["handoff"], _prefill),
+        *_shares(
+            rows, "hand-off / (vision + prefill)", 0.03, lambda r: r["stages"]["handoff"], _prefill
+        ),
         *_ranks(rows),
         *_per_token(rows),
     ]

@@ -115,7 +115,7 @@ def test_aims_are_read_off_the_rows_of_one_checkpoint() -> None:
     }
     assert found["vLLM alone / ours", "16512"] == (">= 3", "3.200")
     assert found["second question / first", "8256"] == ("<= 0.05", "0.020")
-    assert found["hand-off / prefill", "8256"] == ("<= 0.03", "0.025")
+    assert found["hand-off / (vision + prefill)", "8256"] == ("<= 0.03", "0.025")
     assert found["1 rank / 2 ranks", "16512"] == (">= 1.7", "1.750")
     assert found["time per token / that at 8 K", "16512"] == ("-", "1.500")
     assert len(found) == 8
