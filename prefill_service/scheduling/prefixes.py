@@ -88,19 +88,25 @@ class PrefixRegistry:
         """Bytes of the prefixes that are leased or being computed."""
         return sum(p.kv_bytes for p in self._prefixes.values() if p.leases or not p.complete)
 
-    async def make_room(self, kv_bytes: int, wait_s: float = LEASED_WAIT_S) -> None:
+    async def make_room(
+        self, kv_bytes: int, wait_s: float = LEASED_WAIT_S, prefix_id: str = ""
+    ) -> None:
         """Evict unleased prefixes, least recently used first, until ``kv_bytes`` fit.
 
         Waits for prefixes that are being computed, since their jobs end, and then up to
         ``wait_s`` for leases where these alone are in the way. Nothing is evicted before it is
         certain that there will be room.
 
+        Args:
+            prefix_id: of which prefix. A cancelled job may still be computing it: its ranks write
+                pages of that name, which must not be dropped, until they have stopped.
+
         Raises:
             ServiceError: KV_POOL_FULL, at once if the pool is too small even when empty.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + wait_s
-        while self.leased_bytes + kv_bytes > self._pool_bytes:
+        while self._written(prefix_id) or self.leased_bytes + kv_bytes > self._pool_bytes:
             if self.computing:
                 deadline = now() + wait_s
             timeout = deadline - now()
@@ -115,7 +121,7 @@ class PrefixRegistry:
             if self.used_bytes + kv_bytes <= self._pool_bytes:
                 break
             logger.info("evicting prefix %s (%d bytes)", prefix.manifest.prefix_id, prefix.kv_bytes)
-            self.discard(prefix.manifest.prefix_id)
+            self.discard(prefix.manifest)
 
     def _full(self, kv_bytes: int) -> ServiceError:
         leased = self.leased_bytes
@@ -134,7 +140,8 @@ class PrefixRegistry:
 
     def add(self, manifest: Manifest, kv_bytes: int) -> Prefix:
         """Enter a prefix that is about to be computed. ``make_room`` comes first."""
-        self.discard(manifest.prefix_id)
+        if (older := self._prefixes.get(manifest.prefix_id)) is not None:
+            self.discard(older.manifest)
         prefix = Prefix(manifest, kv_bytes, standing=new_lease_id())
         self._prefixes[manifest.prefix_id] = prefix
         return prefix
@@ -172,10 +179,14 @@ class PrefixRegistry:
             self._group.release(lease.manifest.prefix_id, lease.lease_id)
             self._freed.set()
 
-    def discard(self, prefix_id: str) -> None:
-        """Free a prefix's pages; its leases are lost. Nothing happens if it is not there."""
+    def discard(self, manifest: Manifest) -> None:
+        """Free a prefix's pages; its leases are lost.
+
+        Nothing happens if it is not there, or has been entered anew since.
+        """
+        prefix_id = manifest.prefix_id
         prefix = self._prefixes.get(prefix_id)
-        if prefix is None:
+        if prefix is None or prefix.manifest is not manifest:
             return
         for lease_id in (prefix.standing, *(lease.lease_id for lease in prefix.leases)):
             self._group.release(prefix_id, lease_id)
@@ -187,7 +198,7 @@ class PrefixRegistry:
         prefix = self._prefixes.get(manifest.prefix_id)
         if prefix is not None and prefix.complete and prefix.manifest is manifest:
             logger.warning("prefix %s is bad and will be computed again", manifest.prefix_id)
-            self.discard(manifest.prefix_id)
+            self.discard(manifest)
 
     def lose_generation(self, generation: int) -> None:
         """Forget all prefixes of a rank group that died, and of those before it."""
@@ -204,6 +215,10 @@ class PrefixRegistry:
                     self._group.grant(prefix_id, lease.lease_id, self._ttl)
                 if prefix.complete:
                     self._group.grant(prefix_id, prefix.standing, self._ttl)
+
+    def _written(self, prefix_id: str) -> bool:
+        prefix = self._prefixes.get(prefix_id)
+        return prefix is not None and not prefix.complete
 
     def _get(self, prefix_id: str) -> Prefix:
         prefix = self._prefixes.get(prefix_id)

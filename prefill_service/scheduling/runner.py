@@ -117,7 +117,7 @@ class PrefillRunner:
                     self._exchanges.learn(plan, used, exchange, outcome, team.size)
             prefix = self._prefixes.complete(plan.prefix_id)
         except BaseException:
-            self._prefixes.discard(plan.prefix_id)
+            self._prefixes.discard(manifest)
             raise
         method = "" if comparison is None else comparison.mode.method
         self._metrics.prefilled(plan.num_tokens, outcome, attention, method, team.size)
@@ -163,7 +163,7 @@ class PrefillRunner:
             layout = self._group.layout
             runs = self._group.shard_map(plan, exchange, comparison, team, policy)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
-            await self._prefixes.make_room(pages * layout.page_bytes)
+            await self._prefixes.make_room(pages * layout.page_bytes, prefix_id=plan.prefix_id)
             if self._group.ready:
                 break
         manifest = Manifest(

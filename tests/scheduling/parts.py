@@ -274,7 +274,8 @@ class Group:
     def drop(self, prefix_id: str) -> None:
         self.pages.pop(prefix_id, None)
         if prefix_id in self.writing:
-            self.die()
+            self.writing.remove(prefix_id)
+            asyncio.get_running_loop().call_soon(self.die)
 
     @property
     def open_leases(self) -> int:

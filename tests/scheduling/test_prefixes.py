@@ -52,6 +52,7 @@ class Model:
             POOL, 30.0, self.gone.append,
         )  # fmt: skip
         self.computing: set[str] = set()
+        self.manifests: dict[str, Manifest] = {}
         self.leases: list[Lease] = []
         self.generation = 0
         self.count = self.evictions = self.refusals = 0
@@ -82,7 +83,8 @@ class Model:
         self.evictions += len(lost)
         self.count += 1
         name = f"prefix{self.count}"
-        self.registry.add(manifest(name, self.generation), size)
+        self.manifests[name] = manifest(name, self.generation)
+        self.registry.add(self.manifests[name], size)
         self.ranks.held[name] = size
         self.computing.add(name)
 
@@ -91,7 +93,7 @@ class Model:
             name = self.random.choice(sorted(self.computing))
             self.computing.remove(name)
             if self.random.random() < 0.2:
-                self.registry.discard(name)
+                self.registry.discard(self.manifests[name])
                 self.leases = [x for x in self.leases if x.manifest.prefix_id != name]
             else:
                 self.registry.complete(name)
@@ -173,3 +175,25 @@ async def test_what_is_being_computed_is_waited_for_however_long_it_takes() -> N
     registry.release(lease)
     await registry.make_room(POOL, wait_s=0.02)
     assert registry.used_bytes == 0
+
+
+async def test_a_prefix_is_not_computed_again_before_the_ranks_have_stopped() -> None:
+    ranks = Ranks()
+    registry = PrefixRegistry(ranks, POOL, 30.0, lambda _: None)  # type: ignore[arg-type]
+    stopping, again = manifest("it"), manifest("it")
+    registry.add(stopping, 10)
+    waiting = asyncio.create_task(registry.make_room(10, wait_s=0.02, prefix_id="it"))
+    await registry.make_room(10, wait_s=0, prefix_id="another")
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    registry.discard(stopping)
+    await waiting
+    registry.add(again, 10)
+    ranks.held["it"] = 10
+    registry.discard(stopping)
+    assert ranks.held == {"it": 10}
+    lease = registry.lease("it")
+    assert lease.manifest is again
+    registry.discard(again)
+    assert lease.lost.is_set()
+    assert not ranks.held

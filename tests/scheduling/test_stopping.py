@@ -9,6 +9,7 @@ from typing import Any
 from prefill.v1 import prefill_service_pb2 as pb
 
 from tests.scheduling.harness import answer, error_of
+from tests.scheduling.test_elastic import side_by_side
 
 Serve = Callable[..., Any]
 
@@ -42,3 +43,23 @@ async def test_a_call_leaves_the_job_that_a_client_has_cancelled(serve: Serve) -
         await asyncio.wait({asking})
         assert s.group.stopped == [job_id]
         assert s.group.generation == 0
+
+
+async def test_a_prefix_is_asked_for_again_while_its_ranks_stop(serve: Serve) -> None:
+    """There is a free rank for the new job, which must leave the old one's pages alone."""
+    async with serve() as s:
+        s.group.step_s, s.group.stop_s = 0.1, 1.0
+        first, second = await side_by_side(s)
+        cancelling = asyncio.create_task(cancel(s, first))
+        await s.until(lambda: s.service._scheduler.jobs.in_hand(first).cancelled_by is not None)
+        again = await s.create(frames=4)
+        assert again.job_id != first
+        s.group.held.clear()
+        await s.ended(second)
+        assert again.job_id not in s.group.started
+        assert (await cancelling).state == pb.JOB_STATE_CANCELLED
+        ended = (await s.ended(again.job_id))[-1]
+        assert (ended.state, ended.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+        assert s.group.generation == 0
+        assert s.group.pages[ended.result.prefix_id].is_set()
+        assert s.group.leases[ended.result.prefix_id]
