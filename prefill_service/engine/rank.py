@@ -64,7 +64,7 @@ class Rank:
         self._inbox: queue.Queue[msg.Run | msg.Resume | None] = queue.Queue()
         self._controls: dict[str, TaskControl] = {}
         self._ticks = 0
-        self._busy = False
+        self._busy = self._serving = False
 
     def run(self) -> None:
         """Load, join the group, serve until told to leave."""
@@ -78,10 +78,23 @@ class Rank:
         device = str(context.model.device)
         sparse_from = context.sparse.from_tokens
         self._send(msg.Ready(self._spec.rank, endpoint, device, sparse_from, self._observed))
+        self._serving = True
         try:
             self._serve()
         finally:
             server.close()
+
+    def crash(self, error: Exception) -> None:
+        """Tell the front end why this rank leaves.
+
+        Once it serves, whatever the error is, it is the death of a rank to those whose tasks end
+        with it on other ranks: a reason would pass for their own.
+        """
+        if self._serving or not isinstance(error, ServiceError):
+            why = error if isinstance(error, ServiceError) else repr(error)
+            text = f"rank {self._spec.rank} failed: {why}"
+            error = ServiceError(Reason.RANK_DIED, text, rank=self._spec.rank)
+        self._send(msg.RankCrashed(self._spec.rank, error.to_dict()))
 
     def _serve(self, paused: str = "") -> None:
         """Run tasks until told to leave; inside the pause of one, until that one may go on."""
@@ -255,15 +268,12 @@ def main() -> None:
     messages: Any = transformers.utils.logging
     messages.disable_progress_bar()
     messages.set_verbosity_error()
-    code = 0
+    rank, code = Rank(spec, pipe), 0
     try:
-        Rank(spec, pipe).run()
+        rank.run()
     except Exception as error:
         logger.exception("rank %d failed", spec.rank)
-        if not isinstance(error, ServiceError):
-            text = f"rank {spec.rank} failed: {error!r}"
-            error = ServiceError(Reason.RANK_DIED, text, rank=spec.rank)
-        pipe.send(msg.RankCrashed(spec.rank, error.to_dict()))
+        rank.crash(error)
         code = 1
     # No orderly goodbye: a peer may be blocked in a collective with us, and a process group's
     # tear-down would wait for it.

@@ -179,7 +179,11 @@ def _run_task(
     manifest = task.manifest
     # A rank without any share (fewer patches than ranks) holds one unused page.
     pages = max(1, pages_of_rank(manifest.runs, rank.number, rank.kv_layout))
-    writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
+    try:
+        writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
+    except ServiceError as error:
+        checkpoint(rank, control, error=error)  # the others' first one, wherever they get to it
+        raise  # not reached: a checkpoint with an error raises on every rank
     run = None
     try:
         run = begin(rank, task, writer, control)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from prefill_service.engine.messages import PrefillTask, Stage
+from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.plan import FrameSampling
 from prefill_service.parallel.teams import Team
 from tests.engine.harness import Harness, running_group
@@ -71,3 +73,29 @@ async def test_a_task_cancelled_again_and_again_ends_with_its_ranks(pair: Pair) 
     pair.group.drop(task.plan.prefix_id)  # as whoever cancelled it does
     await pair.works()
     assert pair.group.generation == generation
+
+
+async def test_a_rank_without_room_for_its_pages_fails_the_task_only(pair: Pair) -> None:
+    generation, pids = pair.group.generation, pair.group.pids
+    soft, hard = resource.prlimit(pids[1], resource.RLIMIT_NOFILE)
+    resource.prlimit(pids[1], resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(ServiceError, match=r"no shared memory for .* bytes") as caught:
+            await pair.harness.prefill(await pair.task())
+    finally:
+        resource.prlimit(pids[1], resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.reason is Reason.KV_POOL_FULL
+    await pair.works()
+    assert (pair.group.generation, pair.group.pids) == (generation, pids)
+
+
+async def test_what_kills_a_rank_is_no_error_of_tasks_on_others(pair: Pair) -> None:
+    tasks = [await pair.task(team, fps) for team, fps in ((FIRST, 2.0), (SECOND, 2.5))]
+    jobs = [await pair.begun(task) for task in tasks]
+    pair.group.drop(tasks[0].plan.prefix_id)
+    for job in jobs:
+        with pytest.raises(ServiceError, match=r"rank 0 failed: .* was dropped") as caught:
+            await job
+        assert caught.value.reason is Reason.RANK_DIED
+        assert caught.value.metadata == {"rank": "0"}
+    await pair.works()
