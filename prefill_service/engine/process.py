@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
+import queue
 import signal
 import socket
 import subprocess
@@ -21,6 +23,9 @@ from prefill_service.engine.spec import RankSpec
 
 class RankProcess:
     """Spawns a rank and carries messages. Callbacks run on the event loop.
+
+    A thread reads and a thread writes, both for as long as the process lives: a rank that hangs
+    does not read, and a task of some thousand tokens is more than its socket takes.
 
     Args:
         spec: sent to the rank as its first message.
@@ -52,7 +57,11 @@ class RankProcess:
             )
         self.pid = self._process.pid
         self._pipe = Connection(ours.detach())
-        self._send_lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(
+            target=self._write, name=f"rank{self.rank}-writer", daemon=True
+        )
+        self._writer.start()
         self.send(spec)
         threading.Thread(target=self._read, name=f"rank{self.rank}-reader", daemon=True).start()
 
@@ -67,9 +76,11 @@ class RankProcess:
         return time.monotonic() - self._advanced if self._busy else 0.0
 
     def send(self, message: object) -> None:
-        """Send; a dead rank's pipe is its reader's business."""
-        with self._send_lock, contextlib.suppress(OSError):
-            self._pipe.send(message)
+        """Send in the order of the calls; waits for nobody.
+
+        What a rank does not live to read is lost; its death is its reader's business.
+        """
+        self._outbox.put(pickle.dumps(message))
 
     def kill(self) -> None:
         """SIGKILL. The reader thread reaps it."""
@@ -82,6 +93,11 @@ class RankProcess:
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await self._gone.wait()
 
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            while (message := self._outbox.get()) is not None:
+                self._pipe.send_bytes(message)
+
     def _read(self) -> None:
         try:
             while True:
@@ -90,6 +106,8 @@ class RankProcess:
         except (EOFError, OSError):
             pass
         code = self._process.wait()
+        self._outbox.put(None)
+        self._writer.join()  # at once: nobody is left to read. Its pipe is not closed under it
         self._pipe.close()
         self._call(self._gone.set)
         self._call(self._on_exit, self.rank, _how_it_ended(code))

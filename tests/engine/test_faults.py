@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
+import signal
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -26,8 +30,11 @@ class Pair:
     def __init__(self, harness: Harness, video: Path) -> None:
         self.harness, self.video, self.group = harness, video, harness.group
 
-    async def task(self, team: Team = EVERYONE, fps: float = 2.0) -> PrefillTask:
-        plan, _ = await self.harness.plan(self.video, FrameSampling(fps=fps))
+    async def task(
+        self, team: Team = EVERYONE, fps: float = 2.0, max_pixels: int | None = None
+    ) -> PrefillTask:
+        sampling = FrameSampling(fps=fps, max_pixels=max_pixels)
+        plan, _ = await self.harness.plan(self.video, sampling)
         await self.group.wait_ready()
         return self.harness.task(self.video, plan, team=team)
 
@@ -98,4 +105,19 @@ async def test_what_kills_a_rank_is_no_error_of_tasks_on_others(pair: Pair) -> N
             await job
         assert caught.value.reason is Reason.RANK_DIED
         assert caught.value.metadata == {"rank": "0"}
+    await pair.works()
+
+
+async def test_a_rank_that_hangs_before_a_long_task_is_noticed(pair: Pair) -> None:
+    """Its socket does not take the task, and the front end must not wait until it does."""
+    task, pid = await pair.task(fps=10.0, max_pixels=320 * 240 * 900), pair.group.pids[1]
+    assert task.plan.num_tokens > 20_000
+    rescue = threading.Timer(20, os.kill, (pid, signal.SIGKILL))  # of a test that would hang
+    os.kill(pid, signal.SIGSTOP)
+    rescue.start()
+    start = time.monotonic()
+    with pytest.raises(ServiceError, match="rank 1 sent no heartbeat for 3 s"):
+        await pair.harness.prefill(task)
+    assert time.monotonic() - start < 15
+    rescue.cancel()
     await pair.works()
