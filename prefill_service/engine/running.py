@@ -79,9 +79,10 @@ class RunningTask:
         return self.future.done()
 
     def not_stopped(self, timeout_s: float) -> ServiceError:
-        """Of a cancelled task whose ranks have not answered in time."""
-        text = f"the ranks did not stop job {self.job_id} within {timeout_s:g} s"
-        return ServiceError(Reason.RANK_STALLED, text, job_id=self.job_id)
+        """Of a cancelled task: those of its ranks that have not answered in time."""
+        ranks = sorted(set(self.team.members) - self.done.keys() - self.failed.keys())
+        text = f"ranks {ranks} did not stop job {self.job_id} within {timeout_s:g} s"
+        return ServiceError(Reason.RANK_STALLED, text, job_id=self.job_id, ranks=ranks)
 
     def outcome(self, seconds: float, paused_s: float = 0.0) -> PrefillOutcome:
         """Of a task that has succeeded, ``seconds`` after its start."""

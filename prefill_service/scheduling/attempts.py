@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.parallel.teams import Team
 
@@ -29,6 +31,8 @@ class Attempts:
         return error.reason in RESTARTABLE and starts < MAX_ATTEMPTS + self._spared
 
     def _concerns(self, error: ServiceError) -> bool:
-        """Whether the failure of a rank may be the doing of who ran on the team's ranks."""
-        rank = error.metadata.get("rank")
-        return rank is None or int(rank) in self._team.members
+        """Whether the failure of ranks may be the doing of who ran on the team's."""
+        ranks = json.loads(error.metadata.get("ranks", "[]"))
+        if (rank := error.metadata.get("rank")) is not None:
+            ranks.append(int(rank))
+        return not ranks or any(rank in self._team.members for rank in ranks)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from prefill_service.engine import group
 from prefill_service.engine.messages import PrefillTask, Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.plan import FrameSampling
@@ -120,4 +121,22 @@ async def test_a_rank_that_hangs_before_a_long_task_is_noticed(pair: Pair) -> No
         await pair.harness.prefill(task)
     assert time.monotonic() - start < 15
     rescue.cancel()
+    await pair.works()
+
+
+async def test_ranks_that_do_not_stop_are_named_to_the_others(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "_CANCEL_GRACE_S", 0.5)
+    hung, other = [
+        await pair.begun(await pair.task(team, fps)) for team, fps in ((FIRST, 2.0), (SECOND, 2.5))
+    ]
+    os.kill(pair.group.pids[0], signal.SIGSTOP)
+    hung.cancel()
+    with pytest.raises(ServiceError, match=r"ranks \[0\] did not stop job .* 0.5 s") as caught:
+        await other
+    assert caught.value.reason is Reason.RANK_STALLED
+    assert caught.value.metadata["ranks"] == "[0]"
+    await asyncio.wait({hung})
+    assert hung.cancelled()
     await pair.works()
