@@ -231,6 +231,7 @@ class RankGroup:
             self._tasks[task.job_id] = running
             try:
                 self._ranks.send(msg.Run(task), task.team.members)
+                self._turns.begun(turn)
                 await self._await_or_cancel(running, turn)
             finally:
                 del self._tasks[task.job_id]

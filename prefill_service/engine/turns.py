@@ -21,6 +21,8 @@ from prefill_service.parallel.teams import Team
 class TurnState(Enum):
     """Of a task that has its ranks."""
 
+    GRANTED = auto()
+    """They have not been told of it, and would not know what to pause."""
     RUNNING = auto()
     PAUSING = auto()
     """Told to pause; it may end without."""
@@ -45,7 +47,7 @@ class Turn:
     over: str = ""
     pausable: bool = True
     inside: Turn | None = None
-    state: TurnState = TurnState.RUNNING
+    state: TurnState = TurnState.GRANTED
     paused_s: float = 0.0
     _said: set[int] = field(default_factory=set)
     _since: float = 0.0
@@ -84,7 +86,7 @@ class Turns:
     async def take(
         self, job_id: str, team: Team, tokens: int = 0, over: str = "", pausable: bool = True
     ) -> AsyncIterator[Turn]:
-        """Wait for a turn; it ends with the context."""
+        """Wait for a turn; it ends with the context. ``begun`` follows once the ranks know."""
         turn = Turn(job_id, team, tokens, over, pausable)
         self._waiting.append(turn)
         try:
@@ -94,6 +96,11 @@ class Turns:
         finally:
             (self._running if turn in self._running else self._waiting).remove(turn)
             self._advance()
+
+    def begun(self, turn: Turn) -> None:
+        """The task's ranks have been told to run it: from now on they can be told to pause it."""
+        turn.state = TurnState.RUNNING
+        self._advance()
 
     def said_paused(self, job_id: str, rank: int) -> None:
         """A rank has paused the task."""

@@ -176,6 +176,17 @@ async def test_cancelling_the_one_inside_lets_the_paused_go_on(four: Four) -> No
     four.check(LONG, long)
 
 
+async def test_one_is_paused_for_another_that_comes_at_the_same_moment(four: Four) -> None:
+    long, short = four.task(LONG, EVERYONE), four.task(SHORT, EVERYONE)
+    outer = asyncio.create_task(four.harness.prefill(long))
+    inner = asyncio.create_task(four.harness.prefill(short, over=long.job_id))
+    await inner
+    assert not outer.done()
+    assert (await outer).paused_s > 0
+    for name, task in ((LONG, long), (SHORT, short)):
+        four.check(name, task)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 async def test_cancelling_the_paused_one_leaves_the_one_inside(four: Four, times: int) -> None:
     long, inside = four.task(LONG, EVERYONE), four.task(LONG, SECOND)

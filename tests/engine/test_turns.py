@@ -26,6 +26,7 @@ class Ranks:
         self.log: list[str] = []
 
     def _pause(self, turn: Turn) -> None:
+        assert turn.job_id in self.going[turn.team.first], f"{turn.job_id} has not begun"
         self.asked.add(turn.job_id)
 
     def _resume(self, turn: Turn) -> None:
@@ -40,7 +41,9 @@ class Ranks:
         step: Callable[[], float] = lambda: 0.0,
     ) -> None:
         async with self.turns.take(job, team, chunks, over) as turn:
+            await asyncio.sleep(step())  # for all ranks to be up, as in the group
             self._enter(job, team)
+            self.turns.begun(turn)
             try:
                 for chunk in range(chunks):
                     if job in self.asked and chunk:
@@ -167,6 +170,17 @@ async def test_nobody_is_paused_for_one_that_does_not_fit(room: int, order: list
     await asyncio.wait(jobs)
     assert group.log == ["before", *order]
     assert group.pauses == (order[0] == "short")
+
+
+async def test_one_that_has_not_begun_is_paused_when_it_has() -> None:
+    group, everyone = Ranks(2), Team(0, 2)
+    jobs = [
+        asyncio.create_task(group.run("long", everyone, 60, step=lambda: 0.001)),
+        asyncio.create_task(group.run("short", everyone, 1, over="long")),
+    ]
+    await asyncio.wait(jobs)
+    assert group.log == ["short", "long"]
+    assert group.pauses == 1
 
 
 async def test_one_inside_a_pause_is_not_paused_itself() -> None:
