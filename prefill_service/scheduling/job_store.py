@@ -8,6 +8,7 @@ also makes it atomic with respect to the scheduler's own state.
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -144,14 +145,14 @@ class JobStore:
                 f"page_size is {page_size}; it must be 0 (for {DEFAULT_PAGE}) to {LARGEST_PAGE}",
                 page_size=page_size, limit=LARGEST_PAGE,
             )  # fmt: skip
-        if page_token and not (page_token.isascii() and page_token.isdigit()):
+        if page_token and not re.fullmatch("[0-9]{1,18}", page_token):
             raise ServiceError(
                 Reason.INVALID_REQUEST,
                 f"page_token {page_token!r} is not one that ListPrefillJobs returned",
                 page_token=page_token,
             )
         size = page_size or DEFAULT_PAGE
-        before = min(int(page_token or 2**63 - 1), 2**63 - 1)
+        before = int(page_token or 2**63 - 1)
         rows = self._db.execute(
             "SELECT seq, record FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?",
             (before, size + 1),
