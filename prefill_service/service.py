@@ -26,6 +26,7 @@ from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.scheduler import Scheduler
+from prefill_service.video.spares import DecoderSpares
 from prefill_service.video.store import VideoStore
 
 if TYPE_CHECKING:
@@ -166,7 +167,9 @@ class Service:
         """Start everything; ``stack`` stops it in the reverse order."""
         config = self._config
         data_dir = Path(config.storage.data_dir).expanduser()  # noqa: ASYNC240 (start-up)
-        videos = VideoStore(config.storage, config.video)  # locks the data directory
+        decoders = DecoderSpares(config.video.spare_decoders)
+        stack.callback(decoders.close)
+        videos = VideoStore(config.storage, config.video, decoders)  # locks the data directory
         stack.push_async_callback(videos.close)
         runtime_dir = _make_runtime_dir()
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)

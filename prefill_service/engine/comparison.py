@@ -7,7 +7,7 @@ no page is complete before the last layer.
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from prefill_service.models.prefill_model import VisionFeatures
 from prefill_service.parallel.comparison.attention import ComparisonAttention
 from prefill_service.parallel.comparison.layout import SequenceSplit
 from prefill_service.parallel.layout import Piece, Range, Share
-from prefill_service.video.frames import FrameStream
 
 
 class ComparisonRun:
@@ -55,9 +54,7 @@ class ComparisonRun:
         )
         preprocess = model.preprocessor(plan)
         self._feeder = ChunkFeeder(
-            lambda indices: FrameStream(
-                Path(task.video_path), Path(task.index_path), indices, rank.video
-            ),
+            partial(rank.open_frames, task),
             preprocess,
             plan.frame_indices,
             preprocess.temporal_patch_size,

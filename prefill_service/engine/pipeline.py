@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from prefill_service.parallel.exchange import AttentionShape
 from prefill_service.parallel.exchanges import ExchangeChoice, make_exchange
 from prefill_service.parallel.layout import Share
 from prefill_service.parallel.units import Units
-from prefill_service.video.frames import FrameStream
 
 
 class ChunkedRun:
@@ -106,9 +105,7 @@ class ChunkedRun:
         self._patches_done = self._tokens_done = 0
         preprocess = model.preprocessor(task.plan)
         self._feeder = ChunkFeeder(
-            lambda indices: FrameStream(
-                Path(task.video_path), Path(task.index_path), indices, rank.video
-            ),
+            partial(rank.open_frames, task),
             preprocess,
             task.plan.frame_indices,
             preprocess.temporal_patch_size,

@@ -45,6 +45,7 @@ from prefill_service.parallel.group import form_group
 from prefill_service.parallel.mesh import form_team_meshes
 from prefill_service.parallel.teams import Team, form_teams
 from prefill_service.planning.fitting import Observation
+from prefill_service.video.spares import DecoderSpares
 
 logger = logging.getLogger("prefill_service.rank")
 
@@ -83,6 +84,7 @@ class Rank:
             self._serve()
         finally:
             server.close()
+            context.decoders.close()
 
     def crash(self, error: Exception) -> None:
         """Tell the front end why this rank leaves.
@@ -150,6 +152,7 @@ class Rank:
             budget=budget,
             runtime_dir=Path(spec.socket_path).parent,
             video=spec.video,
+            decoders=DecoderSpares(spec.video.spare_decoders),
             chunk_tokens=chunk,
             sparse=sparse_settings(spec.engine, from_tokens),
             balance_above=spec.engine.balance_above,

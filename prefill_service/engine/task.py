@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -27,6 +27,8 @@ from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.exchanges import ExchangeChoice
 from prefill_service.parallel.group import SPGroup
 from prefill_service.parallel.mesh import SPMesh
+from prefill_service.video.frames import FrameStream
+from prefill_service.video.spares import DecoderSpares
 
 logger = logging.getLogger("prefill_service.task")
 
@@ -105,7 +107,7 @@ class RankContext:
         kv_layout: of a page.
         budget: bounds on a prefix's KV, by the exchange that computes it.
         runtime_dir: where a CPU rank's offloaded KV goes.
-        video: limits for decoding.
+        video, decoders: limits for decoding, and processes that wait to do it.
         chunk_tokens: tokens per chunk and rank.
         sparse: sizes of sparse attention.
         balance_above, balance_least_gflop: see ``EngineConfig``.
@@ -121,6 +123,7 @@ class RankContext:
     budget: Callable[[ExchangeChoice], KVBudget]
     runtime_dir: Path
     video: VideoConfig
+    decoders: DecoderSpares
     chunk_tokens: int
     sparse: SparseSettings
     balance_above: float
@@ -132,6 +135,12 @@ class RankContext:
     def group(self) -> SPGroup:
         """The team's ranks."""
         return self.meshes[1].world
+
+    def open_frames(self, task: PrefillTask, indices: Sequence[int]) -> FrameStream:
+        """Some frames of the task's video, decoded for this rank (``FrameStream``)."""
+        return FrameStream(
+            Path(task.video_path), Path(task.index_path), indices, self.video, spares=self.decoders
+        )
 
 
 class TaskRun(Protocol):

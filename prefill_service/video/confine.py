@@ -1,8 +1,8 @@
 """What a decoder child gives up before it looks at an untrusted file.
 
-Applied by the child to itself, because ``preexec_fn`` is not safe in a parent with threads.
-Resource limits come first thing, before any library is loaded; the file system is given up
-last, when the libraries have been loaded.
+Applied by the child to itself, because ``preexec_fn`` is not safe in a parent with threads. It dies
+with its parent from the start; resource limits are those of the request, and come before anything
+of the file is read; the file system is given up last, when the libraries have been loaded.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ResourceLimits:
     cpu_s: int
 
 
-def confine_resources(limits: ResourceLimits, parent_pid: int) -> None:
-    """Limit memory, CPU, files written and open files; die with the parent.
+def die_with(parent_pid: int) -> None:
+    """Be killed when the parent's thread that started this process is gone; gain no privileges.
 
     Exits at once if the parent is already gone.
     """
@@ -50,6 +50,10 @@ def confine_resources(limits: ResourceLimits, parent_pid: int) -> None:
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def confine_resources(limits: ResourceLimits) -> None:
+    """Limit memory, CPU, files written and open files."""
     for kind, value in (
         (resource.RLIMIT_AS, limits.memory_bytes),
         (resource.RLIMIT_CPU, limits.cpu_s),

@@ -13,6 +13,7 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.sandbox import SandboxedChild
+from prefill_service.video.spares import DecoderSpares
 from prefill_service.video.wire import index_to_message
 
 _ITERATION_POLL_S = 1.0
@@ -30,6 +31,7 @@ class FrameStream:
         frame_indices: frames wanted, ascending; a repeat gives the same frame again.
         limits: reader and limits.
         threads: decoding threads of the child.
+        spares: decoder processes started ahead, if there are any.
 
     Raises:
         ServiceError: INVALID_REQUEST for indices that do not ascend or are not in the video;
@@ -43,6 +45,7 @@ class FrameStream:
         frame_indices: Sequence[int],
         limits: VideoConfig,
         threads: int = 1,
+        spares: DecoderSpares | None = None,
     ) -> None:
         self._index = VideoIndex.load(index_path)
         self._wanted = _check_indices(frame_indices, self._index.frame_count)
@@ -58,6 +61,7 @@ class FrameStream:
             limits=limits,
             cpu_s=limits.stall_timeout_s * (len(targets) + 1) * threads,
             max_payload=self._index.width * self._index.height * 3,
+            spares=spares,
         )
 
     @property

@@ -10,13 +10,16 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.sandbox import SandboxedChild
+from prefill_service.video.spares import DecoderSpares
 from prefill_service.video.wire import index_from_message
 
 _BYTES_PER_FRAME = 9  # pts and keyframe flag
 
 
-async def probe_video(path: Path, limits: VideoConfig) -> VideoIndex:
-    """Index a video in a sandboxed child. Cancelling kills the child.
+async def probe_video(
+    path: Path, limits: VideoConfig, spares: DecoderSpares | None = None
+) -> VideoIndex:
+    """Index a video in a sandboxed child, one of ``spares`` if given. Cancelling kills it.
 
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, NO_FRAMES,
@@ -30,6 +33,7 @@ async def probe_video(path: Path, limits: VideoConfig) -> VideoIndex:
         limits=limits,
         cpu_s=limits.probe_timeout_s + 1,
         max_payload=_BYTES_PER_FRAME * limits.max_frames,
+        spares=spares,
     )
     answer = asyncio.create_task(asyncio.to_thread(_index, child, limits))
     try:

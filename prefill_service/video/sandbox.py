@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -12,25 +11,22 @@ import select
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import prefill_service
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.confine import ResourceLimits
+from prefill_service.video.process import DecoderProcess
+from prefill_service.video.spares import DecoderSpares
 from prefill_service.video.wire import MAX_HEADER_BYTES, PREFIX, Header, pack
 
 log = logging.getLogger("prefill_service.video")
 
-_CHILD = "prefill_service.video.decoder_child"
-_PIPE_BYTES = 1 << 20
 _EXIT_S = 5.0
-_KEPT_ENVIRONMENT = ("PYTHONPATH", "LD_LIBRARY_PATH")
 
 
 def open_video(path: Path) -> int:
@@ -57,9 +53,8 @@ def open_video(path: Path) -> int:
 class SandboxedChild:
     """One decoder child working on one file.
 
-    The thread that makes it must live as long as the child is used: the child asks the kernel
-    to be killed when that thread is gone. Reading is for one thread at a time; ``kill`` may
-    come from any.
+    The thread that makes it must live as long as the child is used (``DecoderProcess``). Reading
+    is for one thread at a time; ``kill`` may come from any.
 
     Args:
         path: the video; opened here, passed on as a descriptor.
@@ -68,6 +63,7 @@ class SandboxedChild:
         limits: limits the child works under.
         cpu_s: CPU seconds the child may use.
         max_payload: largest payload accepted from the child, bytes.
+        spares: processes started ahead, if there are any.
 
     Raises:
         ServiceError: NOT_A_VIDEO.
@@ -82,8 +78,9 @@ class SandboxedChild:
         limits: VideoConfig,
         cpu_s: float,
         max_payload: int,
+        spares: DecoderSpares | None = None,
     ) -> None:
-        self._max_payload = max_payload
+        self._max_payload, self._spares = max_payload, spares
         self._limits = limits
         self._head = bytearray()
         self._header: Header | None = None
@@ -92,36 +89,22 @@ class SandboxedChild:
         with contextlib.ExitStack() as stack:
             fd = open_video(path)
             stack.callback(os.close, fd)
+            self._folder = tempfile.TemporaryDirectory(prefix="prefill-decoder-")
             header = {
                 **request,
-                "fd": fd,
-                "parent_pid": os.getpid(),
+                "folder": self._folder.name,
                 "limits": dataclasses.asdict(limits),
                 "resources": dataclasses.asdict(
                     ResourceLimits(limits.max_memory_bytes, max(1, int(cpu_s)))
                 ),
             }
             # The request is a file, not a pipe: nobody waits for the child to read it.
-            stdin = stack.enter_context(tempfile.TemporaryFile())
-            stdin.write(pack(header, len(payload)) + payload)
-            stdin.seek(0)
-            self._cwd = tempfile.TemporaryDirectory(prefix="prefill-decoder-")
-            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the child
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _CHILD],
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                bufsize=0,
-                pass_fds=(fd,),
-                cwd=self._cwd.name,
-                env=_environment(),
-                start_new_session=True,
-            )
-        assert self._process.stdout is not None
+            given = stack.enter_context(tempfile.TemporaryFile())
+            given.write(pack(header, len(payload)) + payload)
+            given.seek(0)
+            self._process = spares.take() if spares else DecoderProcess()
+            self._process.give(given, fd)
         self._stdout = self._process.stdout
-        with contextlib.suppress(OSError):  # above the system's limit for pipes
-            fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._readable = select.poll()  # not select(): a server has descriptors above 1024
         self._readable.register(self._stdout, select.POLLIN)
         self._last_sign = time.monotonic()
@@ -204,8 +187,8 @@ class SandboxedChild:
             return ServiceError(
                 Reason.DECODE_TIMEOUT, "decoding took more CPU time than the limits allow"
             )
-        self._stderr.seek(0)
-        tail = self._stderr.read()[-4000:].decode(errors="replace").strip()
+        self._process.stderr.seek(0)
+        tail = self._process.stderr.read()[-4000:].decode(errors="replace").strip()
         log.warning("decoder process %d ended with code %d: %s", self.pid, code, tail)
         if "MemoryError" in tail or "bad_alloc" in tail:
             maximum = self._limits.max_memory_bytes
@@ -225,11 +208,11 @@ class SandboxedChild:
 
     def close(self) -> None:
         """Kill the child, wait for it and remove its folder. Idempotent."""
-        self._process.kill()
-        self._process.wait()
-        self._stdout.close()
-        self._stderr.close()
-        self._cwd.cleanup()
+        self._process.close()
+        self._folder.cleanup()
+        if self._spares is not None:
+            self._spares.give_back()
+            self._spares = None
 
     def __enter__(self) -> Self:
         return self
@@ -241,12 +224,3 @@ class SandboxedChild:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _environment() -> dict[str, str]:
-    """A cleared environment in which the child still finds this package."""
-    kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
-    root = str(Path(prefill_service.__file__).resolve().parent.parent)
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    return {"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", **threads, **kept}

@@ -18,6 +18,7 @@ from prefill_service.video.arguments import invalid
 from prefill_service.video.imports import Imports
 from prefill_service.video.inventory import Inventory
 from prefill_service.video.records import VideoRecord, VideoState
+from prefill_service.video.spares import DecoderSpares
 from prefill_service.video.uploads import Uploads
 
 log = logging.getLogger("prefill_service.video")
@@ -42,14 +43,19 @@ class VideoStore:
     One process at a time may use a data folder. Methods belong to one event loop; blocking
     work runs in threads, under one lock per video that outlives a cancelled caller.
 
+    Args:
+        decoders: processes started ahead, to look at files.
+
     Raises:
         ServiceError: CONFIG_INVALID if another process uses the folder, or it or the database
             in it cannot be used.
     """
 
-    def __init__(self, storage: StorageConfig, limits: VideoConfig) -> None:
+    def __init__(
+        self, storage: StorageConfig, limits: VideoConfig, decoders: DecoderSpares | None = None
+    ) -> None:
         self._inventory = Inventory(storage)
-        self._uploads = Uploads(self._inventory, storage, limits)
+        self._uploads = Uploads(self._inventory, storage, limits, decoders)
         self._imports = Imports(self._inventory, storage)
         self._holds: Counter[str] = Counter()
 

@@ -16,6 +16,7 @@ from prefill_service.video.catalog import Row
 from prefill_service.video.inventory import Inventory
 from prefill_service.video.probe import probe_video
 from prefill_service.video.records import VideoInfo, VideoRecord, VideoState
+from prefill_service.video.spares import DecoderSpares
 
 log = logging.getLogger("prefill_service.video")
 
@@ -29,8 +30,14 @@ class Uploads:
     ``VideoStore`` documents what the calls raise.
     """
 
-    def __init__(self, inventory: Inventory, storage: StorageConfig, limits: VideoConfig) -> None:
-        self._inventory = inventory
+    def __init__(
+        self,
+        inventory: Inventory,
+        storage: StorageConfig,
+        limits: VideoConfig,
+        decoders: DecoderSpares | None,
+    ) -> None:
+        self._inventory, self._decoders = inventory, decoders
         self._storage = storage
         self._limits = limits
         self._finishing: dict[str, asyncio.Task[VideoRecord]] = {}
@@ -163,7 +170,9 @@ class Uploads:
         inventory = self._inventory
         try:
             async with self._probing:
-                index = await probe_video(inventory.input_path(video_id), self._limits)
+                index = await probe_video(
+                    inventory.input_path(video_id), self._limits, self._decoders
+                )
             await asyncio.to_thread(files.save_index, index, inventory.index_path(video_id))
             info, ready = VideoInfo.of(index), VideoState.READY
             await asyncio.to_thread(inventory.catalog.set_state, video_id, ready, info=info)

@@ -18,6 +18,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.probe import probe_video
 from tests.video.make import make_video, read_number
+from tests.video.processes import alive, children, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +31,6 @@ def big_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stream_of(path: Path, wanted: list[int], limits: VideoConfig | None = None) -> FrameStream:
     return FrameStream(path, path.with_name("index.npz"), wanted, limits or VideoConfig())
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until(condition, timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def rss_bytes(pid: int) -> int:
@@ -86,7 +70,7 @@ def test_child_waits_for_its_reader_in_bounded_memory(big_video: Path) -> None:
 
 def test_close_kills_the_child_and_can_be_repeated(big_video: Path) -> None:
     stream = stream_of(big_video, [0, 119])
-    pid, folder = stream._child.pid, Path(stream._child._cwd.name)
+    pid, folder = stream._child.pid, Path(stream._child._folder.name)
     assert alive(pid)
     assert not any(folder.iterdir())
     stream.close()
@@ -164,17 +148,6 @@ async def test_cancelled_probe_kills_its_child(big_video: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert children() == set()
-
-
-def children() -> set[int]:
-    """Decoder children of this process."""
-    found = set()
-    for thread in Path("/proc/self/task").iterdir():
-        for pid in (thread / "children").read_text().split():
-            command = Path(f"/proc/{pid}/cmdline")
-            if command.exists() and b"decoder_child" in command.read_bytes():
-                found.add(int(pid))
-    return found
 
 
 @pytest.mark.parametrize("wanted", [[3, 2], [-1], [0, 120]])

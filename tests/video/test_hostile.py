@@ -14,7 +14,7 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video import sandbox
+from prefill_service.video import process, sandbox
 from prefill_service.video.frames import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
@@ -326,7 +326,7 @@ import os, socket, sys
 from pathlib import Path
 from prefill_service.video.confine import ResourceLimits, confine_files, confine_resources
 fd = os.open(sys.argv[1], os.O_RDONLY)
-confine_resources(ResourceLimits(1 << 30, 10), os.getppid())
+confine_resources(ResourceLimits(1 << 30, 10))
 if not confine_files(fd, [Path(os.__file__).parent]):
     sys.exit(77)
 def refused(action):
@@ -357,7 +357,7 @@ def test_a_child_that_hangs_up_and_stays_is_killed(
     samples: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one would that its file has taken over: no output any more, and no end."""
-    monkeypatch.setattr(sandbox, "_CHILD", "tests.video.mute_child")
+    monkeypatch.setattr(process, "_CHILD", "tests.video.mute_child")
     monkeypatch.setattr(sandbox, "_EXIT_S", 0.2)
     with (
         SandboxedChild(

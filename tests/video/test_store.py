@@ -228,7 +228,7 @@ async def test_concurrent_finishes_share_one_probe(
 
     probes = []
 
-    async def counted(path: Path, limits: VideoConfig) -> VideoIndex:
+    async def counted(path: Path, limits: VideoConfig, spares: object) -> VideoIndex:
         probes.append(path)
         return await real(path, limits)
 
