@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
 NEVER = 1 << 30
@@ -34,8 +34,8 @@ class Distribution:
         self.total += float(values.sum())
         self.least = min(self.least, float(values.min()))
         index = (values.clamp(0, 1) * _BINS).long().clamp(max=_BINS - 1)
-        found = torch.bincount(index, minlength=_BINS).tolist()
-        self.bins = [a + b for a, b in zip(self.bins, found, strict=True)]
+        for at, found in Counter(index.tolist()).items():  # few values at a time
+            self.bins[at] += found
 
     def merge(self, other: Distribution) -> None:
         """Take in another rank's values."""

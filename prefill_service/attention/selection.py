@@ -23,6 +23,7 @@ from prefill_service.attention.summaries import BlockSummaries, lift, misplaced_
 from prefill_service.attention.summary_attention import SummaryAttention, attend_summaries
 from prefill_service.attention.tiles import Tiles
 from prefill_service.kernels.csr import BlockCSR
+from prefill_service.kernels.onednn import product
 
 LEVELS = 256
 LEVELS_PER_OCTAVE = 16
@@ -124,8 +125,15 @@ def _losses(
     """
     asked = weights[:, ::ROW_STEP]
     mass = attention.shares[:, :, ::ROW_STEP, : known.blocks]
-    far = q[:, :, ::ROW_STEP] @ (known.k_far * scale).transpose(1, 2)[:, None]
-    far = far.sub_(attention.lse[..., ::ROW_STEP, None]).exp_().clamp_(max=1)
+    keys = known.k_far * (scale / math.log(2))  # base two: torch's exp2 is far faster than its exp
+    rows = q[:, :, ::ROW_STEP].flatten(1, 2)  # [kv_heads, tiles * asked rows, head_dim]
+    far = torch.stack([product(*of_head) for of_head in zip(rows, keys, strict=True)])
+    far = (
+        far.view(mass.shape)
+        .sub_(attention.lse[..., ::ROW_STEP, None] / math.log(2))
+        .exp2_()
+        .clamp_(max=1)
+    )
     present = asked > 0
     if not present.all():
         far, mass = far.mul_(present[..., None]), mass * present[..., None]
