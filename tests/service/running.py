@@ -29,9 +29,12 @@ class RunningService:
         return Client(self.address, timeout=30)
 
     def children(self, word: str) -> list[psutil.Process]:
-        """Processes below the service whose command line contains ``word``."""
+        """Processes that the service started whose command line contains ``word``.
+
+        Not those that these start: until it runs a program of its own, a rank's has the rank's.
+        """
         found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        for child in psutil.Process(self.process.pid).children():
             with suppress(psutil.NoSuchProcess):
                 if any(word in part for part in child.cmdline()):
                     found.append(child)

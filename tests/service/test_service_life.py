@@ -56,8 +56,9 @@ def test_a_service_killed_outright_takes_its_ranks_along(
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    started = psutil.Process(process.pid).children()
+    assert sum("prefill_service.engine.rank" in child.cmdline() for child in started) == 2
     below = psutil.Process(process.pid).children(recursive=True)  # decoders that wait, too
-    assert sum("prefill_service.engine.rank" in child.cmdline() for child in below) == 2
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(below, timeout=5)
