@@ -2,7 +2,7 @@
 
 A start takes a tenth of a second of a core, of a short video's answer a quarter. A process serves
 one file and ends, as untrusted files demand, so another takes its place: once all that were taken
-are back and a second is quiet, since those who have work need the core more.
+are back and it has been quiet for a moment, since those who have work need the core more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prefill_service.video.process import DecoderProcess
 
 log = logging.getLogger("prefill_service.video")
 
-_QUIET_S = 1.0
+_QUIET_S = 0.5
 
 
 class DecoderSpares:
