@@ -35,7 +35,7 @@ def video(tmp_path: Path) -> Path:
 def spares() -> Iterator[DecoderSpares]:
     """One that waits."""
     found = DecoderSpares(1)
-    assert wait_until(lambda: len(children()) == 1)
+    assert wait_until(lambda: found._waiting)
     yield found
     found.close()
     assert wait_until(lambda: not children())
@@ -48,7 +48,7 @@ async def test_the_one_that_waits_decodes(video: Path, spares: DecoderSpares) ->
     index.save(video.with_name("index.npz"))
     with FrameStream(video, video.with_name("index.npz"), range(24), LIMITS) as stream:
         cold = list(stream)
-    assert wait_until(lambda: len(children()) == 1)  # another one has taken its place
+    assert wait_until(lambda: spares._waiting)  # another one has taken its place
     [waiting] = children()
     with FrameStream(
         video, video.with_name("index.npz"), range(24), LIMITS, spares=spares
@@ -63,7 +63,7 @@ async def test_none_is_started_beside_one_at_work(
 ) -> None:
     monkeypatch.setattr(module, "_QUIET_S", 0.0)
     (await probe_video(video, LIMITS, spares)).save(video.with_name("index.npz"))
-    assert wait_until(lambda: len(children()) == 1)
+    assert wait_until(lambda: spares._waiting)
     arguments = (video, video.with_name("index.npz"), range(24), LIMITS)
     with FrameStream(*arguments, spares=spares), FrameStream(*arguments, spares=spares):
         assert not wait_until(lambda: len(children()) != 2, timeout_s=0.5)  # one of them cold
