@@ -66,7 +66,8 @@ async def test_none_is_started_beside_one_at_work(
     assert wait_until(lambda: spares._waiting)
     arguments = (video, video.with_name("index.npz"), range(24), LIMITS)
     with FrameStream(*arguments, spares=spares), FrameStream(*arguments, spares=spares):
-        assert not wait_until(lambda: len(children()) != 2, timeout_s=0.5)  # one of them cold
+        assert wait_until(lambda: len(children()) == 2)  # one of them cold
+        assert not wait_until(lambda: len(children()) != 2, timeout_s=0.5)
     assert wait_until(lambda: len(children()) == 1)
 
 
