@@ -150,9 +150,14 @@ class PrefixRegistry:
         """Mark a prefix as computed and open its standing lease.
 
         Raises:
-            ServiceError: UNKNOWN_PREFIX if it has been lost meanwhile.
+            ServiceError: STALE_GENERATION if its ranks have been lost since they finished it.
         """
-        prefix = self._get(prefix_id)
+        prefix = self._prefixes.get(prefix_id)
+        if prefix is None:
+            raise ServiceError(
+                Reason.STALE_GENERATION,
+                f"the ranks that computed {prefix_id} were lost before it was kept",
+            )
         prefix.complete = True
         self._group.grant(prefix_id, prefix.standing, self._ttl)
         self._freed.set()

@@ -1,8 +1,9 @@
 """Decoder processes started ahead, so that no video waits for a Python to start.
 
 A start takes a tenth of a second of a core, of a short video's answer a quarter. A process serves
-one file and ends, as untrusted files demand, so another takes its place: once all that were taken
-are back and it has been quiet for a moment, since those who have work need the core more.
+one file and ends, as untrusted files demand, so another takes its place: a moment after all that
+were taken are back, since those who have work need the core more; or, beside one that takes long,
+for a short video that overtakes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from prefill_service.video.process import DecoderProcess
 
 log = logging.getLogger("prefill_service.video")
 
-_QUIET_S = 0.5
+_QUIET_S, _LONG_S = 0.5, 5.0
 
 
 class DecoderSpares:
@@ -31,7 +32,7 @@ class DecoderSpares:
         self._changed = threading.Condition()
         self._waiting: list[DecoderProcess] = []
         self._taken = 0
-        self._due = -math.inf  # when the next may be started, if all that were taken are back
+        self._due = -math.inf  # when the next may be started
         self._closed = False
         self._thread = threading.Thread(target=self._keep, name="decoder-spares", daemon=True)
         if count:
@@ -41,6 +42,8 @@ class DecoderSpares:
         """One that waits, or a new one, made by this thread; ``give_back`` is due for either."""
         with self._changed:
             self._taken += 1
+            self._due = time.monotonic() + _LONG_S
+            self._changed.notify()
             while self._waiting:
                 process = self._waiting.pop()
                 if process.alive:
@@ -56,7 +59,8 @@ class DecoderSpares:
         """One that was taken has been closed."""
         with self._changed:
             self._taken -= 1
-            self._due = time.monotonic() + _QUIET_S
+            if not self._taken:
+                self._due = time.monotonic() + _QUIET_S
             self._changed.notify()
 
     def close(self) -> None:
@@ -86,9 +90,9 @@ class DecoderSpares:
         """Until one is to be started (``True``), or none any more."""
         with self._changed:
             while not self._closed:
-                busy = self._taken or len(self._waiting) >= self._count
-                left = math.inf if busy else self._due - time.monotonic()
-                if left <= 0:
+                enough = len(self._waiting) >= self._count
+                left = None if enough else self._due - time.monotonic()
+                if left is not None and left <= 0:
                     return True
-                self._changed.wait(None if busy else left)
+                self._changed.wait(left)
             return False

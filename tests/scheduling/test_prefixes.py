@@ -10,6 +10,7 @@ import pytest
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun
+from prefill_service.scheduling.attempts import RESTARTABLE
 from prefill_service.scheduling.prefixes import Lease, PrefixRegistry
 
 POOL = 1000
@@ -175,6 +176,18 @@ async def test_what_is_being_computed_is_waited_for_however_long_it_takes() -> N
     registry.release(lease)
     await registry.make_room(POOL, wait_s=0.02)
     assert registry.used_bytes == 0
+
+
+def test_ranks_lost_right_after_their_answer_are_no_fault_of_the_job() -> None:
+    registry = PrefixRegistry(
+        Ranks(),  # type: ignore[arg-type]
+        POOL, 30.0, lambda _: None,
+    )  # fmt: skip
+    registry.add(manifest("first"), POOL)
+    registry.lose_generation(manifest("first").generation)
+    with pytest.raises(ServiceError, match="were lost before it was kept") as caught:
+        registry.complete("first")
+    assert caught.value.reason in RESTARTABLE
 
 
 async def test_a_prefix_is_not_computed_again_before_the_ranks_have_stopped() -> None:

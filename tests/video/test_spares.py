@@ -69,6 +69,9 @@ async def test_none_is_started_beside_one_at_work(
         assert wait_until(lambda: len(children()) == 2)  # one of them cold
         assert not wait_until(lambda: len(children()) != 2, timeout_s=0.5)
     assert wait_until(lambda: len(children()) == 1)
+    monkeypatch.setattr(module, "_LONG_S", 0.2)
+    with FrameStream(*arguments, spares=spares):  # of one that takes long nobody waits for the end
+        assert wait_until(lambda: len(children()) == 2)
 
 
 async def test_one_that_died_waiting_is_not_used(video: Path, spares: DecoderSpares) -> None:
