@@ -20,13 +20,15 @@ class Ranks:
             self._pause, self._resume, lambda paused, inside: paused.tokens + inside.tokens <= room
         )
         self.going: list[set[str]] = [set() for _ in range(size)]
+        self.known: set[str] = set()
         self.paused: dict[str, asyncio.Event] = {}
         self.asked: set[str] = set()
         self.pauses = 0
         self.log: list[str] = []
 
     def _pause(self, turn: Turn) -> None:
-        assert turn.job_id in self.going[turn.team.first], f"{turn.job_id} has not begun"
+        # Not that it is going: it may have been told to go on, and not have heard it yet.
+        assert turn.job_id in self.known, f"{turn.job_id} has not begun"
         self.asked.add(turn.job_id)
 
     def _resume(self, turn: Turn) -> None:
@@ -43,6 +45,7 @@ class Ranks:
         async with self.turns.take(job, team, chunks, over) as turn:
             await asyncio.sleep(step())  # for all ranks to be up, as in the group
             self._enter(job, team)
+            self.known.add(job)
             self.turns.begun(turn)
             try:
                 for chunk in range(chunks):
@@ -52,6 +55,7 @@ class Ranks:
             finally:
                 self.asked.discard(job)
                 self._leave(job, team)
+                self.known.discard(job)
         self.log.append(job)
 
     async def _compute(self, turn: Turn, seconds: float) -> None:
