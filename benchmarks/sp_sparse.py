@@ -53,11 +53,13 @@ def row(case: Case, prefix: Prefix, gathered: Prefix) -> dict[str, Any]:
     }
 
 
-def measure(ranks: int, tokens: int, folder: Path) -> list[dict[str, Any]]:
+def measure(
+    ranks: int, tokens: int, qualities: Sequence[Quality], folder: Path
+) -> list[dict[str, Any]]:
     """A row per quality and exchange."""
     story = stories.sample_story(round(tokens / _TOKENS_PER_PATCH), np.random.default_rng(1))
     video = videos.write_mp4(folder / "video.mp4", story, seed=1)
-    cases = [Case(kind, resolve_policy(quality)) for quality in QUALITIES for kind in KINDS]
+    cases = [Case(kind, resolve_policy(quality)) for quality in qualities for kind in KINDS]
     work = prefill_video(
         MODEL, video, folder, ranks, cases, "cpu", "float32", CHUNK, SPARSE_FROM, videos.SAMPLED_FPS
     )
@@ -78,10 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4000, help="about so many (%(default)s)")
+    parser.add_argument("--quality", nargs="+", type=Quality, default=QUALITIES)
     parser.add_argument("--out", type=Path, default=tables.RESULTS / "sp-sparse.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="sparse-", dir="/tmp") as folder:
-        rows = measure(options.ranks, options.tokens, Path(folder))
+        rows = measure(options.ranks, options.tokens, options.quality, Path(folder))
     print(tables.markdown(list(rows[0]), [list(one.values()) for one in rows]))
     about = tables.settings(
         ranks=options.ranks, tokens=options.tokens, chunk=CHUNK, sparse_from_tokens=SPARSE_FROM,

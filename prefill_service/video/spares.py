@@ -17,18 +17,18 @@ from prefill_service.video.process import DecoderProcess
 
 log = logging.getLogger("prefill_service.video")
 
-_QUIET_S, _LONG_S = 0.5, 5.0
-
 
 class DecoderSpares:
     """Some decoder processes that wait for a file; for any thread.
 
     Args:
         count: how many wait; 0: each is started when it is needed.
+        quiet_s, long_s: seconds until the next is started, after the last was given back, and
+            beside one that is not.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, quiet_s: float = 0.5, long_s: float = 5.0) -> None:
+        self._count, self._quiet_s, self._long_s = count, quiet_s, long_s
         self._changed = threading.Condition()
         self._waiting: list[DecoderProcess] = []
         self._taken = 0
@@ -42,7 +42,7 @@ class DecoderSpares:
         """One that waits, or a new one, made by this thread; ``give_back`` is due for either."""
         with self._changed:
             self._taken += 1
-            self._due = time.monotonic() + _LONG_S
+            self._due = time.monotonic() + self._long_s
             self._changed.notify()
             while self._waiting:
                 process = self._waiting.pop()
@@ -60,7 +60,7 @@ class DecoderSpares:
         with self._changed:
             self._taken -= 1
             if not self._taken:
-                self._due = time.monotonic() + _QUIET_S
+                self._due = time.monotonic() + self._quiet_s
             self._changed.notify()
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class DecoderSpares:
                 process = None
             with self._changed:
                 if process is None:
-                    self._due = time.monotonic() + _QUIET_S
+                    self._due = time.monotonic() + self._quiet_s
                 else:
                     self._waiting.append(process)
 

@@ -58,10 +58,8 @@ async def test_the_one_that_waits_decodes(video: Path, spares: DecoderSpares) ->
     assert np.array_equal(found, cold)
 
 
-async def test_none_is_started_beside_one_at_work(
-    video: Path, spares: DecoderSpares, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_QUIET_S", 0.0)
+async def test_none_is_started_beside_one_at_work(video: Path) -> None:
+    spares = DecoderSpares(1, quiet_s=0.0)
     (await probe_video(video, LIMITS, spares)).save(video.with_name("index.npz"))
     assert wait_until(lambda: spares._waiting)
     arguments = (video, video.with_name("index.npz"), range(24), LIMITS)
@@ -69,9 +67,16 @@ async def test_none_is_started_beside_one_at_work(
         assert wait_until(lambda: len(children()) == 2)  # one of them cold
         assert not wait_until(lambda: len(children()) != 2, timeout_s=0.5)
     assert wait_until(lambda: len(children()) == 1)
-    monkeypatch.setattr(module, "_LONG_S", 0.2)
-    with FrameStream(*arguments, spares=spares):  # of one that takes long nobody waits for the end
+    spares.close()
+
+
+async def test_of_one_that_takes_long_nobody_waits_for_the_end(video: Path) -> None:
+    (await probe_video(video, LIMITS)).save(video.with_name("index.npz"))
+    spares = DecoderSpares(1, long_s=0.2)
+    arguments = (video, video.with_name("index.npz"), range(24), LIMITS)
+    with FrameStream(*arguments, spares=spares):
         assert wait_until(lambda: len(children()) == 2)
+    spares.close()
 
 
 async def test_one_that_died_waiting_is_not_used(video: Path, spares: DecoderSpares) -> None:
@@ -114,9 +119,9 @@ def test_one_that_cannot_be_started_is_tried_again(
             raise left.pop()
         return DecoderProcess()
 
-    monkeypatch.setattr(module, "_QUIET_S", 0.05)
+    # No kernel refuses a process just when it is asked to.
     monkeypatch.setattr(module, "DecoderProcess", start)
-    spares = DecoderSpares(1)
+    spares = DecoderSpares(1, quiet_s=0.05)
     assert wait_until(lambda: len(children()) == 1)
     assert "Resource temporarily unavailable" in caplog.text
     spares.close()
