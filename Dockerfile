@@ -4,13 +4,14 @@
 ARG GPU_BASE=vllm/vllm-openai:v0.32.0
 ARG CPU_BASE=python:3.11-slim-bookworm
 
-# ---- our two packages as wheels ------------------------------------------------------------
+# ---- our three packages as wheels ------------------------------------------------------------
 FROM ${CPU_BASE} AS wheels
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY prefill_service prefill_service
+COPY kernels kernels
 COPY clients/python clients/python
-RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . ./clients/python
+RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . ./kernels ./clients/python
 
 # ---- CPU: everything in one virtual environment ----------------------------------------------
 FROM ${CPU_BASE} AS cpu-environment
@@ -23,6 +24,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml ./
 COPY clients/python/pyproject.toml clients/python/
+COPY kernels/pyproject.toml kernels/
 COPY deploy/constraints-cpu.txt deploy/
 COPY tools/setup_env.py tools/
 COPY --from=wheels /wheels /wheels

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from benchmarks.inputs import PATCH_GRID, synthetic
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.block_sparse import GatherBuffers, local_attention
-from prefill_service.attention.clustering import order_segments
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
-from prefill_service.attention.selection import Estimate, estimate, select, single_out
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.sparse import (
+from prefill_service.attention.sparse.attend import (
     DENSE_ABOVE,
     columns,
     forced_blocks,
     previous_patch,
 )
-from prefill_service.attention.summaries import BlockSummaries, summarize
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.clustering import order_segments
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers, local_attention
+from prefill_service.attention.sparse.selection import Estimate, estimate, select, single_out
+from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
+from prefill_service.attention.sparse.tiles import Tiles
 
 SETTINGS = SparseSettings(from_tokens=1)
 

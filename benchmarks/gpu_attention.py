@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 import triton
-
-from benchmarks import tables
-from benchmarks.gpu_problem import BACKENDS, Problem, Rows, Shape
-from prefill_service.kernels.block_sparse import (
+from prefill_kernels.autotune import suitable
+from prefill_kernels.block_loss import estimate_loss, estimate_loss_reference
+from prefill_kernels.block_selection import select_blocks, select_reference
+from prefill_kernels.block_sparse_attention import (
     block_sparse_attention,
     block_sparse_reference,
     longest_first,
 )
-from prefill_service.kernels.layout import as_blocks
-from prefill_service.kernels.loss import estimate_loss, estimate_loss_reference
-from prefill_service.kernels.selection import select_blocks, select_reference
-from prefill_service.kernels.tuning import suitable
+from prefill_kernels.inputs import as_blocks
+
+from benchmarks import tables
+from benchmarks.gpu_problem import BACKENDS, Problem, Rows, Shape
 
 TOKENS = (16384, 32768, 65536, 131072, 262144, 524288)
 HEADS = ((28, 4), (32, 8))

@@ -8,16 +8,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from prefill_kernels.block_loss import estimate_loss
+from prefill_kernels.block_selection import select_blocks
+from prefill_kernels.block_sparse_attention import block_sparse_attention
+from prefill_kernels.block_summaries import block_summaries
+from prefill_kernels.csr import BlockCSR
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from prefill_service.attention.selection import single_out
-from prefill_service.kernels.block_sparse import block_sparse_attention
-from prefill_service.kernels.block_summaries import block_summaries
-from prefill_service.kernels.csr import BlockCSR
-from prefill_service.kernels.loss import estimate_loss
-from prefill_service.kernels.selection import select_blocks
+from prefill_service.attention.sparse.selection import single_out
 
 CHUNK = 16384
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

@@ -30,7 +30,7 @@ import torch
 from benchmarks import tables
 from benchmarks.sp_problem import DENSE, Problem, Run, run_exchanges
 from benchmarks.sp_ranks import Transport, run_ranks, transports
-from prefill_service.parallel.exchanges import ExchangeKind
+from prefill_service.parallel.exchanges.registry import ExchangeKind
 
 COLUMNS = (
     "what", "transport", "ranks", "exchange", "dtype", "error", "limit", "bytes", "formula",

@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks.processes import MemoryLog, pss_bytes, tree_bytes
 from prefill_service.config import StorageConfig, VideoConfig
-from prefill_service.video.frames import FrameStream
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
 from prefill_service.video.store import VideoStore

@@ -34,10 +34,10 @@ from prefill_service.calibration.prefill import LocalPrefill
 from prefill_service.calibration.prefix import EncodedVideo, PlannedVideo, encode_video
 from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import Checkpoint, open_checkpoint
-from prefill_service.models.packed import PackedLinear
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
+from prefill_service.models.packed_linear import PackedLinear
 from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.video.probe import probe_video
 from tools.make_bench_checkpoint import build_larger
 from tools.make_video import write_video
@@ -94,7 +94,7 @@ def _video(
     seconds = max(2, tokens // _TOKENS_PER_PATCH)
     path = write_video(folder / "video.mp4", seconds, 2.0, *_FRAME)
     index = asyncio.run(probe_video(path, VideoConfig()))
-    plan = PromptPlanner(checkpoint, "float32").plan(index, path.name, FrameSampling(fps=2.0), "")
+    plan = PrefixPlanner(checkpoint, "float32").plan(index, path.name, FrameSampling(fps=2.0), "")
     return encode_video(PlannedVideo(path, index, plan), model, chunk, folder)
 
 

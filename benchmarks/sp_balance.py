@@ -31,13 +31,13 @@ from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import EngineConfig
 from prefill_service.engine.attending import ChunkAttention
-from prefill_service.parallel.balanced import make_balancer
-from prefill_service.parallel.exchange import AttentionShape
-from prefill_service.parallel.exchanges import ExchangeKind
-from prefill_service.parallel.gather import GatherExchange
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.layout import deal_patches
-from prefill_service.parallel.units import Units
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.gather import GatherExchange
+from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.load_balance import make_balancer
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.parallel.token_layout import deal_patches
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 3, 8, 2, 128
 PATCH, CHUNK = 128, 512
@@ -81,7 +81,7 @@ class Problem:
 
 def compute(group: SPGroup, device: torch.device, problem: Problem, above: float) -> dict[str, Any]:
     """One prefill's attention on this rank; for ``run_ranks``."""
-    shape, units = problem.shape, Units.of(problem.ends, CHUNK)
+    shape, units = problem.shape, SelectionUnits.of(problem.ends, CHUNK)
     layout = deal_patches(problem.ends, group.size, CHUNK, whole_units=True)
     exchange = GatherExchange(group, shape)
     attention = AdaptiveAttention(

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.config import EngineConfig, VideoConfig
-from prefill_service.engine.group import RankGroup
+from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import PrefillTask
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.kv.local_client import LocalClient
+from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.kv.transport.unix_client import LocalClient
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
-from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
 from prefill_service.video.probe import probe_video
 
 NEVER = 1 << 30
@@ -68,8 +68,8 @@ async def prefill_video(
     )  # fmt: skip
     index = await probe_video(video, VideoConfig())
     index.save(folder / "index.npz")
-    plan = PromptPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=fps), "")
-    group = RankGroup(config, VideoConfig(), checkpoint, dtype, device, folder)
+    plan = PrefixPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=fps), "")
+    group = PrefillExecutor(config, VideoConfig(), checkpoint, dtype, device, folder)
     found = []
     await group.start()
     try:

@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.sp_ranks import TIMEOUT_S
-from prefill_service.attention.keys import Segments
-from prefill_service.parallel.exchange import AttentionShape
-from prefill_service.parallel.exchanges import ExchangeChoice, choose_exchange, make_exchange
-from prefill_service.parallel.exchanges import ExchangeKind as Kind
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.layout import ChunkLayout, Share, deal_patches
+from prefill_service.attention.key_source import Segments
+from prefill_service.cost_model.chunking import chunking_of
+from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.traffic import Traffic, traffic
+from prefill_service.parallel.comm_stats import moved
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.registry import (
+    ExchangeChoice,
+    choose_exchange,
+    make_exchange,
+)
+from prefill_service.parallel.exchanges.registry import ExchangeKind as Kind
 from prefill_service.parallel.mesh import SPMesh, form_meshes
-from prefill_service.parallel.meter import moved
-from prefill_service.planning.chunking import chunking_of
-from prefill_service.planning.schemes import Exchange, Scheme
-from prefill_service.planning.shapes import ModelShape
-from prefill_service.planning.traffic import Traffic, traffic
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.token_layout import ChunkLayout, Share, deal_patches
 
 DENSE = (Kind.GATHER, Kind.RING, Kind.ULYSSES, Kind.USP, Kind.PASS_Q, Kind.MULTI_RING,
          Kind.ULYSSES_GATHER)  # fmt: skip

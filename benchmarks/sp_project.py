@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prefill_service.parallel.comparison.spava import spava
-from prefill_service.planning.chunking import Chunking, deal_tokens
-from prefill_service.planning.cost import CostModel
-from prefill_service.planning.memory import memory_bytes
-from prefill_service.planning.schemes import Exchange, Scheme
-from prefill_service.planning.shapes import ModelShape
-from prefill_service.planning.traffic import summary_bytes, traffic
-from prefill_service.planning.work import Work, prefill_work
+from prefill_service.cost_model.chunking import Chunking, deal_tokens
+from prefill_service.cost_model.cost import CostModel
+from prefill_service.cost_model.memory import memory_bytes
+from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.traffic import summary_bytes, traffic
+from prefill_service.cost_model.work import Work, prefill_work
+from prefill_service.parallel.baselines.spava import spava
 
 CHUNKS = (2048, 4096, 8192, 16384)
 

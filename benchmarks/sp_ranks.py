@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prefill_service.parallel.group import form_group
+from prefill_service.parallel.process_group import form_group
 
 TIMEOUT_S = 120.0
 

@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.sp_project import MACHINES, Assumptions, Machine, Projection, project
 from benchmarks.sp_work import REDUCED, Measured, fit_work, measure
-from prefill_service.planning.cost import CostModel
-from prefill_service.planning.shapes import PRESETS, ModelShape
+from prefill_service.cost_model.cost import CostModel
+from prefill_service.cost_model.model_shape import PRESETS, ModelShape
 
 CHECKED_TOKENS = (1024, 2048, 4096)
 CHUNK = 256

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import tables
 from benchmarks.sp_group import Case, Prefix, prefill_video
 from prefill_service.attention.quality import Quality, resolve_policy
-from prefill_service.parallel.exchanges import ExchangeKind
+from prefill_service.parallel.exchanges.registry import ExchangeKind
 from tools.needle import stories, videos
 
 MODEL = Path(__file__).parents[1] / "assets" / "needle-qwen3-vl"

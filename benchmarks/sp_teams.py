@@ -23,13 +23,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefill_service.config import EngineConfig, VideoConfig
-from prefill_service.engine.group import RankGroup
+from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling, PrefixPlan
-from prefill_service.models.planner import PromptPlanner
-from prefill_service.parallel.teams import Team
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.video.probe import probe_video
 from tools.make_tiny_checkpoint import build
 from tools.make_video import write_video
@@ -42,7 +42,9 @@ EACH = 4
 class Work:
     """A group and one video, of which prefixes of any number of frames can be computed."""
 
-    def __init__(self, group: RankGroup, planner: PromptPlanner, video: Path, index: Path) -> None:
+    def __init__(
+        self, group: PrefillExecutor, planner: PrefixPlanner, video: Path, index: Path
+    ) -> None:
         self.group, self.planner, self.video, self.index = group, planner, video, index
         self.plans: dict[int, PrefixPlan] = {}
 
@@ -54,7 +56,7 @@ class Work:
         plan = self.plans[frames] = self.planner.plan(index, self.video.name, sampling, "")
         return plan
 
-    def task(self, frames: int, team: Team) -> PrefillTask:
+    def task(self, frames: int, team: Subgroup) -> PrefillTask:
         """A prefix as if nobody had asked for it yet."""
         job_id = f"job_{uuid.uuid4().hex}"
         plan = replace(self.plans[frames], prefix_id=job_id)
@@ -80,7 +82,7 @@ class Work:
         self.group.drop(task.plan.prefix_id)
         return time.perf_counter() - start
 
-    async def several(self, frames: int, team: Team, count: int) -> None:
+    async def several(self, frames: int, team: Subgroup, count: int) -> None:
         """One after the other."""
         for _ in range(count):
             await self.run(self.task(frames, team))
@@ -118,10 +120,10 @@ async def measure(ranks: int, rounds: int, folder: Path) -> None:
         model=str(model), ranks=ranks, device="cpu", threads_per_rank=1, sparse_from_tokens=NEVER,
         heartbeat_timeout_s=120.0,
     )  # fmt: skip
-    group = RankGroup(config, VideoConfig(), checkpoint, "float32", "cpu", folder / "run")
+    group = PrefillExecutor(config, VideoConfig(), checkpoint, "float32", "cpu", folder / "run")
     await group.start()
     try:
-        work = Work(group, PromptPlanner(checkpoint, "float32"), video, folder / "index.npz")
+        work = Work(group, PrefixPlanner(checkpoint, "float32"), video, folder / "index.npz")
         short, long = await work.plan(4), await work.plan(256)
         print(f"{ranks} ranks; prefixes of {short.num_tokens} and {long.num_tokens} tokens")
         await work.several(4, group.everyone, 2)

@@ -15,16 +15,16 @@ import torch
 
 from benchmarks.sp_problem import DENSE, SEGMENTS, Problem, positions
 from benchmarks.sp_ranks import TIMEOUT_S, Transport, run_ranks
-from prefill_service.parallel.exchanges import ExchangeKind, make_exchange
-from prefill_service.parallel.group import SPGroup
+from prefill_service.cost_model.chunking import chunking_of
+from prefill_service.cost_model.cost import ASSUMED, CostModel
+from prefill_service.cost_model.fitting import Observation, fit
+from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.work import Work, prefill_work
+from prefill_service.parallel.comm_stats import moved
+from prefill_service.parallel.exchanges.registry import ExchangeKind, make_exchange
 from prefill_service.parallel.mesh import SPMesh, form_meshes
-from prefill_service.parallel.meter import moved
-from prefill_service.planning.chunking import chunking_of
-from prefill_service.planning.cost import ASSUMED, CostModel
-from prefill_service.planning.fitting import Observation, fit
-from prefill_service.planning.schemes import Exchange, Scheme
-from prefill_service.planning.shapes import ModelShape
-from prefill_service.planning.work import Work, prefill_work
+from prefill_service.parallel.process_group import SPGroup
 
 REDUCED = ModelShape("reduced", 3, 256, 1024, 8, 2, 64, bytes_per_element=4)
 TURNS = 2

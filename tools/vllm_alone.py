@@ -133,13 +133,13 @@ def _prepare(
 
     from prefill_service.config import VideoConfig
     from prefill_service.models.checkpoint import open_checkpoint
-    from prefill_service.models.plan import FrameSampling
-    from prefill_service.models.planner import PromptPlanner
-    from prefill_service.video.frames import FrameStream
-    from prefill_service.video.indexing import build_index
+    from prefill_service.models.prefix_plan import FrameSampling
+    from prefill_service.models.prefix_planner import PrefixPlanner
+    from prefill_service.video.decoder.indexing import build_index
+    from prefill_service.video.frame_stream import FrameStream
 
     checkpoint = open_checkpoint(model)
-    planner = PromptPlanner(checkpoint, dtype)
+    planner = PrefixPlanner(checkpoint, dtype)
     processors: Any = AutoProcessor
     processor = processors.from_pretrained(checkpoint.path)
     previous: tuple[object, ...] = ()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.fidelity.rehearsal import Prefix
-from prefill_service.engine.comparison import patch_shares
+from prefill_service.engine.baseline_prefill import patch_shares
 from prefill_service.models.prefill_model import PrefillModel
-from prefill_service.parallel.comparison.attention import ComparisonAttention
-from prefill_service.parallel.comparison.layout import SequenceSplit, split_patches
-from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode
-from prefill_service.parallel.group import PendingSlice, SPGroup
+from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
+from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
+from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_patches
+from prefill_service.parallel.process_group import PendingSlice, SPGroup
 
 METHODS = tuple(str(method) for method in Comparison)
 
@@ -29,7 +29,7 @@ METHODS = tuple(str(method) for method in Comparison)
 def comparison_kv(
     model: PrefillModel,
     prefix: Prefix,
-    mode: ComparisonMode,
+    mode: BaselineMethod,
     ranks: int,
     question_ids: Sequence[int],
     chunk_tokens: int,
@@ -51,12 +51,12 @@ def comparison_kv(
     split = split_patches(prefix.patch_ends, len(question_ids), ranks, mode, _text_tokens(prefix))
     shape = (tokens, 2, checkpoint.num_kv_heads, checkpoint.head_dim)
     pages = [torch.empty(shape, dtype=model.dtype) for _ in range(checkpoint.num_layers)]
-    board = _Board(ranks)
+    board = Timeline(ranks)
     question = np.array(question_ids, np.int32)
 
     def compute(rank: int) -> None:
         group = _ThreadRank(rank, ranks, None, None, board=board)
-        attention = ComparisonAttention(group, split, mode, model.attention_scale)
+        attention = BaselineAttention(group, split, mode, model.attention_scale)
         ids, positions = _inputs(prefix, split, rank, question)
         ranges = [(0, split.anchor_tokens), *(split.block(b) for b in split.blocks_of(rank))]
         shares = patch_shares([r for r in ranges if r[1] > r[0]], prefix.patch_ends, chunk_tokens)
@@ -73,7 +73,7 @@ def comparison_kv(
     return [page.permute(1, 2, 0, 3) for page in pages]
 
 
-class _Board:
+class Timeline:
     """Where threads leave their tensors for each other."""
 
     def __init__(self, ranks: int) -> None:
@@ -95,7 +95,7 @@ class _Board:
 class _ThreadRank(SPGroup):
     """A rank among threads: what is sent has arrived when the call returns."""
 
-    board: _Board = field(default_factory=lambda: _Board(1))
+    board: Timeline = field(default_factory=lambda: Timeline(1))
 
     def broadcast_slices(self, slices: list[Tensor]) -> list[PendingSlice]:
         """See ``SPGroup``; nothing is left to wait for."""
@@ -107,7 +107,7 @@ class _Rows:
     """One rank's ``LayerKV``: its rows of a layer; those that it answers for go to the pages."""
 
     def __init__(
-        self, split: SequenceSplit, rank: int, pages: list[Tensor], attention: ComparisonAttention
+        self, split: SequenceSplit, rank: int, pages: list[Tensor], attention: BaselineAttention
     ) -> None:
         held = zip(split.held(rank), split.held_rows(rank), strict=True)
         self._kept = [(run, rows) for run, rows in held if run[0] < split.context_tokens]

@@ -18,8 +18,8 @@ from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
-from prefill_service.parallel.layout import Range, Share, deal_patches
-from prefill_service.parallel.units import Units
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.parallel.token_layout import Range, Share, deal_patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def rehearse(
         for _ in range(ranks)
     ]  # fmt: skip
     sparse = not policy.exact and tokens >= settings.from_tokens
-    units = Units.of(prefix.patch_ends, chunk_tokens)
+    units = SelectionUnits.of(prefix.patch_ends, chunk_tokens)
     layout = deal_patches(prefix.patch_ends, ranks, chunk_tokens, whole_units=sparse)
     for chunk in layout.shares:
         for member, share in zip(members, chunk, strict=True):

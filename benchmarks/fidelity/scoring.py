@@ -16,8 +16,8 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
-from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode
-from prefill_service.parallel.comparison.modes import comparison_mode
+from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
+from prefill_service.parallel.baselines.methods import baseline_method
 from tools.needle import checkpoint, sketches, stories, tower, videos
 from tools.needle.stories import TASKS, Question, Story
 from tools.needle.videos import PLAIN, Look
@@ -214,12 +214,12 @@ class Reader:
     def _published(self, prefix: Prefix, setting: Setting, text: str) -> str:
         """The answer after a published method's prefill, which has seen the question."""
         assert setting.published is not None
-        mode = comparison_mode(setting.published, len(prefix.token_ids), setting.ranks)
+        mode = baseline_method(setting.published, len(prefix.token_ids), setting.ranks)
         kv = self.published(prefix, mode, setting.ranks, text)
         return self.answers(prefix, kv, [text])[0][0]
 
     def published(
-        self, prefix: Prefix, mode: ComparisonMode, ranks: int, text: str
+        self, prefix: Prefix, mode: BaselineMethod, ranks: int, text: str
     ) -> list[torch.Tensor]:
         """KV of a published method's prefill, made for one question."""
         return comparison_kv(

@@ -18,11 +18,11 @@ from benchmarks.gpu_prefill.inputs import AttentionInputs, video_attention
 from benchmarks.gpu_prefill.model import RandomModel
 from benchmarks.gpu_prefill.runs import DENSE, DenseKernel, Settings, dense_kernels, prefill
 from benchmarks.gpu_prefill.shapes import SHAPES, TINY, ModelShape
-from prefill_service.attention.probe import measure_crossover
+from prefill_service.attention.crossover import measure_crossover
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import EngineConfig
-from prefill_service.engine.spec import chunk_tokens, sparse_settings
-from prefill_service.models.plan import PrefixPlan
+from prefill_service.engine.resolve import chunk_tokens, sparse_settings
+from prefill_service.models.prefix_plan import PrefixPlan
 
 TOKENS = (32768, 65536, 131072, 262144, 524288)
 WHOLE_TOKENS = 131072

@@ -12,14 +12,14 @@ from transformers import AutoModel
 
 from benchmarks.gpu_prefill.inputs import AttentionInputs
 from benchmarks.gpu_prefill.shapes import ModelShape
-from prefill_service.attention.clock import Stopwatch
-from prefill_service.models.plan import PrefixPlan
+from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.models.prefill_model import (
     ATTENTION_IMPLEMENTATION,
     LayerKV,
     PrefillModel,
     VisionFeatures,
 )
+from prefill_service.models.prefix_plan import PrefixPlan
 
 FEATURES = 4099
 """Vision features there are; a prime, so that patches do not repeat."""

@@ -13,20 +13,20 @@ from benchmarks.gpu_prefill.device import Device
 from benchmarks.gpu_prefill.inputs import AttentionInputs
 from benchmarks.gpu_prefill.model import RandomModel, Substituted, run_chunks
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.clock import Stopwatch
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.engine.attending import ChunkAttention
 from prefill_service.kv.manifest import KVLayout
-from prefill_service.kv.segment import ShardStore, ShardWriter
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.exchange import AttentionShape
-from prefill_service.parallel.gather import GatherExchange
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.layout import ChunkLayout, deal_patches
-from prefill_service.parallel.units import Units
+from prefill_service.kv.page_store import ShardStore, ShardWriter
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.gather import GatherExchange
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
 
 DENSE = "dense"
 MODES = (DENSE, "exact", "high", "balanced", "fast")
@@ -71,7 +71,7 @@ class Run:
 
 
 class OursKV:
-    """``engine.pipeline.ChunkedRun``'s keys and attention, of one rank and the gather exchange.
+    """``engine.pipeline.ChunkedPrefill``'s keys and attention, of one rank and the gather exchange.
 
     Args:
         layout: of the prompt, on one rank, in chunks of ``chunk_tokens``.
@@ -101,7 +101,7 @@ class OursKV:
             settings, resolve_policy(quality), self._attending, checkpoint.num_kv_heads,
             checkpoint.head_dim, model.dtype, model.device, plan.patch_ends,
         )  # fmt: skip
-        units = Units.of(plan.patch_ends, chunk_tokens)
+        units = SelectionUnits.of(plan.patch_ends, chunk_tokens)
         self._chunks = ChunkAttention(self._exchange, self.attention, units, group.meter)
         self._chunk, self._page = -1, 0
 

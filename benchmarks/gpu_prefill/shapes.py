@@ -10,8 +10,8 @@ import numpy as np
 import transformers
 
 from prefill_service.models.checkpoint import Checkpoint
-from prefill_service.models.families import FAMILIES
-from prefill_service.models.plan import PrefixPlan
+from prefill_service.models.families.qwen_vl import FAMILIES
+from prefill_service.models.prefix_plan import PrefixPlan
 
 hf: Any = transformers
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling, PrefixPlan
-from prefill_service.models.planner import PromptPlanner
-from prefill_service.video.frames import FrameStream
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.video.decoder.indexing import build_index
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.indexing import build_index
 from tools.make_video import write_video
 
 QUESTIONS = (
@@ -76,7 +76,7 @@ class CaseMaker:
 
     def __init__(self, checkpoint: Path, size: tuple[int, int], folder: Path) -> None:
         opened = open_checkpoint(str(checkpoint))
-        self._planner = PromptPlanner(opened, "float32")
+        self._planner = PrefixPlanner(opened, "float32")
         self._context = opened.max_position_embeddings
         self._size, self._folder = size, folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ class VllmServer:
         with self._log.open("w") as log:
             # Our launcher is vLLM's server, ending with its parent.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "prefill_service.decode.vllm_server", *self.arguments],
+                [sys.executable, "-m", "prefill_service.generation.vllm_server", *self.arguments],
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -16,10 +16,10 @@ from prefill_service.api.convert_attention import (
     policy_to_proto,
 )
 from prefill_service.api.convert_comparison import comparison_from_proto, comparison_to_proto
-from prefill_service.decode.vllm_client import Sampling
 from prefill_service.engine.messages import Progress
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.plan import FrameSampling
+from prefill_service.generation.vllm_client import Sampling
+from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.scheduling.answers import (
     AnswerDelta,
     AnswerEvent,
@@ -27,8 +27,8 @@ from prefill_service.scheduling.answers import (
     AnswerProgress,
     Question,
 )
-from prefill_service.scheduling.attention import AttentionDetail
-from prefill_service.scheduling.jobs import NO_POLICY, JobRecord, PrefillResult, PrefillSpec
+from prefill_service.scheduling.attention_summary import AttentionDetail
+from prefill_service.scheduling.job import NO_POLICY, JobRecord, PrefillResult, PrefillSpec
 
 if TYPE_CHECKING:
     from prefill_service.video.records import VideoRecord

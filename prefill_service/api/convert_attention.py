@@ -8,7 +8,7 @@ from prefill.v1 import prefill_service_pb2 as pb
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import BlockMap
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.scheduling.attention import AttentionMeasures, AttentionSummary
+from prefill_service.scheduling.attention_summary import AttentionMeasures, AttentionSummary
 
 _QUALITIES: dict[int, Quality | None] = {
     pb.QUALITY_UNSPECIFIED: None,

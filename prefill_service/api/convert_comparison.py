@@ -5,13 +5,13 @@ from __future__ import annotations
 from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.parallel.comparison.mode import Comparison
-from prefill_service.scheduling.comparison import ComparisonSpec
+from prefill_service.parallel.baselines.method import Comparison
+from prefill_service.scheduling.baseline_spec import BaselineSpec
 
 _METHODS = {pb.ComparisonMethod.Value(f"COMPARISON_METHOD_{m.name}"): m for m in Comparison}
 
 
-def comparison_from_proto(message: pb.PrefillSpec, question: str = "") -> ComparisonSpec | None:
+def comparison_from_proto(message: pb.PrefillSpec, question: str = "") -> BaselineSpec | None:
     """The method a request asks for, if any.
 
     Args:
@@ -43,7 +43,7 @@ def comparison_from_proto(message: pb.PrefillSpec, question: str = "") -> Compar
         raise ServiceError(
             Reason.QUESTION_EMPTY, "spec.comparison.question is empty: the method consults it"
         )
-    return ComparisonSpec(
+    return BaselineSpec(
         _METHODS[asked.method],
         text,
         asked.anchor_tokens if asked.HasField("anchor_tokens") else None,
@@ -51,7 +51,7 @@ def comparison_from_proto(message: pb.PrefillSpec, question: str = "") -> Compar
     )
 
 
-def comparison_to_proto(spec: ComparisonSpec) -> pb.ComparisonSpec:
+def comparison_to_proto(spec: BaselineSpec) -> pb.ComparisonSpec:
     """In a form that a request may repeat."""
     return pb.ComparisonSpec(
         method=f"COMPARISON_METHOD_{spec.method.name}",

@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.certificate import (
-    Certificate,
-    exact_rows,
-    visible_mass,
-)
-from prefill_service.attention.certified import LayerRun
-from prefill_service.attention.clock import Stopwatch
-from prefill_service.attention.keys import KeySource, LayerState, ReplicatedKeys, Segments
-from prefill_service.attention.observe import BlockGrids, PatchMass
+from prefill_service.attention.fallback import LayerRun
+from prefill_service.attention.key_source import KeySource, LayerState, ReplicatedKeys, Segments
+from prefill_service.attention.patch_mass import BlockGrids, PatchMass
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport, RankAttention, WorkLog
 from prefill_service.attention.sampling import certified_rows, observed_rows
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.sparse import forced_blocks, previous_patch
-from prefill_service.attention.summaries import empty_summaries
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.attend import forced_blocks, previous_patch
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.summaries import empty_summaries
+from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.attention.verification import (
+    Certificate,
+    exact_rows,
+    visible_mass,
+)
 
 
 class AdaptiveAttention:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from prefill_kernels.cpu.attention import attend_rows
 from torch import Tensor
-
-from prefill_service.kernels.cpu_attention import attend_rows
 
 _CAUSAL_ROWS = 128
 """Queries of a strip of causal attention on CPUs: half of its last keys are computed in vain."""

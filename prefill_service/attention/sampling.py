@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.tiles import Tiles
 
 _MIN_SAMPLES, _MAX_SAMPLES = 2, 8  # where a chunk has more tiles, one of each is certified
 _CERTIFIED_EVERY, _OBSERVED_EVERY = 64, 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefill_service.attention.keys import Segments
+from prefill_service.attention.key_source import Segments
 
 
 @dataclass(frozen=True, slots=True)

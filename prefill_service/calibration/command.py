@@ -14,13 +14,13 @@ import torch
 import transformers
 
 from prefill_service.attention.head_budgets import MAX_EPSILON, HeadBudgetProfile, load_profile
-from prefill_service.attention.max_min import layer_weights
 from prefill_service.calibration.fit import fit, grid
+from prefill_service.calibration.max_min import layer_weights
 from prefill_service.calibration.measure import Bench
 from prefill_service.calibration.prefix import EncodedVideo, encode_video, plan_video
 from prefill_service.calibration.table import table
 from prefill_service.config import EngineConfig
-from prefill_service.engine.spec import chunk_tokens, sparse_settings
+from prefill_service.engine.resolve import chunk_tokens, sparse_settings
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import (
     Checkpoint,
@@ -28,9 +28,9 @@ from prefill_service.models.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
 
 INTERRUPTED = 130
 
@@ -98,7 +98,7 @@ def _load(
     folder: Path,
 ) -> tuple[PrefillModel, list[EncodedVideo]]:
     """The model and the videos; all of these are looked at before the weights are loaded."""
-    planner = PromptPlanner(checkpoint, dtype)
+    planner = PrefixPlanner(checkpoint, dtype)
     sampling = FrameSampling(fps=args.fps, num_frames=args.num_frames, max_pixels=args.max_pixels)
     planned = [plan_video(path, planner, sampling, args.sparse_from_tokens) for path in args.videos]
     _say(f"loading {args.model}, {dtype} on {device}")

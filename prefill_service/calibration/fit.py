@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefill_service.attention.head_budgets import MAX_EPSILON
-from prefill_service.attention.max_min import assign_epsilons, measured_curves
+from prefill_service.calibration.max_min import assign_epsilons, measured_curves
 from prefill_service.calibration.measure import Measured
 
 _GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.plan import FrameSampling, PrefixPlan
-from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
-from prefill_service.parallel.units import Units
-from prefill_service.video.frames import FrameStream
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
 
@@ -44,7 +44,7 @@ class EncodedVideo:
 
 
 def plan_video(
-    path: Path, planner: PromptPlanner, sampling: FrameSampling, sparse_from_tokens: int
+    path: Path, planner: PrefixPlanner, sampling: FrameSampling, sparse_from_tokens: int
 ) -> PlannedVideo:
     """Probe and plan.
 
@@ -90,7 +90,7 @@ def encode_video(
         ServiceError: what decoding failed with.
     """
     plan = video.plan
-    firsts = Units.of(plan.patch_ends, chunk_tokens).patches
+    firsts = SelectionUnits.of(plan.patch_ends, chunk_tokens).patches
     starts = [0, *(int(end) for end in plan.patch_ends)]
     preprocess = model.preprocessor(plan)
     frames_per_patch = preprocess.temporal_patch_size

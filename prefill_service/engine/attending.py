@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.clock import Stopwatch
-from prefill_service.parallel.balanced import BalancedKeys, Balancer
-from prefill_service.parallel.demand import DemandExchange
-from prefill_service.parallel.exchange import Exchange
-from prefill_service.parallel.gather import GatherExchange
-from prefill_service.parallel.layout import Range, Share, span
-from prefill_service.parallel.meter import CommMeter
-from prefill_service.parallel.ulysses_gather import UlyssesGatherExchange
-from prefill_service.parallel.units import Units
+from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.parallel.comm_stats import CommStats
+from prefill_service.parallel.exchanges.base import Exchange
+from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
+from prefill_service.parallel.exchanges.gather import GatherExchange
+from prefill_service.parallel.exchanges.ulysses_gather import UlyssesGatherExchange
+from prefill_service.parallel.load_balance import BalancedKeys, Balancer
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.parallel.token_layout import Range, Share, span
 
 
 class ChunkAttention:
@@ -32,8 +32,8 @@ class ChunkAttention:
         self,
         exchange: Exchange,
         attention: AdaptiveAttention,
-        units: Units,
-        meter: CommMeter,
+        units: SelectionUnits,
+        meter: CommStats,
         balancer: Balancer | None = None,
     ) -> None:
         self._exchange, self._attention, self._units = exchange, attention, units

@@ -7,15 +7,15 @@ from enum import StrEnum
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import RankAttention
-from prefill_service.engine.trace import Span
+from prefill_service.cost_model.fitting import Observation
+from prefill_service.engine.spans import Span
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.working import WorkingReport
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.comparison.mode import ComparisonMode
-from prefill_service.parallel.exchanges import ExchangeChoice
-from prefill_service.parallel.meter import CollectiveUse
-from prefill_service.parallel.teams import Team
-from prefill_service.planning.fitting import Observation
+from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.baselines.method import BaselineMethod
+from prefill_service.parallel.comm_stats import CollectiveUse
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
+from prefill_service.parallel.subgroups import Subgroup
 
 
 class Stage(StrEnum):
@@ -27,7 +27,7 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonTask:
+class BaselineTask:
     """How to compute a prefix by a published method instead (``parallel.comparison``).
 
     Attributes:
@@ -35,7 +35,7 @@ class ComparisonTask:
         question_ids: tokens after the prefix, which the method consults. Their KV is not kept.
     """
 
-    mode: ComparisonMode
+    mode: BaselineMethod
     question_ids: tuple[int, ...]
 
 
@@ -52,10 +52,10 @@ class PrefillTask:
     manifest: Manifest
     video_path: str
     index_path: str
-    team: Team
+    team: Subgroup
     policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
     exchange: ExchangeChoice = field(default_factory=ExchangeChoice)
-    comparison: ComparisonTask | None = None
+    comparison: BaselineTask | None = None
 
 
 # ---- front end to rank ------------------------------------------------------------------
@@ -175,7 +175,7 @@ class RankDone:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     communication: dict[str, CollectiveUse] = field(default_factory=dict)
     attention: RankAttention | None = None
-    offloaded: WorkingReport | None = None
+    offloaded: OffloadReport | None = None
     spans: tuple[Span, ...] = ()
 
 

@@ -14,21 +14,21 @@ from typing import Protocol
 from prefill_service.attention.report import RankAttention
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import VideoConfig
-from prefill_service.engine.cadence import Cadence
+from prefill_service.engine.agreement import SyncInterval
 from prefill_service.engine.messages import PrefillTask, Progress, RankDone, Stage
-from prefill_service.engine.shards import pages_of_rank
-from prefill_service.engine.trace import Amount, SpanBuffer
+from prefill_service.engine.shard_map import pages_of_rank
+from prefill_service.engine.spans import Amount, SpanBuffer
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
-from prefill_service.kv.segment import ShardStore, ShardWriter
-from prefill_service.kv.working import WorkingReport
+from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.kv.page_store import ShardStore, ShardWriter
 from prefill_service.models.prefill_model import PrefillModel
-from prefill_service.parallel.exchanges import ExchangeChoice
-from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.mesh import SPMesh
-from prefill_service.video.frames import FrameStream
-from prefill_service.video.spares import DecoderSpares
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.video.decoder.pool import DecoderPool
+from prefill_service.video.frame_stream import FrameStream
 
 logger = logging.getLogger("prefill_service.task")
 
@@ -97,7 +97,7 @@ class StageClock:
 
 
 @dataclass(frozen=True, slots=True)
-class RankContext:
+class WorkerContext:
     """What this rank is and has, for every task of one team.
 
     Attributes:
@@ -123,7 +123,7 @@ class RankContext:
     budget: Callable[[ExchangeChoice], KVBudget]
     runtime_dir: Path
     video: VideoConfig
-    decoders: DecoderSpares
+    decoders: DecoderPool
     chunk_tokens: int
     sparse: SparseSettings
     balance_above: float
@@ -157,20 +157,20 @@ class TaskRun(Protocol):
     def report(self) -> RankAttention | None:
         """What was measured of its attention."""
 
-    def offloaded(self) -> WorkingReport | None:
+    def offloaded(self) -> OffloadReport | None:
         """What offloading its keys took, if they had to be."""
 
 
 def run_task(
-    rank: RankContext,
+    rank: WorkerContext,
     task: PrefillTask,
     control: TaskControl,
-    begin: Callable[[RankContext, PrefillTask, ShardWriter, TaskControl], TaskRun],
+    begin: Callable[[WorkerContext, PrefillTask, ShardWriter, TaskControl], TaskRun],
 ) -> RankDone:
     """Compute this rank's share of the task, in step with the other ranks of its team.
 
     Args:
-        begin: ``ChunkedRun``, or another way to compute a prefix.
+        begin: ``ChunkedPrefill``, or another way to compute a prefix.
 
     Raises:
         TaskAborted: on every rank, when one was cancelled or failed in a way it could name.
@@ -180,10 +180,10 @@ def run_task(
 
 
 def _run_task(
-    rank: RankContext,
+    rank: WorkerContext,
     task: PrefillTask,
     control: TaskControl,
-    begin: Callable[[RankContext, PrefillTask, ShardWriter, TaskControl], TaskRun],
+    begin: Callable[[WorkerContext, PrefillTask, ShardWriter, TaskControl], TaskRun],
 ) -> RankDone:
     manifest = task.manifest
     # A rank without any share (fewer patches than ranks) holds one unused page.
@@ -222,9 +222,9 @@ def _run_task(
 
 
 def checkpoint(
-    rank: RankContext,
+    rank: WorkerContext,
     control: TaskControl,
-    cadence: Cadence | None = None,
+    cadence: SyncInterval | None = None,
     error: ServiceError | None = None,
 ) -> None:
     """Synchronisation point: all ranks of the team go on, or all raise ``TaskAborted``."""
@@ -232,7 +232,10 @@ def checkpoint(
 
 
 def between_chunks(
-    rank: RankContext, control: TaskControl, cadence: Cadence, error: ServiceError | None = None
+    rank: WorkerContext,
+    control: TaskControl,
+    cadence: SyncInterval,
+    error: ServiceError | None = None,
 ) -> bool:
     """A ``checkpoint`` at which the task is paused if all of its ranks have been told to.
 
@@ -250,9 +253,9 @@ def between_chunks(
 
 
 def _agree(
-    rank: RankContext,
+    rank: WorkerContext,
     control: TaskControl,
-    cadence: Cadence | None,
+    cadence: SyncInterval | None,
     error: ServiceError | None,
     pause: bool,
 ) -> bool:

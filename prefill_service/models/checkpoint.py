@@ -9,7 +9,7 @@ from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
-from prefill_service.models.families import FAMILIES
+from prefill_service.models.families.qwen_vl import FAMILIES
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ import numpy as np
 
 from prefill_service.compat import ensure_torchvision
 from prefill_service.models.checkpoint import Checkpoint
-from prefill_service.models.families import FAMILIES
-from prefill_service.models.packed import can_pack, pack_linears
+from prefill_service.models.chunked_mlp import limit_rows
+from prefill_service.models.families.qwen_vl import FAMILIES
+from prefill_service.models.packed_linear import can_pack, pack_linears
 from prefill_service.models.pixels import FramePreprocessor
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.models.row_chunks import limit_rows
-from prefill_service.models.vision import VISION_ATTENTION, PatchProduct, varlen_attention
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.models.vision_attention import VISION_ATTENTION, PatchProduct, varlen_attention
 
 ensure_torchvision()
 

@@ -12,8 +12,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.teams import Team
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.subgroups import Subgroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,14 @@ def form_meshes(world: SPGroup, timeout_s: float) -> dict[int, SPMesh]:
     Returns:
         Ulysses degree to mesh.
     """
-    return form_team_meshes(world, [Team(0, world.size)], timeout_s)[Team(0, world.size)]
+    return form_subgroup_meshes(world, [Subgroup(0, world.size)], timeout_s)[
+        Subgroup(0, world.size)
+    ]
 
 
-def form_team_meshes(
-    world: SPGroup, teams: Iterable[Team], timeout_s: float
-) -> dict[Team, dict[int, SPMesh]]:
+def form_subgroup_meshes(
+    world: SPGroup, teams: Iterable[Subgroup], timeout_s: float
+) -> dict[Subgroup, dict[int, SPMesh]]:
     """``form_meshes`` of several teams of ranks.
 
     Every rank takes part in building all of them, since torch wants that of its groups.
@@ -72,7 +74,7 @@ class _Builder:
         self._world, self._timeout = world, timedelta(seconds=timeout_s)
         self._built: dict[tuple[int, ...], SPGroup] = {tuple(range(world.size)): world}
 
-    def mesh(self, team: Team, ulysses: int) -> SPMesh:
+    def mesh(self, team: Subgroup, ulysses: int) -> SPMesh:
         """Of the team's ranks; on a rank outside it nothing that can be used."""
         members = list(team.members)
         rows = [members[at : at + ulysses] for at in range(0, team.size, ulysses)]

@@ -16,22 +16,22 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefill_service.decode.vllm_client import DecodeEvent, DecodeRequest, Sampling
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest, Sampling
+from prefill_service.kv.handoff import HandoffParams, HandoffReport
+from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.protocol import HandoffParams, HandoffReport
-from prefill_service.kv.reports import ReportServer
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.scheduling.jobs import ACTIVE, Job, JobRecord, JobState, PrefillSpec
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.scheduling.admission import Admission
+from prefill_service.scheduling.job import ACTIVE, Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
-from prefill_service.scheduling.planning import Planning
-from prefill_service.scheduling.prefixes import Lease
+from prefill_service.scheduling.prefix_cache import Lease
 from prefill_service.scheduling.sampling import fit_sampling
 from prefill_service.scheduling.scheduler import Scheduler
 from prefill_service.scheduling.traces import QUESTIONS
 
 if TYPE_CHECKING:
-    from prefill_service.decode.decoder import Decoder
+    from prefill_service.generation.server import GenerationServer
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,9 @@ class Answers:
 
     def __init__(
         self,
-        planning: Planning,
+        planning: Admission,
         scheduler: Scheduler,
-        decoder: Decoder,
+        decoder: GenerationServer,
         reports: ReportServer,
         decoder_wait_s: float,
         submit_early: bool,
@@ -164,7 +164,7 @@ class Answers:
         token has been sent.
 
         Raises:
-            ServiceError: what ``Planning`` and ``fit_sampling`` raise; why the job, the
+            ServiceError: what ``Admission`` and ``fit_sampling`` raise; why the job, the
                 hand-off or the decoder failed.
         """
         started = time.monotonic()
@@ -283,7 +283,7 @@ class Answers:
             prompt_tokens=final.prompt_tokens, completion_tokens=final.completion_tokens,
         )  # fmt: skip
 
-    async def _tokens(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[DecodeEvent]:
+    async def _tokens(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[GenerationEvent]:
         deadline = time.monotonic() + self._decoder_wait_s
         while not self._decoder.ready:
             if time.monotonic() > deadline:
@@ -295,7 +295,7 @@ class Answers:
                 )
             await asyncio.sleep(0.1)
         run.submitted = time.monotonic()
-        request = DecodeRequest(
+        request = GenerationRequest(
             token_ids=run.token_ids,
             plan=run.plan,
             handoff=HandoffParams(lease.manifest, lease.lease_id, self._reports.address),
@@ -308,7 +308,7 @@ class Answers:
                 yield event
 
     async def _progress_until(
-        self, head: asyncio.Future[DecodeEvent | None], job: Job, lease: Lease
+        self, head: asyncio.Future[GenerationEvent | None], job: Job, lease: Lease
     ) -> AsyncGenerator[AnswerEvent]:
         """Progress of the job until the first token, or the decoder's failure, is there.
 
@@ -357,7 +357,7 @@ def _raise_if_failed(job: Job) -> None:
         raise ServiceError.from_dict(dict(job.record.error))
 
 
-def _final(run: _Run, job: Job, last: DecodeEvent, report: HandoffReport | None) -> AnswerFinal:
+def _final(run: _Run, job: Job, last: GenerationEvent, report: HandoffReport | None) -> AnswerFinal:
     now = time.monotonic()
     return AnswerFinal(
         finish_reason=last.finish_reason,

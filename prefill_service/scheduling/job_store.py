@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.scheduling.attention import AttentionDetail
-from prefill_service.scheduling.jobs import JobRecord, JobState, PrefillSpec
+from prefill_service.scheduling.attention_summary import AttentionDetail
+from prefill_service.scheduling.job import JobRecord, JobState, PrefillSpec
 
 SCHEMA_VERSION = 2
 KEEP_SECONDS = 30 * 24 * 3600.0

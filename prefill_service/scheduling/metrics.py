@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.scheduling.attention import AttentionMeasures, AttentionSummary
+from prefill_service.engine.task_state import PrefillOutcome
+from prefill_service.scheduling.attention_summary import AttentionMeasures, AttentionSummary
 
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _DENSITY = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from prefill_service.parallel.teams import Team
+from prefill_service.parallel.subgroups import Subgroup
 
 SHORT = 4
 """A job overtakes another that has as many times its tokens left."""
@@ -71,7 +71,7 @@ class Active:
     job_id: str
     tokens: int
     left: int
-    team: Team
+    team: Subgroup
     pausable: bool = True
     overtaken: int = 0
     inside: str = ""
@@ -86,7 +86,7 @@ class Placement:
     """
 
     job_id: str
-    team: Team
+    team: Subgroup
     over: str = ""
 
 
@@ -95,12 +95,12 @@ Seconds = Callable[[int, int], float]
 
 
 class Room(Protocol):
-    """What ranks have working KV for (``RankGroup``)."""
+    """What ranks have working KV for (``PrefillExecutor``)."""
 
-    def fits(self, tokens: int, team: Team) -> bool:
+    def fits(self, tokens: int, team: Subgroup) -> bool:
         """Whether a team can compute a prefix."""
 
-    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+    def fit_together(self, paused: tuple[int, Subgroup], inside: tuple[int, Subgroup]) -> bool:
         """Whether it can compute two (tokens, team), one in the other's pause."""
 
 
@@ -122,7 +122,7 @@ class Placer:
 
     def __init__(
         self,
-        teams: Sequence[Team],
+        teams: Sequence[Subgroup],
         chunk_tokens: int,
         room: Room,
         overtaking: bool = True,
@@ -147,7 +147,7 @@ class Placer:
 
     def place(self, waiting: Sequence[Waiting], active: Sequence[Active]) -> list[Placement]:
         """Who begins now, of those who wait, in the order in which they came."""
-        board = _Board(active, self._seconds)
+        board = Timeline(active, self._seconds)
         placed: list[Placement] = []
         passed: list[int] = []  # how often each has been that has to wait
         for job in waiting:
@@ -162,7 +162,7 @@ class Placer:
             passed = [count + 1 for count in passed]
         return placed
 
-    def _place(self, job: Waiting, waiting: int, board: _Board) -> Placement | None:
+    def _place(self, job: Waiting, waiting: int, board: Timeline) -> Placement | None:
         teams = list(self._teams[:1])
         alone = waiting == 1 and not board.active
         if not (job.everyone or alone):
@@ -179,7 +179,7 @@ class Placer:
             board.reserve(best, ends[best], self._seconds(job.tokens, best.size))
         return over
 
-    def _overtake(self, job: Waiting, waiting: int, board: _Board) -> Placement | None:
+    def _overtake(self, job: Waiting, waiting: int, board: Timeline) -> Placement | None:
         if not self._overtaking:
             return None
         size = self._teams[0].size if job.everyone else self.degree(job.tokens, waiting, 1 << 30)
@@ -200,13 +200,13 @@ class Placer:
         return None
 
 
-class _Board:
+class Timeline:
     """Who has which ranks, until when by estimate, and who is to have them then."""
 
     def __init__(self, active: Sequence[Active], seconds: Seconds) -> None:
         self.active = list(active)
         self._seconds = seconds
-        self._reserved: list[tuple[Team, float, float]] = []  # team, start, end
+        self._reserved: list[tuple[Subgroup, float, float]] = []  # team, start, end
 
     def add(self, placed: Placement, tokens: int) -> None:
         """A job has got ranks."""
@@ -215,24 +215,24 @@ class _Board:
                 self.active[index] = replace(job, overtaken=job.overtaken + tokens)
         self.active.append(Active(placed.job_id, tokens, tokens, placed.team, inside=placed.over))
 
-    def free(self, team: Team, besides: Active | None = None) -> bool:
+    def free(self, team: Subgroup, besides: Active | None = None) -> bool:
         """Whether nobody has any of the team's ranks, but perhaps one that is to be paused."""
         allowed = besides.job_id if besides else ""
         return not any(job.team.overlaps(team) for job in self.active if job.job_id != allowed)
 
-    def begins_now(self, team: Team, seconds: float) -> bool:
+    def begins_now(self, team: Subgroup, seconds: float) -> bool:
         """Whether a job on free ranks is in no reservation's way."""
         return self._start(team, seconds) == 0
 
-    def end(self, team: Team, seconds: float) -> float:
+    def end(self, team: Subgroup, seconds: float) -> float:
         """When a job would end that takes so long on the team."""
         return self._start(team, seconds) + seconds
 
-    def reserve(self, team: Team, end: float, seconds: float) -> None:
+    def reserve(self, team: Subgroup, end: float, seconds: float) -> None:
         """A job waits for the team."""
         self._reserved.append((team, end - seconds, end))
 
-    def _start(self, team: Team, seconds: float) -> float:
+    def _start(self, team: Subgroup, seconds: float) -> float:
         """The first time at which the team is free for so long."""
         start = max((self._busy(rank) for rank in team.members), default=0.0)
         for other, begin, end in sorted(self._reserved, key=lambda r: r[1]):

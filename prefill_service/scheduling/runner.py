@@ -10,28 +10,28 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefill_service.attention.quality import AttentionPolicy
-from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress
+from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
+from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import Manifest, hash_token_ids
-from prefill_service.kv.protocol import HandoffParams
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.exchanges import ExchangeChoice
-from prefill_service.parallel.teams import Team
-from prefill_service.scheduling.attention import (
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
+from prefill_service.parallel.subgroups import Subgroup
+from prefill_service.scheduling.admission import Admission
+from prefill_service.scheduling.attention_summary import (
     AttentionDetail,
     AttentionSummary,
     detail,
     summarize,
 )
-from prefill_service.scheduling.exchanges import ExchangePlanner
-from prefill_service.scheduling.jobs import PrefillResult, PrefillSpec
+from prefill_service.scheduling.exchange_planner import ExchangePlanner
+from prefill_service.scheduling.job import PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
-from prefill_service.scheduling.planning import Planning
-from prefill_service.scheduling.prefixes import PrefixRegistry
+from prefill_service.scheduling.prefix_cache import PrefixCache
 from prefill_service.scheduling.traces import TraceBook
 from prefill_service.video.index import VideoIndex
 
 if TYPE_CHECKING:
-    from prefill_service.engine.group import RankGroup
+    from prefill_service.engine.executor import PrefillExecutor
     from prefill_service.video.store import HeldVideo
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class PrefillRunner:
 
     def __init__(
         self,
-        group: RankGroup,
-        prefixes: PrefixRegistry,
+        group: PrefillExecutor,
+        prefixes: PrefixCache,
         engine_id: str,
-        planning: Planning,
+        planning: Admission,
         metrics: Metrics,
         traces: TraceBook,
         exchanges: ExchangePlanner | None = None,
@@ -71,7 +71,7 @@ class PrefillRunner:
         plan: PrefixPlan,
         spec: PrefillSpec,
         video: HeldVideo,
-        team: Team,
+        team: Subgroup,
         over: str,
         on_start: Callable[[], None],
         on_progress: Callable[[Progress], None],
@@ -80,7 +80,7 @@ class PrefillRunner:
 
         Args:
             team: the ranks that compute it.
-            over: job that is paused for it, if any (``RankGroup.prefill``).
+            over: job that is paused for it, if any (``PrefillExecutor.prefill``).
 
         Cancelling this coroutine stops the ranks and frees the pages.
 
@@ -140,8 +140,8 @@ class PrefillRunner:
         self,
         plan: PrefixPlan,
         policy: AttentionPolicy,
-        comparison: ComparisonTask | None,
-        team: Team,
+        comparison: BaselineTask | None,
+        team: Subgroup,
     ) -> ExchangeChoice:
         if self._exchanges is None or comparison is not None:
             return self._group.exchange_of(team)
@@ -153,8 +153,8 @@ class PrefillRunner:
         plan: PrefixPlan,
         profile: str,
         exchange: ExchangeChoice,
-        comparison: ComparisonTask | None,
-        team: Team,
+        comparison: BaselineTask | None,
+        team: Subgroup,
         policy: AttentionPolicy,
     ) -> tuple[Manifest, int]:
         """Wait for the group and for room; nothing is awaited after the group was seen alive."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prefill_service.decode.vllm_client import Sampling
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.vllm_client import Sampling
 
 DEFAULT_MAX_TOKENS = 256
 MOST_STOP_STRINGS = 16

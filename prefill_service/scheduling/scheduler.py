@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING
 from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.teams import Team
-from prefill_service.scheduling.attempts import MAX_ATTEMPTS, Attempts
-from prefill_service.scheduling.book import JobBook
-from prefill_service.scheduling.exchanges import ExchangePlanner
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.subgroups import Subgroup
+from prefill_service.scheduling.admission import Admission
+from prefill_service.scheduling.dispatcher import JobDispatcher
+from prefill_service.scheduling.exchange_planner import ExchangePlanner
+from prefill_service.scheduling.job import Job, JobRecord, JobState, PrefillSpec
+from prefill_service.scheduling.job_registry import JobRegistry
 from prefill_service.scheduling.job_store import JobStore
-from prefill_service.scheduling.jobs import Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.placement import Placer, assumed_seconds
-from prefill_service.scheduling.planning import Planning
-from prefill_service.scheduling.prefixes import PrefixRegistry
-from prefill_service.scheduling.queue import JobQueue
+from prefill_service.scheduling.prefix_cache import PrefixCache
+from prefill_service.scheduling.retry_policy import MAX_ATTEMPTS, RetryPolicy
 from prefill_service.scheduling.runner import PrefillRunner
 
 if TYPE_CHECKING:
-    from prefill_service.engine.group import RankGroup
+    from prefill_service.engine.executor import PrefillExecutor
     from prefill_service.video.store import VideoStore
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class Scheduler:
         self,
         store: JobStore,
         videos: VideoStore,
-        planning: Planning,
-        group: RankGroup,
+        planning: Admission,
+        group: PrefillExecutor,
         engine_id: str,
         config: EngineConfig,
         metrics: Metrics,
@@ -63,9 +63,9 @@ class Scheduler:
             group.teams, group.chunk_tokens, group, overtaking=config.elastic,
             seconds=assumed_seconds if exchanges is None else exchanges.seconds,
         )  # fmt: skip
-        self._queue = JobQueue(placer, self._prefill, self._settle)
-        self.jobs = JobBook(store, metrics, self._queue.ahead)
-        self.prefixes = PrefixRegistry(
+        self._queue = JobDispatcher(placer, self._prefill, self._settle)
+        self.jobs = JobRegistry(store, metrics, self._queue.ahead)
+        self.prefixes = PrefixCache(
             group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self.jobs.evicted
         )
         self._runner = PrefillRunner(
@@ -117,7 +117,7 @@ class Scheduler:
         """Queue a prefill, or return the job that has or makes the same prefix.
 
         Raises:
-            ServiceError: whatever ``Planning.plan`` raises; QUEUE_FULL; SHUTTING_DOWN;
+            ServiceError: whatever ``Admission.plan`` raises; QUEUE_FULL; SHUTTING_DOWN;
                 INVALID_REQUEST if ``request_id`` was used with another spec.
         """
         if request_id:
@@ -248,7 +248,7 @@ class Scheduler:
         else:
             self.jobs.end(job, JobState.CANCELLED, _shutting_down())
 
-    async def _prefill(self, job: Job, team: Team, over: str) -> None:
+    async def _prefill(self, job: Job, team: Subgroup, over: str) -> None:
         """Run a job to its success, on a second group if the first one dies.
 
         Args:
@@ -260,7 +260,7 @@ class Scheduler:
             with self.jobs.traces.span(job_id, "plan"):
                 plan = await self._planning.plan_held(spec, video)
             self.jobs.rename(job, plan)
-            attempts = Attempts(team)
+            attempts = RetryPolicy(team)
             while True:
                 starts = job.record.attempts
                 try:

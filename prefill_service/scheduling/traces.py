@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefill_service.engine.trace import Amount, Span
+from prefill_service.engine.spans import Amount, Span
 
 KEPT_JOBS = 64
 KEPT_SPANS = 100_000

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from prefill_service.config import StorageConfig
 from prefill_service.video import files
-from prefill_service.video.arguments import check_name, check_request_id, check_size, invalid
-from prefill_service.video.inventory import Inventory
+from prefill_service.video.repository import VideoRepository
+from prefill_service.video.validation import check_name, check_request_id, check_size, invalid
 
 
 class Imports:
     """Copies files below the allowed roots into the inventory, one at a time."""
 
-    def __init__(self, inventory: Inventory, storage: StorageConfig) -> None:
+    def __init__(self, inventory: VideoRepository, storage: StorageConfig) -> None:
         self._inventory = inventory
         self._storage = storage
         self._importing = asyncio.Semaphore(1)

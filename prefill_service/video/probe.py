@@ -8,16 +8,16 @@ from pathlib import Path
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.pool import DecoderPool
+from prefill_service.video.decoder.protocol import index_from_message
+from prefill_service.video.decoder.session import SandboxedChild
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.sandbox import SandboxedChild
-from prefill_service.video.spares import DecoderSpares
-from prefill_service.video.wire import index_from_message
 
 _BYTES_PER_FRAME = 9  # pts and keyframe flag
 
 
 async def probe_video(
-    path: Path, limits: VideoConfig, spares: DecoderSpares | None = None
+    path: Path, limits: VideoConfig, spares: DecoderPool | None = None
 ) -> VideoIndex:
     """Index a video in a sandboxed child, one of ``spares`` if given. Cancelling kills it.
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.arguments import invalid
+from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.imports import Imports
-from prefill_service.video.inventory import Inventory
 from prefill_service.video.records import VideoRecord, VideoState
-from prefill_service.video.spares import DecoderSpares
+from prefill_service.video.repository import VideoRepository
 from prefill_service.video.uploads import Uploads
+from prefill_service.video.validation import invalid
 
 log = logging.getLogger("prefill_service.video")
 
@@ -52,9 +52,9 @@ class VideoStore:
     """
 
     def __init__(
-        self, storage: StorageConfig, limits: VideoConfig, decoders: DecoderSpares | None = None
+        self, storage: StorageConfig, limits: VideoConfig, decoders: DecoderPool | None = None
     ) -> None:
-        self._inventory = Inventory(storage)
+        self._inventory = VideoRepository(storage)
         self._uploads = Uploads(self._inventory, storage, limits, decoders)
         self._imports = Imports(self._inventory, storage)
         self._holds: Counter[str] = Counter()

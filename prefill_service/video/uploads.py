@@ -11,12 +11,12 @@ import re
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video import files
-from prefill_service.video.arguments import check_name, check_request_id, check_size, invalid
-from prefill_service.video.catalog import Row
-from prefill_service.video.inventory import Inventory
+from prefill_service.video.database import Row
+from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.probe import probe_video
 from prefill_service.video.records import VideoInfo, VideoRecord, VideoState
-from prefill_service.video.spares import DecoderSpares
+from prefill_service.video.repository import VideoRepository
+from prefill_service.video.validation import check_name, check_request_id, check_size, invalid
 
 log = logging.getLogger("prefill_service.video")
 
@@ -32,10 +32,10 @@ class Uploads:
 
     def __init__(
         self,
-        inventory: Inventory,
+        inventory: VideoRepository,
         storage: StorageConfig,
         limits: VideoConfig,
-        decoders: DecoderSpares | None,
+        decoders: DecoderPool | None,
     ) -> None:
         self._inventory, self._decoders = inventory, decoders
         self._storage = storage

@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 
 from prefill_service import __version__
-from prefill_service.cli import main
-from tests.scheduling.parts import Decoder, Group
+from prefill_service.cli.main import main
+from tests.scheduling.parts import GenerationServer, Group
 
 Serve = Callable[..., Any]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "prefill_service.cli", *arguments],
+        [sys.executable, "-m", "prefill_service.cli.main", *arguments],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
 def test_version_needs_no_heavy_imports() -> None:
     code = (
-        "import sys; from prefill_service.cli import main; main(['version']); "
+        "import sys; from prefill_service.cli.main import main; main(['version']); "
         "print('torch' in sys.modules, 'grpc' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -118,7 +118,7 @@ async def test_healthcheck(serve: Serve) -> None:
         return done.returncode, done.stdout + done.stderr
 
     group = Group()
-    async with serve(group=group, decoder=Decoder(group)) as s:
+    async with serve(group=group, decoder=GenerationServer(group)) as s:
         assert await check("--address", s.address) == (0, "SERVING\n")
         s.decoder.die()
         await asyncio.sleep(0.5)

@@ -26,7 +26,7 @@ from prefill.v1 import video_service_pb2
 
 from prefill_service.errors import Reason, ServiceError
 from tests.scheduling.harness import answer, error_of, serving
-from tests.scheduling.parts import Decoder, Group
+from tests.scheduling.parts import GenerationServer, Group
 
 Serve = Callable[..., Any]
 SERVICES = [f"prefill.v1.{name}Service" for name in ("Answer", "Prefill", "Video")]
@@ -63,7 +63,7 @@ async def test_reflection_can_be_turned_off(serve: Serve) -> None:
 
 async def test_health_follows_group_and_decoder(tmp_path: Path, template: Any) -> None:
     group = Group(start_s=0.5, restart_s=0.5)
-    decoder = Decoder(group, start_s=1.2)
+    decoder = GenerationServer(group, start_s=1.2)
     async with serving(tmp_path / "data", template, group, decoder, wait=False) as s:
         prefill, ans, video = "prefill.v1.PrefillService", "prefill.v1.AnswerService", SERVICES[2]
 
@@ -234,7 +234,7 @@ async def test_failed_start_of_a_part_ends_the_service(tmp_path: Path, template:
             await self.start()
 
     group = Broken()
-    decoder = Decoder(group, start_s=60)
+    decoder = GenerationServer(group, start_s=60)
     begin = time.monotonic()
     with pytest.raises(ServiceError, match=r"config\.json is missing"):
         async with serving(tmp_path / "data", template, group, decoder):
@@ -349,13 +349,13 @@ async def test_signal_during_start(tmp_path: Path, template: Any) -> None:
 async def test_internal_errors_are_logged_under_an_id(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefill_service.scheduling.book import JobBook
+    from prefill_service.scheduling.job_registry import JobRegistry
 
-    def broken(self: JobBook, job_id: str) -> None:
+    def broken(self: JobRegistry, job_id: str) -> None:
         raise KeyError("secret")
 
     async with serve() as s:
-        monkeypatch.setattr(JobBook, "get", broken)
+        monkeypatch.setattr(JobRegistry, "get", broken)
         code, reason, metadata, _ = await error_of(s.get("job_x"))
         assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
         assert metadata["error_id"] in caplog.text

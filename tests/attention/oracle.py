@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from prefill_service.attention.summaries import BlockSummaries
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.summaries import BlockSummaries
+from prefill_service.attention.sparse.tiles import Tiles
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

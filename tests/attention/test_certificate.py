@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.certificate import certify
-from prefill_service.attention.sparse import forced_blocks, sparse_attention
-from prefill_service.attention.summaries import summarize
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.summaries import summarize
+from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention.verification import certify
 from tests.attention import oracle
 from tests.attention.oracle import rand
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.attention import sparse
-from prefill_service.attention.certified import below_floor
+from prefill_service.attention.fallback import below_floor
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport
-from prefill_service.attention.selection import ROW_STEP
-from prefill_service.scheduling.attention import summarize
+from prefill_service.attention.sparse.attend import attend as sparse
+from prefill_service.attention.sparse.selection import ROW_STEP
+from prefill_service.scheduling.attention_summary import summarize
 from tests.attention import oracle
 from tests.attention.layer import SCALE, error, run
 from tests.attention.oracle import rand

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefill_service.attention.clustering import cluster_order, order_segments
+from prefill_service.attention.sparse.clustering import cluster_order, order_segments
 from tests.attention.oracle import rand
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.attention.max_min import (
+from prefill_service.calibration.max_min import (
     WEIGHT_LIMIT,
     BudgetCurves,
     assign_epsilons,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.attention.certificate import visible_mass
-from prefill_service.attention.observe import BlockGrids, PatchMass
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.patch_mass import BlockGrids, PatchMass
+from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention.verification import visible_mass
 from tests.attention.oracle import rand
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from prefill_service.attention.probe import _sparse
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.crossover import _sparse
+from prefill_service.attention.sparse.tiles import Tiles
 
 
 def test_a_quarter_of_the_blocks_is_kept() -> None:

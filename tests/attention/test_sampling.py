@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefill_service.attention.sampling import certified_rows, sample_rows, sample_tiles
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.tiles import Tiles
 
 
 def test_sampled_rows_are_spread_and_differ() -> None:

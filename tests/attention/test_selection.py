@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.selection import (
+from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.selection import (
     ROW_STEP,
     estimate,
     select,
     single_out,
     to_csr,
 )
-from prefill_service.attention.sparse import forced_blocks, sparse_attention
-from prefill_service.attention.summaries import lift, misplaced_share, summarize
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.summaries import lift, misplaced_share, summarize
+from prefill_service.attention.sparse.tiles import Tiles
 from tests.attention.oracle import causal_scores, rand
 
 SCALE = 0.25

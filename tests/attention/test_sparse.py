@@ -6,12 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefill_service.attention.block_sparse import GatherBuffers, kept_attention, local_attention
-from prefill_service.attention.selection import to_csr
-from prefill_service.attention.sparse import forced_blocks, sparse_attention
-from prefill_service.attention.summaries import BlockSummaries, summarize
-from prefill_service.attention.summary_attention import attend_summaries, merge_with_summaries
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
+from prefill_service.attention.sparse.cpu_backend import (
+    GatherBuffers,
+    kept_attention,
+    local_attention,
+)
+from prefill_service.attention.sparse.selection import to_csr
+from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
+from prefill_service.attention.sparse.summary_attention import (
+    attend_summaries,
+    merge_with_summaries,
+)
+from prefill_service.attention.sparse.tiles import Tiles
 from tests.attention import oracle
 from tests.attention.oracle import rand
 
@@ -91,8 +98,8 @@ def test_long_runs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     forced = forced_blocks(tiles, 1, [990 + 128 * tile for tile in range(tiles.count)])
     arguments = (q, k, v, known, tiles, torch.full((2,), 0.3), forced, SCALE, GatherBuffers())
     whole = sparse_attention(*arguments)
-    monkeypatch.setattr("prefill_service.attention.sparse._MAX_SCORES", 1)
-    monkeypatch.setattr("prefill_service.attention.sparse.DENSE_ABOVE", 2.0)
+    monkeypatch.setattr("prefill_service.attention.sparse.attend._MAX_SCORES", 1)
+    monkeypatch.setattr("prefill_service.attention.sparse.attend.DENSE_ABOVE", 2.0)
     cut = sparse_attention(*arguments)
     assert cut.keep.shape == whole.keep.shape
     assert cut.attended(tiles).shape == (2,)

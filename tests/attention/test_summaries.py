@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from prefill_service.attention.summaries import (
+from prefill_service.attention.sparse.summaries import (
     BlockSummaries,
     empty_summaries,
     lift,

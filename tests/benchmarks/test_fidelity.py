@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.fidelity import adversarial, results
 from benchmarks.fidelity.scoring import Asked, Reader, Setting, fresh_video
-from prefill_service.engine.messages import ComparisonTask
-from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.comparison.mode import Comparison
-from prefill_service.parallel.comparison.modes import comparison_mode
+from prefill_service.engine.messages import BaselineTask
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.baselines.method import Comparison
+from prefill_service.parallel.baselines.methods import baseline_method
 from tests.engine.harness import running_group
 from tools.needle import stories, videos
 
@@ -55,17 +55,17 @@ async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
     reader = Reader(ASSET)
     prefix = reader.prefix(videos.read_frames(path))
     tokens, text = len(prefix.token_ids), "What color is the ring?"
-    mode = comparison_mode(Comparison.APB, tokens, ranks)
+    mode = baseline_method(Comparison.APB, tokens, ranks)
     async with running_group(ASSET, tmp_path, ranks, chunk_tokens=200) as harness:
         plan, _ = await harness.plan(path, FrameSampling())
-        how = ComparisonTask(mode, tuple(reader.turn(text)))
+        how = BaselineTask(mode, tuple(reader.turn(text)))
         task = harness.task(path, plan, comparison=how)
         await harness.prefill(task)
         served = harness.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
     ours = torch.stack(reader.published(prefix, mode, ranks, text)).transpose(2, 3)
     assert (ours - served).norm() / served.norm() < 1e-4
 
-    every = comparison_mode(Comparison.SPAVA, tokens, 3, passing_tokens=tokens)
+    every = baseline_method(Comparison.SPAVA, tokens, 3, passing_tokens=tokens)
     exact = torch.stack(reader.prefill(prefix, Setting("exact")).kv)
     spava = torch.stack(reader.published(prefix, every, 3, text))
     assert (spava - exact).norm() / exact.norm() < 1e-5

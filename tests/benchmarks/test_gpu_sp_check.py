@@ -11,7 +11,7 @@ from benchmarks import gpu_sp_check
 from benchmarks.gpu_sp_check import check_exchanges, check_group, compare
 from benchmarks.sp_problem import Problem, Run
 from benchmarks.sp_ranks import transports
-from prefill_service.parallel.exchanges import ExchangeKind
+from prefill_service.parallel.exchanges.registry import ExchangeKind
 
 SMALL = Problem(tuple(5 + 9 * (i + 1) for i in range(7)), 20, 4, 2, 16)
 

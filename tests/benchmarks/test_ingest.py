@@ -15,7 +15,7 @@ import pytest
 from benchmarks import ingest
 from benchmarks.hour import intervals, overlap, read_trace
 from benchmarks.processes import MemoryLog, pss_bytes, tree
-from prefill_service.engine.trace import Span
+from prefill_service.engine.spans import Span
 from prefill_service.scheduling.traces import JobTrace, render
 from tests.video.processes import wait_until
 from tools.make_hour_video import HourOptions, write_hour

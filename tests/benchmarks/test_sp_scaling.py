@@ -18,9 +18,9 @@ from benchmarks.sp_project import (
     spava_projection,
 )
 from benchmarks.sp_work import Measured
-from prefill_service.parallel.exchanges import ExchangeKind
-from prefill_service.planning.cost import ASSUMED
-from prefill_service.planning.shapes import PRESETS
+from prefill_service.cost_model.cost import ASSUMED
+from prefill_service.cost_model.model_shape import PRESETS
+from prefill_service.parallel.exchanges.registry import ExchangeKind
 
 SHAPE = PRESETS["qwen2.5-vl-7b"]
 

@@ -25,13 +25,13 @@ from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.calibration.prefill import LocalPrefill
 from prefill_service.calibration.prefix import encode_video, plan_video
-from prefill_service.cli import main
+from prefill_service.cli.main import main
 from prefill_service.config import EngineConfig, ServiceConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.service import build_parts
 from tests.engine.harness import Harness, running_group
 
@@ -82,7 +82,7 @@ class InProcess:
     def __init__(self, model: Path, video: Path, folder: Path) -> None:
         checkpoint = open_checkpoint(str(model))
         self._model = PrefillModel(checkpoint, torch.float32, torch.device("cpu"))
-        planner = PromptPlanner(checkpoint, "float32")
+        planner = PrefixPlanner(checkpoint, "float32")
         planned = plan_video(video, planner, FrameSampling(fps=FPS), 400)
         self._video = encode_video(planned, self._model, 200, folder)
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_calibrated_is_said_in_one_line(
 
 def test_ctrl_c_leaves_nothing(model: Path, video: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
-    command = [sys.executable, "-m", "prefill_service.cli", "calibrate", "--model", str(model)]
+    command = [sys.executable, "-m", "prefill_service.cli.main", "calibrate", "--model", str(model)]
     arguments = ["--videos", str(video), "--out", str(out), *SIZES]
     with subprocess.Popen(
         [*command, *arguments], stderr=subprocess.PIPE, text=True,

@@ -13,17 +13,17 @@ import torch
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.config import EngineConfig, VideoConfig
-from prefill_service.engine.group import RankGroup
-from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.kv.local_client import LocalClient
+from prefill_service.engine.executor import PrefillExecutor
+from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
+from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.kv.transport.unix_client import LocalClient
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling, PrefixPlan
-from prefill_service.models.planner import PromptPlanner
-from prefill_service.parallel.exchanges import ExchangeChoice
-from prefill_service.parallel.teams import Team
-from prefill_service.video.frames import FrameStream
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
+from prefill_service.parallel.subgroups import Subgroup
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
 
@@ -34,8 +34,8 @@ EXACT = resolve_policy(Quality.EXACT)
 class Harness:
     """One group and what is needed to give it work."""
 
-    group: RankGroup
-    planner: PromptPlanner
+    group: PrefillExecutor
+    planner: PrefixPlanner
     folder: Path
     progress: list[Progress] = field(default_factory=list)
 
@@ -56,8 +56,8 @@ class Harness:
         video: Path,
         plan: PrefixPlan,
         exchange: ExchangeChoice | None = None,
-        comparison: ComparisonTask | None = None,
-        team: Team | None = None,
+        comparison: BaselineTask | None = None,
+        team: Subgroup | None = None,
         policy: AttentionPolicy = EXACT,
     ) -> PrefillTask:
         team = team or self.group.everyone
@@ -112,9 +112,9 @@ async def running_group(
     checkpoint = open_checkpoint(str(model))
     config = EngineConfig(model=str(model), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    group = RankGroup(config, VideoConfig(), checkpoint, dtype, "cpu", folder)
+    group = PrefillExecutor(config, VideoConfig(), checkpoint, dtype, "cpu", folder)
     await group.start()
     try:
-        yield Harness(group, PromptPlanner(checkpoint, dtype), folder)
+        yield Harness(group, PrefixPlanner(checkpoint, dtype), folder)
     finally:
         await group.stop()

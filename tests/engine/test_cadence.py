@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from prefill_service.engine.cadence import EVERY_MS, Cadence
+from prefill_service.engine.agreement import EVERY_MS, SyncInterval
 
 
 def test_every_layer_until_a_time_is_known() -> None:
-    cadence = Cadence()
+    cadence = SyncInterval()
     assert [cadence.due() for _ in range(3)] == [True, True, True]
     cadence.agreed(0)  # nobody had a layer yet
     assert cadence.due()
@@ -18,7 +18,7 @@ def test_every_layer_until_a_time_is_known() -> None:
 
 @pytest.mark.parametrize(("layer_ms", "every"), [(1, EVERY_MS), (EVERY_MS // 5, 5), (5000, 1)])
 def test_about_four_times_a_second(layer_ms: int, every: int) -> None:
-    cadence = Cadence()
+    cadence = SyncInterval()
     cadence.agreed(layer_ms)
     assert [cadence.due() for _ in range(every)] == [False] * (every - 1) + [True]
     assert cadence.due()  # overdue until it was made
@@ -27,7 +27,7 @@ def test_about_four_times_a_second(layer_ms: int, every: int) -> None:
 
 
 def test_a_layer_is_timed_since_the_last_agreement() -> None:
-    cadence = Cadence()
+    cadence = SyncInterval()
     assert cadence.layer_ms == 0
     cadence.due()
     cadence.due()

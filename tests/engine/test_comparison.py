@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.engine.comparison import patch_shares
-from prefill_service.engine.messages import ComparisonTask, Stage
-from prefill_service.engine.shards import comparison_split
+from prefill_service.engine.baseline_prefill import patch_shares
+from prefill_service.engine.messages import BaselineTask, Stage
+from prefill_service.engine.shard_map import baseline_split
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.plan import FrameSampling, PrefixPlan
-from prefill_service.parallel.comparison.mode import Comparison
-from prefill_service.parallel.comparison.modes import comparison_mode
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.parallel.baselines.method import Comparison
+from prefill_service.parallel.baselines.methods import baseline_method
 from tests.engine.harness import Harness, running_group
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
 
@@ -27,16 +27,14 @@ VIDEO = {"seconds": 15.0, "fps": 10, "width": 160, "height": 120}
 def comparison(
     harness: Harness, plan: PrefixPlan, method: Comparison, anchor: int | None,
     passing: int | None, question: str = "What is it?",
-) -> ComparisonTask:  # fmt: skip
+) -> BaselineTask:  # fmt: skip
     ids = harness.planner.prompt_token_ids(plan, [("user", question)])[plan.num_tokens :]
     ranks = len(harness.group.endpoints)
-    mode = comparison_mode(method, plan.num_tokens, ranks, anchor, passing)
-    return ComparisonTask(mode, tuple(ids))
+    mode = baseline_method(method, plan.num_tokens, ranks, anchor, passing)
+    return BaselineTask(mode, tuple(ids))
 
 
-async def kv_of(
-    harness: Harness, video: Path, plan: PrefixPlan, how: ComparisonTask
-) -> torch.Tensor:
+async def kv_of(harness: Harness, video: Path, plan: PrefixPlan, how: BaselineTask) -> torch.Tensor:
     task = harness.task(video, plan, comparison=how)
     outcome = await harness.prefill(task)
     assert (outcome.bytes_received > 0) == (len(task.manifest.endpoints) > 1)
@@ -69,7 +67,7 @@ async def test_kv_is_exact_where_the_method_is(
                 how = comparison(harness, plan, method, 40, passing, question)
                 kv = await kv_of(harness, video, plan, how)
                 found[method, question] = kv
-                _, end = comparison_split(plan, how, ranks).block(0)
+                _, end = baseline_split(plan, how, ranks).block(0)
                 assert error(kv[0], exact[0]) < 1e-5  # before any attention
                 assert error(kv[:, :, :end], exact[:, :, :end]) < 1e-5  # one rank's view is whole
                 if ranks == 1:

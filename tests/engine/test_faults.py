@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from prefill_service.engine import group
+from prefill_service.engine import executor as group
 from prefill_service.engine.messages import PrefillTask, Stage
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.teams import Team
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.subgroups import Subgroup
 from tests.engine.harness import Harness, running_group
 
-EVERYONE, FIRST, SECOND = Team(0, 2), Team(0, 1), Team(1, 1)
+EVERYONE, FIRST, SECOND = Subgroup(0, 2), Subgroup(0, 1), Subgroup(1, 1)
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -32,7 +32,7 @@ class Pair:
         self.harness, self.video, self.group = harness, video, harness.group
 
     async def task(
-        self, team: Team = EVERYONE, fps: float = 2.0, max_pixels: int | None = None
+        self, team: Subgroup = EVERYONE, fps: float = 2.0, max_pixels: int | None = None
     ) -> PrefillTask:
         sampling = FrameSampling(fps=fps, max_pixels=max_pixels)
         plan, _ = await self.harness.plan(self.video, sampling)

@@ -17,8 +17,8 @@ import torch
 
 from prefill_service.engine.messages import Stage
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
 from tests.engine.harness import Harness, running_group
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
 

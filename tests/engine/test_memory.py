@@ -13,12 +13,12 @@ import torch
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.config import EngineConfig
 from prefill_service.engine.messages import Stage
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.engine.spec import kv_budget
+from prefill_service.engine.resolve import kv_budget
+from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.exchanges.registry import ExchangeChoice, ExchangeKind
 from tests.engine.harness import running_group
 
 

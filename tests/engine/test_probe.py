@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from prefill_service.engine.probing import model_shape
-from prefill_service.parallel.exchanges import ExchangeChoice
-from prefill_service.planning.cost import ASSUMED
-from prefill_service.planning.fitting import fit
+from prefill_service.cost_model.cost import ASSUMED
+from prefill_service.cost_model.fitting import fit
+from prefill_service.engine.startup_probe import model_shape
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from tests.engine.harness import running_group
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine import messages as msg
-from prefill_service.engine.process import RankProcess
-from prefill_service.engine.spec import RankSpec
+from prefill_service.engine.resolve import WorkerSpec
+from prefill_service.engine.worker_process import WorkerProcess
 from prefill_service.models.checkpoint import Checkpoint
 
 BYTES = 8 << 20
 """Far more than a socket takes."""
 
 
-def spec(folder: Path) -> RankSpec:
+def spec(folder: Path) -> WorkerSpec:
     checkpoint = Checkpoint(folder, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
-    return RankSpec(
+    return WorkerSpec(
         rank=7, generation=0, engine=EngineConfig(), video=VideoConfig(), checkpoint=checkpoint,
         dtype="float32", device="cpu", threads=1, init_method="", socket_path=str(folder / "r"),
     )  # fmt: skip
@@ -29,7 +29,7 @@ def spec(folder: Path) -> RankSpec:
 
 async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(tmp_path: Path) -> None:
     ended = asyncio.Event()
-    rank = RankProcess(spec(tmp_path), lambda message: None, lambda rank, cause: ended.set())
+    rank = WorkerProcess(spec(tmp_path), lambda message: None, lambda rank, cause: ended.set())
     os.kill(rank.pid, signal.SIGSTOP)
     rescue = threading.Timer(5, rank.kill)  # of a test that would hang
     rescue.start()

@@ -12,9 +12,9 @@ import torch
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import NEVER
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
+from prefill_service.engine.task_state import PrefillOutcome
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
 from tests.engine.harness import Harness, running_group
 
 VIDEO = {"seconds": 20.0, "fps": 10, "width": 160, "height": 120}

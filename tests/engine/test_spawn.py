@@ -9,27 +9,29 @@ from pathlib import Path
 import pytest
 
 from prefill_service.config import EngineConfig, VideoConfig
-from prefill_service.engine.group import RankGroup
+from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import Checkpoint
 
 
 @pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RankGroup:
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrefillExecutor:
     """A group whose interpreter is gone."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     checkpoint = Checkpoint(tmp_path, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
-    return RankGroup(EngineConfig(), VideoConfig(), checkpoint, "float32", "cpu", tmp_path / "run")
+    return PrefillExecutor(
+        EngineConfig(), VideoConfig(), checkpoint, "float32", "cpu", tmp_path / "run"
+    )
 
 
-async def test_start_says_which_rank(group: RankGroup) -> None:
+async def test_start_says_which_rank(group: PrefillExecutor) -> None:
     with pytest.raises(ServiceError, match=r"rank 0 cannot be started.*no-python") as error:
         await group.start()
     assert error.value.reason is Reason.RANK_DIED
     assert not group.ready
 
 
-async def test_restart_gives_up_and_tells_those_who_wait(group: RankGroup) -> None:
+async def test_restart_gives_up_and_tells_those_who_wait(group: PrefillExecutor) -> None:
     waiter = asyncio.create_task(group.wait_ready())
     await group._ranks.restart()
     with pytest.raises(ServiceError, match="rank 0 cannot be started"):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from prefill_service.config import EngineConfig
-from prefill_service.engine.spec import exchange_choice, kv_budget
+from prefill_service.engine.resolve import exchange_choice, kv_budget
 from prefill_service.errors import ServiceError
 from prefill_service.models.checkpoint import Checkpoint
-from prefill_service.parallel.teams import form_teams
+from prefill_service.parallel.subgroups import form_subgroups
 
 MODEL = Checkpoint(Path(), "qwen3_vl", "f", 3, 6, 2, 16, 1024, "float32")  # 6 query, 2 KV heads
 
@@ -29,7 +29,7 @@ def test_a_team_has_the_configured_exchange_on_its_own_mesh(
     exchange: str, wanted: int, degrees: dict[int, int]
 ) -> None:
     engine = EngineConfig(ranks=6, exchange=exchange, ulysses_degree=wanted)
-    choices = {t.size: exchange_choice(MODEL, engine, t.size) for t in form_teams(6)}
+    choices = {t.size: exchange_choice(MODEL, engine, t.size) for t in form_subgroups(6)}
     assert {size: choice.degree for size, choice in choices.items()} == degrees
     assert {str(choice.kind) for choice in choices.values()} == {exchange}
 

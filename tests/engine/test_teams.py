@@ -17,14 +17,14 @@ from torch import Tensor
 
 from prefill_service.attention.quality import resolve_policy
 from prefill_service.engine.messages import PrefillTask, Stage
-from prefill_service.engine.running import PrefillOutcome
+from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange
-from prefill_service.parallel.teams import Team
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
+from prefill_service.parallel.subgroups import Subgroup
 from tests.engine.harness import Harness, running_group
 
-EVERYONE, FIRST, SECOND, LAST = Team(0, 4), Team(0, 2), Team(2, 2), Team(3, 1)
+EVERYONE, FIRST, SECOND, LAST = Subgroup(0, 4), Subgroup(0, 2), Subgroup(2, 2), Subgroup(3, 1)
 HEADS, KV_HEADS = 4, 2
 SHORT, LONG = "short", "long"
 KINDS = list(ExchangeKind)
@@ -47,7 +47,9 @@ class Four:
             self.outcomes[name] = await self.harness.prefill(task)
             self.alone[name] = self.kv(task)
 
-    def task(self, name: str, team: Team, kind: ExchangeKind = ExchangeKind.GATHER) -> PrefillTask:
+    def task(
+        self, name: str, team: Subgroup, kind: ExchangeKind = ExchangeKind.GATHER
+    ) -> PrefillTask:
         """A task with pages of its own, however many compute the same video."""
         exchange = choose_exchange(kind, team.size, HEADS, KV_HEADS)
         task = self.harness.task(self.videos[name], self.plans[name], exchange, team=team)
@@ -117,7 +119,7 @@ async def test_side_by_side(four: Four) -> None:
         (ExchangeKind.DEMAND, LAST),
     ],
 )
-async def test_a_short_one_overtakes(four: Four, kind: ExchangeKind, team: Team) -> None:
+async def test_a_short_one_overtakes(four: Four, kind: ExchangeKind, team: Subgroup) -> None:
     long, short = four.task(LONG, EVERYONE, kind), four.task(SHORT, team, kind)
     job = await four.begun(long)
     await four.harness.prefill(short, over=long.job_id)

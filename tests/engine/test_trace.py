@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prefill_service.engine.trace import LayerSpans, Span, SpanBuffer
-from prefill_service.models.plan import FrameSampling
-from prefill_service.parallel.meter import CommMeter
+from prefill_service.engine.spans import LayerSpans, Span, SpanBuffer
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.comm_stats import CommStats
 from tests.engine.harness import running_group
 
 
@@ -63,7 +63,7 @@ async def test_spans_of_a_real_run(
 
 
 def test_layers_share_spans_where_there_are_many() -> None:
-    meter = CommMeter()
+    meter = CommStats()
     spans = SpanBuffer()
     noted = LayerSpans(spans, meter, "prefill", layers=7, chunks=220)  # groups of 4
     for layer in range(7):

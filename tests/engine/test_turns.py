@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 import pytest
 
-from prefill_service.engine.turns import Turn, Turns
-from prefill_service.parallel.teams import Team, form_teams
+from prefill_service.engine.preemption import Allocation, RankAllocator
+from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 
 
-class Ranks:
+class WorkerSupervisor:
     """Tasks of some chunks, in step on all ranks of their team, that pause between two of them."""
 
     def __init__(self, size: int, room: int = 1 << 30) -> None:
-        self.turns = Turns(
+        self.turns = RankAllocator(
             self._pause, self._resume, lambda paused, inside: paused.tokens + inside.tokens <= room
         )
         self.going: list[set[str]] = [set() for _ in range(size)]
@@ -26,18 +26,18 @@ class Ranks:
         self.pauses = 0
         self.log: list[str] = []
 
-    def _pause(self, turn: Turn) -> None:
+    def _pause(self, turn: Allocation) -> None:
         # Not that it is going: it may have been told to go on, and not have heard it yet.
         assert turn.job_id in self.known, f"{turn.job_id} has not begun"
         self.asked.add(turn.job_id)
 
-    def _resume(self, turn: Turn) -> None:
+    def _resume(self, turn: Allocation) -> None:
         self.paused.pop(turn.job_id).set()
 
     async def run(
         self,
         job: str,
-        team: Team,
+        team: Subgroup,
         chunks: int,
         over: str = "",
         step: Callable[[], float] = lambda: 0.0,
@@ -58,7 +58,7 @@ class Ranks:
                 self.known.discard(job)
         self.log.append(job)
 
-    async def _compute(self, turn: Turn, seconds: float) -> None:
+    async def _compute(self, turn: Allocation, seconds: float) -> None:
         """One chunk, to whose end the ranks come although the task is cancelled meanwhile."""
         chunk = asyncio.ensure_future(asyncio.sleep(seconds))
         try:
@@ -70,7 +70,7 @@ class Ranks:
                 await self._stand_aside(turn)
             raise
 
-    async def _stand_aside(self, turn: Turn) -> None:
+    async def _stand_aside(self, turn: Allocation) -> None:
         self.pauses += 1
         self.asked.discard(turn.job_id)
         self._leave(turn.job_id, turn.team)
@@ -86,12 +86,12 @@ class Ranks:
         finally:
             self._enter(turn.job_id, turn.team)
 
-    def _enter(self, job: str, team: Team) -> None:
+    def _enter(self, job: str, team: Subgroup) -> None:
         for rank in team.members:
             assert not self.going[rank], f"{job} and {self.going[rank]} on rank {rank}"
             self.going[rank].add(job)
 
-    def _leave(self, job: str, team: Team) -> None:
+    def _leave(self, job: str, team: Subgroup) -> None:
         for rank in team.members:
             self.going[rank].remove(job)
 
@@ -106,13 +106,13 @@ async def test_any_mix_ends(ranks: int) -> None:
     """Random arrivals, teams, wishes to overtake and cancels; a rank never has two that go on."""
     pauses = 0
     for seed in range(30):
-        chance, group, teams = random.Random(seed), Ranks(ranks), form_teams(ranks)
+        chance, group, teams = random.Random(seed), WorkerSupervisor(ranks), form_subgroups(ranks)
 
         async def one(
             number: int,
             chance: random.Random = chance,
-            group: Ranks = group,
-            teams: tuple[Team, ...] = teams,
+            group: WorkerSupervisor = group,
+            teams: tuple[Subgroup, ...] = teams,
         ) -> None:
             await asyncio.sleep(chance.random() * 0.01)
             over, team = f"{chance.randrange(12)}", chance.choice(teams)
@@ -143,22 +143,22 @@ async def test_any_mix_ends(ranks: int) -> None:
 
 
 async def test_first_come_first_served_among_those_that_want_the_same() -> None:
-    group, everyone, half = Ranks(2), Team(0, 2), Team(0, 1)
+    group, everyone, half = WorkerSupervisor(2), Subgroup(0, 2), Subgroup(0, 1)
     jobs = [
         asyncio.create_task(group.run(name, team, 3))
-        for name, team in [("a", half), ("b", everyone), ("c", half), ("d", Team(1, 1))]
+        for name, team in [("a", half), ("b", everyone), ("c", half), ("d", Subgroup(1, 1))]
     ]
     await asyncio.wait(jobs)
     assert group.log.index("b") < min(group.log.index("c"), group.log.index("d"))
 
 
 async def test_one_that_overtakes_passes_those_that_wait_for_the_end() -> None:
-    group, everyone = Ranks(2), Team(0, 2)
+    group, everyone = WorkerSupervisor(2), Subgroup(0, 2)
     jobs = [asyncio.create_task(group.run("long", everyone, 50))]
     await settle()
     jobs.append(asyncio.create_task(group.run("next", everyone, 1)))
     await settle()
-    jobs.append(asyncio.create_task(group.run("short", Team(1, 1), 1, over="long")))
+    jobs.append(asyncio.create_task(group.run("short", Subgroup(1, 1), 1, over="long")))
     await asyncio.wait(jobs)
     assert group.log == ["short", "long", "next"]
 
@@ -166,7 +166,7 @@ async def test_one_that_overtakes_passes_those_that_wait_for_the_end() -> None:
 @pytest.mark.parametrize(("room", "order"), [(61, ["short", "long"]), (60, ["long", "short"])])
 async def test_nobody_is_paused_for_one_that_does_not_fit(room: int, order: list[str]) -> None:
     """Also one that begins only after the other has asked."""
-    group, everyone = Ranks(2, room), Team(0, 2)
+    group, everyone = WorkerSupervisor(2, room), Subgroup(0, 2)
     jobs = [asyncio.create_task(group.run("before", everyone, 2))]
     await settle()
     jobs.append(asyncio.create_task(group.run("long", everyone, 60)))
@@ -177,7 +177,7 @@ async def test_nobody_is_paused_for_one_that_does_not_fit(room: int, order: list
 
 
 async def test_one_that_has_not_begun_is_paused_when_it_has() -> None:
-    group, everyone = Ranks(2), Team(0, 2)
+    group, everyone = WorkerSupervisor(2), Subgroup(0, 2)
     jobs = [
         asyncio.create_task(group.run("long", everyone, 60, step=lambda: 0.001)),
         asyncio.create_task(group.run("short", everyone, 1, over="long")),
@@ -188,12 +188,12 @@ async def test_one_that_has_not_begun_is_paused_when_it_has() -> None:
 
 
 async def test_one_inside_a_pause_is_not_paused_itself() -> None:
-    group, everyone = Ranks(4), Team(0, 4)
+    group, everyone = WorkerSupervisor(4), Subgroup(0, 4)
     jobs = [asyncio.create_task(group.run("long", everyone, 60))]
     await settle()
     jobs.append(asyncio.create_task(group.run("inside", everyone, 20, over="long")))
     await settle()
-    jobs.append(asyncio.create_task(group.run("late", Team(0, 2), 1, over="inside")))
+    jobs.append(asyncio.create_task(group.run("late", Subgroup(0, 2), 1, over="inside")))
     await asyncio.wait(jobs)
     assert group.log == ["inside", "long", "late"]
     assert group.pauses == 1
@@ -202,17 +202,17 @@ async def test_one_inside_a_pause_is_not_paused_itself() -> None:
 @pytest.mark.parametrize("over", ["gone", "half"])
 async def test_nobody_is_paused_in_vain(over: str) -> None:
     """The one named is not there, or has not all of the ranks."""
-    group = Ranks(4)
-    jobs = [asyncio.create_task(group.run("half", Team(0, 2), 60))]
+    group = WorkerSupervisor(4)
+    jobs = [asyncio.create_task(group.run("half", Subgroup(0, 2), 60))]
     await settle()
-    jobs.append(asyncio.create_task(group.run("late", Team(0, 4), 1, over=over)))
+    jobs.append(asyncio.create_task(group.run("late", Subgroup(0, 4), 1, over=over)))
     await asyncio.wait(jobs)
     assert group.log == ["half", "late"]
     assert group.pauses == 0
 
 
 async def test_one_that_is_being_stopped_is_not_paused() -> None:
-    group, everyone = Ranks(2), Team(0, 2)
+    group, everyone = WorkerSupervisor(2), Subgroup(0, 2)
     stopped = asyncio.create_task(group.run("stopped", everyone, 60, step=lambda: 0.05))
     await settle()
     stopped.cancel()
@@ -223,7 +223,7 @@ async def test_one_that_is_being_stopped_is_not_paused() -> None:
 
 
 async def test_one_that_ends_before_its_pause_is_simply_followed() -> None:
-    group, everyone = Ranks(2), Team(0, 2)
+    group, everyone = WorkerSupervisor(2), Subgroup(0, 2)
     jobs = [asyncio.create_task(group.run("last chunk", everyone, 1))]
     await settle()
     jobs.append(asyncio.create_task(group.run("short", everyone, 1, over="last chunk")))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Interpreter:
     """``interpret("block_sparse.longest_first", csr)`` calls it over there, returns or raises.
 
-    Names are below prefill_service.kernels, or whole where they begin with prefill_service. Of a
+    Names are below prefill_kernels, or whole where they begin with prefill_service. Of a
     function that returns nothing, the arguments come back as it left them.
     """
 
@@ -57,7 +57,7 @@ def serve() -> None:
         module, _, function = name.rpartition(".")
         try:
             if not module.startswith("prefill_service."):
-                module = f"prefill_service.kernels.{module}"
+                module = f"prefill_kernels.{module}"
             result = getattr(importlib.import_module(module), function)(*args, **kwargs)
             answer = False, args if result is None else result
         except Exception as error:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import triton
-from torch import Tensor
-
-from prefill_service.kernels import block_sparse
-from prefill_service.kernels.block_sparse import (
+from prefill_kernels import block_sparse_attention as block_sparse
+from prefill_kernels.block_sparse_attention import (
     block_sparse_attention,
     block_sparse_reference,
     longest_first,
 )
-from prefill_service.kernels.csr import BlockCSR
+from prefill_kernels.csr import BlockCSR
+from torch import Tensor
+
 from tests.kernels.interpreter import Interpreter
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

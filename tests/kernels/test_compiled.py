@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import triton
+from prefill_kernels import block_sparse, block_summaries, loss, merge, pages, selection
+from prefill_kernels.autotune import CONFIGS, fits
 
-from prefill_service.kernels import block_sparse, block_summaries, loss, merge, pages, selection
-from prefill_service.kernels.tuning import CONFIGS, fits
 from tests.kernels.aot import Code, Const, compile_kernel
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may use

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prefill_kernels.cpu.attention import attend_rows
+from prefill_kernels.cpu.matmul import product, serves
 from torch import Tensor
-
-from prefill_service.kernels.cpu_attention import attend_rows
-from prefill_service.kernels.onednn import product, serves
 
 SCALE = 0.2
 

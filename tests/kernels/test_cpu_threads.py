@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from prefill_service.kernels.cpu_threads import spread
+from prefill_kernels.cpu.threads import spread
 
 
 @pytest.fixture(params=[1, 3])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from prefill_service.kernels.block_summaries import block_summaries, block_summaries_reference
-from prefill_service.kernels.merge import merge_partials, merge_reference
-from prefill_service.kernels.pages import (
+from prefill_kernels.block_summaries import block_summaries, block_summaries_reference
+from prefill_kernels.merge import merge_partials, merge_reference
+from prefill_kernels.pages import (
     gather_reference,
     scatter_reference,
     scatter_to_pages,
     slots_of_blocks,
 )
+
 from tests.kernels.interpreter import Interpreter
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from prefill_kernels.block_loss import estimate_loss, estimate_loss_reference
+from prefill_kernels.block_sparse_attention import block_sparse_reference
+from prefill_kernels.block_summaries import block_summaries_reference
+from prefill_kernels.csr import BlockCSR
 from torch import Tensor
 
-from prefill_service.attention.selection import estimate
-from prefill_service.attention.summaries import BlockSummaries
-from prefill_service.attention.tiles import Tiles
-from prefill_service.kernels.block_sparse import block_sparse_reference
-from prefill_service.kernels.block_summaries import block_summaries_reference
-from prefill_service.kernels.csr import BlockCSR
-from prefill_service.kernels.loss import estimate_loss, estimate_loss_reference
+from prefill_service.attention.sparse.selection import estimate
+from prefill_service.attention.sparse.summaries import BlockSummaries
+from prefill_service.attention.sparse.tiles import Tiles
 from tests.kernels.interpreter import Interpreter
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prefill_kernels.block_loss import estimate_loss
+from prefill_kernels.block_selection import select_blocks, select_reference
+from prefill_kernels.block_sparse_attention import block_sparse_reference
+from prefill_kernels.csr import BlockCSR
 from torch import Tensor
 
-from prefill_service.attention.block_sparse import GatherBuffers
-from prefill_service.attention.selection import select
-from prefill_service.attention.sparse import forced_blocks, sparse_attention
-from prefill_service.attention.summaries import summarize
-from prefill_service.attention.tiles import Tiles
-from prefill_service.kernels.block_sparse import block_sparse_reference
-from prefill_service.kernels.csr import BlockCSR
-from prefill_service.kernels.loss import estimate_loss
-from prefill_service.kernels.selection import select_blocks, select_reference
+from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.selection import select
+from prefill_service.attention.sparse.summaries import summarize
+from prefill_service.attention.sparse.tiles import Tiles
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.test_loss import inputs
 
@@ -69,7 +69,7 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     given, epsilon = (q, k, v, known, tiles), torch.tensor([0.3, 0.4])
     rest = forced, options["scale"]
     a = interpret(
-        "prefill_service.attention.sparse._with_kernels", *given, epsilon, epsilon / 2, *rest
+        "prefill_service.attention.sparse.attend._with_kernels", *given, epsilon, epsilon / 2, *rest
     )
     # Of CPU tensors: the other back end.
     b = sparse_attention(*given, epsilon, *rest, GatherBuffers(), row_limit=epsilon / 2)
@@ -96,7 +96,7 @@ def test_a_query_that_is_not_a_number_poisons_itself_alone(interpret: Interprete
     given, epsilon = (q, k, k, known, tiles), torch.tensor([0.4, 0.4])
     rest = forced, options["scale"]
     a = interpret(
-        "prefill_service.attention.sparse._with_kernels", *given, epsilon, epsilon / 2, *rest
+        "prefill_service.attention.sparse.attend._with_kernels", *given, epsilon, epsilon / 2, *rest
     )
     b = sparse_attention(*given, epsilon, *rest, GatherBuffers(), row_limit=epsilon / 2)
     for got in (a, b):

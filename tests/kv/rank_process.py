@@ -16,8 +16,8 @@ from torch import Tensor
 
 from prefill_service.errors import ServiceError
 from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun, hash_token_ids
-from prefill_service.kv.page_server import PageServer
-from prefill_service.kv.segment import ShardStore, ShardWriter
+from prefill_service.kv.page_store import ShardStore, ShardWriter
+from prefill_service.kv.transport.unix_server import PageServer
 
 GENERATION = 7
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
@@ -53,7 +53,7 @@ def _main(pipe: Connection, layout: KVLayout, path: Path, generation: int) -> No
     server.close()
 
 
-class RankProcess:
+class WorkerProcess:
     """Its methods are those of ``ShardStore`` and, with a prefix id first, ``ShardWriter``."""
 
     def __init__(
@@ -96,8 +96,8 @@ class RankProcess:
 @contextmanager
 def rank_processes(
     layout: KVLayout, count: int, folder: Path, generation: int = GENERATION
-) -> Iterator[list[RankProcess]]:
-    ranks = [RankProcess(layout, folder / f"r{i}.sock", generation) for i in range(count)]
+) -> Iterator[list[WorkerProcess]]:
+    ranks = [WorkerProcess(layout, folder / f"r{i}.sock", generation) for i in range(count)]
     try:
         yield ranks
     finally:
@@ -138,7 +138,9 @@ def pages_on(manifest: Manifest, rank: int) -> int:
     return sum(page.rank == rank for page in manifest.pages())
 
 
-def create(manifest: Manifest, ranks: list[RankProcess], lease_id: str, ttl_s: float = 60) -> None:
+def create(
+    manifest: Manifest, ranks: list[WorkerProcess], lease_id: str, ttl_s: float = 60
+) -> None:
     """Create the prefix on all ranks, under one lease."""
     for i, rank in enumerate(ranks):
         if pages_on(manifest, i):
@@ -146,7 +148,7 @@ def create(manifest: Manifest, ranks: list[RankProcess], lease_id: str, ttl_s: f
             rank.store("grant", manifest.prefix_id, lease_id, ttl_s)
 
 
-def publish_run(manifest: Manifest, run: ShardRun, ranks: list[RankProcess], kv: Tensor) -> None:
+def publish_run(manifest: Manifest, run: ShardRun, ranks: list[WorkerProcess], kv: Tensor) -> None:
     """Write and seal one run. ``kv``: [layers, 2, tokens, kv heads, head_dim] of the prefix."""
     rank, prefix_id = ranks[run.rank], manifest.prefix_id
     part = kv[:, :, run.start_token : run.end_token]
@@ -163,7 +165,7 @@ def publish_run(manifest: Manifest, run: ShardRun, ranks: list[RankProcess], kv:
     rank.writer(prefix_id, "seal_pages", run.first_page, count)
 
 
-def publish(manifest: Manifest, ranks: list[RankProcess], kv: Tensor, lease_id: str) -> None:
+def publish(manifest: Manifest, ranks: list[WorkerProcess], kv: Tensor, lease_id: str) -> None:
     """Create, write and seal a whole prefix."""
     create(manifest, ranks, lease_id)
     for run in manifest.runs:

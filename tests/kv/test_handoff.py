@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.local_client import LocalClient
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.page_server import PageServer
-from prefill_service.kv.segment import ShardStore
+from prefill_service.kv.page_store import ShardStore
+from prefill_service.kv.transport.unix_client import LocalClient
+from prefill_service.kv.transport.unix_server import PageServer
 from tests.kv.rank_process import (
     GENERATION,
     LAYOUT,
-    RankProcess,
+    WorkerProcess,
     create,
     deal,
     make_manifest,
@@ -31,13 +31,13 @@ from tests.kv.rank_process import (
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RankProcess]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[WorkerProcess]]:
     with rank_processes(LAYOUT, 3, tmp_path_factory.mktemp("kv")) as processes:
         yield processes
 
 
 @pytest.fixture
-def manifest(ranks: list[RankProcess], request: pytest.FixtureRequest) -> Iterator[Manifest]:
+def manifest(ranks: list[WorkerProcess], request: pytest.FixtureRequest) -> Iterator[Manifest]:
     """45 tokens on three ranks, runs of 10 with partly filled last pages; not yet created."""
     runs = deal(45, 3, 10, LAYOUT)
     endpoints = [rank.endpoint for rank in ranks]
@@ -86,7 +86,7 @@ def test_every_token_arrives_in_order(tmp_path: Path, dtype: str, page_tokens: i
     server.close()
 
 
-def test_three_ranks_interleave(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_three_ranks_interleave(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     kv = random_kv(LAYOUT, 45)
     publish(manifest, ranks, kv, "lease")
     assert torch.equal(fetch_tokens(manifest, "lease"), kv)
@@ -95,7 +95,7 @@ def test_three_ranks_interleave(ranks: list[RankProcess], manifest: Manifest) ->
 
 
 def test_early_pages_are_used_while_later_ones_are_computed(
-    ranks: list[RankProcess], manifest: Manifest
+    ranks: list[WorkerProcess], manifest: Manifest
 ) -> None:
     kv = random_kv(LAYOUT, 45)
     create(manifest, ranks, "lease")
@@ -117,7 +117,7 @@ def test_early_pages_are_used_while_later_ones_are_computed(
         assert results == [18, 28, 38, 44]
 
 
-def test_lease_may_come_before_the_prefix(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_lease_may_come_before_the_prefix(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     for rank in ranks:
         rank.store("grant", manifest.prefix_id, "lease", 20)
     result: list[torch.Tensor] = []
@@ -136,7 +136,7 @@ def test_unknown_prefix(manifest: Manifest) -> None:
     assert manifest.prefix_id in error.message
 
 
-def test_stale_generation(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_stale_generation(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     newer = replace(manifest, generation=GENERATION + 1)
     publish(newer, ranks, random_kv(LAYOUT, 45), "lease")
     error = error_of(manifest)
@@ -151,7 +151,7 @@ def test_manifest_of_an_earlier_group_is_stale_even_if_the_prefix_is_gone(
     assert error_of(replace(manifest, generation=1)).reason == Reason.STALE_GENERATION
 
 
-def test_lease_that_was_never_granted(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_lease_that_was_never_granted(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     publish(manifest, ranks, random_kv(LAYOUT, 45), "lease")
     error = error_of(manifest, "other")
     assert error.reason == Reason.LEASE_EXPIRED
@@ -159,7 +159,7 @@ def test_lease_that_was_never_granted(ranks: list[RankProcess], manifest: Manife
 
 
 def test_lease_expires_while_waiting_although_connected(
-    ranks: list[RankProcess], manifest: Manifest
+    ranks: list[WorkerProcess], manifest: Manifest
 ) -> None:
     create(manifest, ranks, "lease", ttl_s=0.4)
     begin = time.monotonic()
@@ -167,7 +167,7 @@ def test_lease_expires_while_waiting_although_connected(
     assert 0.2 < time.monotonic() - begin < 5
 
 
-def test_renewed_lease_lives_on(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_renewed_lease_lives_on(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease", ttl_s=0.5)
     kv, result = random_kv(LAYOUT, 45), []
     reader = threading.Thread(target=lambda: result.append(fetch_tokens(manifest, "lease")))
@@ -186,7 +186,7 @@ def test_renewed_lease_lives_on(ranks: list[RankProcess], manifest: Manifest) ->
 
 @pytest.mark.parametrize("how", ["release", "drop", "fail", "replace"])
 def test_waiting_reader_is_told_at_once(
-    ranks: list[RankProcess], manifest: Manifest, how: str
+    ranks: list[WorkerProcess], manifest: Manifest, how: str
 ) -> None:
     create(manifest, ranks, "lease")
     caught: list[ServiceError] = []
@@ -215,7 +215,7 @@ def test_waiting_reader_is_told_at_once(
 
 
 def test_flipped_byte_names_page_rank_and_checksums(
-    ranks: list[RankProcess], manifest: Manifest
+    ranks: list[WorkerProcess], manifest: Manifest
 ) -> None:
     publish(manifest, ranks, random_kv(LAYOUT, 45), "lease")
     ranks[1].writer(manifest.prefix_id, "corrupt", 2, 77)
@@ -246,7 +246,7 @@ def test_source_killed_in_mid_transfer(tmp_path: Path) -> None:
         assert "rank 1 cannot be reached" in error.message
 
 
-def test_silent_source_times_out(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_silent_source_times_out(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease")
     client = LocalClient(manifest, "lease", timeout_s=0.3)
     with pytest.raises(ServiceError) as caught:
@@ -255,7 +255,7 @@ def test_silent_source_times_out(ranks: list[RankProcess], manifest: Manifest) -
     assert "within 0.3 s" in caught.value.message
 
 
-def test_cancel_from_another_thread(ranks: list[RankProcess], manifest: Manifest) -> None:
+def test_cancel_from_another_thread(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease")
     client = LocalClient(manifest, "lease", timeout_s=20)
     threading.Timer(0.2, client.cancel).start()

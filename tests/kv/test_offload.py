@@ -15,35 +15,40 @@ from torch import Tensor
 from prefill_service.attention.dense import attend_causal
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
-from prefill_service.kv.copying import CopyEngine, HostRows
-from prefill_service.kv.copying_cuda import CudaCopyEngine
-from prefill_service.kv.copying_file import FileCopyEngine
 from prefill_service.kv.manifest import KVLayout
-from prefill_service.kv.offload import ChunkCosts, OffloadedKV, hidden_share, open_working
-from prefill_service.kv.working import WorkingShape
-from prefill_service.parallel.exchange import AttentionShape
-from prefill_service.parallel.working import ResidentLayers, WorkingLayers
+from prefill_service.kv.offload.copy_engine import CopyEngine, HostRows
+from prefill_service.kv.offload.cuda_copies import CudaCopyEngine
+from prefill_service.kv.offload.file_copies import FileCopyEngine
+from prefill_service.kv.offload.shape import OffloadShape
+from prefill_service.kv.offload.working_set import (
+    ChunkCosts,
+    OffloadedKV,
+    hidden_share,
+    open_working,
+)
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 
 CPU = torch.device("cpu")
-SHAPE = WorkingShape(5, 301, 2, 16, torch.float32, CPU)
+SHAPE = OffloadShape(5, 301, 2, 16, torch.float32, CPU)
 CHUNK = 64
 
 
-def chunks(shape: WorkingShape) -> Iterator[tuple[int, int]]:
+def chunks(shape: OffloadShape) -> Iterator[tuple[int, int]]:
     for start in range(0, shape.tokens, CHUNK):
         yield start, min(start + CHUNK, shape.tokens)
 
 
-def resident(shape: WorkingShape) -> ResidentLayers:
+def resident(shape: OffloadShape) -> ResidentKV:
     heads = shape.kv_heads
-    return ResidentLayers(
+    return ResidentKV(
         AttentionShape(
             shape.layers, shape.tokens, heads, heads, shape.head_dim, 0.5, shape.dtype, shape.device
         )
     )
 
 
-def run(kv: WorkingLayers, shape: WorkingShape, reorder: bool = False) -> Tensor:
+def run(kv: KVBuffers, shape: OffloadShape, reorder: bool = False) -> Tensor:
     """A prefill's loop: each layer's rows are made of the outputs of the layer before.
 
     With ``reorder``, rows before the chunk change places now and then, as clustering makes them.
@@ -143,7 +148,7 @@ class SlowFile(FileCopyEngine):
         time.sleep(max(0.0, left - (time.perf_counter() - start)))
 
 
-SLOW = WorkingShape(6, 12 * CHUNK, 2, 64, torch.float32, CPU)  # 1 KiB a row, 4 ms a chunk's layer
+SLOW = OffloadShape(6, 12 * CHUNK, 2, 64, torch.float32, CPU)  # 1 KiB a row, 4 ms a chunk's layer
 
 
 def timed(tmp_path: Path, share: object) -> tuple[float, float, list[int], int]:
@@ -202,7 +207,7 @@ def test_more_than_the_disk_is_refused(tmp_path: Path) -> None:
 class Broken(FileCopyEngine):
     """A file that cannot be written or read once ``moves`` copies were."""
 
-    def __init__(self, shape: WorkingShape, folder: Path, moves: float) -> None:
+    def __init__(self, shape: OffloadShape, folder: Path, moves: float) -> None:
         self.moves = moves
         super().__init__(shape, folder)
 

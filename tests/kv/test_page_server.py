@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.local_client import LocalClient
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.page_server import PageServer
-from prefill_service.kv.segment import ShardStore
-from prefill_service.kv.sockets import LineReader, encode_line
+from prefill_service.kv.page_store import ShardStore
+from prefill_service.kv.transport.sockets import LineReader, encode_line
+from prefill_service.kv.transport.unix_client import LocalClient
+from prefill_service.kv.transport.unix_server import PageServer
 from tests.kv.rank_process import GENERATION, LAYOUT, deal, make_manifest, random_kv
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.protocol import HandoffReport
-from prefill_service.kv.reports import ReportServer, send_report
+from prefill_service.kv.handoff import HandoffReport
+from prefill_service.kv.handoff_reports import ReportServer, send_report
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def test_workers_reports_are_merged(server: ReportServer) -> None:
 async def test_old_reports_are_forgotten(
     server: ReportServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefill_service.kv.reports._MAX_REPORTS", 2)
+    monkeypatch.setattr("prefill_service.kv.handoff_reports._MAX_REPORTS", 2)
     await send(server, report("a"), report("b"), report("c"))
     assert await server.wait("c", 1) == report("c")
     assert await server.wait("a", 0.01) is None

@@ -13,10 +13,10 @@ import torch
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
 from prefill_service.models.prefill_model import PrefillModel
-from prefill_service.parallel.layout import deal_patches
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.video.index import VideoIndex
 from tests.oracles.transformers_forward import processor_inputs
 
@@ -30,9 +30,9 @@ def index_of(frames: int, fps: float = 4.0, width: int = 160, height: int = 120)
 
 
 @pytest.fixture(scope="module")
-def planners(checkpoint: Callable[..., Path]) -> dict[str, PromptPlanner]:
+def planners(checkpoint: Callable[..., Path]) -> dict[str, PrefixPlanner]:
     return {
-        family: PromptPlanner(open_checkpoint(str(checkpoint(family))), "float32")
+        family: PrefixPlanner(open_checkpoint(str(checkpoint(family))), "float32")
         for family in FAMILIES
     }
 
@@ -41,7 +41,7 @@ def planners(checkpoint: Callable[..., Path]) -> dict[str, PromptPlanner]:
 @pytest.mark.parametrize("frames", [1, 2, 5, 9, 64])
 @pytest.mark.parametrize("size", [(160, 120), (333, 77), (90, 160)])
 def test_plan_equals_the_processor_on_the_whole_video(
-    planners: dict[str, PromptPlanner], family: str, frames: int, size: tuple[int, int]
+    planners: dict[str, PrefixPlanner], family: str, frames: int, size: tuple[int, int]
 ) -> None:
     planner = planners[family]
     index = index_of(frames, width=size[0], height=size[1])
@@ -69,7 +69,7 @@ def test_plan_equals_the_processor_on_the_whole_video(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("frames", [2, 9, 400])
 def test_positions_equal_vllms(
-    planners: dict[str, PromptPlanner], family: str, frames: int
+    planners: dict[str, PrefixPlanner], family: str, frames: int
 ) -> None:
     planner = planners[family]
     plan = planner.plan(index_of(frames, fps=1.7), "sha", FrameSampling(fps=1.3), "")
@@ -79,7 +79,7 @@ def test_positions_equal_vllms(
     assert delta == plan.position_delta
 
 
-def vllm_positions(planner: PromptPlanner, plan, prompt: list[int]):  # type: ignore[no-untyped-def]
+def vllm_positions(planner: PrefixPlanner, plan, prompt: list[int]):  # type: ignore[no-untyped-def]
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Q25
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Q3
     from vllm.multimodal.inputs import PlaceholderRange
@@ -103,7 +103,7 @@ def vllm_positions(planner: PromptPlanner, plan, prompt: list[int]):  # type: ig
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_is_the_prefix_and_then_the_chat(
-    planners: dict[str, PromptPlanner], family: str
+    planners: dict[str, PrefixPlanner], family: str
 ) -> None:
     planner = planners[family]
     plan = planner.plan(index_of(8), "sha", FrameSampling(), "Be brief.")
@@ -121,7 +121,7 @@ def test_the_prompt_is_the_prefix_and_then_the_chat(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PromptPlanner], family: str) -> None:
+def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PrefixPlanner], family: str) -> None:
     planner, index = planners[family], index_of(40)
     base = planner.plan(index, "sha", FrameSampling(), "").prefix_id
     assert planner.plan(index, "sha", FrameSampling(), "").prefix_id == base
@@ -132,7 +132,7 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PromptPlanner], fami
         planner.plan(index, "sha", FrameSampling(fps=1.0), "").prefix_id,
         planner.plan(index, "sha", FrameSampling(), "Be brief.").prefix_id,
         planner.plan(index, "sha", FrameSampling(max_pixels=12_000), "").prefix_id,
-        PromptPlanner(planner.checkpoint, "bfloat16")
+        PrefixPlanner(planner.checkpoint, "bfloat16")
         .plan(index, "sha", FrameSampling(), "")
         .prefix_id,
         planner.plan(index, "sha", FrameSampling(), "", resolve_policy().profile).prefix_id,
@@ -153,7 +153,7 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PromptPlanner], fami
     ],
 )
 def test_sampling_that_cannot_be_applied_is_named(
-    planners: dict[str, PromptPlanner], family: str, sampling: FrameSampling, named: str
+    planners: dict[str, PrefixPlanner], family: str, sampling: FrameSampling, named: str
 ) -> None:
     with pytest.raises(ServiceError, match=named) as caught:
         planners[family].plan(index_of(20), "sha", sampling, "")
@@ -172,7 +172,7 @@ def test_sampling_that_cannot_be_applied_is_named(
     ],
 )
 def test_chats_that_make_no_sense_are_refused(
-    planners: dict[str, PromptPlanner], messages: list[tuple[str, str]], reason: Reason
+    planners: dict[str, PrefixPlanner], messages: list[tuple[str, str]], reason: Reason
 ) -> None:
     planner = planners["qwen3_vl"]
     plan = planner.plan(index_of(4), "sha", FrameSampling(), "")
@@ -182,7 +182,7 @@ def test_chats_that_make_no_sense_are_refused(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_suggested_does_fit(planners: dict[str, PromptPlanner], family: str) -> None:
+def test_what_is_suggested_does_fit(planners: dict[str, PrefixPlanner], family: str) -> None:
     planner, index = planners[family], index_of(600)
     full = planner.plan(index, "sha", FrameSampling(), "").num_tokens
     sentence = planner.suggest_fit(index, FrameSampling(), full // 3)
@@ -192,13 +192,13 @@ def test_what_is_suggested_does_fit(planners: dict[str, PromptPlanner], family: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_estimate_is_near_the_plan(planners: dict[str, PromptPlanner], family: str) -> None:
+def test_an_estimate_is_near_the_plan(planners: dict[str, PrefixPlanner], family: str) -> None:
     planner, index = planners[family], index_of(600)
     estimate = planner.estimate_tokens(index, FrameSampling(fps=2.0))
     assert 0.5 < estimate / planner.plan(index, "", FrameSampling(fps=2.0), "").num_tokens < 2
 
 
-def test_an_hour_is_planned_without_decoding(planners: dict[str, PromptPlanner]) -> None:
+def test_an_hour_is_planned_without_decoding(planners: dict[str, PrefixPlanner]) -> None:
     index = index_of(108_000, fps=30.0, width=1280, height=720)
     plan = planners["qwen3_vl"].plan(index, "sha", FrameSampling(num_frames=768), "")
     assert plan.grid_thw[0] == 384

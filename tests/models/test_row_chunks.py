@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.chunked_mlp import limit_rows
 from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
-from prefill_service.models.row_chunks import limit_rows
 
 TOKENS = 1100
 GRID = (4, 16, 16)  # 1,024 patches, 256 tokens

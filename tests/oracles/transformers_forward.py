@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from prefill_service.models.plan import PrefixPlan
+from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.video.index import VideoIndex
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prefill_service.models.plan import PrefixPlan
+from prefill_service.models.prefix_plan import PrefixPlan
 from tests.oracles.transformers_forward import load
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from prefill_service.parallel.comparison.layout import SequenceSplit, split_evenly
-from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode, PassingScore
-from prefill_service.parallel.comparison.modes import comparison_mode
+from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
+from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_evenly
 
 HEAD_DIM, SCALE, E = 16, 0.25, 8
 SPAVA, STAR, APB = Comparison.SPAVA, Comparison.STAR, Comparison.APB
@@ -32,8 +32,8 @@ class Case:
     def q_heads(self) -> int:
         return self.kv_heads * self.ratio
 
-    def mode(self, ranks: int) -> ComparisonMode:
-        return comparison_mode(self.method, self.context, ranks, self.anchor, self.passing)
+    def mode(self, ranks: int) -> BaselineMethod:
+        return baseline_method(self.method, self.context, ranks, self.anchor, self.passing)
 
     def split(self, ranks: int) -> SequenceSplit:
         mode = self.mode(ranks)
@@ -88,7 +88,7 @@ def rows_of(split: SequenceSplit, rank: int) -> torch.Tensor:
     return torch.cat([torch.arange(start, end) for start, end in ranges])
 
 
-def visible(case: Case, split: SequenceSplit, mode: ComparisonMode) -> torch.Tensor:
+def visible(case: Case, split: SequenceSplit, mode: BaselineMethod) -> torch.Tensor:
     """[q_heads, rows, rows] bool: the method, written down pair by pair."""
     q, k, _ = all_rows(case, split).split([case.q_heads, case.kv_heads, case.kv_heads])
     n, anchor, context, rows = (

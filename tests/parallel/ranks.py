@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prefill_service.parallel.group import SPGroup, form_group
+from prefill_service.parallel.process_group import SPGroup, form_group
 
 TIMEOUT_S = 60.0
 

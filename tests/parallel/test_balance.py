@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.parallel.balance import Load, Move, imbalance, plan_moves
+from prefill_service.parallel.balance_plan import Load, Move, imbalance, plan_moves
 
 
 def random_loads(seed: int, ranks: int, skew: float) -> list[Load]:

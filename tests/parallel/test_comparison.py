@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from prefill_service.attention.dense import Partial, attend
-from prefill_service.parallel.comparison import attention as comparison_attention
-from prefill_service.parallel.comparison.attention import ComparisonAttention
-from prefill_service.parallel.comparison.layout import (
+from prefill_service.parallel.baselines import baseline_attention as comparison_attention
+from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
+from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
+from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.passing import passing_counts, start_passing
+from prefill_service.parallel.baselines.sequence_split import (
     SequenceSplit,
     split_evenly,
     split_patches,
 )
-from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode, PassingScore
-from prefill_service.parallel.comparison.modes import comparison_mode
-from prefill_service.parallel.comparison.passing import passing_counts, start_passing
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.meter import moved
+from prefill_service.parallel.comm_stats import moved
+from prefill_service.parallel.process_group import SPGroup
 from tests.parallel.comparison_cases import (
     ALL,
     APB,
@@ -59,14 +59,14 @@ def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dic
     before = dict(group.meter.uses)
     with Wire() as wire, monkeypatch.context() as patch:
         patch.setattr(comparison_attention, "attend", counted)
-        out = ComparisonAttention(group, split, mode, SCALE).attend(q, k, v)
+        out = BaselineAttention(group, split, mode, SCALE).attend(q, k, v)
     return {
         "out": out, "wire": wire.received, "uses": group.meter.since(before), "pairs": pairs,
         "needle": {} if case.passing == ALL else needle_reaches(group, case, split, mode),
     }  # fmt: skip
 
 
-def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: ComparisonMode) -> Any:
+def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: BaselineMethod) -> Any:
     """Per needle's block and own later block: whether each KV head's passing set has the needle."""
     found = {}
     for target in range(split.num_blocks):
@@ -206,30 +206,30 @@ def test_each_token_is_kept_by_one_rank(size: int) -> None:
 
 def test_videos_are_split_at_patches() -> None:
     ends = [30, 50, 70, 90, 110, 130, 150, 170, 195]  # the first has text, and so has the last
-    spava = comparison_mode(SPAVA, 195, 2, 40, 5)
+    spava = baseline_method(SPAVA, 195, 2, 40, 5)
     assert split_patches(ends, 6, 2, spava) == SequenceSplit(2, 50, (90, 130, 170, 195), 6)
-    none = comparison_mode(SPAVA, 195, 2, 0, 5)
+    none = baseline_method(SPAVA, 195, 2, 0, 5)
     assert split_patches(ends, 6, 2, none) == SequenceSplit(2, 0, (70, 110, 150, 195), 6)
-    apb = comparison_mode(APB, 195, 2, 50, 5)
+    apb = baseline_method(APB, 195, 2, 50, 5)
     assert split_patches(ends, 6, 2, apb, 11) == SequenceSplit(2, 50, (130, 195), 6, 11)
     text = r"9 temporal patches .* an anchor of 111 tokens leaves 3, 4 blocks need as many"
     with pytest.raises(ValueError, match=text):
-        split_patches(ends, 6, 2, comparison_mode(SPAVA, 195, 2, 111, 5))
+        split_patches(ends, 6, 2, baseline_method(SPAVA, 195, 2, 111, 5))
     with pytest.raises(ValueError, match="an anchor of 500 tokens leaves 0, 4 blocks"):
-        split_patches(ends, 6, 2, comparison_mode(SPAVA, 195, 2, 500, 5))
+        split_patches(ends, 6, 2, baseline_method(SPAVA, 195, 2, 500, 5))
 
 
 def test_published_lengths() -> None:
     context = 148_512
-    assert [comparison_mode(method, context, 8) for method in Comparison] == [
-        ComparisonMode(SPAVA, 2432, 1280, PassingScore.MEAN),
-        ComparisonMode(STAR, 16502, 0, PassingScore.MEAN, 1),
-        ComparisonMode(APB, 2432, 2432, PassingScore.MAX, 1, True),
+    assert [baseline_method(method, context, 8) for method in Comparison] == [
+        BaselineMethod(SPAVA, 2432, 1280, PassingScore.MEAN),
+        BaselineMethod(STAR, 16502, 0, PassingScore.MEAN, 1),
+        BaselineMethod(APB, 2432, 2432, PassingScore.MAX, 1, True),
     ]
 
 
 def test_what_cannot_be_is_refused() -> None:
-    mode = comparison_mode(SPAVA, 100, 4, 8, 2)
+    mode = baseline_method(SPAVA, 100, 4, 8, 2)
     with pytest.raises(ValueError, match=r"a context of 15 tokens is too short .* at least 16"):
         split_evenly(15, 1, 4, mode)
     assert split_evenly(16, 1, 4, mode).block_ends == tuple(range(9, 17))
@@ -242,16 +242,16 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="3 blocks are neither 1 nor 2 for 2 ranks"):
         SequenceSplit(2, 10, (20, 30, 40), 1)
     with pytest.raises(ValueError, match="star passes no tokens on, 5 were asked for"):
-        comparison_mode(STAR, 100, 4, None, 5)
+        baseline_method(STAR, 100, 4, None, 5)
     with pytest.raises(ValueError, match="-1 passing tokens: neither may be negative"):
-        comparison_mode(SPAVA, 100, 4, 8, -1)
+        baseline_method(SPAVA, 100, 4, 8, -1)
     with pytest.raises(ValueError, match="3 blocks per rank; there are 1 or 2"):
-        ComparisonMode(SPAVA, 8, 2, blocks_per_rank=3)
+        BaselineMethod(SPAVA, 8, 2, blocks_per_rank=3)
     with pytest.raises(ValueError, match="a question in the anchor needs one block per rank"):
-        ComparisonMode(APB, 8, 2, question_in_anchor=True)
+        BaselineMethod(APB, 8, 2, question_in_anchor=True)
     group, split = SPGroup(0, 1, None, None), split_evenly(100, 2, 1, mode)
     with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):
-        ComparisonAttention(group, split_evenly(100, 2, 4, mode), mode, SCALE)
+        BaselineAttention(group, split_evenly(100, 2, 4, mode), mode, SCALE)
     q = random(2, 101, HEAD_DIM, seed=1)
     with pytest.raises(ValueError, match=r"101 queries, 101 keys .* rank 0 has 102 rows"):
-        ComparisonAttention(group, split, mode, SCALE).attend(q, q, q)
+        BaselineAttention(group, split, mode, SCALE).attend(q, q, q)

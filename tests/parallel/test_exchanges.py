@@ -10,18 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from prefill_service.attention.keys import Segments
-from prefill_service.parallel.exchange import AttentionShape
-from prefill_service.parallel.exchanges import (
+from prefill_service.attention.key_source import Segments
+from prefill_service.parallel.comm_stats import moved
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.registry import (
     ExchangeKind,
     choose_exchange,
     make_exchange,
     ulysses_degree,
 )
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.layout import deal_patches
 from prefill_service.parallel.mesh import form_meshes
-from prefill_service.parallel.meter import moved
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.token_layout import deal_patches
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
 LAYERS, HEAD_DIM, SCALE = 2, 16, 0.25

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.parallel.layout import HeldTokens, Order, Share, deal_patches, join
+from prefill_service.parallel.token_layout import HeldTokens, Order, Share, deal_patches, join
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -16,21 +16,21 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.tiles import Tiles
+from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.engine.attending import ChunkAttention, heads_here
-from prefill_service.engine.spec import is_sparse
-from prefill_service.kv.copying_file import FileCopyEngine
-from prefill_service.kv.offload import OffloadedKV
-from prefill_service.kv.working import WorkingShape
-from prefill_service.parallel.balanced import make_balancer
-from prefill_service.parallel.demand import DemandExchange
-from prefill_service.parallel.exchange import AttentionShape, Exchange
-from prefill_service.parallel.exchanges import ExchangeKind, choose_exchange, make_exchange
-from prefill_service.parallel.gather import GatherExchange
-from prefill_service.parallel.group import SPGroup
-from prefill_service.parallel.layout import ChunkLayout, deal_patches
+from prefill_service.engine.resolve import is_sparse
+from prefill_service.kv.offload.file_copies import FileCopyEngine
+from prefill_service.kv.offload.shape import OffloadShape
+from prefill_service.kv.offload.working_set import OffloadedKV
+from prefill_service.parallel.exchanges.base import AttentionShape, Exchange
+from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
+from prefill_service.parallel.exchanges.gather import GatherExchange
+from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange, make_exchange
+from prefill_service.parallel.load_balance import make_balancer
 from prefill_service.parallel.mesh import form_meshes
-from prefill_service.parallel.units import Units
+from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
 LAYERS, KV_HEADS, HEAD_DIM, SCALE = 2, 2, 16, 0.25
@@ -168,7 +168,7 @@ class Spied(DemandExchange):
 
 def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
     """Room for half a layer beside the two that are always here."""
-    sizes = WorkingShape(
+    sizes = OffloadShape(
         LAYERS, shape.num_tokens, shape.kv_heads, shape.head_dim, shape.dtype, shape.device
     )
     engine, room = FileCopyEngine(sizes, folder), int(2.5 * sizes.layer_bytes)
@@ -178,7 +178,7 @@ def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
 def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, Any]:
     """This rank's part of a prefill, by the product's own path."""
     layout, shape = case.layout(group.size), case.shape
-    units, balancer = Units.of(case.ends, case.chunk), None
+    units, balancer = SelectionUnits.of(case.ends, case.chunk), None
     exchange: Exchange
     if kind == "gather":
         exchange = GatherExchange(group, shape)
@@ -225,7 +225,7 @@ def one_rank(case: Case) -> dict[str, Any]:
     for layer in range(LAYERS):
         whole, k, v = case.split(data[layer])
         kv = torch.stack([k, v]).permute(2, 0, 1, 3).contiguous()
-        for start, end in Units.of(case.ends, case.chunk).cut(0, int(case.ends[-1])):
+        for start, end in SelectionUnits.of(case.ends, case.chunk).cut(0, int(case.ends[-1])):
             q = whole[:, start:end]
             if selection.is_sparse(start, end - start):
                 out[layer][:, start:end] = selection.attend(layer, q, kv, start, SCALE)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prefill_service.parallel.exchanges import ExchangeKind
-from prefill_service.parallel.group import SPGroup
+from prefill_service.parallel.comm_stats import moved
+from prefill_service.parallel.exchanges.registry import ExchangeKind
 from prefill_service.parallel.mesh import form_meshes
-from prefill_service.parallel.meter import moved
+from prefill_service.parallel.process_group import SPGroup
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 from tests.parallel.test_exchanges import CASES, dense, run_case
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.parallel.layout import deal_patches
-from prefill_service.parallel.units import Units
+from prefill_service.parallel.selection_units import SelectionUnits
+from prefill_service.parallel.token_layout import deal_patches
 
 
 @pytest.mark.parametrize("patches", [1, 7, 33, 100, 641])
@@ -14,7 +14,7 @@ from prefill_service.parallel.units import Units
 @pytest.mark.parametrize("chunk_tokens", [50, 512, 4096])
 def test_shares_are_whole_units(patches: int, patch_tokens: int, chunk_tokens: int) -> None:
     ends = 5 + np.arange(1, patches + 1) * patch_tokens
-    units = Units.of(ends, chunk_tokens)
+    units = SelectionUnits.of(ends, chunk_tokens)
     assert (units.patches[0], units.patches[-1]) == (0, patches)
     assert (units.tokens[0], units.tokens[-1]) == (0, ends[-1])
     assert units.tokens[1:] == tuple(ends[np.array(units.patches[1:]) - 1])
@@ -36,15 +36,17 @@ def test_shares_are_whole_units(patches: int, patch_tokens: int, chunk_tokens: i
 
 
 def test_units_towards_the_end_are_cut_in_parts() -> None:
-    units = Units.of(np.arange(1, 1001) * 16, 512)
+    units = SelectionUnits.of(np.arange(1, 1001) * 16, 512)
     sizes = np.diff(units.tokens)
     assert (sizes[:28] == 512).all()
     assert (sizes[28:34] == 256).all()
-    assert Units.of(np.arange(1, 1001) * 16, 200).tokens[-2] == 83 * 192  # too short to be cut
+    assert (
+        SelectionUnits.of(np.arange(1, 1001) * 16, 200).tokens[-2] == 83 * 192
+    )  # too short to be cut
 
 
 def test_a_range_is_cut_where_units_begin() -> None:
-    units = Units((0, 2, 4, 5), (0, 20, 40, 50))
+    units = SelectionUnits((0, 2, 4, 5), (0, 20, 40, 50))
     assert units.cut(5, 45) == [(5, 20), (20, 40), (40, 45)]
     assert units.cut(20, 40) == [(20, 40)]
     assert units.cut(7, 7) == []

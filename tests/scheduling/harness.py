@@ -27,15 +27,17 @@ from prefill.v1 import (
 from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.config import ServiceConfig, load_config
 from prefill_service.kv.budget import KVBudget
-from prefill_service.scheduling.exchanges import ExchangePlanner
+from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.service import Parts, Service
-from tests.scheduling.parts import Decoder, Group, Planner
+from tests.scheduling.parts import GenerationServer, Group, Planner
 
 
 class Harness:
     """A running service, its parts, and a client of each of its three services."""
 
-    def __init__(self, service: Service, group: Group, decoder: Decoder, video_id: str) -> None:
+    def __init__(
+        self, service: Service, group: Group, decoder: GenerationServer, video_id: str
+    ) -> None:
         self.service, self.group, self.decoder = service, group, decoder
         self.video_id = video_id
         self.task: asyncio.Task[None]
@@ -127,7 +129,7 @@ async def serving(
     data_dir: Path,
     template: Template,
     group: Group | None = None,
-    decoder: Decoder | None = None,
+    decoder: GenerationServer | None = None,
     connect: bool = True,
     wait: bool = True,
     budgets: HeadBudgetProfile | None = None,
@@ -143,7 +145,7 @@ async def serving(
     sections["server"] = {"port": 0, **sections.get("server", {})}
     sections["engine"] = {"model": "sim", **sections.get("engine", {})}
     group = group or Group()
-    decoder = decoder or Decoder(group)
+    decoder = decoder or GenerationServer(group)
 
     def build(config: ServiceConfig, data: Path, runtime: Path) -> Parts:
         return Parts(Planner(), group, decoder, budgets=budgets, memory=memory, exchanges=exchanges)  # type: ignore[arg-type]

@@ -18,24 +18,24 @@ import torch
 
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
-from prefill_service.decode.vllm_client import DecodeEvent, DecodeRequest
-from prefill_service.engine.messages import ComparisonTask, PrefillTask, Progress, Stage
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.engine.shards import comparison_runs, comparison_split
+from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress, Stage
+from prefill_service.engine.shard_map import baseline_runs, baseline_split
+from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest
+from prefill_service.kv.handoff import HandoffReport
+from prefill_service.kv.handoff_reports import send_report
 from prefill_service.kv.manifest import KVLayout, ShardRun
-from prefill_service.kv.protocol import HandoffReport
-from prefill_service.kv.reports import send_report
-from prefill_service.kv.working import WorkingReport
-from prefill_service.models.plan import FrameSampling, PrefixPlan
-from prefill_service.parallel.exchanges import ExchangeChoice
-from prefill_service.parallel.meter import CollectiveUse
-from prefill_service.parallel.teams import Team, form_teams
+from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.parallel.comm_stats import CollectiveUse
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
+from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 from prefill_service.video.index import VideoIndex
 
 TOKENS_PER_FRAME = 16
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
-EVERYONE = Team(0, 2)
+EVERYONE = Subgroup(0, 2)
 FRAME_BYTES = LAYOUT.page_bytes  # a frame is one page
 
 
@@ -119,7 +119,7 @@ class Group:
 
     endpoints = ("unix:/r0", "unix:/r1")
     everyone = EVERYONE
-    teams = form_teams(2)
+    teams = form_subgroups(2)
     chunk_tokens = 64
     layout = LAYOUT
 
@@ -185,24 +185,24 @@ class Group:
         self,
         plan: PrefixPlan,
         exchange: ExchangeChoice | None = None,
-        comparison: ComparisonTask | None = None,
-        team: Team = EVERYONE,
+        comparison: BaselineTask | None = None,
+        team: Subgroup = EVERYONE,
         policy: AttentionPolicy | None = None,
     ) -> tuple[ShardRun, ...]:
         if comparison is not None:
-            return comparison_runs(comparison_split(plan, comparison, 2), LAYOUT, team)
+            return baseline_runs(baseline_split(plan, comparison, 2), LAYOUT, team)
         half = plan.num_tokens // 2
         if team.size == 1:
             return (ShardRun(0, plan.num_tokens, team.first, 0),)
         return (ShardRun(0, half, 0, 0), ShardRun(half, plan.num_tokens, 1, 0))
 
-    def exchange_of(self, team: Team) -> ExchangeChoice:
+    def exchange_of(self, team: Subgroup) -> ExchangeChoice:
         return ExchangeChoice()
 
-    def fits(self, tokens: int, team: Team) -> bool:
+    def fits(self, tokens: int, team: Subgroup) -> bool:
         return True
 
-    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+    def fit_together(self, paused: tuple[int, Subgroup], inside: tuple[int, Subgroup]) -> bool:
         return self.roomy
 
     async def prefill(
@@ -258,7 +258,7 @@ class Group:
         self.tasks.append(task)
         return PrefillOutcome(
             {"decode": 0.1}, {"broadcast": CollectiveUse(1, 1, 0.01)}, 0.1, report(task),
-            (WorkingReport(64, 32, 7, 0.5), WorkingReport(64, 32, 4, 0.25)),
+            (OffloadReport(64, 32, 7, 0.5), OffloadReport(64, 32, 4, 0.25)),
         )  # fmt: skip
 
     def _stands(self, job_id: str) -> bool:
@@ -282,7 +282,7 @@ class Group:
         return sum(map(len, self.leases.values()))
 
 
-class Decoder:
+class GenerationServer:
     """Pulls pages from the group like the connector, then says ``answer`` token by token."""
 
     def __init__(self, group: Group, max_model_len: int = 4096, start_s: float = 0.0) -> None:
@@ -294,7 +294,7 @@ class Decoder:
         self.answer = ["A", " red", " car", "."]
         self.faults: deque[ServiceError] = deque()
         """Hand-offs that fail, each reported like the connector does."""
-        self.requests: list[DecodeRequest] = []
+        self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -314,7 +314,7 @@ class Decoder:
         self._death.set_exception(ServiceError(Reason.DECODER_UNAVAILABLE, "vLLM died"))
         self._death.exception()
 
-    async def generate(self, request: DecodeRequest) -> AsyncIterator[DecodeEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         if not self.ready:
             raise ServiceError(Reason.DECODER_UNAVAILABLE, "vLLM is not ready")
         self.requests.append(request)
@@ -327,7 +327,7 @@ class Decoder:
                 last = number == len(words)
                 reason = ("stop" if words == self.answer else "length") if last else ""
                 finished = last
-                yield DecodeEvent(
+                yield GenerationEvent(
                     word, (number,), reason, len(request.token_ids), number, cached_tokens=7
                 )
         except ServiceError:
@@ -337,7 +337,7 @@ class Decoder:
             if not finished:
                 self.aborted.append(request.request_id)
 
-    async def _pull(self, request: DecodeRequest) -> None:
+    async def _pull(self, request: GenerationRequest) -> None:
         manifest, lease_id = request.handoff.manifest, request.handoff.lease_id
         error = self.faults.popleft() if self.faults else None
         pages = self.group.pages.get(manifest.prefix_id)

@@ -6,25 +6,25 @@ import asyncio
 
 import pytest
 
-from prefill_service.engine.running import RunningTask
+from prefill_service.engine.task_state import TaskState
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.parallel.teams import Team
-from prefill_service.scheduling.attempts import Attempts
+from prefill_service.parallel.subgroups import Subgroup
+from prefill_service.scheduling.retry_policy import RetryPolicy
 
-FIRST, SECOND = Team(0, 2), Team(2, 2)
+FIRST, SECOND = Subgroup(0, 2), Subgroup(2, 2)
 
 
-def starts(error: ServiceError, team: Team) -> int:
+def starts(error: ServiceError, team: Subgroup) -> int:
     """Of a job on the team each of whose starts ends with the error."""
-    attempts, count = Attempts(team), 1
+    attempts, count = RetryPolicy(team), 1
     while attempts.another(error, count):
         count += 1
     return count
 
 
-async def not_stopped(team: Team) -> ServiceError:
+async def not_stopped(team: Subgroup) -> ServiceError:
     """As the group raises it when the team's ranks do not stop a cancelled job."""
-    running = RunningTask("job_1", team, lambda _: None, asyncio.get_running_loop().create_future())
+    running = TaskState("job_1", team, lambda _: None, asyncio.get_running_loop().create_future())
     return running.not_stopped(30.0)
 
 

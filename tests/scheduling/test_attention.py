@@ -18,7 +18,7 @@ from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.kv.manifest import Manifest
-from prefill_service.scheduling import attention
+from prefill_service.scheduling import attention_summary as attention
 from tests.scheduling.harness import Harness, error_of
 
 Serve = Callable[..., Any]

@@ -11,9 +11,9 @@ import pytest
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as pb
 
-from prefill_service.parallel.comparison.mode import Comparison, ComparisonMode, PassingScore
-from prefill_service.scheduling.comparison import ComparisonSpec
-from prefill_service.scheduling.jobs import NO_POLICY, PrefillSpec
+from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
+from prefill_service.scheduling.baseline_spec import BaselineSpec
+from prefill_service.scheduling.job import NO_POLICY, PrefillSpec
 from tests.scheduling.harness import Harness, answer, error_of
 from tests.scheduling.parts import TOKENS_PER_FRAME
 
@@ -23,7 +23,7 @@ RANKS = {"ranks": 2}
 
 def spec(s: Harness, frames: int = 12, **comparison: Any) -> pb.PrefillSpec:
     message = s.spec(frames)
-    message.comparison.CopyFrom(pb.ComparisonSpec(**comparison))
+    message.comparison.CopyFrom(pb.BaselineSpec(**comparison))
     return message
 
 
@@ -47,7 +47,7 @@ async def test_a_job_is_computed_as_asked(serve: Serve) -> None:
         assert job.spec == spec(s, **SPAVA)  # in a form that may be asked again
         assert (await create(s, job.spec)).job_id == job.job_id
         how = s.group.tasks[-1].comparison
-        assert how.mode == ComparisonMode(Comparison.SPAVA, 40, 5, PassingScore.MEAN)
+        assert how.mode == BaselineMethod(Comparison.SPAVA, 40, 5, PassingScore.MEAN)
         assert how.question_ids == tuple(map(ord, "Who?"))
         # Two patches of anchor in two slices, then a block each, twice.
         ranges = [(r.start_token, r.end_token, r.rank) for r in job.result.shards]
@@ -71,7 +71,7 @@ async def test_every_part_of_it_makes_another_prefix(serve: Serve) -> None:
         specs = [spec(s, **{**SPAVA, **change}) for change in changes]
         ids = [(await create(s, message)).job_id for message in [*specs, s.spec(12)]]
         assert len(set(ids)) == len(ids)
-        spava = ComparisonSpec(Comparison.SPAVA, "Who?")
+        spava = BaselineSpec(Comparison.SPAVA, "Who?")
         assert spava.profile(2) != spava.profile(3)
 
 
@@ -123,7 +123,7 @@ async def test_the_dial_and_a_method_exclude_each_other(serve: Serve) -> None:
 
 def test_specs_survive_the_database() -> None:
     found = PrefillSpec(
-        "v", attention=NO_POLICY, comparison=ComparisonSpec(Comparison.APB, "Who?", 3, None)
+        "v", attention=NO_POLICY, comparison=BaselineSpec(Comparison.APB, "Who?", 3, None)
     )
     assert PrefillSpec.from_dict(asdict(found)) == found
     older = asdict(PrefillSpec("v"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefill.v1 import prefill_service_pb2 as pb
 
-from prefill_service.parallel.teams import Team
+from prefill_service.parallel.subgroups import Subgroup
 
 Serve = Callable[..., Any]
 SUCCEEDED, QUEUED, RUNNING = pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_QUEUED, pb.JOB_STATE_RUNNING
@@ -26,7 +26,7 @@ async def side_by_side(s: Any) -> tuple[str, str]:
     return first.job_id, second.job_id
 
 
-def team_of(s: Any, job_id: str) -> Team:
+def team_of(s: Any, job_id: str) -> Subgroup:
     return next(task.team for task in s.group.tasks if task.job_id == job_id)
 
 
@@ -40,7 +40,10 @@ async def test_short_jobs_run_side_by_side(serve: Serve) -> None:
         jobs = [(await s.ended(job_id))[-1] for job_id in (first, second)]
         assert [job.state for job in jobs] == [SUCCEEDED] * 2
         assert [{shard.rank for shard in job.result.shards} for job in jobs] == [{0}, {1}]
-        assert [team_of(s, job_id) for job_id in (first, second)] == [Team(0, 1), Team(1, 1)]
+        assert [team_of(s, job_id) for job_id in (first, second)] == [
+            Subgroup(0, 1),
+            Subgroup(1, 1),
+        ]
 
 
 async def test_a_short_job_overtakes_a_long_one(serve: Serve) -> None:

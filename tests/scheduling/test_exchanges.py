@@ -15,17 +15,17 @@ from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
+from prefill_service.cost_model.chunking import chunking_of
+from prefill_service.cost_model.fitting import Observation
+from prefill_service.cost_model.model_shape import PRESETS
+from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.engine.messages import PrefillTask
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.models.plan import PrefixPlan
-from prefill_service.parallel.exchanges import ExchangeChoice, ExchangeKind
-from prefill_service.parallel.layout import deal_patches
-from prefill_service.planning.chunking import chunking_of
-from prefill_service.planning.fitting import Observation
-from prefill_service.planning.schemes import Exchange, Scheme
-from prefill_service.planning.shapes import PRESETS
-from prefill_service.planning.work import Work, prefill_work
-from prefill_service.scheduling.exchanges import ExchangePlanner
+from prefill_service.engine.task_state import PrefillOutcome
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.exchanges.registry import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.token_layout import deal_patches
+from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.scheduling.placement import assumed_seconds
 from tests.scheduling.parts import Group
 

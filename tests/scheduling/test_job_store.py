@@ -14,10 +14,10 @@ from prefill_service.attention.report import AttentionReport, BlockMap, LayerRep
 from prefill_service.engine.messages import Progress, Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
-from prefill_service.models.plan import FrameSampling
-from prefill_service.scheduling.attention import AttentionDetail, summarize
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.scheduling.attention_summary import AttentionDetail, summarize
+from prefill_service.scheduling.job import JobRecord, JobState, PrefillResult, PrefillSpec
 from prefill_service.scheduling.job_store import JobStore
-from prefill_service.scheduling.jobs import JobRecord, JobState, PrefillResult, PrefillSpec
 
 SPEC = PrefillSpec("vid_1", FrameSampling(fps=2.0), "Be brief.", resolve_policy(epsilon=0.05))
 SUMMARY = summarize(SPEC.attention, AttentionReport(layers=[LayerReport(0, [30.0, 20.0], 55.0, 4)]))

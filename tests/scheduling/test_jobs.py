@@ -15,8 +15,8 @@ from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
+from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.protocol import HandoffParams
 from tests.scheduling.harness import answer, error_of
 from tests.scheduling.parts import FRAME_BYTES, LAYOUT
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from prefill_service.parallel.teams import Team, form_teams
+from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 from prefill_service.scheduling.placement import (
     OVERTAKEN,
     PASSED,
@@ -21,7 +21,7 @@ from prefill_service.scheduling.placement import (
 )
 
 CHUNK = 512
-ALL = Team(0, 4)
+ALL = Subgroup(0, 4)
 
 
 class Room:
@@ -30,34 +30,34 @@ class Room:
     def __init__(self, tokens: int = 1 << 30, two: bool = True) -> None:
         self.tokens, self.two = tokens, two
 
-    def fits(self, tokens: int, team: Team) -> bool:
+    def fits(self, tokens: int, team: Subgroup) -> bool:
         return tokens <= self.tokens * team.size
 
-    def fit_together(self, paused: tuple[int, Team], inside: tuple[int, Team]) -> bool:
+    def fit_together(self, paused: tuple[int, Subgroup], inside: tuple[int, Subgroup]) -> bool:
         return self.two
 
 
 def placer(ranks: int = 4, room: Room | None = None, overtaking: bool = True) -> Placer:
-    return Placer(form_teams(ranks), CHUNK, room or Room(), overtaking)
+    return Placer(form_subgroups(ranks), CHUNK, room or Room(), overtaking)
 
 
 def queue(*tokens: int) -> list[Waiting]:
     return [Waiting(f"{number}", count) for number, count in enumerate(tokens)]
 
 
-def teams(placed: Sequence[Placement]) -> list[Team]:
+def teams(placed: Sequence[Placement]) -> list[Subgroup]:
     return [placement.team for placement in placed]
 
 
 @pytest.mark.parametrize("tokens", [10, 100_000])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_alone_it_has_all_ranks(ranks: int, tokens: int) -> None:
-    assert teams(placer(ranks).place(queue(tokens), [])) == [Team(0, ranks)]
+    assert teams(placer(ranks).place(queue(tokens), [])) == [Subgroup(0, ranks)]
 
 
 def test_several_at_once_on_teams_of_several_sizes() -> None:
     placed = placer().place(queue(2 * CHUNK, CHUNK, CHUNK), [])
-    assert teams(placed) == [Team(0, 2), Team(2, 1), Team(3, 1)]
+    assert teams(placed) == [Subgroup(0, 2), Subgroup(2, 1), Subgroup(3, 1)]
     assert not any(placement.over for placement in placed)
 
 
@@ -71,7 +71,7 @@ def test_long_ones_go_one_after_the_other_until_the_queue_is_long() -> None:
 def test_the_degree_is_the_best_of_all() -> None:
     """Brute force: the mean end of W equal jobs, dealt to the teams of one size in turn."""
     for ranks in (1, 2, 3, 4, 5, 8):
-        place, family = placer(ranks), form_teams(ranks)
+        place, family = placer(ranks), form_subgroups(ranks)
         for waiting in range(1, 25):
             means = {}
             for size in {team.size for team in family}:
@@ -87,14 +87,14 @@ def test_the_degree_is_the_best_of_all() -> None:
 
 def test_fewer_ranks_now_or_more_later_whichever_ends_first() -> None:
     tokens = 100 * CHUNK
-    for left, expected in ((CHUNK, []), (90 * CHUNK, [Team(2, 2)])):
-        at_work = Active("a", tokens, left, Team(0, 2), pausable=False)
+    for left, expected in ((CHUNK, []), (90 * CHUNK, [Subgroup(2, 2)])):
+        at_work = Active("a", tokens, left, Subgroup(0, 2), pausable=False)
         assert teams(placer().place([Waiting("b", tokens)], [at_work])) == expected
 
 
 def test_one_behind_begins_if_it_is_in_nobodys_way() -> None:
     """The first one in the queue waits for all ranks, half of which are free for 10 chunks."""
-    at_work = Active("a", 40 * CHUNK, 10 * CHUNK, Team(0, 2), pausable=False)
+    at_work = Active("a", 40 * CHUNK, 10 * CHUNK, Subgroup(0, 2), pausable=False)
     first = Waiting("b", 400 * CHUNK)
     assert placer().place([first], [at_work]) == []
     small, large = Waiting("c", 4 * CHUNK), Waiting("d", 30 * CHUNK)
@@ -106,7 +106,7 @@ def test_one_behind_begins_if_it_is_in_nobodys_way() -> None:
 
 def test_a_prefix_has_as_many_ranks_as_it_needs_room() -> None:
     tight = placer(room=Room(CHUNK))
-    assert teams(tight.place(queue(CHUNK, CHUNK + 1), [])) == [Team(0, 1), Team(2, 2)]
+    assert teams(tight.place(queue(CHUNK, CHUNK + 1), [])) == [Subgroup(0, 1), Subgroup(2, 2)]
     assert teams(tight.place(queue(3 * CHUNK, *[CHUNK] * 40), [])) == [ALL]
     assert teams(tight.place(queue(9 * CHUNK, 8 * CHUNK), [])) == [ALL]  # which will refuse it
 
@@ -140,7 +140,7 @@ def test_many_short_ones_share_a_pause() -> None:
 
 def test_a_comparison_has_all_ranks_or_waits() -> None:
     one = Waiting("one", CHUNK, everyone=True)
-    busy = Active("a", 4 * CHUNK, 3 * CHUNK, Team(0, 1))
+    busy = Active("a", 4 * CHUNK, 3 * CHUNK, Subgroup(0, 1))
     assert placer().place([one], [busy]) == []
     assert teams(placer().place([one, Waiting("b", CHUNK)], [])) == [ALL]
     (placed,) = placer().place([one], [Active("a", 40 * CHUNK, 30 * CHUNK, ALL)])

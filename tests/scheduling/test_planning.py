@@ -10,9 +10,9 @@ import pytest
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
-from prefill_service.models.plan import FrameSampling
-from prefill_service.scheduling.jobs import PrefillSpec
-from prefill_service.scheduling.planning import Planning
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.scheduling.admission import Admission
+from prefill_service.scheduling.job import PrefillSpec
 from prefill_service.video.store import VideoStore
 from tests.scheduling.parts import FRAME_BYTES, LAYOUT, TOKENS_PER_FRAME, Planner
 
@@ -24,7 +24,7 @@ async def test_a_prefix_beyond_the_budget_is_refused_with_advice(
     data = Path(shutil.copytree(source, tmp_path / "data"))
     videos = VideoStore(StorageConfig(data_dir=str(data)), VideoConfig())
     budget = KVBudget(LAYOUT, pool_bytes=10 * FRAME_BYTES, working_bytes=1)
-    planning = Planning(videos, Planner(), lambda: 0, memory=budget)  # type: ignore[arg-type]
+    planning = Admission(videos, Planner(), lambda: 0, memory=budget)  # type: ignore[arg-type]
     try:
         plan = await planning.plan(PrefillSpec(video_id, FrameSampling(num_frames=10)))
         assert plan.num_tokens == 10 * TOKENS_PER_FRAME

@@ -10,14 +10,14 @@ import pytest
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun
-from prefill_service.scheduling.attempts import RESTARTABLE
-from prefill_service.scheduling.prefixes import Lease, PrefixRegistry
+from prefill_service.scheduling.prefix_cache import Lease, PrefixCache
+from prefill_service.scheduling.retry_policy import RESTARTABLE
 
 POOL = 1000
 LAYOUT = KVLayout(1, 1, 4, "float32", 16)
 
 
-class Ranks:
+class WorkerSupervisor:
     """What the ranks were told: the prefixes they hold, least recently used first, and leases."""
 
     def __init__(self) -> None:
@@ -46,9 +46,9 @@ class Model:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.ranks = Ranks()
+        self.ranks = WorkerSupervisor()
         self.gone: list[str] = []
-        self.registry = PrefixRegistry(
+        self.registry = PrefixCache(
             self.ranks,  # type: ignore[arg-type]
             POOL, 30.0, self.gone.append,
         )  # fmt: skip
@@ -149,7 +149,7 @@ async def test_random_arrivals_leases_and_evictions(seed: int) -> None:
 
 
 async def test_a_prefix_larger_than_the_pool_says_what_to_change() -> None:
-    registry = PrefixRegistry(
+    registry = PrefixCache(
         SimpleNamespace(),  # type: ignore[arg-type]
         POOL, 30.0, lambda _: None,
     )  # fmt: skip
@@ -162,8 +162,8 @@ async def test_a_prefix_larger_than_the_pool_says_what_to_change() -> None:
 
 
 async def test_what_is_being_computed_is_waited_for_however_long_it_takes() -> None:
-    registry = PrefixRegistry(
-        Ranks(),  # type: ignore[arg-type]
+    registry = PrefixCache(
+        WorkerSupervisor(),  # type: ignore[arg-type]
         POOL, 30.0, lambda _: None,
     )  # fmt: skip
     registry.add(manifest("first"), POOL)
@@ -179,8 +179,8 @@ async def test_what_is_being_computed_is_waited_for_however_long_it_takes() -> N
 
 
 def test_ranks_lost_right_after_their_answer_are_no_fault_of_the_job() -> None:
-    registry = PrefixRegistry(
-        Ranks(),  # type: ignore[arg-type]
+    registry = PrefixCache(
+        WorkerSupervisor(),  # type: ignore[arg-type]
         POOL, 30.0, lambda _: None,
     )  # fmt: skip
     registry.add(manifest("first"), POOL)
@@ -191,8 +191,8 @@ def test_ranks_lost_right_after_their_answer_are_no_fault_of_the_job() -> None:
 
 
 async def test_a_prefix_is_not_computed_again_before_the_ranks_have_stopped() -> None:
-    ranks = Ranks()
-    registry = PrefixRegistry(ranks, POOL, 30.0, lambda _: None)  # type: ignore[arg-type]
+    ranks = WorkerSupervisor()
+    registry = PrefixCache(ranks, POOL, 30.0, lambda _: None)  # type: ignore[arg-type]
     stopping, again = manifest("it"), manifest("it")
     registry.add(stopping, 10)
     waiting = asyncio.create_task(registry.make_room(10, wait_s=0.02, prefix_id="it"))

@@ -14,8 +14,8 @@ import pytest
 from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.engine.messages import PrefillTask
-from prefill_service.engine.running import PrefillOutcome
-from prefill_service.engine.trace import Span
+from prefill_service.engine.spans import Span
+from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.scheduling.traces import JobTrace, TraceBook, render
 from tests.scheduling.harness import Harness, answer, error_of
 from tests.scheduling.parts import Group

@@ -49,7 +49,7 @@ def running_service(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "service.log"
     command = [
-        sys.executable, "-m", "prefill_service.cli", "serve",
+        sys.executable, "-m", "prefill_service.cli.main", "serve",
         "--model", str(model), "--port", "0", "--data-dir", str(folder / "data"), *arguments,
     ]  # fmt: skip
     with log.open("w") as stream:

@@ -17,9 +17,9 @@ from prefill_client import Message
 
 from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
-from prefill_service.video.frames import FrameStream
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.probe import probe_video
 from tests.oracles.transformers_forward import prefix_cache, processor_inputs
 from tests.oracles.transformers_greedy import generate, greedy
@@ -149,7 +149,7 @@ async def test_vllm_alone_equals_transformers(
     family: str,
 ) -> None:
     model = checkpoint(family)
-    planner = PromptPlanner(open_checkpoint(str(model)), "float32")
+    planner = PrefixPlanner(open_checkpoint(str(model)), "float32")
     for size, references in alone(family).items():
         video = make_video(**SIZES[size])
         index = await probe_video(video, VideoConfig())

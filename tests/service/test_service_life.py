@@ -45,7 +45,7 @@ def test_a_service_killed_outright_takes_its_ranks_along(
     with log.open("w") as stream:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "prefill_service.cli", "serve", "--ranks", "2",
+                sys.executable, "-m", "prefill_service.cli.main", "serve", "--ranks", "2",
                 "--model", str(checkpoint("qwen3_vl")), "--port", "0",
                 "--data-dir", str(tmp_path / "data"), "--vllm-url", vllm("qwen3_vl").url,
             ],
@@ -57,7 +57,7 @@ def test_a_service_killed_outright_takes_its_ranks_along(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     started = psutil.Process(process.pid).children()
-    assert sum("prefill_service.engine.rank" in child.cmdline() for child in started) == 2
+    assert sum("prefill_service.engine.worker" in child.cmdline() for child in started) == 2
     below = psutil.Process(process.pid).children(recursive=True)  # decoders that wait, too
     process.kill()
     process.wait()
@@ -66,7 +66,7 @@ def test_a_service_killed_outright_takes_its_ranks_along(
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "prefill_service.cli", "serve", *arguments]
+    command = [sys.executable, "-m", "prefill_service.cli.main", "serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

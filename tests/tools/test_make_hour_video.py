@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from prefill_service.config import VideoConfig
-from prefill_service.video.indexing import build_index
-from prefill_service.video.pyav_reader import PyAVReader
+from prefill_service.video.decoder.indexing import build_index
+from prefill_service.video.decoder.readers.pyav import PyAVReader
 from tools.make_hour_video import HourOptions, scene_order, write_hour
 
 SMALL = HourOptions(seconds=31, fps=10, width=160, height=96, scenes=3)

@@ -11,8 +11,8 @@ import torch
 
 from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.plan import FrameSampling
-from prefill_service.models.planner import PromptPlanner
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.video.probe import probe_video
 from tools.needle import checkpoint, sketches, stories, tower, videos
 from tools.needle.stories import Needle, Story
@@ -96,7 +96,7 @@ async def test_layout_is_the_planners(tmp_path: Path) -> None:
     story = stories.sample_story(21, np.random.default_rng(1))
     path = videos.write_mp4(tmp_path / "a.mp4", story, seed=1)
     index = await probe_video(path, VideoConfig())
-    planner = PromptPlanner(open_checkpoint(str(ASSET)), "float32")
+    planner = PrefixPlanner(open_checkpoint(str(ASSET)), "float32")
     plan = planner.plan(index, "hash", FrameSampling(), "")
     _, tokenizer = checkpoint.load(ASSET)
     ours = sketches.layout(tokenizer, np.arange(21))

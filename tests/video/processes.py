@@ -22,7 +22,7 @@ def children() -> set[int]:
     for thread in Path("/proc/self/task").iterdir():
         for pid in (thread / "children").read_text().split():
             command = Path(f"/proc/{pid}/cmdline")
-            if command.exists() and b"decoder_child" in command.read_bytes():
+            if command.exists() and b"video.decoder.child" in command.read_bytes():
                 found.add(int(pid))
     return found
 

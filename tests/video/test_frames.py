@@ -15,7 +15,7 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.frames import FrameStream
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.probe import probe_video
 from tests.video.make import make_video, read_number
 from tests.video.processes import alive, children, wait_until
@@ -84,7 +84,7 @@ def test_child_dies_with_its_parent(big_video: Path) -> None:
 import os, signal
 from pathlib import Path
 from prefill_service.config import VideoConfig
-from prefill_service.video.frames import FrameStream
+from prefill_service.video.frame_stream import FrameStream
 path = Path({str(big_video)!r})
 stream = FrameStream(path, path.with_name("index.npz"), range(120), VideoConfig())
 assert stream.poll(30) is not None
@@ -178,7 +178,7 @@ def test_environment_and_folder_of_the_child_are_empty(big_video: Path, monkeypa
 
 
 def test_importing_the_child_does_not_import_torch() -> None:
-    script = "import sys, prefill_service.video.decoder_child; print(*sorted(sys.modules))"
+    script = "import sys, prefill_service.video.decoder.child; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     modules = set(done.stdout.split())
     assert "av" in modules, done.stderr

@@ -10,9 +10,9 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import ServiceError
-from prefill_service.video.gop import Run, gop_starts, plan_runs
-from prefill_service.video.indexing import build_index
-from prefill_service.video.pyav_reader import PyAVReader, can_skip
+from prefill_service.video.decoder.indexing import build_index
+from prefill_service.video.decoder.readers.pyav import PyAVReader, can_skip
+from prefill_service.video.decoder.seek_plan import Run, gop_starts, plan_runs
 from tests.video.make import H264, damage_frames, make_video, read_number
 
 X265 = "keyint=40:min-keyint=40:bframes=3:scenecut=0:log-level=none:pools=none"

@@ -15,10 +15,10 @@ import pytest
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video import process, sandbox
-from prefill_service.video.frames import FrameStream
+from prefill_service.video.decoder.session import SandboxedChild
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
-from prefill_service.video.sandbox import SandboxedChild
 from tests.video.make import H264, damage_frames, make_audio, make_video
 
 LIMITS = VideoConfig()
@@ -324,7 +324,7 @@ def test_the_child_can_open_nothing_but_its_video(samples: dict[str, Path]) -> N
     script = """
 import os, socket, sys
 from pathlib import Path
-from prefill_service.video.confine import ResourceLimits, confine_files, confine_resources
+from prefill_service.video.decoder.rlimits import ResourceLimits, confine_files, confine_resources
 fd = os.open(sys.argv[1], os.O_RDONLY)
 confine_resources(ResourceLimits(1 << 30, 10))
 if not confine_files(fd, [Path(os.__file__).parent]):

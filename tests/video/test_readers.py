@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefill_service.config import VideoConfig
-from prefill_service.video.frames import FrameStream
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
 from prefill_service.video.probe import probe_video
 from tests.video.conftest import SAMPLES, VFR_TIMES

@@ -14,11 +14,11 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video import spares as module
-from prefill_service.video.frames import FrameStream
+from prefill_service.video.decoder import pool as module
+from prefill_service.video.decoder.pool import DecoderPool
+from prefill_service.video.decoder.process import DecoderProcess
+from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.probe import probe_video
-from prefill_service.video.process import DecoderProcess
-from prefill_service.video.spares import DecoderSpares
 from tests.video.make import make_video
 from tests.video.processes import alive, children, wait_until
 
@@ -32,16 +32,16 @@ def video(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def spares() -> Iterator[DecoderSpares]:
+def spares() -> Iterator[DecoderPool]:
     """One that waits."""
-    found = DecoderSpares(1)
+    found = DecoderPool(1)
     assert wait_until(lambda: found._waiting)
     yield found
     found.close()
     assert wait_until(lambda: not children())
 
 
-async def test_the_one_that_waits_decodes(video: Path, spares: DecoderSpares) -> None:
+async def test_the_one_that_waits_decodes(video: Path, spares: DecoderPool) -> None:
     [waiting] = children()
     index = await probe_video(video, LIMITS, spares)
     assert not alive(waiting)  # it had one file to look at
@@ -59,7 +59,7 @@ async def test_the_one_that_waits_decodes(video: Path, spares: DecoderSpares) ->
 
 
 async def test_none_is_started_beside_one_at_work(video: Path) -> None:
-    spares = DecoderSpares(1, quiet_s=0.0)
+    spares = DecoderPool(1, quiet_s=0.0)
     (await probe_video(video, LIMITS, spares)).save(video.with_name("index.npz"))
     assert wait_until(lambda: spares._waiting)
     arguments = (video, video.with_name("index.npz"), range(24), LIMITS)
@@ -72,21 +72,21 @@ async def test_none_is_started_beside_one_at_work(video: Path) -> None:
 
 async def test_of_one_that_takes_long_nobody_waits_for_the_end(video: Path) -> None:
     (await probe_video(video, LIMITS)).save(video.with_name("index.npz"))
-    spares = DecoderSpares(1, long_s=0.2)
+    spares = DecoderPool(1, long_s=0.2)
     arguments = (video, video.with_name("index.npz"), range(24), LIMITS)
     with FrameStream(*arguments, spares=spares):
         assert wait_until(lambda: len(children()) == 2)
     spares.close()
 
 
-async def test_one_that_died_waiting_is_not_used(video: Path, spares: DecoderSpares) -> None:
+async def test_one_that_died_waiting_is_not_used(video: Path, spares: DecoderPool) -> None:
     [waiting] = children()
     os.kill(waiting, signal.SIGKILL)
     assert wait_until(lambda: not alive(waiting))
     assert (await probe_video(video, LIMITS, spares)).frame_count == 24
 
 
-async def test_a_file_that_is_none_costs_none(tmp_path: Path, spares: DecoderSpares) -> None:
+async def test_a_file_that_is_none_costs_none(tmp_path: Path, spares: DecoderPool) -> None:
     [waiting] = children()
     with pytest.raises(ServiceError) as caught:
         await probe_video(tmp_path / "nothing.mp4", LIMITS, spares)
@@ -94,7 +94,7 @@ async def test_a_file_that_is_none_costs_none(tmp_path: Path, spares: DecoderSpa
     assert children() == {waiting}
 
 
-async def test_limits_are_those_of_the_request(video: Path, spares: DecoderSpares) -> None:
+async def test_limits_are_those_of_the_request(video: Path, spares: DecoderPool) -> None:
     small = VideoConfig(max_memory_bytes=200 << 20, max_frames=10)
     with pytest.raises(ServiceError) as caught:
         await probe_video(video, small, spares)
@@ -102,7 +102,7 @@ async def test_limits_are_those_of_the_request(video: Path, spares: DecoderSpare
 
 
 async def test_without_spares_each_is_started_when_needed(video: Path) -> None:
-    spares = DecoderSpares(0)
+    spares = DecoderPool(0)
     assert (await probe_video(video, LIMITS, spares)).frame_count == 24
     assert not children()
     spares.close()
@@ -121,7 +121,7 @@ def test_one_that_cannot_be_started_is_tried_again(
 
     # No kernel refuses a process just when it is asked to.
     monkeypatch.setattr(module, "DecoderProcess", start)
-    spares = DecoderSpares(1, quiet_s=0.05)
+    spares = DecoderPool(1, quiet_s=0.05)
     assert wait_until(lambda: len(children()) == 1)
     assert "Resource temporarily unavailable" in caplog.text
     spares.close()
@@ -132,7 +132,7 @@ def test_one_that_waits_dies_with_its_parent(end: str) -> None:
     script = f"""
 import os, signal, time
 from pathlib import Path
-from prefill_service.video.spares import DecoderSpares
+from prefill_service.video.decoder.pool import DecoderSpares
 spares = DecoderSpares(1)
 while not spares._waiting:
     time.sleep(0.01)

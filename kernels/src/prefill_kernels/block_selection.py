@@ -1,0 +1,174 @@
+"""Block selection on the device: threshold the blocks' losses, build the block-CSR.
+
+Blocks are kept from the most lossy down (``loss.estimate_loss``) until the rest loses at most
+epsilon. Thresholds are sixteenths of an octave below the tile's largest loss; bisection finds the
+one, where top-p rules sort. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefill_kernels.csr import BlockCSR
+
+LEVELS = tl.constexpr(256)
+LEVELS_PER_OCTAVE = tl.constexpr(16)
+_BISECTIONS = tl.constexpr(9)  # of the range 0 to LEVELS
+
+
+@triton.jit
+def _levels(p_loss, p_bias, p_forced, o_n, blocks, largest):
+    """Loss, candidate and forced flags and level of some blocks; level -1: keep in any case."""
+    mask = o_n < blocks
+    loss = tl.load(p_loss + o_n, mask=mask, other=0.0)
+    candidate = tl.load(p_bias + o_n, mask=mask, other=float("-inf")) != float("-inf")
+    forced = tl.load(p_forced + o_n, mask=mask, other=0) != 0
+    # Not a number or infinite: keep the block, and the result is what dense attention gives.
+    certain = (loss < float("inf")) & ~forced
+    level = tl.floor(tl.log2(largest / tl.maximum(loss, 1e-38)) * LEVELS_PER_OCTAVE)
+    level = tl.where(certain, tl.minimum(tl.maximum(level, 0), LEVELS - 1), -1).to(tl.int32)
+    return tl.where(certain & candidate, loss, 0.0), candidate, level
+
+
+@triton.jit
+def threshold_kernel(p_loss, p_bias, p_forced, p_epsilon, p_kept_levels, p_largest, p_counts, tiles,
+                     blocks, BLOCK_N: tl.constexpr):  # fmt: skip
+    """How many levels a (KV head, tile) keeps, and how many blocks that makes."""
+    i_row = tl.program_id(0)
+    p_loss += i_row.to(tl.int64) * blocks
+    p_bias += i_row.to(tl.int64) * blocks
+    p_forced += (i_row % tiles).to(tl.int64) * blocks
+    epsilon = tl.load(p_epsilon + i_row // tiles)
+    o_n = tl.arange(0, BLOCK_N)
+    b_largest = tl.full([BLOCK_N], 1e-38, tl.float32)
+    for start in tl.range(0, blocks, BLOCK_N):
+        loss, _, _ = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, 1.0)
+        b_largest = tl.maximum(b_largest, loss)
+    largest = tl.max(b_largest, 0)
+    # Keeping ``high`` levels leaves at most epsilon, keeping fewer than ``low`` leaves more.
+    low = i_row * 0
+    high = low + LEVELS
+    for _bisection in tl.range(0, _BISECTIONS):
+        middle = (low + high) // 2
+        left = tl.zeros([BLOCK_N], tl.float32)
+        for start in tl.range(0, blocks, BLOCK_N):
+            loss, _, level = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, largest)
+            left += tl.where(level >= middle, loss, 0.0)
+        enough = tl.sum(left, 0) <= epsilon
+        low = tl.where(enough, low, middle + 1)
+        high = tl.where(enough, middle, high)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    for start in tl.range(0, blocks, BLOCK_N):
+        loss, candidate, level = _levels(p_loss, p_bias, p_forced, start + o_n, blocks, largest)
+        count += _kept(loss, candidate, level, high).to(tl.int32)
+    tl.store(p_kept_levels + i_row, high)
+    tl.store(p_largest + i_row, largest)
+    tl.store(p_counts + i_row, tl.sum(count, 0))
+
+
+@triton.jit
+def _kept(loss, candidate, level, kept_levels):
+    return candidate & ((level < 0) | ((level < kept_levels) & (loss > 0)))
+
+
+@triton.jit
+def fill_kernel(p_loss, p_bias, p_forced, p_kept_levels, p_largest, p_row_ptr, p_col, p_dropped,
+                tiles, blocks, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Write the kept blocks of a (KV head, tile) and the bias of the dropped ones."""
+    i_row = tl.program_id(0)
+    p_loss += i_row.to(tl.int64) * blocks
+    p_bias += i_row.to(tl.int64) * blocks
+    p_dropped += i_row.to(tl.int64) * blocks
+    p_forced += (i_row % tiles).to(tl.int64) * blocks
+    kept_levels = tl.load(p_kept_levels + i_row)
+    largest = tl.load(p_largest + i_row)
+    p_col += tl.load(p_row_ptr + i_row)
+    done = 0
+    for start in tl.range(0, blocks, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        loss, candidate, level = _levels(p_loss, p_bias, p_forced, o_n, blocks, largest)
+        keep = _kept(loss, candidate, level, kept_levels)
+        place = tl.cumsum(keep.to(tl.int32), 0)
+        tl.store(p_col + done + place - 1, o_n, mask=keep)
+        done += tl.sum(keep.to(tl.int32), 0)
+        bias = tl.load(p_bias + o_n, mask=o_n < blocks, other=float("-inf"))
+        tl.store(p_dropped + o_n, tl.where(keep, float("-inf"), bias), mask=o_n < blocks)
+
+
+def select_blocks(
+    loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor, *, capacity: int | None = None
+) -> tuple[BlockCSR, Tensor]:
+    """Keep the forced blocks, and of the others the most lossy until the rest loses <= epsilon.
+
+    Thresholds are sixteenths of an octave below the largest loss that is not forced, down to 2^-16
+    of it, then 0. A block whose loss is NaN or infinite is kept, one whose loss is 0 is not.
+
+    Args:
+        loss, bias: [kv_heads, tiles, blocks] float32 of ``estimate_loss``; only blocks whose bias
+            is not -inf are candidates.
+        forced: [tiles, blocks] bool, candidates to keep in any case.
+        epsilon: [kv_heads] float32.
+        capacity: of the CSR; default: room for every block.
+
+    Returns:
+        The kept blocks, and the bias with -inf for them: what ``block_sparse_attention`` takes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    kv_heads, tiles, blocks = loss.shape
+    if bias.shape != loss.shape or {loss.dtype, bias.dtype, epsilon.dtype} != {torch.float32}:
+        raise ValueError(
+            f"loss {list(loss.shape)} {loss.dtype}, bias {list(bias.shape)} {bias.dtype} and "
+            f"epsilon {epsilon.dtype} do not fit; expected float32"
+        )
+    if forced.shape != (tiles, blocks) or forced.dtype != torch.bool:
+        raise ValueError(f"forced is {forced.dtype} {list(forced.shape)}, expected bool "
+                         f"[{tiles}, {blocks}]")  # fmt: skip
+    if epsilon.shape != (kv_heads,):
+        raise ValueError(f"epsilon has shape {list(epsilon.shape)}, expected [{kv_heads}]")
+    rows, device = kv_heads * tiles, loss.device
+    loss, bias, forced = loss.contiguous(), bias.contiguous(), forced.contiguous().view(torch.int8)
+    kept_levels = torch.empty(rows, dtype=torch.int32, device=device)
+    largest = torch.empty(rows, dtype=torch.float32, device=device)
+    row_ptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    col = torch.empty(max(1, loss.numel() if capacity is None else capacity), dtype=torch.int32,
+                      device=device)  # fmt: skip
+    dropped = torch.empty_like(bias)
+    if rows == 0:
+        return BlockCSR(row_ptr, col), dropped
+    block_n = max(16, min(256, triton.next_power_of_2(blocks)))
+    threshold_kernel[(rows,)](
+        loss, bias, forced, epsilon.contiguous(), kept_levels, largest, row_ptr[1:], tiles, blocks,
+        BLOCK_N=block_n, enable_fp_fusion=True,
+    )  # fmt: skip
+    row_ptr[1:] = row_ptr[1:].cumsum(0, dtype=torch.int32)
+    fill_kernel[(rows,)](
+        loss, bias, forced, kept_levels, largest, row_ptr, col, dropped, tiles, blocks,
+        BLOCK_N=block_n, enable_fp_fusion=True,
+    )  # fmt: skip
+    return BlockCSR(row_ptr, col), dropped
+
+
+def select_reference(
+    loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What ``select_blocks`` keeps, naively: mask and bias, both [kv_heads, tiles, blocks]."""
+    candidate = bias != -torch.inf
+    must = candidate & (forced | ~loss.isfinite())
+    free = torch.where(candidate & ~must, loss, 0.0)
+    largest = free.amax(-1, keepdim=True).clamp(min=1e-38)
+    level = (-LEVELS_PER_OCTAVE.value * torch.log2(free / largest)).floor()
+    level = level.clamp(0, LEVELS.value - 1)
+    keep = must.clone()
+    for h, t in itertools.product(*map(range, loss.shape[:2])):
+        for kept_levels in range(LEVELS.value + 1):
+            if free[h, t, level[h, t] >= kept_levels].sum() <= epsilon[h]:
+                keep[h, t] |= (level[h, t] < kept_levels) & (free[h, t] > 0)
+                break
+    return keep, bias.masked_fill(keep, -torch.inf)

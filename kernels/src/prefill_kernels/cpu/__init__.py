@@ -1,0 +1,1 @@
+"""CPU back end: attention and products through oneDNN."""

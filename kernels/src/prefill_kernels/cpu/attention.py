@@ -1,0 +1,98 @@
+"""Attention with its log-sum-exp on CPUs: oneDNN products around an online softmax of base two.
+
+torch's own CPU kernel multiplies with MKL (see ``kernels.onednn``), and serves other dtypes here.
+For float32 a strip of scores is a product, four passes over it while it is in the cache, and
+another product; strips of keys are joined as in FlashAttention (arXiv 2205.14135, algorithm 1).
+Scores are scaled to base two, since torch's ``exp2`` is several times as fast as its ``exp``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from prefill_kernels.cpu.matmul import product, serves
+from prefill_kernels.cpu.threads import spread
+
+_ROWS, _LEAST_ROWS = 2048, 256
+"""Of a strip; fewer than the first where there are threads to share them."""
+
+_SCORES = 1 << 20
+"""Held at once, 4 MiB."""
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of rows of queries, all of a batch entry with the same keys.
+
+    Args:
+        q: [batch, rows, head_dim], on a CPU.
+        k, v: [batch, keys, head_dim]; any strides with a contiguous last dimension.
+        scale: factor on the scores.
+        hidden: [rows, last] bool, which of the last keys a row does not see.
+
+    Returns:
+        Output [batch, rows, head_dim] and natural log-sum-exp [batch, rows], float32 (float64 for
+        float64 inputs); 0 and -inf for a row that sees no key.
+    """
+    if not serves(q):
+        return _torch_flash(q, k, v, scale, hidden)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+
+    def strip(piece: tuple[int, slice], _: int) -> None:
+        entry, rows = piece
+        out[entry, rows], lse[entry, rows] = _online(
+            q[entry, rows] * (scale / math.log(2)), k[entry], v[entry],
+            None if hidden is None else hidden[rows],
+        )  # fmt: skip
+
+    each = -(-len(q) * q.shape[1] // torch.get_num_threads())
+    size = min(_ROWS, max(_LEAST_ROWS, each))
+    starts = range(0, q.shape[1], size)
+    spread(strip, [(entry, slice(at, at + size)) for entry in range(len(q)) for at in starts])
+    return out, lse
+
+
+def _online(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[rows, head_dim] queries scaled to base two, over [keys, head_dim], strip by strip."""
+    out, total, top = torch.zeros_like(q), q.new_zeros(len(q)), q.new_full((len(q),), -torch.inf)
+    seen = len(k) - (0 if hidden is None else hidden.shape[1])  # by all rows
+    size = max(1, _SCORES // len(q))
+    for start in range(0, len(k), size):
+        keys = slice(start, start + size)
+        scores = product(q, k[keys])  # [rows, strip]
+        if hidden is not None and start + size > seen:
+            before = max(start - seen, 0)
+            tail = scores[:, max(seen - start, 0) :]
+            tail.masked_fill_(hidden[:, before : before + tail.shape[1]], -torch.inf)
+        peak = torch.maximum(scores.amax(1), top)
+        # -inf minus -inf is NaN: a row that saw no key yet is measured from 0.
+        peak = peak.masked_fill_(peak == -torch.inf, 0.0)
+        scores.sub_(peak[:, None]).exp2_()
+        fade = torch.exp2(top - peak)
+        out = product(scores, v[keys].T).addcmul_(out, fade[:, None])
+        total = scores.sum(1).addcmul_(total, fade)
+        top = peak
+    lse = (top + total.log2()) * math.log(2)
+    return out.div_(total.masked_fill(total == 0, 1.0)[:, None]), lse
+
+
+def _torch_flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mask = None
+    if hidden is not None:
+        shown = hidden.new_zeros(len(hidden), k.shape[1] - hidden.shape[1])
+        mask = torch.zeros(len(hidden), k.shape[1], dtype=q.dtype)
+        mask = mask.masked_fill_(torch.cat((shown, hidden), 1), -torch.inf)
+        mask = mask.expand(len(q), 1, -1, -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[:, None], k[:, None], v[:, None], 0.0, False, attn_mask=mask, scale=scale
+    )
+    lse = lse[:, 0].to(torch.float64) if q.dtype == torch.float64 else lse[:, 0]
+    if hidden is not None and hidden.shape[1] == k.shape[1]:
+        lse[:, hidden.all(1)] = -torch.inf  # torch says 0
+    return out[:, 0], lse

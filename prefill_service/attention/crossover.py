@@ -1,0 +1,106 @@
+"""From which length on sparse attention pays on this machine: measured, not assumed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.report import NEVER
+from prefill_service.attention.sparse.attend import SparseResult, sparse_attention
+from prefill_service.attention.sparse.clustering import cluster_order
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.summaries import summarize
+from prefill_service.attention.sparse.tiles import Tiles
+
+logger = logging.getLogger("prefill_service.attention")
+
+_LENGTHS = tuple(1 << power for power in range(10, 18))
+_DENSITY = 4  # every fourth block is kept: what balanced keeps of a hard input
+_GAIN = 0.9  # sparse has to win by more than the noise
+_BUDGET_S = 3.0
+_TURNS = 3
+
+
+def measure_crossover(
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk_tokens: int,
+    block_tokens: int,
+    tile_tokens: int,
+    segment_tokens: int,
+) -> int:
+    """The shortest of a few lengths at which a sparse chunk beats a dense one.
+
+    One chunk of queries at the end of 1 K, 2 K, ... keys, a quarter of the blocks kept, ordering
+    and summaries of a chunk's keys included. Stops at the first win, or after some seconds, not
+    counting the warm-up, in which kernels are compiled. On CPUs it is the process's own time that
+    counts: other ranks, and a vLLM that starts, use the same cores.
+
+    Returns:
+        Tokens; the next length if time ran out, ``NEVER`` if the longest one was no win.
+    """
+    spent_s = 0.0
+    for keys in _LENGTHS:
+        if spent_s > _BUDGET_S:
+            return keys
+        queries = min(chunk_tokens, keys // 2)
+        q = torch.randn(q_heads, queries, head_dim, dtype=dtype, device=device)
+        k, v = torch.randn(2, kv_heads, keys, head_dim, dtype=dtype, device=device)
+        tiles = Tiles(queries, keys - queries, tile_tokens, block_tokens)
+        dense_s, sparse_s = _fastest(
+            device,
+            partial(attend_causal, q, k, v, tiles.q_offset, 1.0),
+            _sparse(q, k, v, tiles, segment_tokens),
+        )
+        logger.debug("%d keys: dense %.2g s, sparse %.2g s", keys, dense_s, sparse_s)
+        spent_s += _TURNS * (dense_s + sparse_s)
+        if sparse_s < _GAIN * dense_s:
+            return keys
+    return NEVER
+
+
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, segment_tokens: int
+) -> Callable[[], SparseResult]:
+    """One chunk: order as many keys as there are queries, summarise, select, attend."""
+    block = tiles.block_tokens
+    known = summarize(k[:, : tiles.blocks * block], v[:, : tiles.blocks * block], block)
+    forced = (torch.arange(tiles.blocks) % _DENSITY == 0).expand(tiles.count, -1)
+    limit = torch.tensor([tiles.candidates(tile) for tile in range(tiles.count)])[:, None]
+    forced = (forced & (torch.arange(tiles.blocks) < limit)).to(q.device)
+    epsilon = torch.full((len(k),), torch.inf, device=q.device)  # no other block is kept
+    buffers = GatherBuffers()
+    segments = -(-tiles.queries // segment_tokens)
+    past = k[:, : segments * segment_tokens].reshape(len(k), segments, -1, k.shape[-1])
+
+    def run() -> SparseResult:
+        cluster_order(past, block)
+        summarize(k[:, : tiles.queries // block * block], v[:, : tiles.queries // block * block],
+                  block)  # fmt: skip
+        return sparse_attention(q, k, v, known, tiles, epsilon, forced, 1.0, buffers)
+
+    return run
+
+
+def _fastest(device: torch.device, *contestants: Callable[[], object]) -> list[float]:
+    """Best of some runs of each, in turns, after one to warm up."""
+    best = [float("inf")] * len(contestants)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    for turn in range(1 + _TURNS):
+        for i, run in enumerate(contestants):
+            start = clock()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                best[i] = min(best[i], clock() - start)
+    return best

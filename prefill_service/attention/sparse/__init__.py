@@ -1,0 +1,1 @@
+"""Sparse attention: what is selected, and the back ends that attend to it."""

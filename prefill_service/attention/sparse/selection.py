@@ -1,0 +1,201 @@
+"""Which key blocks a query tile attends to exactly: the fewest that leave at most epsilon to guess.
+
+Every other candidate is represented by its summary, so what a dropped block costs is not its
+attention mass but the share of it that the summary misplaces. Both are estimated from the
+summaries alone, for every query row of the tile, and the blocks that would misplace most are kept
+until the rest misplaces at most epsilon. That is a mean over rows, in which a few rows that look
+for one thing (an object's nine tokens for an earlier object) are lost; so a block that would cost
+any one row more than a limit of its own is kept as well. In contrast to a fixed threshold
+(FlashPrefill, arXiv 2603.06199) the result has a stated error, in contrast to top-p (XAttention,
+arXiv 2503.16428) it needs no sort. docs/attention.md derives the formulas and compares them with
+the field's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from prefill_kernels.cpu.matmul import product
+from prefill_kernels.csr import BlockCSR
+from torch import Tensor
+
+from prefill_service.attention.sparse.summaries import BlockSummaries, lift, misplaced_share
+from prefill_service.attention.sparse.summary_attention import SummaryAttention, attend_summaries
+from prefill_service.attention.sparse.tiles import Tiles
+
+LEVELS = 256
+LEVELS_PER_OCTAVE = 16
+"""Thresholds tried: ``2**(-level / 16)`` times the tile's largest loss; the last one is 0."""
+
+ROW_STEP = 4
+"""Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is known of each (KV head, tile, candidate block).
+
+    Attributes:
+        loss: [kv_heads, tiles, blocks] attention mass that representing the block by its summary
+            misplaces, mean over rows of the tile; 0 where a block is no candidate of the tile.
+        peak: [kv_heads, tiles, blocks] the larger part of the loss of the row that loses most, of
+            the two parts that a loss has; 0 likewise.
+        bias: [kv_heads, tiles, blocks] logit added to the block's summary key; -inf where it is no
+            candidate.
+        attention: of every row over all summaries and its local region.
+    """
+
+    loss: Tensor
+    peak: Tensor
+    bias: Tensor
+    attention: SummaryAttention
+
+    def heads(self, index: Tensor) -> Estimate:
+        """Of some KV heads."""
+        attention = SummaryAttention(self.attention.shares[index], self.attention.lse[index])
+        return Estimate(self.loss[index], self.peak[index], self.bias[index], attention)
+
+
+def estimate(
+    rows: Tensor, local_lse: Tensor, tiles: Tiles, summaries: BlockSummaries, scale: float
+) -> Estimate:
+    """Estimate the loss of every candidate block from every fourth token's rows.
+
+    Args:
+        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries (``Tiles.pack``).
+        local_lse: [kv_heads, tiles, group * tile_tokens] natural log-sum-exp of each row over its
+            local region.
+        summaries: of the first ``tiles.blocks`` blocks.
+        scale: factor on the scores.
+    """
+    work = summaries.k_mean.dtype
+    known = summaries.first(tiles.blocks)
+    q, local_lse = rows.to(work), local_lse.to(work)
+    broken = _broken(q)  # [kv_heads, tiles, rows], or nothing
+    if broken is not None:
+        q = q.masked_fill(broken[..., None], 0.0)
+        local_lse = local_lse.masked_fill(broken, 0.0)
+    weights = tiles.row_weights(rows.shape[2] // tiles.tile_tokens, q)  # [tiles, rows]
+    # Rows without a query are 0 and add nothing; weights tell how many there are with one.
+    squared = q.square().sum(2) * weights.amax(1)[:, None]  # [kv_heads, tiles, head_dim]
+    variance = (squared * scale**2) @ known.k_var.transpose(1, 2)  # [kv_heads, tiles, blocks]
+    bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
+    hidden = tiles.hidden(q.device)  # [tiles, blocks]
+    bias.masked_fill_(hidden, -torch.inf)
+    attention = attend_summaries(q, local_lse, known.k_mean, bias, scale)
+    loss, peak = _losses(q, attention, weights, misplaced_share(variance), known, scale)
+    if broken is not None:
+        attention.lse.masked_fill_(broken, torch.nan)
+    return Estimate(loss.masked_fill_(hidden, 0.0), peak.masked_fill_(hidden, 0.0), bias, attention)
+
+
+def _broken(q: Tensor) -> Tensor | None:
+    """Rows of [..., rows, head_dim] that are not all numbers; ``None`` if there is no such row.
+
+    One of them would otherwise decide what its tile keeps and, through the mean variance, reach
+    all of its rows. Asked for zeros it has no wishes, and its result is set to NaN.
+    """
+    if torch.isfinite(q.sum()):  # one pass, and nothing kept: the usual case
+        return None
+    broken = ~torch.isfinite(q).all(-1)
+    return broken if broken.any() else None
+
+
+def _losses(
+    q: Tensor,
+    attention: SummaryAttention,
+    weights: Tensor,
+    misplaced: Tensor,
+    known: BlockSummaries,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean loss over the asked rows, and its peak, each [kv_heads, tiles, blocks].
+
+    A row loses the misplaced share of a block's mass, and the mass of an outlier: mean and variance
+    hide a few keys among many (an object's), their own score does not. Of several outliers one
+    counts in the mean, since variance knows the others; the peak, the largest value that either has
+    in any row, counts all, so that no row loses more than twice the peak.
+
+    Args:
+        q: [kv_heads, tiles, rows, head_dim].
+        weights: [tiles, rows], 0 for rows without a query.
+        misplaced: [kv_heads, tiles, blocks].
+    """
+    asked = weights[:, ::ROW_STEP]
+    mass = attention.shares[:, :, ::ROW_STEP, : known.blocks]
+    keys = known.k_far * (scale / math.log(2))  # base two: torch's exp2 is far faster than its exp
+    rows = q[:, :, ::ROW_STEP].flatten(1, 2)  # [kv_heads, tiles * asked rows, head_dim]
+    far = torch.stack([product(*of_head) for of_head in zip(rows, keys, strict=True)])
+    far = (
+        far.view(mass.shape)
+        .sub_(attention.lse[..., ::ROW_STEP, None] / math.log(2))
+        .exp2_()
+        .clamp_(max=1)
+    )
+    present = asked > 0
+    if not present.all():
+        far, mass = far.mul_(present[..., None]), mass * present[..., None]
+    share = asked / asked.sum(1, keepdim=True)  # token 0 is asked of every tile
+    mean = _mean_rows(share, mass) * misplaced + _mean_rows(share, far)
+    if not known.blocks:
+        return mean, mean
+    outliers = far.amax(2).mul_(known.far_count[:, None]).clamp_(max=1)
+    return mean, torch.maximum(mass.amax(2) * misplaced, outliers)
+
+
+def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
+    """[kv_heads, tiles, blocks]: of [kv_heads, tiles, rows, blocks], weighted by [tiles, rows]."""
+    return (weights[:, None].expand(len(x), -1, -1, -1) @ x).squeeze(2)
+
+
+def single_out(loss: Tensor, peak: Tensor, row_limit: Tensor) -> Tensor:
+    """``loss``, infinite where the peak is above the limit.
+
+    ``select`` then keeps the block, and counts its loss no more.
+
+    Args:
+        loss, peak: [kv_heads, tiles, blocks].
+        row_limit: [kv_heads].
+    """
+    return torch.where(peak > row_limit[:, None, None], torch.inf, loss)
+
+
+def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:
+    """Keep the forced blocks, and of the others the most lossy until the rest loses <= epsilon.
+
+    The threshold is relative to the tile's largest loss and falls in sixteenths of an octave. A
+    loss that is not a number keeps its block: NaN and infinities come out as dense attention has
+    them.
+
+    Args:
+        loss: [kv_heads, tiles, blocks], 0 for blocks that are no candidates.
+        forced: [tiles, blocks] bool, kept in any case.
+        epsilon: [kv_heads].
+
+    Returns:
+        [kv_heads, tiles, blocks] bool; never more than what ``loss`` or ``forced`` named.
+    """
+    if not loss.shape[-1]:
+        return torch.zeros_like(loss, dtype=torch.bool)
+    unknown = ~torch.isfinite(loss)
+    free = torch.where(unknown | forced, 0.0, loss)
+    largest = free.amax(-1, keepdim=True).clamp(min=torch.finfo(loss.dtype).tiny)
+    level = (
+        (-LEVELS_PER_OCTAVE * torch.log2(free / largest)).clamp(0, LEVELS - 1).long()
+    )  # log2(0): the last one
+    at_level = torch.zeros(*loss.shape[:-1], LEVELS, dtype=loss.dtype, device=loss.device)
+    at_level.scatter_add_(-1, level, free)
+    # left[i]: loss of the blocks at level i and beyond, which a threshold above level i drops.
+    left = at_level.flip(-1).cumsum(-1).flip(-1)
+    kept_levels = (left > epsilon[:, None, None]).sum(-1, keepdim=True)
+    return (level < kept_levels) & (free > 0) | unknown | forced
+
+
+def to_csr(keep: Tensor) -> BlockCSR:
+    """Ragged block lists of a [kv_heads, tiles, blocks] mask (host side; reads the mask)."""
+    counts = keep.sum(-1).flatten()
+    row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int32, device=keep.device)
+    torch.cumsum(counts, 0, out=row_ptr[1:])
+    return BlockCSR(row_ptr, keep.nonzero()[:, -1].to(torch.int32))

@@ -1,0 +1,143 @@
+"""What is known of a key block without reading it: its mean, spread, mean value and outliers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class BlockSummaries:
+    """Statistics of complete key blocks, float32 (or float64).
+
+    Attributes:
+        k_mean: [kv_heads, blocks, head_dim] mean key.
+        k_var: [kv_heads, blocks, head_dim] variance of the keys, per dimension (diagonal of their
+            covariance).
+        v_mean: [kv_heads, blocks, head_dim] mean value.
+        k_far: [kv_heads, blocks, head_dim] mean of the block's outliers, which mean and variance
+            would hide: the key farthest from the mean, and those more than half as far that way.
+        far_count: [kv_heads, blocks] how many these are.
+    """
+
+    k_mean: Tensor
+    k_var: Tensor
+    v_mean: Tensor
+    k_far: Tensor
+    far_count: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """How many."""
+        return self.k_mean.shape[1]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Each statistic, in the order above."""
+        return self.k_mean, self.k_var, self.v_mean, self.k_far, self.far_count
+
+    def heads(self, index: Tensor) -> BlockSummaries:
+        """Of some KV heads."""
+        return BlockSummaries(*(part[index] for part in self.parts))
+
+    def first(self, blocks: int) -> BlockSummaries:
+        """Of the first ``blocks`` blocks (views)."""
+        return BlockSummaries(*(part[:, :blocks] for part in self.parts))
+
+    def of(self, index: Tensor) -> BlockSummaries:
+        """Of some blocks."""
+        return BlockSummaries(*(part[:, index] for part in self.parts))
+
+    def scatter(self, index: Tensor, other: BlockSummaries) -> None:
+        """Overwrite some blocks."""
+        for part, new in zip(self.parts, other.parts, strict=True):
+            part[:, index] = new
+
+    def put(self, start: int, other: BlockSummaries) -> None:
+        """Overwrite the blocks from ``start`` on."""
+        for part, new in zip(self.parts, other.parts, strict=True):
+            part[:, start : start + other.blocks] = new
+
+    def pack(self) -> Tensor:
+        """[kv_heads, blocks, 4 * head_dim + 1], to be sent."""
+        return torch.cat([*self.parts[:-1], self.far_count[..., None]], -1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> BlockSummaries:
+        """The reverse (views)."""
+        mean, var, value, far = packed[..., :-1].chunk(4, -1)
+        return cls(mean, var, value, far, packed[..., -1])
+
+
+def empty_summaries(
+    kv_heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> BlockSummaries:
+    """Room for ``blocks`` blocks of keys of ``dtype``."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = (kv_heads, blocks, head_dim)
+    shapes = [shape] * 4 + [shape[:2]]
+    return BlockSummaries(*(torch.zeros(s, dtype=work, device=device) for s in shapes))
+
+
+def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
+    """Summaries of the blocks of ``k`` and ``v``.
+
+    Args:
+        k, v: [kv_heads, tokens, head_dim]; tokens a multiple of ``block_tokens``.
+
+    Raises:
+        ValueError: an incomplete block.
+    """
+    kv_heads, tokens, head_dim = k.shape
+    if tokens % block_tokens:
+        raise ValueError(f"{tokens} tokens are no whole number of blocks of {block_tokens}")
+    if k.is_cuda:
+        from prefill_kernels.block_summaries import block_summaries
+
+        return BlockSummaries(*block_summaries(k, v, block_tokens=block_tokens))
+    work = torch.float64 if k.dtype == torch.float64 else torch.float32
+    shape = (kv_heads, tokens // block_tokens, block_tokens, head_dim)
+    kb = k.to(work).reshape(shape)
+    mean = kb.mean(2)
+    centred = kb - mean[:, :, None]
+    squared = centred.square()
+    distance = squared.sum(-1)  # [kv_heads, blocks, block_tokens]
+    farthest = distance.argmax(2, keepdim=True)
+    index = farthest[..., None].expand(-1, -1, 1, head_dim)
+    along = centred @ centred.gather(2, index).mT  # [kv_heads, blocks, block_tokens, 1]
+    # Of equal keys none is far; the farthest itself counts in any case.
+    outliers = (along[..., 0] > 0.5 * distance.amax(2, keepdim=True)).to(work)
+    outliers.scatter_(2, farthest, 1.0)
+    count = outliers.sum(2)  # [kv_heads, blocks]
+    k_far = (outliers[:, :, None] @ kb).squeeze(2) / count[..., None]
+    return BlockSummaries(mean, squared.mean(2), v.to(work).reshape(shape).mean(2), k_far, count)
+
+
+def lift(variance: Tensor, block_tokens: int) -> Tensor:
+    """By how much the log-mean-exp of ``block_tokens`` scores exceeds their mean.
+
+    Half the variance while the scores are many enough to sample the tail of a normal
+    distribution; beyond that the largest of them rules, and growth is linear in the standard
+    deviation (the random energy model; Derrida, Phys. Rev. B 24, 2613, 1981).
+    """
+    edge = largest_of_normals(block_tokens)
+    frozen = edge * torch.sqrt(variance) - 0.5 * edge**2
+    return torch.where(variance <= edge**2, 0.5 * variance, frozen)
+
+
+def largest_of_normals(count: int) -> float:
+    """Location of the largest of ``count`` standard normal values (Fisher & Tippett, 1928)."""
+    leading = math.sqrt(2 * math.log(count))
+    return leading - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * leading)
+
+
+def misplaced_share(variance: Tensor) -> Tensor:
+    """Share of a block's mass that its summary misplaces, given the variance of its scores.
+
+    Total variation distance between normally distributed scores' softmax and the uniform
+    distribution, ``erf(s / sqrt(8))``, in Polya's approximation (0.007 off at most).
+    """
+    return torch.sqrt(-torch.expm1(variance / (-2 * math.pi)))

@@ -1,0 +1,178 @@
+"""``prefill-service plan``: how a prefill of some length would be spread, and why.
+
+Nothing heavy is imported before the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefill_service.errors import Reason, ServiceError
+
+if TYPE_CHECKING:
+    from prefill_service.cost_model.cost import CostModel
+    from prefill_service.cost_model.model_shape import ModelShape
+    from prefill_service.cost_model.request import PlanRequest
+
+_PRESET = "qwen3-vl-8b"
+_MEMORY_GIB = 40.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", metavar="FOLDER", help="checkpoint; its config.json is enough")
+    model.add_argument("--preset", metavar="NAME", help=f"model by name (default: {_PRESET})")
+    add("--tokens", type=int, required=True, metavar="N", help="tokens of the prompt")
+    add("--ranks", type=int, required=True, metavar="R", help="ranks there are")
+    add("--link", type=float, metavar="GB/S", help="bandwidth at which a rank receives")
+    add("--latency", type=float, metavar="US", help="microseconds of one operation of an exchange")
+    add("--parallel-links", type=int, default=1, metavar="N",
+        help="other ranks from which a rank receives at once at that bandwidth; ranks - 1 in a "
+        "full mesh (default: 1)")  # fmt: skip
+    add("--density", type=float, metavar="X",
+        help="share of the pairs that attention computes (default: 1, exact)")  # fmt: skip
+    add("--memory", type=float, metavar="GIB",
+        help=f"for K and V on each rank (default: {_MEMORY_GIB:g})")  # fmt: skip
+    add("--profile", type=Path, metavar="FILE", help="cost model, as --save writes it")
+    add("--probe", action="store_true", help="measure this machine's rates instead of assuming")
+    add("--save", type=Path, metavar="FILE", help="write the cost model that was used")
+    add("--all", action="store_true", help="every candidate, not only the best of each exchange")
+    add("--json", action="store_true", help="everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; returns the exit code.
+
+    Raises:
+        ServiceError: CONFIG_INVALID for options, KV_POOL_FULL if nothing fits.
+    """
+    from prefill_service.cost_model.profile import save_profile
+    from prefill_service.cost_model.request import PlanRequest
+    from prefill_service.cost_model.schemes import Exchange, Scheme
+    from prefill_service.cost_model.search import plan_prefill
+    from prefill_service.cost_model.table import best_of_each, plan_json, table
+
+    for option in ("tokens", "ranks", "parallel_links"):
+        value = getattr(args, option)
+        _check(option, value, value >= 1, "1 or more")
+    density = 1.0 if args.density is None else args.density
+    _check("density", density, 0 < density <= 1, "more than 0 and at most 1")
+    memory = _MEMORY_GIB if args.memory is None else args.memory
+    _check("memory", memory, 0 < memory < float("inf"), "more than 0")
+    shape = _shape(args)
+    cost, assumed = _cost(args, shape)
+    if args.save:
+        save_profile(cost, args.save)
+    request = PlanRequest(
+        shape=shape,
+        tokens=args.tokens,
+        max_ranks=args.ranks,
+        kv_memory_bytes=memory * 2**30,
+        density=density,
+        parallel_links=args.parallel_links,
+    )
+    plan = plan_prefill(request, cost)
+    if not (args.model or args.preset):
+        assumed.insert(0, shape.name)
+    if args.density is None:
+        assumed.append("exact attention (density 1)")
+    if args.memory is None:
+        assumed.append(f"{memory:g} GiB for K and V on each rank")
+    if density < 1:
+        names = ", ".join(one for one in Exchange if Scheme(one, 2).at(density).selects)
+        assumed.append(f"that density with {names}, and dense attention with the others")
+    if args.json:
+        print(json.dumps(_context(request, cost, assumed) | plan_json(plan), indent=2))
+        return 0
+    print(f"{shape.name}, {args.tokens:,} tokens, up to {args.ranks} ranks")
+    if assumed:
+        print(f"assumed: {'; '.join(assumed)}")
+    print(f"cost model ({cost.provenance}): {_rates(cost, shape)}\n")
+    print(table(plan.candidates if args.all else best_of_each(plan), plan.chosen))
+    print(f"\n{plan.reason}")
+    return 0
+
+
+def _shape(args: argparse.Namespace) -> ModelShape:
+    from prefill_service.cost_model.model_shape import open_shape, preset_shape
+
+    return open_shape(args.model) if args.model else preset_shape(args.preset or _PRESET)
+
+
+def _cost(args: argparse.Namespace, shape: ModelShape) -> tuple[CostModel, list[str]]:
+    """The cost model, and what of it nobody measured or gave."""
+    from prefill_service.cost_model.cost import ASSUMED
+    from prefill_service.cost_model.profile import load_profile
+
+    if args.profile and args.probe:
+        raise ServiceError(Reason.CONFIG_INVALID, "--profile and --probe exclude each other")
+    assumed = []
+    if args.profile:
+        cost = load_profile(args.profile)
+    else:
+        cost = _probed(shape) if args.probe else ASSUMED
+        if not args.probe:
+            assumed.append(
+                f"{1e-12 / cost.per_linear_flop:.0f} TFLOP/s in linear layers, "
+                f"{1e-12 / cost.per_attention_flop:.0f} in attention, "
+                f"{cost.per_pass * 1e6:.0f} us per layer and chunk"
+            )
+        if args.link is None:
+            assumed.append(f"a link of {1e-9 / cost.per_byte:g} GB/s")
+        if args.latency is None:
+            assumed.append(f"{cost.per_call * 1e6:g} us latency")
+    if args.link is not None:
+        _check("link", args.link, 0 < args.link < float("inf"), "more than 0")
+        cost = dataclasses.replace(cost, per_byte=1e-9 / args.link)
+    if args.latency is not None:
+        _check("latency", args.latency, 0 <= args.latency < float("inf"), "0 or more")
+        cost = dataclasses.replace(cost, per_call=args.latency * 1e-6)
+    return cost, assumed
+
+
+def _probed(shape: ModelShape) -> CostModel:
+    import torch
+
+    from prefill_service.cost_model.cost import ASSUMED
+    from prefill_service.cost_model.device_probe import probe_device
+    from prefill_service.cost_model.fitting import fit
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    told = f"probe of {name}, {torch.get_num_threads()} threads, {dtype}; link not measured"
+    return fit(probe_device(shape, device, dtype), ASSUMED, told)
+
+
+def _rates(cost: CostModel, shape: ModelShape) -> str:
+    fixed, token, pair = cost.of_shape(shape)
+    return (
+        f"A = {fixed * 1e3:.3g} ms per chunk, B = {token * 1e6:.3g} us per token, "
+        f"C = {pair * 1e9:.3g} ns per pair"
+    )
+
+
+def _context(request: PlanRequest, cost: CostModel, assumed: list[str]) -> dict[str, object]:
+    return {
+        "model": dataclasses.asdict(request.shape),
+        "tokens": request.tokens,
+        "max_ranks": request.max_ranks,
+        "density": request.density,
+        "kv_memory_bytes": request.kv_memory_bytes,
+        "cost_model": dataclasses.asdict(cost),
+        "assumed": assumed,
+    }
+
+
+def _check(option: str, value: object, ok: bool, accepted: str) -> None:
+    if not ok:
+        name = f"--{option.replace('_', '-')}"
+        raise ServiceError(
+            Reason.CONFIG_INVALID, f"{name} = {value!r} is not accepted; expected {accepted}"
+        )

@@ -1,0 +1,114 @@
+"""A question to the planner and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.traffic import TrafficOptions
+
+CHUNK_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+
+_TILE_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What is to be planned.
+
+    Attributes:
+        shape: of the model.
+        tokens: of the prompt.
+        max_ranks: ranks there are; fewer may be used.
+        min_ranks: that have to be used.
+        kv_memory_bytes: for K, V and exchange buffers on each rank.
+        density: share of the (query, key) pairs that attention computes, 1 if exact; of exchanges
+            under which it can select (``Scheme.selects``).
+        parallel_links: see ``work.prefill_work``.
+        chunk_tokens: chunk sizes per rank to choose from.
+        exchanges: to choose from.
+        demand_share: see ``TrafficOptions``; ``None``: as if a rank's tiles of queries selected
+            independently of each other, which they do not, so that it is an upper bound.
+
+    Raises:
+        ValueError: a value that is not accepted, named with what is.
+    """
+
+    shape: ModelShape
+    tokens: int
+    max_ranks: int
+    kv_memory_bytes: float
+    density: float = 1.0
+    parallel_links: int = 1
+    chunk_tokens: Sequence[int] = CHUNK_TOKENS
+    exchanges: Sequence[Exchange] = tuple(Exchange)
+    demand_share: float | None = None
+    min_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "max_ranks", "parallel_links"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _check("min_ranks", self.min_ranks, 1 <= self.min_ranks <= self.max_ranks, "1 to max_ranks")
+        _check("kv_memory_bytes", self.kv_memory_bytes, self.kv_memory_bytes > 0, "more than 0")
+        _check("density", self.density, 0 < self.density <= 1, "0 < density <= 1")
+        share = self.demand_share
+        _check("demand_share", share, share is None or 0 <= share <= 1, "0 to 1")
+        for size in self.chunk_tokens:
+            _check("chunk_tokens", size, size >= 1, "1 or more")
+        for name in ("chunk_tokens", "exchanges"):
+            _check(name, getattr(self, name), len(getattr(self, name)) > 0, "at least one")
+
+    def options(self, chunk_tokens: int) -> TrafficOptions:
+        """What the exchanges' formulas leave open, for one chunk size."""
+        share = self.demand_share
+        if share is None:
+            share = 1 - (1 - self.density) ** -(-chunk_tokens // _TILE_TOKENS)
+        return TrafficOptions(share)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to do it.
+
+    Attributes:
+        scheme: exchange, ranks and mesh.
+        chunk_tokens: per rank.
+        seconds: predicted for the whole prefill.
+        transfer_seconds: predicted of transfers, hidden ones included.
+        exposed_seconds: of them, what the slowest ranks wait for.
+        bytes_received: over all layers and chunks, by the rank that receives most.
+        memory_bytes: K, V and buffers on the fullest rank.
+        rejected: why it cannot be chosen; ``None`` if it can. Where the scheme cannot run at all,
+            the numbers are 0.
+    """
+
+    scheme: Scheme
+    chunk_tokens: int
+    seconds: float = 0.0
+    transfer_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    bytes_received: int = 0
+    memory_bytes: int = 0
+    rejected: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The outcome.
+
+    Attributes:
+        chosen: the best candidate.
+        reason: a sentence or two for people.
+        candidates: all of them, those that can be chosen first, the fastest first.
+    """
+
+    chosen: Candidate
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+
+def _check(name: str, value: object, ok: bool, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} = {value!r} is not accepted; expected {accepted}")

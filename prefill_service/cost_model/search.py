@@ -1,0 +1,131 @@
+"""Which exchange, on how many ranks, in which chunks: all costed, the best one chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from prefill_service.cost_model.chunking import Chunking, Order, deal_tokens
+from prefill_service.cost_model.cost import CostModel
+from prefill_service.cost_model.explain import explain
+from prefill_service.cost_model.memory import memory_bytes
+from prefill_service.cost_model.number_format import gibibytes
+from prefill_service.cost_model.request import Candidate, Plan, PlanRequest
+from prefill_service.cost_model.schemes import Exchange, Scheme, schemes
+from prefill_service.cost_model.traffic import traffic
+from prefill_service.cost_model.work import prefill_work
+from prefill_service.errors import Reason, ServiceError
+
+TOLERANCE = 0.02
+"""Relative difference that the model's own error makes meaningless."""
+
+_ALL_DEGREES_UP_TO = 16
+
+
+def plan_prefill(request: PlanRequest, cost: CostModel) -> Plan:
+    """Choose the fastest way that fits the memory.
+
+    Those within ``TOLERANCE`` of the fastest are equal as far as the model can tell. Of them, the
+    one on the fewest ranks is taken, ``gather``, the simplest exchange, before others, and of these
+    the one that moves the fewest bytes, which depends least on how well transfers are hidden.
+
+    Raises:
+        ServiceError: KV_POOL_FULL, naming the least memory that would do and what there is.
+    """
+    candidates = list(_candidates(request, cost))
+    fitting = [candidate for candidate in candidates if candidate.rejected is None]
+    if not fitting:
+        raise _nothing_fits(request, candidates)
+    chosen = choose(fitting)
+    ordered = sorted(candidates, key=lambda c: (c.rejected is not None, c.seconds))
+    return Plan(chosen, explain(request, chosen, fitting), tuple(ordered))
+
+
+def choose(fitting: Sequence[Candidate]) -> Candidate:
+    """The best of candidates that can all be chosen."""
+    limit = min(candidate.seconds for candidate in fitting) * (1 + TOLERANCE)
+    order = list(Exchange)
+    return min(
+        (candidate for candidate in fitting if candidate.seconds <= limit),
+        key=lambda c: (
+            c.scheme.ranks, c.scheme.exchange != Exchange.GATHER, c.bytes_received,
+            order.index(c.scheme.exchange), c.seconds, c.scheme.ulysses, c.chunk_tokens,
+        ),
+    )  # fmt: skip
+
+
+def degrees(max_ranks: int) -> list[int]:
+    """Ranks to consider: all, or of many those that divide them and the powers of two."""
+    every = range(1, max_ranks + 1)
+    if max_ranks <= _ALL_DEGREES_UP_TO:
+        return list(every)
+    return [ranks for ranks in every if max_ranks % ranks == 0 or ranks & (ranks - 1) == 0]
+
+
+def _candidates(request: PlanRequest, cost: CostModel) -> Iterator[Candidate]:
+    for ranks in degrees(request.max_ranks):
+        if ranks < request.min_ranks:
+            continue
+        share = -(-request.tokens // ranks)
+        sizes = sorted({min(size, share) for size in request.chunk_tokens})
+        cuts = {
+            (size, order): deal_tokens(request.tokens, ranks, size, order)
+            for size in sizes
+            for order in Order
+        }
+        for exact in schemes(ranks):
+            scheme = exact.at(request.density)
+            if scheme.exchange not in request.exchanges:
+                continue
+            unsuitable = scheme.unsuitable(request.shape, request.density, request.parallel_links)
+            if unsuitable:
+                yield Candidate(scheme, sizes[-1], rejected=unsuitable)
+                continue
+            for size in sizes:
+                yield _evaluate(request, cost, scheme, size, cuts[size, scheme.order])
+
+
+def _evaluate(
+    request: PlanRequest, cost: CostModel, scheme: Scheme, chunk_tokens: int, chunking: Chunking
+) -> Candidate:
+    shape, options = request.shape, request.options(chunk_tokens)
+    work = prefill_work(scheme, shape, chunking, request.density, request.parallel_links, options)
+    slowest = cost.slowest(work)
+    seconds = float(cost.seconds(slowest).sum())
+    computing = float(np.sum(cost.compute(slowest) + cost.attention(slowest)))
+    transfer = float(np.sum(cost.exposed(slowest) + cost.hidden(slowest)))
+    received = traffic(scheme, shape, chunking, options).received.max()
+    memory = memory_bytes(scheme, shape, chunking, options)
+    rejected = None
+    if memory > request.kv_memory_bytes:
+        rejected = (
+            f"K/V of {gibibytes(memory)} per rank exceeds {gibibytes(request.kv_memory_bytes)}"
+        )
+    return Candidate(
+        scheme=scheme,
+        chunk_tokens=chunk_tokens,
+        seconds=seconds,
+        transfer_seconds=transfer,
+        exposed_seconds=max(0.0, seconds - computing),
+        bytes_received=shape.attending_layers * int(received),
+        memory_bytes=memory,
+        rejected=rejected,
+    )
+
+
+def _nothing_fits(request: PlanRequest, candidates: Sequence[Candidate]) -> ServiceError:
+    able = [candidate for candidate in candidates if candidate.memory_bytes]
+    where = f"{request.tokens:,} tokens of {request.shape.name} on up to {request.max_ranks} ranks"
+    if not able:
+        reasons = "; ".join(sorted({f"{c.scheme.label}: {c.rejected}" for c in candidates}))
+        return ServiceError(Reason.INVALID_REQUEST, f"no exchange can run {where}: {reasons}")
+    least = min(able, key=lambda candidate: candidate.memory_bytes)
+    return ServiceError(
+        Reason.KV_POOL_FULL,
+        f"{where} do not fit: the least that K/V take is {gibibytes(least.memory_bytes)} per rank "
+        f"({least.scheme.label} on {least.scheme.ranks}, {least.chunk_tokens:,} tokens per chunk "
+        f"and rank), the limit is {gibibytes(request.kv_memory_bytes)}",
+        needed_bytes=least.memory_bytes,
+        limit_bytes=int(request.kv_memory_bytes),
+    )

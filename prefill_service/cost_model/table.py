@@ -1,0 +1,90 @@
+"""A plan as a table, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from prefill_service.cost_model.number_format import duration, gibibytes, gigabytes
+from prefill_service.cost_model.request import Candidate, Plan
+
+_HEADER = ("", "exchange", "ranks", "chunk", "seconds", "received/rank", "K/V per rank", "")
+_LEFT_COLUMNS = (0, 1, 7)
+
+
+def best_of_each(plan: Plan) -> list[Candidate]:
+    """Of each exchange and mesh the candidate that would be chosen first.
+
+    Where none can be chosen, the one that was rejected with the least memory, or the one on the
+    most ranks if it cannot run at all.
+    """
+    best: dict[tuple[str, int], Candidate] = {}
+    for candidate in (plan.chosen, *plan.candidates):
+        key = (candidate.scheme.exchange, candidate.scheme.ulysses * _is_usp(candidate))
+        first = best.setdefault(key, candidate)
+        if first.rejected is not None and _tells_more(candidate, first):
+            best[key] = candidate
+    return list(best.values())
+
+
+def table(candidates: Iterable[Candidate], chosen: Candidate) -> str:
+    """Aligned columns, a ``*`` before the chosen one."""
+    rows = [_HEADER, *(_row(candidate, chosen) for candidate in candidates)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Everything, in seconds and bytes."""
+    return {
+        "chosen": candidate_json(plan.chosen),
+        "reason": plan.reason,
+        "candidates": [candidate_json(candidate) for candidate in plan.candidates],
+    }
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """One candidate, its scheme's fields beside the others."""
+    values = asdict(candidate)
+    scheme = candidate.scheme
+    del values["scheme"]
+    mesh = {"exchange": str(scheme.exchange), "ranks": scheme.ranks, "ulysses": scheme.ulysses}
+    return mesh | values
+
+
+def _tells_more(candidate: Candidate, first: Candidate) -> bool:
+    """Of two that were rejected."""
+    if candidate.memory_bytes and first.memory_bytes:
+        return candidate.memory_bytes < first.memory_bytes
+    if candidate.memory_bytes or first.memory_bytes:
+        return bool(candidate.memory_bytes)
+    return candidate.scheme.ranks > first.scheme.ranks
+
+
+def _is_usp(candidate: Candidate) -> bool:
+    return " " in candidate.scheme.label
+
+
+def _row(candidate: Candidate, chosen: Candidate) -> Sequence[str]:
+    scheme = candidate.scheme
+    if not candidate.memory_bytes:  # it cannot run at all
+        return ("", scheme.label, str(scheme.ranks), "", "", "", "", candidate.rejected or "")
+    return (
+        "*" if candidate is chosen else "",
+        scheme.label,
+        str(scheme.ranks),
+        f"{candidate.chunk_tokens:,}",
+        duration(candidate.seconds),
+        gigabytes(candidate.bytes_received),
+        gibibytes(candidate.memory_bytes),
+        candidate.rejected or "",
+    )
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        cell.ljust(width) if column in _LEFT_COLUMNS else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()

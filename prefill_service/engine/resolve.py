@@ -1,0 +1,161 @@
+"""What a rank process is told when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.attention.settings import SparseSettings
+from prefill_service.config import (
+    AUTO,
+    EngineConfig,
+    VideoConfig,
+    memory_bytes,
+    resolve_kv_pool_bytes,
+)
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.budget import KVBudget
+from prefill_service.kv.manifest import KVLayout
+from prefill_service.models.checkpoint import Checkpoint
+from prefill_service.parallel.exchanges.registry import (
+    ExchangeChoice,
+    ExchangeKind,
+    choose_exchange,
+)
+from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
+
+_DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One rank of one generation of the group; ``init_method`` is torch's rendezvous."""
+
+    rank: int
+    generation: int
+    engine: EngineConfig
+    video: VideoConfig
+    checkpoint: Checkpoint
+    dtype: str
+    device: str
+    threads: int
+    init_method: str
+    socket_path: str
+
+
+def chunk_tokens(engine: EngineConfig, device: str) -> int:
+    """Tokens per chunk and rank: as configured, or a device's default."""
+    return engine.chunk_tokens or _DEFAULT_CHUNK_TOKENS[device]
+
+
+def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0) -> ExchangeChoice:
+    """The configured exchange; ``gather`` where none is, which bounds what a prefix may take.
+
+    Args:
+        ranks: of the team that computes, all by default. A smaller one has the configured Ulysses
+            degree where that divides it, else one of its own.
+
+    Raises:
+        ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks, or its
+            keys cannot be offloaded as configured.
+    """
+    name = ExchangeKind.GATHER if engine.exchange == AUTO else engine.exchange
+    kind, wanted = ExchangeKind(name), engine.ulysses_degree
+    ranks = ranks or engine.ranks
+    if ranks < engine.ranks and wanted and ranks % wanted:
+        wanted = 0
+    if engine.kv_offload == "host" and not kind.offloads:
+        can = " or ".join(repr(str(other)) for other in ExchangeKind if other.offloads)
+        raise ServiceError(
+            Reason.CONFIG_INVALID,
+            f"engine.kv_offload = 'host' is not accepted with engine.exchange = {str(kind)!r}, "
+            f"whose keys stay on the device; expected 'off', or engine.exchange = {can}",
+            name="engine.kv_offload",
+        )
+    try:
+        return choose_exchange(kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads, wanted)
+    except ValueError as error:
+        text = f"engine.exchange = {engine.exchange!r} is not accepted: {error}"
+        raise ServiceError(Reason.CONFIG_INVALID, text, name="engine.exchange") from error
+
+
+def chunk_layout(
+    patch_ends: Sequence[int] | np.ndarray,
+    engine: EngineConfig,
+    device: str,
+    exchange: ExchangeChoice,
+    ranks: int,
+    sparse: bool = False,
+) -> ChunkLayout:
+    """Which rank of a team computes which tokens of a prompt.
+
+    Args:
+        sparse: see ``is_sparse``.
+    """
+    tokens = chunk_tokens(engine, device)
+    return deal_patches(patch_ends, ranks, tokens, exchange.kind.order, sparse)
+
+
+def is_sparse(
+    num_tokens: int, exchange: ExchangeChoice, policy: AttentionPolicy, from_tokens: int
+) -> bool:
+    """Whether some queries of a prompt are attended to sparsely."""
+    return exchange.kind.sparse and not policy.exact and num_tokens >= from_tokens
+
+
+def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:
+    """Sizes of sparse attention: a segment of 16 blocks, a tile of at least one block."""
+    block = engine.sparse_block_tokens
+    return SparseSettings(from_tokens, block_tokens=block, tile_tokens=max(128, block))
+
+
+def kv_layout(checkpoint: Checkpoint, dtype: str, engine: EngineConfig) -> KVLayout:
+    """Shape of a KV page of this model."""
+    return KVLayout(
+        checkpoint.num_layers,
+        checkpoint.num_kv_heads,
+        checkpoint.head_dim,
+        dtype,
+        engine.page_tokens,
+    )
+
+
+def kv_budget(
+    engine: EngineConfig,
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    exchange: ExchangeChoice | None = None,
+    ranks: int = 0,
+) -> KVBudget:
+    """Bounds on a prefix's KV memory; the front end and the ranks of a machine find the same.
+
+    Args:
+        exchange: that computes the prefix; the configured one by default.
+        ranks: of the team that does, all by default.
+
+    Raises:
+        ServiceError: CONFIG_INVALID, see ``exchange_choice``.
+    """
+    ranks = ranks or engine.ranks
+    choice = exchange or exchange_choice(checkpoint, engine, ranks)
+    return KVBudget(
+        kv_layout(checkpoint, dtype, engine),
+        resolve_kv_pool_bytes(engine),
+        engine.kv_working_bytes or _device_share(engine.ranks, device),
+        offload=engine.kv_offload == "host" and choice.kind.offloads,
+        sharers=choice.sharers(ranks, checkpoint.num_heads, checkpoint.num_kv_heads),
+    )
+
+
+def _device_share(ranks: int, device: str) -> int:
+    """A quarter of the memory, divided among the ranks that have it in common."""
+    if device == "cpu":
+        return memory_bytes() // 4 // ranks
+    import torch
+
+    ranks_of_a_gpu = -(-ranks // torch.cuda.device_count())
+    return int(torch.cuda.get_device_properties(0).total_memory) // 4 // ranks_of_a_gpu

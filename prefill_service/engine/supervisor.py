@@ -1,0 +1,272 @@
+"""The rank processes as one: started, watched, and started anew when one of them is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from prefill_service.attention.report import NEVER
+from prefill_service.config import EngineConfig, resolve_threads
+from prefill_service.cost_model.fitting import Observation
+from prefill_service.engine import messages as msg
+from prefill_service.engine.resolve import WorkerSpec
+from prefill_service.engine.worker_process import WorkerProcess
+from prefill_service.errors import Reason, ServiceError
+
+logger = logging.getLogger("prefill_service.ranks")
+
+_STOP_GRACE_S = 5.0
+_CRASH_DELAY_S = 0.5
+_MAX_START_FAILURES = 3
+
+MakeSpec = Callable[[int, int, str], WorkerSpec]
+"""Rank, generation and torch's rendezvous to what the rank is told."""
+
+
+class WorkerSupervisor:
+    """R rank processes of one generation after the other.
+
+    A rank's death or silence kills all of them: collectives cannot go on with a member missing.
+    They then start afresh with the next generation; everything they held is lost.
+
+    Args:
+        engine: how many, and how long they may take.
+        make_spec: what to tell each.
+        runtime_dir: for sockets and rendezvous.
+        on_message: called with each message of the current generation but ``Ready``, heartbeats
+            and crashes.
+        on_lost: called with the generation that was lost, and why.
+        jobs_of: ids of the tasks at work on a rank.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        make_spec: MakeSpec,
+        runtime_dir: Path,
+        on_message: Callable[[object], None],
+        on_lost: Callable[[int, ServiceError], None],
+        jobs_of: Callable[[int], list[str]],
+    ) -> None:
+        self._engine = engine
+        self._make_spec = make_spec
+        self._runtime_dir = runtime_dir
+        self._pass_on = on_message
+        self._on_lost = on_lost
+        self._jobs_of = jobs_of
+        self.generation = 0
+        self._ranks: list[WorkerProcess] = []
+        self._ready: dict[int, msg.Ready] = {}
+        self._crashed: set[int] = set()
+        self._start_failures = 0
+        self._spawned: float | None = None
+        self._all_ready = asyncio.Event()
+        self._failure: ServiceError | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._restarter: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def ready(self) -> bool:
+        """True while all ranks are up."""
+        return self._all_ready.is_set() and self._failure is None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids by rank."""
+        return tuple(rank.pid for rank in self._ranks)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """By rank, where its pages are served; of ranks that are up."""
+        return tuple(self._ready[rank].endpoint for rank in sorted(self._ready))
+
+    @property
+    def observed(self) -> tuple[Observation, ...]:
+        """Of ranks that are up: what rank 0 measured at start, if exchanges are planned."""
+        return self._ready[0].observed if 0 in self._ready else ()
+
+    @property
+    def sparse_from_tokens(self) -> int:
+        """Of ranks that are up: prompts of so many tokens are sparse."""
+        return self._ready[0].sparse_from_tokens if 0 in self._ready else NEVER
+
+    def send(self, message: object, ranks: Iterable[int] | None = None) -> None:
+        """To some ranks, or to all. Each gets messages in the order in which they are sent."""
+        for rank in self._ranks:
+            if ranks is None or rank.rank in ranks:
+                rank.send(message)
+
+    # ---- life ------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Spawn the ranks and wait until all are ready.
+
+        Raises:
+            ServiceError: what a rank failed with, or RANK_STALLED after ``start_timeout_s``.
+        """
+        self._watcher = asyncio.create_task(self._watch(), name="rank-watcher")
+        try:
+            self._spawn()
+            await self.wait_ready()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Ask the ranks to leave, kill those that do not. Idempotent."""
+        self._stopping = True
+        for background in (self._watcher, self._restarter):
+            if background is not None:
+                background.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await background
+        self.send(msg.Shutdown())
+        deadline = time.monotonic() + _STOP_GRACE_S
+        for rank in self._ranks:
+            await rank.wait(deadline - time.monotonic())
+        self._kill_all()
+        self._all_ready.clear()
+
+    async def wait_ready(self) -> None:
+        """Wait through a (re)start.
+
+        Raises:
+            ServiceError: the ranks cannot start, or take longer than ``start_timeout_s``.
+        """
+        waiter = asyncio.ensure_future(self._all_ready.wait())
+        try:
+            async with asyncio.timeout(self._engine.start_timeout_s):
+                await waiter
+        except TimeoutError:
+            raise self._not_ready() from None
+        if self._failure is not None:
+            raise self._failure
+
+    def _not_ready(self) -> ServiceError:
+        missing = sorted(set(range(self._engine.ranks)) - set(self._ready))
+        limit = self._engine.start_timeout_s
+        text = f"ranks {missing} were not ready after {limit:g} s"
+        return ServiceError(Reason.RANK_STALLED, text, ranks=missing)
+
+    def _spawn(self) -> None:
+        self._runtime_dir.mkdir(parents=True, exist_ok=True)
+        self._ready.clear()
+        self._crashed.clear()
+        self._all_ready.clear()
+        self._spawned = time.monotonic()
+        rendezvous = self._runtime_dir / f"rendezvous-{uuid.uuid4().hex[:12]}"
+        generation = self.generation
+        self._ranks = []
+        for rank in range(self._engine.ranks):
+            try:
+                process = WorkerProcess(
+                    self._make_spec(rank, generation, f"file://{rendezvous.absolute()}"),
+                    on_message=partial(self._on_message, generation),
+                    on_exit=partial(self._on_exit, generation),
+                )
+            except OSError as error:  # out of processes, descriptors or memory
+                raise ServiceError(
+                    Reason.RANK_DIED, f"rank {rank} cannot be started: {error}", rank=rank
+                ) from error
+            self._ranks.append(process)  # one by one: those before a failure must be killed
+
+    # ---- events ----------------------------------------------------------------------------
+
+    def _on_message(self, generation: int, message: object) -> None:
+        if generation != self.generation:
+            return
+        match message:
+            case msg.Ready(rank=rank):
+                self._ready[rank] = message
+                if len(self._ready) == self._engine.ranks:
+                    self._become_ready(message)
+            case msg.RankCrashed(rank, error):
+                self._crashed.add(rank)
+                # A rank also fails when a peer was killed under it: give the exit that
+                # explains the failure a moment to arrive first.
+                asyncio.get_running_loop().call_later(
+                    _CRASH_DELAY_S, self._lose_crashed, generation, ServiceError.from_dict(error)
+                )
+            case _:
+                self._pass_on(message)
+
+    def _become_ready(self, last: msg.Ready) -> None:
+        self._failure = None
+        self._all_ready.set()
+        logger.info(
+            "%d ranks are ready: generation %d, %s, %d threads per rank",
+            self._engine.ranks, self.generation, last.device, resolve_threads(self._engine),
+        )  # fmt: skip
+
+    def _on_exit(self, generation: int, rank: int, cause: str) -> None:
+        if generation == self.generation and not self._stopping and rank not in self._crashed:
+            jobs = ", ".join(self._jobs_of(rank))
+            during = f" during job {jobs}" if jobs else ""
+            text = f"rank {rank} {cause}{during}"
+            self.lose(ServiceError(Reason.RANK_DIED, text, rank=rank, cause=cause))
+
+    def _lose_crashed(self, generation: int, error: ServiceError) -> None:
+        if generation == self.generation:
+            self.lose(error)
+
+    async def _watch(self) -> None:
+        """Kill ranks of which one is silent, or busy and gets nowhere."""
+        while True:
+            await asyncio.sleep(0.5)
+            if not self.ready:
+                self._watch_start()
+                continue
+            for rank in self._ranks:
+                if rank.silent_s > self._engine.heartbeat_timeout_s:
+                    what, limit = "sent no heartbeat", self._engine.heartbeat_timeout_s
+                elif rank.stalled_s > self._engine.stall_timeout_s:
+                    what, limit = "made no progress", self._engine.stall_timeout_s
+                else:
+                    continue
+                message = f"rank {rank.rank} {what} for {limit:g} s"
+                self.lose(ServiceError(Reason.RANK_STALLED, message, rank=rank.rank))
+                break
+
+    def _watch_start(self) -> None:
+        """A start that hangs is a loss, too."""
+        limit = self._engine.start_timeout_s
+        if self._spawned is not None and time.monotonic() - self._spawned >= limit:
+            self.lose(self._not_ready())
+
+    def lose(self, error: ServiceError) -> None:
+        """A rank is lost: kill what is left, tell those who wait, start the next generation."""
+        if self._stopping:
+            return
+        lost, was_ready = self.generation, self._all_ready.is_set()
+        self.generation += 1
+        logger.error("generation %d of the ranks is lost: %s", lost, error)
+        self._all_ready.clear()
+        self._spawned = None
+        self._kill_all()
+        self._on_lost(lost, error)
+        self._start_failures = 0 if was_ready else self._start_failures + 1
+        if self._start_failures >= _MAX_START_FAILURES or error.reason is Reason.MODEL_INVALID:
+            self._failure = error
+            self._all_ready.set()  # wakes wait_ready, which raises the failure
+            return
+        self._restarter = asyncio.create_task(self.restart(), name="rank-restarter")
+
+    async def restart(self) -> None:
+        """Start the next generation, later after each that could not start."""
+        await asyncio.sleep(min(2.0**self._start_failures - 1, 10.0))
+        logger.info("starting generation %d of the ranks", self.generation)
+        try:
+            self._spawn()
+        except ServiceError as error:
+            self.lose(error)
+
+    def _kill_all(self) -> None:
+        for rank in self._ranks:
+            rank.kill()

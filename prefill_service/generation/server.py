@@ -1,0 +1,229 @@
+"""The decoder as the service sees it: launched and watched, or given by URL."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from pathlib import Path
+
+import aiohttp
+import torch
+
+from prefill_service.config import DecoderConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.vllm_client import (
+    GenerationEvent,
+    GenerationRequest,
+    Sampling,
+    VllmClient,
+)
+from prefill_service.generation.vllm_process import VllmProcess
+
+__all__ = ["GenerationEvent", "GenerationRequest", "GenerationServer", "Sampling"]
+
+logger = logging.getLogger("prefill_service.generation")
+
+_POLL_SECONDS = 2.0
+_MAX_FAILED_CHECKS = 3
+_MAX_BACKOFF_SECONDS = 60.0
+
+
+class GenerationServer:
+    """vLLM, embedded (``config.url`` empty) or somewhere else.
+
+    ``start`` returns when it is ready. From then on a watcher notices its death or a failing
+    ``/health``; the embedded one is restarted with back-off, a remote one is asked until it
+    answers again.
+
+    Args:
+        config: URL or size and limits.
+        model_path: folder or hub id of the checkpoint.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        runtime_dir: where the log (``vllm.log``) goes.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, model_path: str, dtype: str, runtime_dir: Path
+    ) -> None:
+        self._config = config
+        self._model_path = model_path
+        self._dtype = dtype
+        self._log_path = runtime_dir / "vllm.log"
+        self._session: aiohttp.ClientSession | None = None
+        self._process: VllmProcess | None = None
+        self._client: VllmClient | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._max_model_len = 0
+        self._trouble = "vLLM has not been started"
+        self._ready = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answered its last health check."""
+        return self._ready
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not ready; empty if it is."""
+        return "" if self._ready else self._trouble
+
+    @property
+    def max_model_len(self) -> int:
+        """Context in tokens; 0 before the first start."""
+        return self._max_model_len
+
+    @property
+    def url(self) -> str:
+        """Base URL of the server; empty before the first start."""
+        return self._client.url if self._client is not None else ""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the embedded API server, while it runs."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        """Launch (or find) vLLM and wait until it is ready.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE, with the end of vLLM's log.
+        """
+        # Connections are not reused: one that vLLM's death closed would fail the next request.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._session = aiohttp.ClientSession(connector=connector)
+        try:
+            await self._bring_up()
+        except BaseException:
+            await self.stop()
+            raise
+        self._watcher = asyncio.create_task(self._watch(), name="decoder-watcher")
+
+    async def stop(self) -> None:
+        """End the watcher, the embedded vLLM with all its processes, and all connections."""
+        self._ready, self._trouble = False, "vLLM has been stopped"
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+            self._watcher = None
+        if self._process is not None:
+            await self._process.kill()
+            self._process = None
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+        """Stream an answer; see ``VllmClient.generate``.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE (not up, or it died), DECODER_FAILED.
+        """
+        client = self._client
+        if client is None or not self._ready:
+            raise ServiceError(Reason.DECODER_UNAVAILABLE, f"vLLM is not ready: {self._trouble}")
+        try:
+            async with aclosing(client.generate(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        except ServiceError as error:
+            if error.reason == Reason.DECODER_FAILED:
+                # A dying engine answers running requests with errors before it is gone.
+                await client.check_health()
+            raise
+
+    # ---- life ---------------------------------------------------------------------------
+
+    async def _bring_up(self) -> None:
+        """Launch if embedded, wait for health, read the model's length."""
+        assert self._session is not None
+        url, timeout_s = self._config.url, self._config.request_timeout_s
+        if not url:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._process = VllmProcess(
+                self._config, self._model_path, self._dtype, device, self._log_path
+            )
+            await self._process.launch()
+            url = self._process.url
+        client = VllmClient(self._session, url, timeout_s)
+        begin = time.monotonic()
+        await self._until_healthy(client)
+        self._max_model_len = await client.max_model_len()
+        self._client, self._ready = client, True
+        logger.info(
+            "vLLM at %s is ready after %.1f s, context %d tokens",
+            url, time.monotonic() - begin, self._max_model_len,
+        )  # fmt: skip
+
+    async def _until_healthy(self, client: VllmClient) -> None:
+        deadline = time.monotonic() + self._config.start_timeout_s
+        while True:
+            try:
+                await client.check_health()
+                return
+            except ServiceError as error:
+                if self._process is None:
+                    raise  # a remote one is expected to be up
+                if self._process.pid is None:
+                    raise _unavailable(self._process.exit_text()) from error
+                if time.monotonic() > deadline:
+                    limit = f"{self._config.start_timeout_s:g} s"
+                    raise _unavailable(
+                        f"not healthy within {limit}; {self._process.exit_text()}"
+                    ) from error
+            await asyncio.sleep(0.5)
+
+    async def _watch(self) -> None:
+        """Notice trouble, then bring vLLM back, for ever."""
+        while True:
+            await self._until_trouble()
+            backoff = 1.0
+            while not self._ready:
+                try:
+                    if self._process is not None:
+                        await self._process.kill()
+                    await self._bring_up()
+                except Exception as error:  # the watcher must outlive whatever goes wrong
+                    self._down(str(error))
+                    logger.error("vLLM is not back yet, next try in %g s: %s", backoff, error)
+                    await asyncio.sleep(backoff)
+                    backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
+
+    async def _until_trouble(self) -> None:
+        failures = 0
+        while True:
+            await self._pause()
+            if self._process is not None and self._process.pid is None:
+                self._down(self._process.exit_text())
+                return
+            try:
+                assert self._client is not None
+                await self._client.check_health()
+                failures = 0
+            except ServiceError as error:
+                failures += 1
+                logger.warning("vLLM health check %d failed: %s", failures, error)
+                if failures >= _MAX_FAILED_CHECKS:
+                    self._down(error.message)
+                    return
+
+    async def _pause(self) -> None:
+        """A while, or until the embedded process ends."""
+        if self._process is None:
+            await asyncio.sleep(_POLL_SECONDS)
+        else:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _POLL_SECONDS)
+
+    def _down(self, trouble: str) -> None:
+        if self._ready:
+            logger.error("vLLM is down: %s", trouble)
+        self._ready = False
+        self._trouble = trouble
+
+
+def _unavailable(message: str) -> ServiceError:
+    return ServiceError(Reason.DECODER_UNAVAILABLE, message)

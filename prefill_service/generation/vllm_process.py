@@ -1,0 +1,165 @@
+"""The embedded vLLM: its command line, environment, process group and log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from prefill_service.config import DecoderConfig
+from prefill_service.errors import Reason, ServiceError
+
+logger = logging.getLogger("prefill_service.generation")
+
+_TERM_SECONDS = 10.0
+_LOG_LINES = 15
+
+KV_TRANSFER_CONFIG = {
+    "kv_connector": "PrefillConnector",
+    "kv_connector_module_path": "prefill_service.kv.vllm_connector.connector",
+    "kv_role": "kv_consumer",
+    "kv_load_failure_policy": "fail",
+}
+
+
+class VllmProcess:
+    """One run of ``python -m prefill_service.generation.vllm_server``.
+
+    Args:
+        config: size and limits.
+        model_path: folder or hub id of the checkpoint.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        log_path: where its output goes; appended.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, model_path: str, dtype: str, device: str, log_path: Path
+    ) -> None:
+        self._config = config
+        self._model_path = model_path
+        self._dtype = dtype
+        self._device = device
+        self._log_path = log_path
+        self._process: asyncio.subprocess.Process | None = None
+        self.url = ""
+
+    async def launch(self) -> None:
+        """Start the process; it serves on ``url`` once it is healthy, in about a minute.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE if it cannot be started.
+        """
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "prefill_service.generation.vllm_server"]
+        try:
+            with self._log_path.open("ab") as log:
+                self._process = await asyncio.create_subprocess_exec(
+                    *command,
+                    *self._arguments(port),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environment(),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ServiceError(Reason.DECODER_UNAVAILABLE, f"cannot start vLLM: {error}") from error
+        logger.info("vLLM starts as process %d, log in %s", self._process.pid, self._log_path)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the API server, while it runs."""
+        running = self._process is not None and self._process.returncode is None
+        return self._process.pid if running and self._process is not None else None
+
+    def exit_text(self) -> str:
+        """How it ended and the last lines of its log, for error messages."""
+        code = None if self._process is None else self._process.returncode
+        state = "is running" if code is None else f"exited with code {code}"
+        return f"vLLM {state}; end of {self._log_path}:\n{self._log_tail()}"
+
+    async def wait(self) -> None:
+        """Return when the process has ended."""
+        if self._process is not None:
+            await self._process.wait()
+
+    async def kill(self, grace_s: float = _TERM_SECONDS) -> None:
+        """SIGTERM, then after ``grace_s`` SIGKILL, to the whole process group."""
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), grace_s)
+        # EngineCore and workers are in its group and may outlive it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+    def _arguments(self, port: int) -> list[str]:
+        config = self._config
+        arguments = [
+            "--model", self._model_path,
+            "--served-model-name", "prefill-service",
+            "--host", "127.0.0.1",
+            "--port", str(port),
+            "--dtype", self._dtype,
+            "--max-model-len", str(config.max_model_len or "auto"),
+            "--enable-scale-out",
+            "--enable-prompt-tokens-details",
+            "--enable-prefix-caching",
+            "--language-model-only",
+            "--disable-uvicorn-access-log",
+            "--kv-transfer-config", json.dumps(KV_TRANSFER_CONFIG),
+        ]  # fmt: skip
+        if config.block_size:
+            arguments += ["--block-size", str(config.block_size)]
+        if self._device == "cpu":
+            arguments += ["--enforce-eager"]
+            arguments += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gib * (1 << 30)))]
+        else:
+            arguments += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+        return arguments + config.extra_args
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment["PREFILL_SERVICE_PARENT_PID"] = str(os.getpid())
+        environment["VLLM_NO_USAGE_STATS"] = "1"
+        environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override our configuration
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # vllm_server's top level
+        if Path(self._model_path).is_dir():
+            environment["HF_HUB_OFFLINE"] = "1"
+        if self._device == "cpu":
+            # The ranks use the same cores: half the threads, none pinned, none spinning.
+            threads = max(1, len(os.sched_getaffinity(0)) // 2)
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        return environment
+
+    def _log_tail(self) -> str:
+        try:
+            with self._log_path.open("rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(0, log.tell() - (1 << 14)))
+                text = log.read().decode(errors="replace")
+        except OSError as error:
+            return f"(cannot be read: {error})"
+        return "\n".join(text.splitlines()[-_LOG_LINES:])
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

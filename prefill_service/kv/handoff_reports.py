@@ -1,0 +1,117 @@
+"""Reports of finished loads, from vLLM's workers to the service.
+
+vLLM answers a failed load with a generic HTTP 500; the report carries the cause. It is also
+how the service learns what a hand-off moved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections import OrderedDict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from prefill_service.kv.handoff import MAX_LINE_BYTES, HandoffReport
+from prefill_service.kv.transport.sockets import bind_unix, encode_line, unix_path
+
+logger = logging.getLogger("prefill_service.kv")
+
+_MAX_REPORTS = 4096
+_READ_SECONDS = 5.0
+_SEND_SECONDS = 2.0
+
+
+class ReportServer:
+    """The service's end: a Unix socket that takes one report per connection.
+
+    Reports under one lease id (one per tensor-parallel worker) are merged: the load is well
+    only if all are, times and tokens are the largest, bytes add up. So each answer needs a
+    lease id of its own. The oldest reports are forgotten beyond 4096.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._server: asyncio.Server | None = None
+        self._reports: OrderedDict[str, HandoffReport] = OrderedDict()
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    @property
+    def address(self) -> str:
+        """``report_to`` of the hand-off parameters."""
+        return f"unix:{self._path}"
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ServiceError: CONFIG_INVALID if the path cannot be bound.
+        """
+        listener = bind_unix(self._path)
+        self._server = await asyncio.start_unix_server(
+            self._take, sock=listener, limit=MAX_LINE_BYTES
+        )
+
+    async def stop(self) -> None:
+        """Stop listening and remove the socket file."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._path.unlink(missing_ok=True)
+
+    async def wait(self, lease_id: str, timeout_s: float) -> HandoffReport | None:
+        """The report under this lease, once it is there; ``None`` after the timeout."""
+        if lease_id not in self._reports:
+            event = self._waiting.setdefault(lease_id, asyncio.Event())
+            try:
+                await asyncio.wait_for(event.wait(), timeout_s)
+            except TimeoutError:
+                pass
+            finally:
+                self._waiting.pop(lease_id, None)
+        return self._reports.get(lease_id)
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            line = await asyncio.wait_for(reader.readline(), _READ_SECONDS)
+            report = HandoffReport(**json.loads(line))
+            self._record(report)
+        except (TimeoutError, ValueError, TypeError, OSError) as error:
+            logger.warning("malformed hand-off report: %r", error)
+        finally:
+            writer.close()
+
+    def _record(self, report: HandoffReport) -> None:
+        earlier = self._reports.pop(report.lease_id, None)
+        self._reports[report.lease_id] = report if earlier is None else _merge(earlier, report)
+        while len(self._reports) > _MAX_REPORTS:
+            self._reports.popitem(last=False)
+        event = self._waiting.get(report.lease_id)
+        if event is not None:
+            event.set()
+
+
+def _merge(first: HandoffReport, second: HandoffReport) -> HandoffReport:
+    return replace(
+        first,
+        ok=first.ok and second.ok,
+        tokens=max(first.tokens, second.tokens),
+        bytes=first.bytes + second.bytes,
+        seconds=max(first.seconds, second.seconds),
+        error=first.error or second.error,
+    )
+
+
+def send_report(address: str, report: HandoffReport) -> None:
+    """Send a report; an empty address means nobody wants it. Never raises, takes at most 2 s."""
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_SEND_SECONDS)
+            connection.connect(unix_path(address))
+            connection.sendall(encode_line(asdict(report)))
+    except Exception as error:  # the load's outcome must not depend on its report
+        logger.warning("cannot send the report of lease %s: %s", report.lease_id, error)

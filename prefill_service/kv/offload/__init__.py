@@ -1,0 +1,1 @@
+"""Keys and values that exceed the device, kept in host memory meanwhile."""

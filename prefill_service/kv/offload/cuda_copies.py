@@ -1,0 +1,115 @@
+"""The copy engine of CUDA ranks: a stream of its own and page-locked host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, Mark, Ticket, probe
+from prefill_service.kv.offload.shape import OffloadShape
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Event(Ticket, Mark):
+    event: torch.cuda.Event
+
+
+class CudaCopyEngine(CopyEngine):
+    """Rows in page-locked memory, copied on a side stream. The host never waits for a copy.
+
+    Speeds are those of the probe: a copy engine of a GPU shares its link with little else.
+
+    Args:
+        shape: of the working set; host memory for the whole of it is locked.
+
+    Raises:
+        ServiceError: KV_POOL_FULL if so much memory cannot be had or locked.
+    """
+
+    def __init__(self, shape: OffloadShape) -> None:
+        super().__init__()
+        self._device = shape.device
+        self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # torch's pinned allocator rounds up to a power of two; this much memory must be exact.
+        size = (shape.layers, shape.tokens, *shape.row)
+        num_bytes = shape.layers * shape.layer_bytes
+        try:
+            self._rows: Tensor | None = torch.empty(size, dtype=shape.dtype)
+        except RuntimeError as error:
+            raise _no_memory(num_bytes, str(error)) from error
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(cudart.cudaHostRegister(self._rows.data_ptr(), num_bytes, 0))
+        if code:
+            raise _no_memory(num_bytes, f"cudaHostRegister gives error {code}")
+        probe(self, shape)
+        self._stalls.clear()
+
+    def submit(self, copies: Sequence[Copy]) -> Ticket:
+        """See ``CopyEngine``."""
+        assert self._rows is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for copy in copies:
+                home = copy.home
+                if not isinstance(home, Tensor):
+                    home = self._rows[home.layer, home.start : home.end]
+                    self.moved_bytes += copy.num_bytes
+                target, source = (copy.rows, home) if copy.inward else (home, copy.rows)
+                target.copy_(source, non_blocking=True)
+        return _Event(self._record(self._stream))
+
+    def wait(self, ticket: Ticket) -> None:
+        """See ``CopyEngine``: the stream that computes waits, the host goes on."""
+        assert isinstance(ticket, _Event)
+        computing = torch.cuda.current_stream(self._device)
+        before = self._record(computing)
+        computing.wait_event(ticket.event)
+        self._stalls.append((before, self._record(computing)))
+
+    def mark(self) -> Mark:
+        """See ``CopyEngine``."""
+        return _Event(self._record(torch.cuda.current_stream(self._device)))
+
+    def seconds(self, start: Mark, end: Mark) -> float:
+        """See ``CopyEngine``; waits until the computing has got there."""
+        assert isinstance(start, _Event)
+        assert isinstance(end, _Event)
+        return _seconds(start.event, end.event)
+
+    @property
+    def stalled_s(self) -> float:
+        """See ``CopyEngine``."""
+        return sum(_seconds(before, after) for before, after in self._stalls)
+
+    def close(self) -> None:
+        """See ``CopyEngine``."""
+        if self._rows is None:
+            return
+        self._stream.synchronize()
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart.cudaHostUnregister(self._rows.data_ptr())
+        self._rows = None
+
+    def _record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
+
+
+def _seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def _no_memory(num_bytes: int, why: str) -> ServiceError:
+    return ServiceError(
+        Reason.KV_POOL_FULL,
+        f"no page-locked memory for {num_bytes} bytes of offloaded KV: {why}",
+        needed_bytes=num_bytes,
+    )

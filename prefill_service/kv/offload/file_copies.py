@@ -1,0 +1,159 @@
+"""The copy engine of CPU ranks: a thread and a file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, HostRows, Mark, Ticket, probe
+from prefill_service.kv.offload.shape import OffloadShape
+
+
+@dataclass(eq=False, slots=True)
+class _Work(Ticket):
+    copies: Sequence[Copy]
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Instant(Mark):
+    at: float
+
+
+class FileCopyEngine(CopyEngine):
+    """Rows in an unlinked file, copied by a thread: bounds a CPU rank's own memory.
+
+    What was written stays in the page cache as long as the system has room for it, so that a
+    file on a disk costs little until memory is short. In a folder on tmpfs it is memory.
+
+    Args:
+        shape: of the working set; the whole of it is reserved.
+        folder: for the file.
+
+    Raises:
+        ServiceError: KV_POOL_FULL if there is no space; PREFILL_FAILED if nothing can be moved.
+    """
+
+    def __init__(self, shape: OffloadShape, folder: Path) -> None:
+        super().__init__()
+        self._layer_bytes, self._row_bytes = shape.layer_bytes, shape.row_bytes
+        self._folder = folder
+        self._stalled_s = 0.0
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="offload-")  # noqa: SIM115
+        try:
+            self._reserve(shape.layers * shape.layer_bytes)
+        except ServiceError:
+            self._file.close()
+            raise
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
+        self._thread.start()
+        probe(self, shape)
+        if self.failure is not None:
+            self.close()
+            raise self.failure
+        self._stalled_s = 0.0
+
+    def submit(self, copies: Sequence[Copy]) -> Ticket:
+        """See ``CopyEngine``."""
+        work = _Work(copies)
+        self._queue.put(work)
+        return work
+
+    def wait(self, ticket: Ticket) -> None:
+        """See ``CopyEngine``."""
+        assert isinstance(ticket, _Work)
+        if not ticket.done.is_set():
+            start = time.perf_counter()
+            ticket.done.wait()
+            self._stalled_s += time.perf_counter() - start
+
+    def mark(self) -> Mark:
+        """See ``CopyEngine``."""
+        return _Instant(time.perf_counter())
+
+    def seconds(self, start: Mark, end: Mark) -> float:
+        """See ``CopyEngine``."""
+        assert isinstance(start, _Instant)
+        assert isinstance(end, _Instant)
+        return end.at - start.at
+
+    @property
+    def stalled_s(self) -> float:
+        """See ``CopyEngine``."""
+        return self._stalled_s
+
+    def close(self) -> None:
+        """See ``CopyEngine``."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._file.close()
+
+    # ---- the thread ------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                if self.failure is None:
+                    for copy in work.copies:
+                        self._copy(copy)
+            except OSError as error:
+                self.failure = ServiceError(
+                    Reason.PREFILL_FAILED,
+                    f"offloaded KV in {self._folder} cannot be moved: {error.strerror}",
+                    folder=self._folder,
+                )
+            except Exception as error:  # whoever waits must be told, whatever it is
+                self.failure = ServiceError(
+                    Reason.PREFILL_FAILED, f"offloaded KV cannot be moved: {error!r}"
+                )
+            finally:
+                work.done.set()
+
+    def _copy(self, copy: Copy) -> None:
+        start = time.perf_counter()
+        if isinstance(copy.home, Tensor):
+            target, source = (copy.rows, copy.home) if copy.inward else (copy.home, copy.rows)
+            target.copy_(source)
+            self.device_rate.add(copy.num_bytes, time.perf_counter() - start)
+            return
+        self._move(copy.rows, copy.home, copy.inward)
+        self.moved_bytes += copy.num_bytes
+        self.host_rate.add(copy.num_bytes, time.perf_counter() - start)
+
+    def _move(self, rows: Tensor, home: HostRows, inward: bool) -> None:
+        """Between contiguous rows and the file; both calls let other threads run."""
+        raw = memoryview(rows.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        offset = home.layer * self._layer_bytes + home.start * self._row_bytes
+        while raw:
+            fd = self._file.fileno()
+            done = os.preadv(fd, [raw], offset) if inward else os.pwrite(fd, raw, offset)
+            if not done:
+                raise OSError(errno.EIO, f"the file ends at byte {offset}")
+            raw, offset = raw[done:], offset + done
+
+    def _reserve(self, num_bytes: int) -> None:
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, num_bytes)
+        except OSError as error:
+            free = os.statvfs(self._file.fileno())
+            raise ServiceError(
+                Reason.KV_POOL_FULL,
+                f"no space for {num_bytes} bytes of offloaded KV in {self._folder}, where "
+                f"{free.f_bavail * free.f_frsize} are free: {error.strerror}",
+                needed_bytes=num_bytes,
+                folder=self._folder,
+            ) from error

@@ -1,0 +1,1 @@
+"""How pages travel from a worker to whoever reads them."""

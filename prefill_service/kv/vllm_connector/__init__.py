@@ -1,0 +1,1 @@
+"""vLLM's KV connector: loads a prefix's pages into vLLM's cache."""

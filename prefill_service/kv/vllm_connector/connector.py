@@ -1,0 +1,150 @@
+"""vLLM's KV connector for prefill-service.
+
+    --kv-transfer-config '{"kv_connector": "PrefillConnector", "kv_role": "kv_consumer",
+      "kv_connector_module_path": "prefill_service.kv.vllm_connector.connector",
+      "kv_load_failure_policy": "fail"}'
+
+vLLM makes one instance in its scheduler and one in each worker. Requests that carry
+``kv_transfer_params["prefill_service"]`` get their video prefix from the ranks; all others
+pass untouched. See ``connector_scheduler`` and ``connector_worker`` for the two halves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+
+from prefill_service.kv.vllm_connector.scheduler_side import LoadMetadata, SchedulerSide
+from prefill_service.kv.vllm_connector.worker_side import WorkerSide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class PrefillConnector(KVConnectorBase_V1):
+    """Whole video prefixes, loaded asynchronously, never recomputed.
+
+    It does not declare ``SupportsHMA``: vLLM then keeps one group of layers.
+
+    Raises:
+        ValueError: vLLM was started with a policy or parallelism that cannot work.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        _check_config(vllm_config, kv_cache_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(vllm_config)
+        else:
+            self._worker = WorkerSide(vllm_config, kv_cache_config)
+
+    @property
+    def scheduler_side(self) -> SchedulerSide:
+        """The half that lives in EngineCore."""
+        assert self._scheduler is not None, "called in a worker"
+        return self._scheduler
+
+    @property
+    def worker_side(self) -> WorkerSide:
+        """The half that lives in a worker."""
+        assert self._worker is not None, "called in the scheduler"
+        return self._worker
+
+    # ---- scheduler ----------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """See ``SchedulerSide``."""
+        self.scheduler_side.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """See ``SchedulerSide``."""
+        return self.scheduler_side.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """See ``SchedulerSide``."""
+        self.scheduler_side.after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """See ``SchedulerSide``."""
+        return self.scheduler_side.build_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Note failed loads."""
+        self.scheduler_side.loads_failed(connector_output.failed_recving or set())
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Nothing is sent, so vLLM may free the blocks (loads under way delay that itself)."""
+        self.scheduler_side.finished(request.request_id)
+        return False, None
+
+    # ---- worker -------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Start this step's loads in the background."""
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, LoadMetadata)
+        self.worker_side.start_loads(metadata)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Loads that have ended; those of requests that finished meanwhile are cancelled."""
+        metadata = self._connector_metadata
+        idle = isinstance(metadata, LoadMetadata) and metadata.idle
+        finished, failed = self.worker_side.take_results(finished_req_ids, idle)
+        return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: vLLM does not schedule a request before its own has ended."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """A consumer saves nothing."""
+
+    def wait_for_save(self) -> None:
+        """A consumer saves nothing."""
+
+    def shutdown(self) -> None:
+        """End all loads."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+
+def _check_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    policy = None if transfer is None else transfer.kv_load_failure_policy
+    if policy != "fail":
+        raise ValueError(
+            f"kv_load_failure_policy={policy!r}: PrefillConnector needs 'fail'; recomputing a "
+            "prefix whose pixels vLLM never saw would kill the engine"
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ValueError("PrefillConnector does not support context parallelism in vLLM")
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        raise ValueError(
+            f"PrefillConnector supports one KV cache group, this model has "
+            f"{len(kv_cache_config.kv_cache_groups)}"
+        )

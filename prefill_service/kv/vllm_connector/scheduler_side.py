@@ -1,0 +1,242 @@
+"""The connector in vLLM's scheduler: which tokens it offers, and which requests it refuses.
+
+A request of ours must never reach the model runner without its prefix: its item carries only
+the grid, and vLLM dies if it has to compute a vision token. So a request that cannot be
+served is not passed over: the connector claims its whole prompt and lets the worker report
+that load as failed, which ends this request alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.logger import init_logger
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.fingerprint import fingerprint_model
+from prefill_service.kv.handoff import PARAMS_KEY, HandoffParams, HandoffReport
+from prefill_service.kv.handoff_reports import send_report
+from prefill_service.kv.manifest import Manifest, hash_token_ids
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.prefill_service")  # vLLM configures loggers below "vllm" only
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Tokens ``[start_token, end_token)`` to bring into a request's blocks.
+
+    Attributes:
+        block_ids: the request's blocks, from token 0.
+        error: set if the request is to be refused instead (``ServiceError.to_dict``).
+    """
+
+    request_id: str
+    start_token: int
+    end_token: int
+    block_ids: list[int]
+    manifest: Manifest | None
+    lease_id: str
+    report_to: str
+    error: dict[str, Any] | None = None
+
+
+@dataclass
+class LoadMetadata(KVConnectorMetadata):
+    """What the scheduler's connector tells the workers' in one step."""
+
+    loads: list[Load] = field(default_factory=list)
+    idle: bool = False
+    """Nothing is computed in this step."""
+
+
+@dataclass
+class _Offer:
+    """One request of ours, from its arrival to its end."""
+
+    manifest: Manifest | None
+    lease_id: str
+    report_to: str
+    error: ServiceError | None
+    settled: bool = False  # a load was ordered, or none was needed and that was reported
+
+
+class SchedulerSide:
+    """State of the connector in the EngineCore process.
+
+    Args:
+        vllm_config: names the model the manifests must fit.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        model = vllm_config.model_config
+        self._model_shape = (
+            int(model.hf_text_config.num_hidden_layers),
+            int(model.get_total_num_kv_heads()),
+            int(model.get_head_size()),
+        )
+        self._fingerprint = _fingerprint(model.model)
+        self._offers: dict[str, _Offer] = {}
+        self._pending: list[Load] = []
+
+    def on_new_request(self, request: Request) -> None:
+        """Check a request of ours once; others pass untouched. Never raises."""
+        params = request.kv_transfer_params
+        if not isinstance(params, dict) or params.get(PARAMS_KEY) is None:
+            return
+        entry = params[PARAMS_KEY] if isinstance(params[PARAMS_KEY], dict) else {}
+        offer = _Offer(None, str(entry.get("lease_id", "")), str(entry.get("report_to", "")), None)
+        try:
+            handoff = HandoffParams.from_kv_transfer_params(params)
+            assert handoff is not None  # the key is there
+            offer.manifest = handoff.manifest
+            self._check_model(handoff.manifest)
+            _check_prompt(handoff.manifest, request)
+        except ServiceError as error:
+            offer.error = error
+        except Exception as error:  # whatever a client sent, the engine goes on
+            offer.error = ServiceError(Reason.INVALID_REQUEST, f"hand-off parameters: {error}")
+        if request.skip_reading_prefix_cache:
+            # vLLM would ignore the connector and compute the prefix (prompt_logprobs).
+            request.skip_reading_prefix_cache = False
+            offer.error = ServiceError(
+                Reason.INVALID_REQUEST, "prompt_logprobs cannot be had over a handed-over prefix"
+            )
+        if offer.error is not None:
+            logger.warning("request %s is refused: %s", request.request_id, offer.error)
+        self._offers[request.request_id] = offer
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """How many tokens to load beyond those in vLLM's own cache, always asynchronously."""
+        offer = self._offers.get(request.request_id)
+        if offer is None:
+            return 0, False
+        if offer.error is not None or offer.manifest is None:
+            return request.num_prompt_tokens - num_computed_tokens, True
+        missing = offer.manifest.num_tokens - num_computed_tokens
+        return (missing, True) if missing > 0 else (0, False)
+
+    def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        """Order the load, now that the request has blocks."""
+        offer = self._offers.get(request.request_id)
+        if offer is None:
+            return
+        if num_external > 0:
+            end = request.num_prompt_tokens
+            if offer.error is None and offer.manifest is not None:
+                end = offer.manifest.num_tokens
+            (block_ids,) = blocks.get_block_ids()
+            error = None if offer.error is None else offer.error.to_dict()
+            load = Load(
+                request.request_id, end - num_external, end, block_ids, offer.manifest,
+                offer.lease_id, offer.report_to, error,
+            )  # fmt: skip
+            self._pending.append(load)
+        elif not offer.settled:
+            report = HandoffReport(offer.lease_id, True, 0, 0, 0.0)
+            threading.Thread(
+                target=send_report, args=(offer.report_to, report), daemon=True
+            ).start()
+        offer.settled = True
+
+    def build_meta(self, scheduler_output: SchedulerOutput) -> LoadMetadata:
+        """The loads ordered in this step."""
+        idle = scheduler_output.total_num_scheduled_tokens == 0
+        metadata, self._pending = LoadMetadata(self._pending, idle), []
+        return metadata
+
+    def loads_failed(self, request_ids: set[str]) -> None:
+        """Never offer a source again that failed for this request."""
+        for request_id in request_ids:
+            offer = self._offers.get(request_id)
+            if offer is not None and offer.error is None:
+                offer.error = ServiceError(
+                    Reason.HANDOFF_FAILED, "the load failed before", lease_id=offer.lease_id
+                )
+
+    def finished(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+        self._offers.pop(request_id, None)
+
+    def _check_model(self, manifest: Manifest) -> None:
+        layout = manifest.layout
+        offered = (layout.num_layers, layout.num_kv_heads, layout.head_dim)
+        if offered != self._model_shape:
+            names = "layers, KV heads, head size"
+            raise ServiceError(
+                Reason.KV_MISMATCH,
+                f"the manifest's KV has ({names}) = {offered}, vLLM's model {self._model_shape}",
+                offered=offered,
+                model=self._model_shape,
+            )
+        if self._fingerprint and manifest.model_fingerprint != self._fingerprint:
+            raise ServiceError(
+                Reason.KV_MISMATCH,
+                f"the KV is of checkpoint {manifest.model_fingerprint[:16]}, vLLM has loaded "
+                f"{self._fingerprint[:16]}",
+                offered=manifest.model_fingerprint,
+                model=self._fingerprint,
+            )
+
+
+def _fingerprint(model: str) -> str:
+    """Fingerprint of the checkpoint vLLM has loaded; empty, with a warning, if it is not found."""
+    try:
+        folder = Path(model)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(model, local_files_only=True))
+        return fingerprint_model(folder)
+    except Exception as error:
+        logger.warning("%s: KV of other weights cannot be told apart: %s", model, error)
+        return ""
+
+
+def _check_prompt(manifest: Manifest, request: Request) -> None:
+    """The prompt must begin with exactly the manifest's tokens and end its media there."""
+    token_ids = request.prompt_token_ids or []
+    if len(token_ids) <= manifest.num_tokens:
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"the prompt has {len(token_ids)} tokens; prefix {manifest.prefix_id} alone has "
+            f"{manifest.num_tokens}, and at least one more is needed",
+            prompt_tokens=len(token_ids),
+            prefix_tokens=manifest.num_tokens,
+        )
+    actual = hash_token_ids(token_ids[: manifest.num_tokens])
+    if actual != manifest.token_ids_hash:
+        raise ServiceError(
+            Reason.KV_MISMATCH,
+            f"the prompt's first {manifest.num_tokens} tokens have hash {actual[:16]}, prefix "
+            f"{manifest.prefix_id} has {manifest.token_ids_hash[:16]}",
+            prefix_id=manifest.prefix_id,
+            actual=actual,
+            expected=manifest.token_ids_hash,
+        )
+    if manifest.position_delta != 0 and not request.mm_features:
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"prefix {manifest.prefix_id} has position delta {manifest.position_delta}, but the "
+            "request has no multimodal item to derive it from",
+            position_delta=manifest.position_delta,
+        )
+    for feature in request.mm_features or []:
+        end = feature.mm_position.offset + feature.mm_position.length
+        if end > manifest.num_tokens:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"a multimodal item ends at token {end}, beyond the prefix's "
+                f"{manifest.num_tokens} tokens",
+                end=end,
+                prefix_tokens=manifest.num_tokens,
+            )

@@ -1,0 +1,1 @@
+"""The exchanges: how queries of one rank meet the keys of all."""

@@ -1,0 +1,1 @@
+"""The ``demand`` exchange: only selected blocks travel."""

@@ -1,0 +1,98 @@
+"""The ``ulysses_gather`` exchange: Ulysses in the mesh's rows, ``gather`` in its columns.
+
+An all-to-all turns a share of the tokens with all heads into all the row's tokens with a share of
+the heads, as in ``usp``; but along a column K and V of those heads do not circulate: each goes to
+all, once. So a rank ends up with every key of its heads, and may select among them. One row is
+Ulysses, one column is ``gather``.
+
+Bytes received per rank and layer of N tokens, in any number of chunks, with even shares and heads:
+``(2 q_heads + 2 kv_heads) d e (N/P) (U-1)/U + 2 kv_heads d e N (R-1)/P``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.gather import GatherExchange
+from prefill_service.parallel.head_partition import HeadSplit
+from prefill_service.parallel.mesh import SPMesh
+from prefill_service.parallel.token_layout import Piece, Share
+from prefill_service.parallel.ulysses import UlyssesRow
+
+
+class UlyssesGatherExchange:
+    """All keys of this rank's KV heads, and the attention of its row's queries over them.
+
+    Heads are cut between KV heads: their query heads select together. Ranks of a row beyond the KV
+    heads have none.
+
+    Args:
+        mesh: the ranks.
+        shape: of the model's attention.
+
+    Attributes:
+        gathered: the column's part: K and V, and queries, of this rank's heads.
+        share: the row's part of the chunk, whose queries are attended to here.
+
+    Raises:
+        ValueError: the Ulysses degree exceeds the query heads.
+    """
+
+    def __init__(self, mesh: SPMesh, shape: AttentionShape) -> None:
+        split = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_groups=True)
+        self._columns, self._row = mesh.ring, UlyssesRow(mesh, split)
+        queries, keys = split.queries(mesh.ulysses.rank), self._row.kv_heads
+        mine = replace(shape, q_heads=queries.stop - queries.start, kv_heads=keys.stop - keys.start)
+        self._shape, self.share = mine, Share(())
+        self.gathered = GatherExchange(mesh.ring, mine)
+
+    @property
+    def kv_heads(self) -> slice:
+        """Those of which this rank has all keys."""
+        return self._row.kv_heads
+
+    def start_chunk(self, chunk: tuple[Share, ...]) -> None:
+        """See ``Exchange``; shares are one piece each, contiguous over the ranks."""
+        rows = tuple(
+            _joined(self._row.shares(chunk, member)) for member in range(self._columns.size)
+        )
+        self._row.start_chunk(chunk, self._shape.device)
+        self.share = rows[self._columns.rank]
+        self.gathered.start_chunk(rows)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """See ``Exchange``."""
+        size = (self._row.tokens, 2, self._shape.kv_heads, self._shape.head_dim)
+        kv = torch.empty(size, dtype=k.dtype, device=k.device)
+        self._row.kv_to_heads(k, v, kv)
+        self.gathered.store(layer, *kv.unbind(1))
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """See ``Exchange``."""
+        q = self.to_heads(q)
+        return self.to_tokens(self.gathered.attend(layer, q) if len(q) else q)
+
+    def to_heads(self, q: Tensor) -> Tensor:
+        """[q_heads, own tokens, d] to [own heads, tokens of ``share``, d]."""
+        return self._row.to_heads(q)
+
+    def to_tokens(self, out: Tensor) -> Tensor:
+        """The reverse."""
+        return self._row.to_tokens(out)
+
+    def finish(self) -> None:
+        """See ``Exchange``."""
+        self.gathered.finish()
+
+
+def _joined(shares: list[Share]) -> Share:
+    """Neighbouring shares of one piece each, as one."""
+    pieces = [piece for share in shares for piece in share.pieces]
+    if not pieces:
+        return Share(())
+    first, last = pieces[0], pieces[-1]
+    return Share((Piece(first.first_patch, last.end_patch, first.start_token, last.end_token),))

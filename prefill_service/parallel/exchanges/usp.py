@@ -1,0 +1,95 @@
+"""The ``ring``, ``ulysses``, ``usp`` and ``multi_ring`` exchanges: one scheme on a 2-D mesh.
+
+Inside a row of the mesh an all-to-all turns a share of the tokens with all heads into all the
+row's tokens with a share of the heads (Ulysses, arXiv 2309.14509); along a column K and V of
+those heads circulate (USP, arXiv 2405.07719). One row is Ulysses, one column is ring attention.
+
+A rank keeps K and V of its row's tokens and its own heads. Ulysses therefore moves each token
+once, whatever the number of chunks; a ring moves all that is held again with every chunk, since
+its ranks hold 1/R of the keys each, and is meant for few, large chunks.
+
+Bytes received per rank and layer with one chunk of N tokens, even shares and heads:
+``(2 q_heads + 2 kv_heads) d e (N/P) (U-1)/U + 2 kv_heads d e N (R-1)/P``.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.ring import Circulate
+from prefill_service.parallel.head_partition import HeadSplit
+from prefill_service.parallel.mesh import SPMesh
+from prefill_service.parallel.online_softmax import OnlineSoftmax
+from prefill_service.parallel.token_layout import ChunkLayout, HeldTokens, Range, Share, join
+from prefill_service.parallel.ulysses import UlyssesRow
+
+
+class UspExchange:
+    """K/V of a row's tokens and this rank's heads, and the attention over all rows.
+
+    Args:
+        mesh: the ranks.
+        layout: of the whole prompt.
+        shape: of the model's attention.
+        circulate: how K and V go round a column.
+
+    Raises:
+        ValueError: the Ulysses degree exceeds the query heads.
+    """
+
+    def __init__(
+        self, mesh: SPMesh, layout: ChunkLayout, shape: AttentionShape, circulate: Circulate
+    ) -> None:
+        self._mesh, self._circulate = mesh, circulate
+        self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size)
+        self._row = UlyssesRow(mesh, self._heads)
+        self._held = HeldTokens(mesh.ring.size)
+        mine = self._row.kv_heads
+        tokens = sum(
+            share.num_tokens
+            for chunk in layout.shares
+            for share in self._row.shares(chunk, mesh.ring.rank)
+        )
+        size = (tokens, 2, mine.stop - mine.start, shape.head_dim)
+        self._kv = [
+            torch.empty(size, dtype=shape.dtype, device=shape.device)
+            for _ in range(shape.num_layers)
+        ]
+        self._device, self._scale = shape.device, shape.scale
+
+    def start_chunk(self, chunk: tuple[Share, ...]) -> None:
+        """See ``Exchange``."""
+        ring = self._mesh.ring
+        self._first_row = self._held.rows(ring.rank)
+        self._ranges: list[Range] = []
+        for member in range(ring.size):
+            shares = self._row.shares(chunk, member)
+            ranges = join(chain(*(share.ranges for share in shares)))
+            self._held.extend(member, ranges)
+            if member == ring.rank:
+                self._ranges = ranges
+        self._row.start_chunk(chunk, self._device)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """See ``Exchange``."""
+        end = self._first_row + self._row.tokens
+        self._row.kv_to_heads(k, v, self._kv[layer][self._first_row : end])
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """See ``Exchange``."""
+        ring, part = self._mesh.ring, self._mesh.ulysses.rank
+        queries = OnlineSoftmax(self._row.to_heads(q), self._ranges, self._heads, part, self._scale)
+        own = self._kv[layer][: self._held.rows(ring.rank)]
+        rows = [self._held.rows(member) for member in range(ring.size)]
+        for arrived in self._circulate(ring, own, rows):
+            queries.meet(arrived.kv, arrived.first, self._held, arrived.member)
+            if arrived.member == ring.rank:
+                queries.meet_own(own, self._held, ring.rank)
+        return self._row.to_tokens(queries.result().out)
+
+    def finish(self) -> None:
+        """See ``Exchange``; nothing outlives a call here."""

@@ -1,0 +1,321 @@
+"""Keys that are on every rank, and ranks that attend to some of each other's selected blocks.
+
+After selection every rank knows how much all have to attend to (``balance.plan_moves``). What moves
+are the queries of a tile and the numbers of kept blocks; output and log-sum-exp come back and are
+merged with what the tile's own rank computed. Only blocks that all ranks of the chunk hold in the
+same order can be attended to elsewhere: those before what the chunk's first unit keeps by place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from prefill_service.attention.dense import Partial
+from prefill_service.attention.key_source import ReplicatedKeys, Segments
+from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.sharing import attend_listed
+from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.parallel.balance_plan import Load, Move, imbalance, plan_moves
+from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.process_group import SPGroup, Transfer
+from prefill_service.parallel.selection_units import SelectionUnits
+
+Moved = Callable[[int], None]
+"""Told the (query, key) pairs that this rank attends to for others; negative if they do for it."""
+
+
+@dataclass(slots=True)
+class Balancer:
+    """This rank's side of the exchange of work.
+
+    All ranks call ``share`` or ``close`` equally often: ``close`` goes on for as long as any rank
+    shares.
+
+    Attributes:
+        group, shape: of the prefill.
+        tile_tokens, block_tokens: of queries and keys.
+        max_tiles: tiles of the longest unit.
+        above: imbalance up to which nothing moves.
+        least_gain: floating-point operations that the busiest rank of a layer has to be spared.
+    """
+
+    group: SPGroup
+    shape: AttentionShape
+    tile_tokens: int
+    block_tokens: int
+    max_tiles: int
+    above: float
+    least_gain: float
+    _buffers: GatherBuffers = field(default_factory=GatherBuffers)
+    _due: bool = True
+
+    def due(self, first: int | None) -> bool:
+        """Whether to even out a layer; every rank finds the same.
+
+        It takes two agreements in the midst of the layer, whether or not anything moves. Layers
+        of a chunk are alike, so ranks compare once a chunk, in the second layer, what each had to
+        do in the first one, which is treated as the chunk before was.
+
+        Args:
+            first: (query, key) pairs of this rank's queries in the first layer, to compare now.
+        """
+        if first is not None:
+            totals = [row[0] for row in self.group.share([first])]
+            flops = 4 * self.shape.head_dim * self.shape.q_heads // self.shape.kv_heads
+            gain = (max(totals) - sum(totals) / len(totals)) * flops
+            self._due = imbalance(totals) > self.above and gain >= self.least_gain
+        return self._due
+
+    def share(self, mine: Load | None, pairs: int = 0) -> tuple[list[Move], list[Load], bool]:
+        """What every rank has to do, and who does what of it for whom.
+
+        Args:
+            mine: what this rank has to do; nothing if it only helps.
+            pairs: of the latter, what it has done in the meantime.
+
+        Returns:
+            The moves, the ranks' loads, and whether any rank had something to do.
+        """
+        width = self.shape.kv_heads * self.max_tiles
+        row = [0, pairs, *[0] * (width + self.max_tiles)]
+        if mine is not None:
+            row[:2] = 1, mine.fixed
+            for head, counts in enumerate(mine.blocks):
+                at = 2 + head * self.max_tiles
+                row[at : at + len(counts)] = counts
+            row[2 + width : 2 + width + len(mine.pairs)] = mine.pairs
+        rows = self.group.share(row)
+        loads = [
+            Load(
+                row[1],
+                [row[at : at + self.max_tiles] for at in range(2, 2 + width, self.max_tiles)],
+                row[2 + width :],
+            )
+            for row in rows
+        ]
+        any_work = any(row[0] for row in rows)
+        return plan_moves(loads, self.above) if any_work else [], loads, any_work
+
+    def begin(
+        self,
+        moves: list[Move],
+        rows: Tensor | None = None,
+        keep: Tensor | None = None,
+        heads: Sequence[int] = (),
+    ) -> Help:
+        """Send off what others do for this rank.
+
+        Args:
+            rows: [n, tiles, rows, head_dim] packed queries.
+            keep: [n, tiles, blocks] bool, what can be moved.
+            heads: [n] KV heads that those are of.
+        """
+        rank, device = self.group.rank, self.shape.device
+        group = self.shape.q_heads // self.shape.kv_heads
+        given: dict[int, list[Move]] = {}
+        taken: dict[int, list[Move]] = {}
+        for move in moves:
+            if move.giver == rank:
+                given.setdefault(move.taker, []).append(move)
+            if move.taker == rank:
+                taken.setdefault(move.giver, []).append(move)
+        queries, blocks = {}, {}
+        for taker, some in given.items():
+            assert rows is not None, "only who has work gives some"
+            assert keep is not None, "only who has work gives some"
+            queries[taker] = torch.stack([rows[heads.index(m.head), m.tile] for m in some])
+            lists = [_numbers(keep[heads.index(m.head), m.tile], m) for m in some]
+            blocks[taker] = torch.cat(lists).int()
+        size = (group * self.tile_tokens, self.shape.head_dim)
+        coming = {
+            giver: torch.empty((len(some), *size), dtype=self.shape.dtype, device=device)
+            for giver, some in taken.items()
+        }
+        numbers = {
+            giver: torch.empty(sum(m.count for m in some), dtype=torch.int32, device=device)
+            for giver, some in taken.items()
+        }
+        transfers = [
+            self.group.send_recv(queries, coming, "balance"),
+            self.group.send_recv(blocks, numbers, "balance"),
+        ]
+        return Help(self, given, taken, coming, numbers, transfers)
+
+    def compute(self, moves: list[Move], q: Tensor, blocks: Tensor, kv: Tensor) -> Tensor:
+        """[moves, rows, head_dim + 1] output and log-sum-exp of what another rank asked for.
+
+        Args:
+            q: [moves, rows, head_dim].
+            blocks: [sum of the moves' counts], one move's after the other.
+            kv: [tokens, 2, kv_heads, head_dim].
+        """
+        k, v = kv.permute(1, 2, 0, 3)
+        lists = torch.split(blocks, [move.count for move in moves])
+        work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        found = torch.empty((*q.shape[:2], q.shape[2] + 1), dtype=work, device=q.device)
+        for head in sorted({move.head for move in moves}):
+            which = [i for i, move in enumerate(moves) if move.head == head]
+            one, sizes = slice(head, head + 1), (self.tile_tokens, self.block_tokens)
+            part = attend_listed(
+                q[which], k[one], v[one], [lists[i] for i in which], sizes, self.shape.scale,
+                self._buffers,
+            )  # fmt: skip
+            found[which, :, :-1], found[which, :, -1] = part.out.to(work), part.lse.to(work)
+        return found
+
+
+def make_balancer(
+    kind: ExchangeKind,
+    group: SPGroup,
+    shape: AttentionShape,
+    tile_tokens: int,
+    block_tokens: int,
+    units: SelectionUnits,
+    above: float,
+    least_gain: float = 0.0,
+) -> Balancer | None:
+    """A balancer, where ranks can help each other and may.
+
+    They need each other's keys, which only ``gather`` brings to all, and the back end that attends
+    to local region, kept blocks and summaries one by one, which is that of CPUs.
+    """
+    gathered = kind is ExchangeKind.GATHER and group.size > 1
+    if not gathered or not above or shape.device.type != "cpu":
+        return None
+    longest = max(b - a for a, b in pairwise(units.tokens))
+    tiles = -(-longest // tile_tokens)
+    return Balancer(group, shape, tile_tokens, block_tokens, tiles, above, least_gain)
+
+
+@dataclass(slots=True)
+class Help:
+    """Work under way: this rank's on others, and others' on this one."""
+
+    _of: Balancer
+    _given: dict[int, list[Move]]
+    _taken: dict[int, list[Move]]
+    _queries: dict[int, Tensor]
+    _blocks: dict[int, Tensor]
+    _transfers: list[Transfer]
+
+    def finish(self, kv: Tensor) -> list[tuple[Move, Tensor]]:
+        """Do what others asked for, and have what they did: [rows, head_dim + 1] of each move."""
+        for transfer in self._transfers:
+            transfer.wait()
+        done = {
+            giver: self._of.compute(moves, self._queries[giver], self._blocks[giver], kv)
+            for giver, moves in self._taken.items()
+        }
+        shape = self._of.shape
+        rows = shape.q_heads // shape.kv_heads * self._of.tile_tokens
+        work = torch.float64 if shape.dtype == torch.float64 else torch.float32
+        back = {
+            taker: torch.empty(
+                (len(moves), rows, shape.head_dim + 1), dtype=work, device=shape.device
+            )
+            for taker, moves in self._given.items()
+        }
+        self._of.group.send_recv(done, back, "balance").wait()
+        return [
+            (move, part)
+            for taker, moves in self._given.items()
+            for move, part in zip(moves, back[taker], strict=True)
+        ]
+
+
+class BalancedKeys(ReplicatedKeys):
+    """The keys of one layer, on every rank of the chunk.
+
+    Args:
+        kv, segments: see ``ReplicatedKeys``.
+        balancer: of the prefill.
+        common: what the first unit of the chunk keeps by place begins here.
+        moved: told what moved.
+    """
+
+    def __init__(
+        self, kv: Tensor, segments: Segments, balancer: Balancer, common: int, moved: Moved
+    ) -> None:
+        super().__init__(kv, segments)
+        self._buffer, self._balancer, self._moved = kv, balancer, moved
+        self.common = common // segments.segment_tokens * segments.segment_tokens
+        """Tokens before this one are in the same order on every rank."""
+
+    def share(
+        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
+    ) -> SharedBlocks:
+        """See ``KeySource``."""
+        blocks = min(self.common // tiles.block_tokens, keep.shape[2])
+        movable, of = keep[:, :, :blocks], heads.tolist()
+        counts = torch.zeros(self._buffer.shape[2], tiles.count, dtype=torch.long)
+        counts[heads] = movable.sum(-1)
+        of_block = [tiles.tokens(tile) * tiles.block_tokens for tile in range(tiles.count)]
+        load = Load(0, counts.tolist(), of_block)
+        load = replace(load, fixed=int(pairs.sum()) - load.total)
+        moves, loads, _ = self._balancer.share(load)
+        self._note(moves, loads)
+        help_ = self._balancer.begin(moves, rows, movable, of)
+        here, given = keep, [move for move in moves if move.giver == self._balancer.group.rank]
+        if given:
+            here = keep.clone()
+            for move in given:
+                at = of.index(move.head), move.tile
+                here[at][_numbers(movable[at], move)] = False
+        mine = torch.tensor(sorted({of.index(move.head) for move in given}), dtype=torch.long)
+        return SharedBlocks(here, mine, of, help_, self._buffer)
+
+    def close(self, pairs: int = 0) -> None:
+        """Help the others until none has anything to share any more.
+
+        Args:
+            pairs: that this rank attended to otherwise, since it last shared.
+        """
+        while True:
+            moves, loads, any_work = self._balancer.share(None, pairs)
+            if not any_work:
+                return
+            self._note(moves, loads)
+            self._balancer.begin(moves).finish(self._buffer)
+            pairs = 0
+
+    def _note(self, moves: list[Move], loads: list[Load]) -> None:
+        rank = self._balancer.group.rank
+        pairs = 0
+        for move in moves:
+            size = move.count * loads[move.giver].pairs[move.tile]
+            pairs += size * ((move.taker == rank) - (move.giver == rank))
+        self._moved(pairs)
+
+
+@dataclass(slots=True)
+class SharedBlocks:
+    """See ``attention.sharing.Shared``."""
+
+    here: Tensor
+    heads: Tensor
+    _of: Sequence[int]  # KV heads of ``here``
+    _help: Help
+    _kv: Tensor
+
+    def add(self, result: Partial) -> Partial:
+        """See ``attention.sharing.Shared``."""
+        for move, part in self._help.finish(self._kv):
+            at = self._of.index(move.head), move.tile
+            out, lse = result.out[at], result.lse[at]
+            total = torch.logaddexp(lse.to(part.dtype), part[:, -1])
+            mine, theirs = torch.exp(lse - total), torch.exp(part[:, -1] - total)
+            merged = out.to(part.dtype) * mine[:, None] + part[:, :-1] * theirs[:, None]
+            out.copy_(merged)
+            lse.copy_(total)
+        return result
+
+
+def _numbers(keep: Tensor, move: Move) -> Tensor:
+    """Blocks of a move, of the [blocks] bool that its tile keeps."""
+    return keep.nonzero()[:, 0][move.first : move.first + move.count]

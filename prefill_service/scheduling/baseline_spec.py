@@ -1,0 +1,70 @@
+"""A request for a published method instead of ours, and what the ranks need of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefill_service.engine.messages import BaselineTask
+from prefill_service.engine.shard_map import baseline_split
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.baselines.method import Comparison
+from prefill_service.parallel.baselines.methods import baseline_method
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineSpec:
+    """Which method (``prefill.v1.BaselineSpec``).
+
+    Attributes:
+        question: that the method consults.
+        anchor_tokens, passing_tokens: ``None``: as published.
+    """
+
+    method: Comparison
+    question: str
+    anchor_tokens: int | None = None
+    passing_tokens: int | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BaselineSpec:
+        """Rebuild a spec from ``dataclasses.asdict``."""
+        return cls(**{**data, "method": Comparison(data["method"])})
+
+    def profile(self, ranks: int) -> str:
+        """Name for the manifest; part of the prefix id, because all of it changes the KV."""
+        anchor, passing = (
+            "published" if tokens is None else tokens
+            for tokens in (self.anchor_tokens, self.passing_tokens)
+        )
+        question = hashlib.sha256(self.question.encode()).hexdigest()
+        return (
+            f"{self.method}:anchor_tokens={anchor},passing_tokens={passing},ranks={ranks},"
+            f"question={question}"
+        )
+
+    def task(self, plan: PrefixPlan, question_ids: Sequence[int], ranks: int) -> BaselineTask:
+        """What the ranks do.
+
+        Args:
+            plan: of the prefix.
+            question_ids: tokens after it.
+            ranks: of the group.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, for lengths that the method or the video cannot have.
+        """
+        try:
+            mode = baseline_method(
+                self.method, plan.num_tokens, ranks, self.anchor_tokens, self.passing_tokens
+            )
+            found = BaselineTask(mode, tuple(question_ids))
+            baseline_split(plan, found, ranks)
+        except ValueError as error:
+            raise ServiceError(
+                Reason.INVALID_REQUEST, f"spec.comparison: {error}", name="spec.comparison"
+            ) from error
+        return found

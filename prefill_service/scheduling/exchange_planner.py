@@ -1,0 +1,135 @@
+"""Which exchange computes a prefix, where the configuration leaves it open.
+
+A cost model of this machine, from the ranks' probe at start and refined by every finished prefill,
+costs the exchanges for a prefix's length (docs/planner.md). All are exact; of those considered,
+attention cannot be sparse under rings, ``usp`` and ``pass_q``, so that another one is chosen where
+computing all of it is faster still.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.cost_model.chunking import chunking_of, deal_tokens
+from prefill_service.cost_model.cost import ASSUMED, CostModel
+from prefill_service.cost_model.fitting import Observation, fit
+from prefill_service.cost_model.history import CostHistory
+from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.cost_model.request import PlanRequest
+from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.search import plan_prefill
+from prefill_service.cost_model.work import prefill_work
+from prefill_service.engine.resolve import is_sparse
+from prefill_service.engine.task_state import PrefillOutcome
+from prefill_service.errors import ServiceError
+from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.exchanges.registry import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.token_layout import deal_patches
+from prefill_service.scheduling.placement import assumed_seconds
+
+logger = logging.getLogger(__name__)
+
+CONSIDERED = tuple(Exchange(kind.value) for kind in ExchangeKind if kind != ExchangeKind.DEMAND)
+"""``demand`` is left out: how much is in demand is not known before."""
+
+
+class ExchangePlanner:
+    """Chooses, and learns from what came of it.
+
+    Args:
+        shape: of the model.
+        chunk_tokens: per chunk and rank, as the ranks have it.
+        kv_bytes: for K, V and buffers on each rank.
+        observed: what the ranks' probe measured; asked for once they are up.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        chunk_tokens: int,
+        kv_bytes: int,
+        observed: Callable[[], Sequence[Observation]],
+    ) -> None:
+        self._shape = shape
+        self._chunk_tokens, self._kv_bytes = chunk_tokens, kv_bytes
+        self._observed = observed
+        self._history: CostHistory | None = None
+        self._density: dict[str, float] = {}
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    @property
+    def model(self) -> CostModel:
+        """As of now."""
+        return self._costs().model
+
+    def choose(self, plan: PrefixPlan, policy: AttentionPolicy, ranks: int) -> ExchangeChoice:
+        """The exchange for a prefix on so many ranks; ``gather`` where none fits, which says so."""
+        request = PlanRequest(
+            shape=self._shape,
+            tokens=plan.num_tokens,
+            max_ranks=ranks,
+            min_ranks=ranks,
+            kv_memory_bytes=self._kv_bytes,
+            density=self._density.get(policy.profile, 1.0),
+            chunk_tokens=(self._chunk_tokens,),
+            exchanges=CONSIDERED,
+        )
+        try:
+            found = plan_prefill(request, self.model)
+        except ServiceError as error:
+            logger.info("gather for %d tokens: %s", plan.num_tokens, error)
+            return ExchangeChoice()
+        scheme = found.chosen.scheme
+        logger.info("%s for %d tokens: %s", scheme.label, plan.num_tokens, found.reason)
+        return ExchangeChoice(ExchangeKind(scheme.exchange.value), scheme.ulysses)
+
+    def seconds(self, tokens: int, ranks: int) -> float:
+        """Predicted time of a prefix of so many whole chunks, by ``gather``, all of it attended.
+
+        Meant for comparing numbers of ranks (``placement``); without anything measured,
+        ``assumed_seconds``.
+        """
+        if self._history is None and not self._observed():
+            return assumed_seconds(tokens, ranks)
+        chunks = -(-tokens // self._chunk_tokens)
+        if (chunks, ranks) not in self._seconds:
+            scheme, size = Scheme(Exchange.GATHER, ranks), self._chunk_tokens
+            work = prefill_work(scheme, self._shape, deal_tokens(chunks * size, ranks, size))
+            self._seconds[chunks, ranks] = self.model.prefill_seconds(work)
+        return self._seconds[chunks, ranks]
+
+    def learn(
+        self,
+        plan: PrefixPlan,
+        policy: AttentionPolicy,
+        choice: ExchangeChoice,
+        outcome: PrefillOutcome,
+        ranks: int,
+    ) -> None:
+        """Take a finished prefill into account: its stage without decoding and vision tower."""
+        seconds = outcome.stage_seconds.get("prefill", 0.0)
+        if seconds <= 0:
+            return
+        density = outcome.attention.density
+        if choice.kind.sparse:
+            # A density of 0 cannot be: the queries' own tiles are always attended.
+            self._density[policy.profile] = density = min(1.0, max(density, 1e-3))
+        begins = outcome.attention.sparse_from_tokens
+        layout = deal_patches(
+            plan.patch_ends, ranks, self._chunk_tokens, choice.kind.order,
+            is_sparse(plan.num_tokens, choice, policy, begins),
+        )  # fmt: skip
+        chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
+        scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree).at(density)
+        model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
+        self._seconds.clear()
+        logger.info("cost model: %s", model)
+
+    def _costs(self) -> CostHistory:
+        if self._history is None:
+            observed = list(self._observed())
+            told = "probe of the ranks"
+            self._history = CostHistory(fit(observed, ASSUMED, told) if observed else ASSUMED)
+        return self._history

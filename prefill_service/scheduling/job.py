@@ -1,0 +1,248 @@
+"""What a prefill job is, at rest (``JobRecord``) and in this process (``Job``)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.attention.report import AttentionReport
+from prefill_service.engine.messages import Progress, Stage
+from prefill_service.errors import ServiceError
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.parallel.comm_stats import CollectiveUse
+from prefill_service.scheduling.attention_summary import (
+    AttentionSummary,
+    policy_from_dict,
+    summarize,
+)
+from prefill_service.scheduling.baseline_spec import BaselineSpec
+
+
+class JobState(StrEnum):
+    """Life of a job (``prefill.v1.JobState``)."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    EVICTED = "EVICTED"
+
+
+ACTIVE = frozenset({JobState.QUEUED, JobState.RUNNING})
+
+
+NO_POLICY = resolve_policy(Quality.EXACT)
+"""What a spec with a comparison has for its attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpec:
+    """Names a video prefix (``prefill.v1.PrefillSpec``)."""
+
+    video_id: str
+    sampling: FrameSampling = field(default_factory=FrameSampling)
+    system_prompt: str = ""
+    attention: AttentionPolicy = field(default_factory=resolve_policy)
+    comparison: BaselineSpec | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PrefillSpec:
+        """Rebuild a spec from ``dataclasses.asdict``, also one from before there was a choice."""
+        attention, comparison = data.get("attention"), data.get("comparison")
+        return cls(
+            data["video_id"],
+            FrameSampling(**data["sampling"]),
+            data["system_prompt"],
+            policy_from_dict(attention) if attention else resolve_policy(Quality.EXACT),
+            BaselineSpec.from_dict(comparison) if comparison else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """What a finished job offers (``prefill.v1.PrefillResult``).
+
+    Attributes:
+        shards: (first token, one past the last, rank) per run.
+        kv_bytes: bytes of the pages over all ranks.
+        attention: ``None`` of a comparison, whose attention is not measured.
+        exchange, communication: how ranks met each other's keys, and what that moved; empty in
+            jobs from before these were kept.
+    """
+
+    prefix_id: str
+    prefix_tokens: int
+    video_tokens: int
+    frames: int
+    grid_thw: tuple[int, int, int]
+    position_delta: int
+    shards: tuple[tuple[int, int, int], ...]
+    kv_bytes: int
+    kv_transfer_params_json: str
+    manifest_json: str
+    attention: AttentionSummary | None
+    exchange: str = ""
+    communication: Mapping[str, CollectiveUse] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PrefillResult:
+        """Rebuild a result from ``dataclasses.asdict``, also one without reports."""
+        compared = data.get("attention", "older") is None
+        attention = data.get("attention")
+        uses = data.get("communication", {})
+        return cls(
+            **{
+                **data,
+                "grid_thw": tuple(data["grid_thw"]),
+                "shards": tuple(tuple(shard) for shard in data["shards"]),
+                "attention": AttentionSummary.from_dict(attention)
+                if attention
+                else None
+                if compared
+                else summarize(resolve_policy(Quality.EXACT), AttentionReport()),
+                "communication": {name: CollectiveUse(**use) for name, use in uses.items()},
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """One job, as clients see it and as the database keeps it.
+
+    Attributes:
+        explicit: created by CreatePrefillJob; otherwise it lives for the calls that wait for it.
+        attempts: how often it has been started.
+        error: ``ServiceError.to_dict`` when FAILED or CANCELLED.
+        create_time, start_time, end_time: seconds since the epoch, 0 if not yet.
+        progress: latest per stage and rank.
+        queue_position: jobs ahead of a QUEUED one; not kept in the database.
+    """
+
+    job_id: str
+    spec: PrefillSpec
+    prefix_id: str
+    prefix_tokens: int
+    explicit: bool
+    state: JobState = JobState.QUEUED
+    attempts: int = 0
+    create_time: float = 0.0
+    start_time: float = 0.0
+    end_time: float = 0.0
+    error: Mapping[str, Any] | None = None
+    result: PrefillResult | None = None
+    progress: tuple[Progress, ...] = ()
+    queue_position: int = 0
+
+    @property
+    def active(self) -> bool:
+        """Queued or running."""
+        return self.state in ACTIVE
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, the inverse of ``from_dict``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> JobRecord:
+        """Rebuild a record from its JSON form."""
+        result = data["result"]
+        progress = tuple(
+            Progress(**{**item, "stage": Stage(item["stage"])}) for item in data["progress"]
+        )
+        return cls(
+            **{
+                **data,
+                "spec": PrefillSpec.from_dict(data["spec"]),
+                "state": JobState(data["state"]),
+                "result": PrefillResult.from_dict(result) if result else None,
+                "progress": progress,
+            }
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A job that is queued, running or whose prefix is resident.
+
+    Any number of tasks may wait for its next change. Nobody queues anything: a waiter that is
+    slow sees the latest state and misses those in between.
+    """
+
+    record: JobRecord
+    waiters: int = 0
+    """Calls that need it; see ``Scheduler.interest``."""
+    cancelled_by: ServiceError | None = None
+    """Set once it is being cancelled, which takes the ranks a moment."""
+    task: asyncio.Task[None] | None = None
+    version: int = 0
+    ended_at: float = 0.0
+    """``time.monotonic()`` of its end."""
+    _progress: dict[tuple[Stage, int], Progress] = field(default_factory=dict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def update(self, **changes: Any) -> JobRecord:
+        """Change the record and wake the waiters; returns the new record.
+
+        Progress of an earlier attempt is forgotten when the job is queued or started.
+        """
+        if changes.get("state") in ACTIVE:
+            self._progress.clear()
+        self.record = replace(self.record, progress=tuple(self._progress.values()), **changes)
+        if not self.record.active and not self._ended.is_set():
+            self.ended_at = time.monotonic()
+            self._ended.set()
+        self.touch()
+        return self.record
+
+    def advance(self, progress: Progress) -> None:
+        """Note how far a rank is."""
+        self._progress[progress.stage, progress.rank] = progress
+        self.touch()
+
+    @property
+    def tokens_left(self) -> int:
+        """Of its prefix, those that no rank has prefilled yet."""
+        done = sum(p.done for (stage, _), p in self._progress.items() if stage is Stage.PREFILL)
+        return max(0, self.record.prefix_tokens - done)
+
+    @property
+    def whole_group(self) -> bool:
+        """It needs all ranks: a comparison's KV depends on how many there are."""
+        return self.record.spec.comparison is not None
+
+    def touch(self) -> None:
+        """Wake the waiters."""
+        self.version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def snapshot(self, queue_position: int = 0) -> JobRecord:
+        """The record with the latest progress and its position in the queue."""
+        return replace(
+            self.record,
+            progress=tuple(self._progress.values()) or self.record.progress,
+            queue_position=queue_position,
+        )
+
+    async def changed(self, version: int, min_interval_s: float = 0.1) -> None:
+        """Return once the job differs from ``version``, but not sooner than ``min_interval_s``
+        unless it has ended."""
+        if self.version == version:
+            await self._changed.wait()
+        if min_interval_s:
+            await self.ended(min_interval_s)
+
+    async def ended(self, timeout_s: float | None = None) -> bool:
+        """Wait until the job is neither queued nor running; False after ``timeout_s``."""
+        try:
+            await asyncio.wait_for(self._ended.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True

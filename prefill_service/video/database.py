@@ -1,0 +1,188 @@
+"""The table of videos, in SQLite. Blocking; safe to use from several threads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.records import VideoInfo, VideoState
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS videos (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    video_id TEXT NOT NULL UNIQUE,
+    display_name TEXT NOT NULL,
+    state TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    create_time REAL NOT NULL,
+    expire_time REAL NOT NULL,
+    info TEXT NOT NULL DEFAULT '',
+    error_reason TEXT NOT NULL DEFAULT '',
+    error_message TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX IF NOT EXISTS videos_by_digest ON videos (sha256, state);
+CREATE TABLE IF NOT EXISTS requests (
+    request_id TEXT PRIMARY KEY,
+    arguments TEXT NOT NULL,
+    video_id TEXT NOT NULL REFERENCES videos (video_id) ON DELETE CASCADE
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of ``videos``."""
+
+    seq: int
+    video_id: str
+    display_name: str
+    state: VideoState
+    size_bytes: int
+    sha256: str
+    create_time: float
+    expire_time: float
+    info: VideoInfo | None
+    error_reason: str
+    error_message: str
+
+
+class VideoDatabase:
+    """Videos and the requests that made them.
+
+    Raises:
+        ServiceError: CONFIG_INVALID if the file is not such a database; STORAGE_FULL from every
+            method that writes, when the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # FULL: a video that was reported READY or deleted stays so over a power cut.
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise ServiceError(
+                Reason.CONFIG_INVALID, f"cannot use the video database {path}: {error}", path=path
+            ) from error
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                    raise ServiceError(
+                        Reason.STORAGE_FULL, "the disk that holds the video catalogue is full"
+                    ) from error
+                raise
+
+    def _rows(self, where: str, *values: object) -> list[Row]:
+        with self._lock:
+            return [_row(r) for r in self._db.execute(f"SELECT * FROM videos {where}", values)]
+
+    def get(self, video_id: str) -> Row | None:
+        """One video."""
+        return next(iter(self._rows("WHERE video_id = ?", video_id)), None)
+
+    def ready_with_digest(self, sha256: str) -> Row | None:
+        """A READY video with this digest."""
+        where = "WHERE sha256 = ? AND state = ? ORDER BY seq LIMIT 1"
+        return next(iter(self._rows(where, sha256, VideoState.READY)), None)
+
+    def page(self, before_seq: int, count: int) -> list[Row]:
+        """Up to ``count`` videos older than ``before_seq``, newest first."""
+        return self._rows("WHERE seq < ? ORDER BY seq DESC LIMIT ?", before_seq, count)
+
+    def all(self) -> list[Row]:
+        """Every video."""
+        return self._rows("")
+
+    def answered(self, request_id: str) -> tuple[str, str] | None:
+        """Arguments and video id of the first request with this id."""
+        query = "SELECT arguments, video_id FROM requests WHERE request_id = ?"
+        with self._lock:
+            row = self._db.execute(query, (request_id,)).fetchone()
+        return (row["arguments"], row["video_id"]) if row else None
+
+    def remember(self, request_id: str, arguments: str, video_id: str) -> None:
+        """Note what a request with an id has led to."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?)",
+                (request_id, arguments, video_id),
+            )
+
+    def insert(
+        self,
+        video_id: str,
+        display_name: str,
+        size_bytes: int,
+        sha256: str,
+        create_time: float,
+        expire_time: float,
+    ) -> None:
+        """Add a video in state UPLOADING."""
+        columns = "video_id, display_name, state, size_bytes, sha256, create_time, expire_time"
+        values = (video_id, display_name, VideoState.UPLOADING, size_bytes, sha256, create_time,
+                  expire_time)  # fmt: skip
+        with self._transaction() as db:
+            db.execute(f"INSERT INTO videos ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def set_state(
+        self,
+        video_id: str,
+        state: VideoState,
+        *,
+        info: VideoInfo | None = None,
+        error: ServiceError | None = None,
+    ) -> None:
+        """Move a video to ``state``."""
+        text = json.dumps(info.to_dict()) if info else ""
+        reason, message = (str(error.reason), error.message) if error else ("", "")
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE videos SET state = ?, info = ?, error_reason = ?, error_message = ? "
+                "WHERE video_id = ?",
+                (state, text, reason, message, video_id),
+            )
+
+    def set_expiry(self, video_id: str, expire_time: float) -> None:
+        """Move a video's expiry, never to an earlier time."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE videos SET expire_time = MAX(expire_time, ?) WHERE video_id = ?",
+                (expire_time, video_id),
+            )
+
+    def delete(self, video_id: str) -> bool:
+        """Remove a video; False if there was none."""
+        with self._transaction() as db:
+            return db.execute("DELETE FROM videos WHERE video_id = ?", (video_id,)).rowcount > 0
+
+
+def _row(row: sqlite3.Row) -> Row:
+    values = dict(row)
+    values["state"] = VideoState(values["state"])
+    values["info"] = VideoInfo(**json.loads(values["info"])) if values["info"] else None
+    return Row(**values)

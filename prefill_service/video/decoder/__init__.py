@@ -1,0 +1,1 @@
+"""The sandboxed decoder process and what runs inside it."""

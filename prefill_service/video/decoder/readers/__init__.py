@@ -1,0 +1,1 @@
+"""Readers of video frames, one module per library."""

@@ -1,0 +1,75 @@
+"""Frames of a video through OpenCV, serially: the second opinion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.container import FORMATS, PROTOCOLS, open_container, video_stream
+from prefill_service.video.decoder.readers.pyav import decode_failed
+from prefill_service.video.index import VideoIndex
+
+# OpenCV reads its FFmpeg options from the environment; the child's is its own.
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = (
+    f"format_whitelist;{','.join(FORMATS)}|protocol_whitelist;{','.join(PROTOCOLS)}"
+)
+os.environ["OPENCV_LOG_LEVEL"] = "SILENT"
+os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
+
+import cv2
+
+_TIME_TOLERANCE_MS = 2.0
+
+
+class OpenCVReader:
+    """Grabs every frame up to the last wanted one and counts."""
+
+    def __init__(self, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> None:
+        # FFmpeg's reasons do not get through OpenCV: let PyAV refuse what must be refused.
+        with open_container(path, limits, threads) as container:
+            video_stream(container, limits)
+        self._index = index
+        self.decoded = 0
+        self.seeks = 0
+        cv2.setNumThreads(threads)
+        self._capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
+        if not self._capture.isOpened():
+            raise ServiceError(Reason.DECODE_FAILED, "OpenCV cannot open the file")
+
+    def frames(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the ascending, distinct ``targets`` as [height, width, 3] uint8 RGB.
+
+        Raises:
+            ServiceError: DECODE_FAILED, naming the frame.
+        """
+        index, start_ms = self._index, 0.0
+        for target in targets:
+            while self.decoded <= target:
+                if not self._capture.grab():
+                    raise decode_failed(index, target)
+                if self.decoded == 0:
+                    start_ms = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+                self.decoded += 1
+            time_ms = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+            if time_ms:  # 0: unknown, as for the last frames of some AVI files
+                self._check_time(target, time_ms - start_ms)
+            done, image = self._capture.retrieve()
+            if not done:
+                raise decode_failed(index, target)
+            if image.shape[:2] != (index.height, index.width):
+                image = cv2.resize(image, (index.width, index.height))
+            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+    def _check_time(self, target: int, time_ms: float) -> None:
+        """OpenCV passes over damaged frames in silence, and the count would be wrong from there."""
+        index = self._index
+        if not index.keyframe_count:
+            return
+        numerator, denominator = index.time_base
+        due_ms = float(index.pts[target] - index.pts[0]) * 1000 * numerator / denominator
+        if abs(time_ms - due_ms) > _TIME_TOLERANCE_MS:
+            raise decode_failed(index, target)

@@ -1,0 +1,193 @@
+"""Frames of a video through PyAV, by the GOP plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import av
+import numpy as np
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.container import decode_packet, open_container, video_stream
+from prefill_service.video.decoder.seek_plan import Run, gop_starts, plan_runs
+from prefill_service.video.index import VideoIndex
+
+# A frame that does not come although decoding began so many GOPs before its own is damaged.
+# Streams without real keyframes (intra refresh) need one or two to recover.
+_LEAD_GOPS = 3
+
+# Codecs whose decoders skip exactly the pictures that no other one is predicted from.
+_SKIPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+_HVCC_VERSION, _HVCC_LAYERS = 0, 21  # bytes of HEVC's configuration record (ISO/IEC 14496-15)
+
+
+def decoded_frames(
+    packets: Iterable[Packet[VideoStream]], limits: VideoConfig
+) -> Iterator[VideoFrame]:
+    """Decode packets one by one."""
+    for packet in packets:
+        yield from decode_packet(packet, limits)
+
+
+def to_rgb(frame: VideoFrame, index: VideoIndex) -> np.ndarray:
+    """[height, width, 3] uint8 RGB, turned; scaled if the stream changed its size on the way."""
+    size = (index.width, index.height)
+    width, height = size if index.rotation in (0, 180) else size[::-1]
+    array = frame.to_ndarray(format="rgb24", width=width, height=height)
+    return np.ascontiguousarray(np.rot90(array, index.rotation // 90))
+
+
+def can_skip(context: VideoCodecContext) -> bool:
+    """Whether frames that no other one refers to can be left out of this stream.
+
+    HEVC only says of a picture that none of its own temporal layer refers to it. So there must
+    be one layer, and the container must say so.
+    """
+    if context.name != "hevc":
+        return context.name in _SKIPPABLE
+    record = context.extradata or b""
+    if len(record) <= _HVCC_LAYERS or record[_HVCC_VERSION] != 1:
+        return False
+    return record[_HVCC_LAYERS] >> 3 & 0b111 == 1
+
+
+class PyAVReader:
+    """Reads by presentation time: decodes only the GOPs that hold wanted frames.
+
+    Of those GOPs it leaves out frames that are neither wanted nor referred to by any other
+    (half of them, in x264's default streams): the wanted ones are the same to the last bit.
+    """
+
+    def __init__(self, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> None:
+        self._path, self._index, self._limits, self._threads = path, index, limits, threads
+        self._starts = gop_starts(index.keyframe)
+        self.decoded = 0
+        self.seeks = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._container = open_container(self._path, self._limits, self._threads)
+        self._stream = video_stream(self._container, self._limits)
+        self._stream.thread_type = "AUTO" if self._threads > 1 else "NONE"
+        self._at_start = True
+
+    def frames(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the ascending, distinct ``targets`` as [height, width, 3] uint8 RGB.
+
+        Raises:
+            ServiceError: DECODE_FAILED, naming the frame.
+        """
+        if not self._index.keyframe_count:
+            yield from self._serial(targets)
+            return
+        for run in plan_runs(self._starts, targets):
+            yield from self._run(run)
+
+    def _serial(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
+        """By counting: for files whose timestamps do not name their frames."""
+        wanted = iter(targets)
+        target = next(wanted, None)
+        for number, frame in enumerate(
+            decoded_frames(self._container.demux(self._stream), self._limits)
+        ):
+            self.decoded += 1
+            if number == target:
+                yield to_rgb(frame, self._index)
+                target = next(wanted, None)
+            if target is None:
+                return
+        if target is not None:
+            raise decode_failed(self._index, target)
+
+    def _run(self, run: Run) -> Iterator[np.ndarray]:
+        """One run of the plan, from an earlier GOP if its own proves not to be a start."""
+        gop, step, done = run.gop, 1, 0
+        wanted = {int(pts) for pts in self._index.pts[list(run.targets)]}
+        skipping = can_skip(self._stream.codec_context)
+        while True:
+            landed_late = True
+            for frame in self._decode_from(gop, wanted if skipping else None):
+                if frame.pts is None:
+                    continue
+                target = run.targets[done]
+                due = self._index.pts[target]
+                if frame.pts > due:
+                    break
+                landed_late = False
+                if frame.pts == due:
+                    yield to_rgb(frame, self._index)
+                    done += 1
+                    if done == len(run.targets):
+                        return
+            # The frame did not come: the seek went past it (timestamps of some containers
+            # are those of decoding), the stream recovers only slowly, it is damaged, or a
+            # decoder that sees only some of the frames took it for one that comes too late.
+            missing = run.targets[done]
+            own = int(np.searchsorted(self._starts, missing, side="right")) - 1
+            if skipping:
+                gop, skipping = max(gop, own), False
+                continue
+            if gop == 0 or (own - gop >= _LEAD_GOPS and not landed_late):
+                raise decode_failed(self._index, missing)
+            gop, step = max(0, gop - step), step * 2
+
+    def _decode_from(self, gop: int, wanted: set[int] | None) -> Iterator[VideoFrame]:
+        """Decode from a GOP's keyframe (GOP 0: from the beginning) to the end of the file.
+
+        Args:
+            gop: where to begin.
+            wanted: presentation times; other frames may be missing. None: all of them come.
+        """
+        if gop or not self._at_start:
+            self.seeks += 1
+        if gop == 0 and not self._at_start:
+            self._container.close()
+            self._open()
+        self._at_start = False
+        packets = self._container.demux(self._stream) if gop == 0 else self._seek(gop)
+        for frame in decoded_frames(self._skipping(packets, wanted), self._limits):
+            self.decoded += 1
+            yield frame
+
+    def _skipping(
+        self, packets: Iterable[Packet[VideoStream]], wanted: set[int] | None
+    ) -> Iterator[Packet[VideoStream]]:
+        """The packets, the decoder being told before each whether its frame may be left out."""
+        context = self._stream.codec_context
+        for packet in packets:
+            needed = wanted is None or packet.pts is None or packet.pts in wanted
+            context.skip_frame = "DEFAULT" if needed else "NONREF"
+            yield packet
+
+    def _seek(self, gop: int) -> Iterator[Packet[VideoStream]]:
+        """The packets from a GOP's keyframe, or an earlier one, on; none if that fails."""
+        pts = int(self._index.pts[self._starts[gop]])
+        try:
+            self._container.seek(pts, stream=self._stream)
+        except av.FFmpegError:
+            return
+        packets = self._container.demux(self._stream)
+        for packet in packets:
+            if packet.is_keyframe:
+                # Behind the GOP's own keyframe, only its broken leading frames could match.
+                if packet.pts is None or packet.pts <= pts:
+                    yield packet
+                    yield from packets
+                return
+
+
+def decode_failed(index: VideoIndex, target: int) -> ServiceError:
+    """The error for a frame that is in the index and cannot be decoded."""
+    numerator, denominator = index.time_base
+    time_s = float(index.pts[target] - index.pts[0]) * numerator / denominator
+    return ServiceError(
+        Reason.DECODE_FAILED,
+        f"frame {target} at {time_s:.3f} s cannot be decoded; the file is damaged there",
+        frame_index=target,
+        time_s=f"{time_s:.3f}",
+    )

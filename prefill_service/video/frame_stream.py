@@ -1,0 +1,150 @@
+"""A stream of chosen frames out of a sandboxed decoder, for a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.pool import DecoderPool
+from prefill_service.video.decoder.protocol import index_to_message
+from prefill_service.video.decoder.session import SandboxedChild
+from prefill_service.video.index import VideoIndex
+
+_ITERATION_POLL_S = 1.0
+
+
+class FrameStream:
+    """Frames of a video in the order asked for, one decoder child behind it.
+
+    The child works at most one frame ahead of what has been taken: then its pipe is full and
+    it waits. Make it in a thread that lives as long as the stream (see ``SandboxedChild``).
+
+    Args:
+        path: the video file.
+        index_path: its index, as ``VideoIndex.save`` wrote it.
+        frame_indices: frames wanted, ascending; a repeat gives the same frame again.
+        limits: reader and limits.
+        threads: decoding threads of the child.
+        spares: decoder processes started ahead, if there are any.
+
+    Raises:
+        ServiceError: INVALID_REQUEST for indices that do not ascend or are not in the video;
+            NOT_A_VIDEO if the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        index_path: Path,
+        frame_indices: Sequence[int],
+        limits: VideoConfig,
+        threads: int = 1,
+        spares: DecoderPool | None = None,
+    ) -> None:
+        self._index = VideoIndex.load(index_path)
+        self._wanted = _check_indices(frame_indices, self._index.frame_count)
+        self._limits = limits
+        self._next = 0
+        self._last: tuple[int, np.ndarray] | None = None
+        targets = np.unique(self._wanted)
+        header, payload = index_to_message(self._index)
+        self._child = SandboxedChild(
+            path,
+            {"type": "frames", "index": header, "threads": threads},
+            payload + targets.tobytes(),
+            limits=limits,
+            cpu_s=limits.stall_timeout_s * (len(targets) + 1) * threads,
+            max_payload=self._index.width * self._index.height * 3,
+            spares=spares,
+        )
+
+    @property
+    def remaining(self) -> int:
+        """Frames still to come, repeats counted."""
+        return len(self._wanted) - self._next
+
+    def poll(self, timeout_s: float) -> np.ndarray | None:
+        """The next frame, or ``None`` if it is not there within ``timeout_s`` or none is left.
+
+        Returns:
+            [height, width, 3] uint8 RGB, turned upright; the caller's own unless repeated.
+
+        Raises:
+            ServiceError: DECODE_FAILED (metadata: frame_index, time_s), DECODE_TIMEOUT when no
+                frame came for ``limits.stall_timeout_s``, VIDEO_LIMIT_EXCEEDED. The stream is
+                closed then.
+        """
+        if not self.remaining:
+            return None
+        wanted = int(self._wanted[self._next])
+        if self._last is None or self._last[0] != wanted:
+            try:
+                frame = self._receive(wanted, timeout_s)
+            except ServiceError:
+                self.close()
+                raise
+            if frame is None:
+                return None
+            self._last = (wanted, frame)
+        self._next += 1
+        return self._last[1]
+
+    def _receive(self, wanted: int, timeout_s: float) -> np.ndarray | None:
+        patience_s = self._limits.stall_timeout_s - self._child.silent_s
+        message = self._child.receive(min(timeout_s, max(0.0, patience_s)))
+        if message is None:
+            if self._child.silent_s < self._limits.stall_timeout_s:
+                return None
+            raise ServiceError(
+                Reason.DECODE_TIMEOUT,
+                f"frame {wanted} was not decoded within {self._limits.stall_timeout_s:g} s",
+                frame_index=wanted,
+                limit_s=self._limits.stall_timeout_s,
+            )
+        header, payload = message
+        shape = (self._index.height, self._index.width, 3)
+        if header.get("frame") != wanted or len(payload) != shape[0] * shape[1] * 3:
+            raise ServiceError(
+                Reason.INTERNAL, f"decoder process sent {header}, frame {wanted} was expected"
+            )
+        return np.frombuffer(payload, np.uint8).reshape(shape)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while self.remaining:
+            frame = self.poll(_ITERATION_POLL_S)
+            if frame is not None:
+                yield frame
+
+    def close(self) -> None:
+        """Kill the child. Idempotent."""
+        self._child.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_indices(frame_indices: Sequence[int], frame_count: int) -> np.ndarray:
+    """[wanted] int64."""
+    wanted = np.asarray(frame_indices, np.int64).reshape(-1)
+    if len(wanted) and (wanted[0] < 0 or wanted[-1] >= frame_count or (np.diff(wanted) < 0).any()):
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"frame indices must ascend within 0 to {frame_count - 1}; "
+            f"got {len(wanted)} from {wanted[0]} to {wanted[-1]}",
+            frame_count=frame_count,
+        )
+    return wanted

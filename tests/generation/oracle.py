@@ -1,0 +1,87 @@
+"""A prefix's KV and greedy answers by transformers, in a process of its own.
+
+Positions are the plan's (vLLM's formula), so Qwen2.5-VL is compared by the decoder's rule.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prefill_service.kv.fingerprint import fingerprint_model
+from prefill_service.models.prefix_plan import PrefixPlan
+
+QUESTIONS = ("what is happening in the video?", "describe the end of it, please")
+
+
+@dataclass
+class Case:
+    """A planned video with what transformers makes of it.
+
+    Attributes:
+        kv: [layers, 2, tokens, kv heads, head_dim] of the prefix.
+        prompts: whole token ids per question.
+        answers: greedy tokens per question.
+        fingerprint: of the checkpoint.
+    """
+
+    plan: PrefixPlan
+    kv: torch.Tensor
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    fingerprint: str
+
+
+def compute(model: Path, frames: int, height: int, width: int, new_tokens: int) -> Case:
+    """Build a case; the work is done in a fresh process, which then ends."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        arguments = (model, frames, height, width, new_tokens)
+        fields = pool.submit(_compute, *arguments).result()
+        return Case(fields[0], torch.from_numpy(fields[1]), *fields[2:], fingerprint_model(model))
+
+
+def _compute(
+    model: Path, frames: int, height: int, width: int, new_tokens: int
+) -> tuple[PrefixPlan, np.ndarray, list[list[int]], list[list[int]]]:
+    from prefill_service.models.checkpoint import open_checkpoint
+    from prefill_service.models.prefix_plan import FrameSampling
+    from prefill_service.models.prefix_planner import PrefixPlanner
+    from prefill_service.video.index import VideoIndex
+    from tests.oracles.transformers_forward import cached_kv, load, prefix_cache, processor_inputs
+    from tests.oracles.transformers_greedy import greedy
+
+    torch.set_num_threads(1)
+    index = VideoIndex(
+        "mp4", "h264", width, height, 0, (1, 4), np.arange(frames), np.ones(frames, bool),
+        4.0, frames / 4,
+    )  # fmt: skip
+    planner = PrefixPlanner(open_checkpoint(str(model)), "float32")
+    pixels = height * width
+    sampling = FrameSampling(
+        num_frames=frames,
+        min_pixels=1,
+        max_pixels=pixels * (frames if "qwen3" in str(model) else 1),
+    )
+    plan = planner.plan(index, f"{frames}x{height}x{width}", sampling, "")
+    blocks = (len(plan.frame_indices), height // 32 + 1, width // 32 + 1, 3)
+    colours = np.random.default_rng(0).integers(0, 256, blocks, np.uint8)
+    video = colours.repeat(32, 1).repeat(32, 2)[:, :height, :width]
+    _, processor = load(model, torch.float32)
+    processor.video_processor.size = {
+        "shortest_edge": sampling.min_pixels, "longest_edge": sampling.max_pixels,
+    }  # fmt: skip
+    inputs = processor_inputs(model, video, plan, index, planner._prefix_text(""))
+    assert inputs["input_ids"][0].tolist() == plan.token_ids.tolist()
+    cache = prefix_cache(model, inputs, plan)
+    prompts, answers = [], []
+    for question in QUESTIONS:
+        prompt = planner.prompt_token_ids(plan, [("user", question)])
+        prompts.append(prompt)
+        answers.append(greedy(model, cache, prompt, plan, new_tokens))
+    return plan, cached_kv(cache).numpy(), prompts, answers
