@@ -21,7 +21,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_files_of_sequence_parallelism_exist() -> None:
     """Full paths, or the last parts of one."""
     text = (ROOT / "docs" / "sequence_parallelism.md").read_text()
-    folders = ("prefill_service", "tests", "benchmarks")
+    folders = ("prefill_service", "kernels", "tests", "benchmarks")
     files = [
         f"/{file.relative_to(ROOT)}" for folder in folders for file in (ROOT / folder).rglob("*.py")
     ]
