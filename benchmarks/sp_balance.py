@@ -2,7 +2,7 @@
 
     python -m benchmarks.sp_balance [--ranks 2] [--tokens 16384] [--rounds 3]
 
-Attention alone, by the product's own path (``ChunkAttention`` over ``gather``), on real gloo ranks
+Attention alone, by the product's own path (adaptive attention over ``gather``), on real gloo ranks
 with one thread each. In every second unit queries want single keys, elsewhere they want the mean:
 on two ranks one has all the work. Beside it the same without a skew, and one that no threshold
 would balance. Rounds alternate; the table has the best of each, and what the busiest rank does
@@ -30,14 +30,13 @@ from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import EngineConfig
-from prefill_service.engine.attending import ChunkAttention
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.gather import GatherExchange
-from prefill_service.parallel.exchanges.registry import ExchangeKind
-from prefill_service.parallel.load_balance import make_balancer
+from prefill_service.parallel.load_balance import Balancing, make_balancer
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import deal_patches
+from prefill_service.parallel.unit_attention import UnitAttention
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 3, 8, 2, 128
 PATCH, CHUNK = 128, 512
@@ -83,26 +82,26 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     """One prefill's attention on this rank; for ``run_ranks``."""
     shape, units = problem.shape, SelectionUnits.of(problem.ends, CHUNK)
     layout = deal_patches(problem.ends, group.size, CHUNK, whole_units=True)
-    exchange = GatherExchange(group, shape)
+    settings = SparseSettings(1024)
     attention = AdaptiveAttention(
-        SparseSettings(1024), resolve_policy(Quality.BALANCED), LAYERS, KV_HEADS, HEAD_DIM,
+        settings, resolve_policy(Quality.BALANCED), LAYERS, KV_HEADS, HEAD_DIM,
         torch.float32, device, problem.ends,
     )  # fmt: skip
-    least = EngineConfig().balance_least_gflop * 1e9
-    balancer = make_balancer(
-        ExchangeKind.GATHER, group, shape, 128, 64, units, above, least_gain=least
-    )
-    attending = ChunkAttention(exchange, attention, units, group.meter, balancer)
+    balancing = Balancing(above, EngineConfig().balance_least_gflop * 1e9)
+    balancer = make_balancer(group, shape, settings, units, balancing)
+    exchange = GatherExchange(group, shape, balancer=balancer)
+    unit_attention = UnitAttention(attention, units)
     data = [problem.layer(number) for number in range(LAYERS)]
     group.agree(0)  # begin together
     start, before = time.perf_counter(), time.process_time()
     for shares in layout.shares:
-        attending.start_chunk(shares, group.rank)
+        exchange.start_chunk(shares)
+        attention.start_chunk()
         first, end = shares[group.rank].contiguous
         for layer, (q, k, v) in enumerate(data):
             kv = (x[:, first:end].transpose(0, 1) for x in (k, v))
-            exchange.store(layer, *kv)
-            attending.attend(layer, q[:, first:end], SCALE)
+            exchange.store_kv(layer, *kv)
+            exchange.attend_adaptive(layer, q[:, first:end], unit_attention)
     exchange.finish()
     group.agree(0)  # as the last rank is done
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - before

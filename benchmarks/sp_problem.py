@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.sp_ranks import TIMEOUT_S
-from prefill_service.attention.key_source import Segments
+from prefill_service.attention.report import NEVER
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.cost_model.chunking import chunking_of
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.schemes import Exchange as PlannedExchange
+from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.traffic import Traffic, traffic
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.comm_stats import moved
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.registry import (
     ExchangeChoice,
     choose_exchange,
@@ -25,13 +28,13 @@ from prefill_service.parallel.exchanges.registry import (
 from prefill_service.parallel.exchanges.registry import ExchangeKind as Kind
 from prefill_service.parallel.mesh import SPMesh, form_meshes
 from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import ChunkLayout, Share, deal_patches
 
 DENSE = (Kind.GATHER, Kind.RING, Kind.ULYSSES, Kind.USP, Kind.PASS_Q, Kind.MULTI_RING,
          Kind.ULYSSES_GATHER)  # fmt: skip
 """Exchanges whose bytes follow from the layout alone, not from what attention selects."""
-SEGMENTS = Segments(block_tokens=64, segment_tokens=1024, fixed_tokens=64)
-"""For ``demand``."""
+SETTINGS = SparseSettings(NEVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,25 @@ class Problem:
         return deal_patches(self.patch_ends, ranks, self.chunk, kind.order)
 
     def shape(self, dtype: torch.dtype, device: torch.device) -> AttentionShape:
-        """For ``make_exchange``."""
+        """Of the attention."""
         return AttentionShape(
             self.layers, self.tokens, self.q_heads, self.kv_heads, self.head_dim, self.scale,
             dtype, device,
         )  # fmt: skip
+
+    def exchange(
+        self, kind: Kind, meshes: Mapping[int, SPMesh], dtype: torch.dtype, device: torch.device
+    ) -> Exchange:
+        """The exchange for this prompt, on one rank."""
+        ranks = meshes[1].world.size
+        setup = ExchangeSetup(
+            mesh=meshes[self.choice(kind, ranks).degree],
+            layout=self.layout(kind, ranks),
+            shape=self.shape(dtype, device),
+            settings=SETTINGS,
+            units=SelectionUnits.of(self.patch_ends, self.chunk),
+        )
+        return make_exchange(kind, setup)
 
     def layer(self, layer: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Q [q_heads, tokens, head_dim], K and V [kv_heads, tokens, head_dim]."""
@@ -105,7 +122,7 @@ class Problem:
         )  # fmt: skip
         choice, layout = self.choice(kind, ranks), self.layout(kind, ranks)
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        return traffic(Scheme(Exchange(kind.value), ranks, choice.degree), shape, chunking)
+        return traffic(Scheme(PlannedExchange(kind.value), ranks, choice.degree), shape, chunking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +156,8 @@ def run_exchange(
 ) -> Run:  # fmt: skip
     """All chunks and layers, on one rank of many that do the same."""
     group = meshes[1].world
-    choice, layout = problem.choice(kind, group.size), problem.layout(kind, group.size)
-    exchange = make_exchange(choice, meshes, layout, problem.shape(dtype, device), SEGMENTS)
+    layout = problem.layout(kind, group.size)
+    exchange = problem.exchange(kind, meshes, dtype, device)
     data = [problem.layer(layer, dtype, device) for layer in range(problem.layers)]
     before, parts, mine = dict(group.meter.uses), [], []
     group.agree(0)  # begin together
@@ -152,8 +169,8 @@ def run_exchange(
         outs = []
         for layer, (q, k, v) in enumerate(data):
             at = tokens.to(device)
-            exchange.store(layer, k[:, at].transpose(0, 1), v[:, at].transpose(0, 1))
-            outs.append(exchange.attend(layer, q[:, at]))
+            exchange.store_kv(layer, k[:, at].transpose(0, 1), v[:, at].transpose(0, 1))
+            outs.append(exchange.attend_exact(layer, q[:, at]))
         parts.append(torch.stack(outs))
     exchange.finish()
     out = torch.cat(parts, 2).cpu()  # waits for the device

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.sp_problem import DENSE, SEGMENTS, Problem, positions
+from benchmarks.sp_problem import DENSE, Problem, positions
 from benchmarks.sp_ranks import TIMEOUT_S, Transport, run_ranks
 from prefill_service.cost_model.chunking import chunking_of
 from prefill_service.cost_model.cost import ASSUMED, CostModel
@@ -22,7 +22,7 @@ from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Exchange, Scheme
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.parallel.comm_stats import moved
-from prefill_service.parallel.exchanges.registry import ExchangeKind, make_exchange
+from prefill_service.parallel.exchanges.registry import ExchangeKind
 from prefill_service.parallel.mesh import SPMesh, form_meshes
 from prefill_service.parallel.process_group import SPGroup
 
@@ -123,10 +123,8 @@ def _prefill(
 ) -> tuple[int, float]:
     """Bytes received and CPU seconds of one prefill."""
     group, shape = meshes[1].world, REDUCED
-    choice, layout = problem.choice(kind, group.size), problem.layout(kind, group.size)
-    cpu = torch.device("cpu")
-    attention = problem.shape(torch.float32, cpu)
-    exchange = make_exchange(choice, meshes, layout, attention, SEGMENTS)
+    layout = problem.layout(kind, group.size)
+    exchange = problem.exchange(kind, meshes, torch.float32, torch.device("cpu"))
     q_width, kv_width = shape.q_heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
     def weights(*size: int) -> torch.Tensor:
@@ -145,9 +143,9 @@ def _prefill(
             k, v = (x @ to_kv).view(tokens, 2, shape.kv_heads, shape.head_dim).unbind(1)
             if layer == shape.attending_layers:
                 break  # nothing of a prefix is observable after its last K and V
-            exchange.store(layer, k, v)
+            exchange.store_kv(layer, k, v)
             q = (x @ to_q).view(tokens, shape.q_heads, shape.head_dim).transpose(0, 1)
-            found = exchange.attend(layer, q.contiguous())
+            found = exchange.attend_exact(layer, q.contiguous())
             x = x + found.transpose(0, 1).reshape(tokens, q_width) @ back
             gate, value = (x @ up).chunk(2, -1)
             x = x + (torch.nn.functional.silu(gate) * value) @ down

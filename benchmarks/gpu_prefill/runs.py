@@ -18,15 +18,15 @@ from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.engine.attending import ChunkAttention
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.page_store import ShardStore, ShardWriter
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
+from prefill_service.parallel.unit_attention import UnitAttention
 
 DENSE = "dense"
 MODES = (DENSE, "exact", "high", "balanced", "fast")
@@ -95,29 +95,29 @@ class OursKV:
             self._attending, plan.num_tokens, model.num_heads, checkpoint.num_kv_heads,
             checkpoint.head_dim, model.attention_scale, model.dtype, model.device,
         )  # fmt: skip
-        group = SPGroup(0, 1, None, None)
-        self._exchange = GatherExchange(group, shape)
+        self._exchange = GatherExchange(SPGroup(0, 1, None, None), shape)
         self.attention = AdaptiveAttention(
             settings, resolve_policy(quality), self._attending, checkpoint.num_kv_heads,
             checkpoint.head_dim, model.dtype, model.device, plan.patch_ends,
         )  # fmt: skip
         units = SelectionUnits.of(plan.patch_ends, chunk_tokens)
-        self._chunks = ChunkAttention(self._exchange, self.attention, units, group.meter)
+        self._unit_attention = UnitAttention(self.attention, units)
         self._chunk, self._page = -1, 0
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """See ``LayerKV``."""
         if layer == 0:
             self._chunk += 1
-            self._chunks.start_chunk(self._layout.shares[self._chunk], 0)
+            self._exchange.start_chunk(self._layout.shares[self._chunk])
+            self.attention.start_chunk()
         if self._writer is not None:
             self._write(self._writer, layer, k, v)
         if layer < self._attending:
-            self._exchange.store(layer, k, v)
+            self._exchange.store_kv(layer, k, v)
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """See ``LayerKV``."""
-        return self._chunks.attend(layer, q, scale)
+        return self._exchange.attend_adaptive(layer, q, self._unit_attention)
 
     def _write(self, writer: ShardWriter, layer: int, k: Tensor, v: Tensor) -> None:
         writer.write(layer, self._page, k.contiguous(), v.contiguous())

@@ -12,7 +12,6 @@ from torch import Tensor
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.engine.agreement import SyncInterval
-from prefill_service.engine.attending import ChunkAttention, heads_here
 from prefill_service.engine.frame_prefetch import FramePrefetcher
 from prefill_service.engine.messages import PrefillTask, Progress, Stage
 from prefill_service.engine.resolve import is_sparse
@@ -30,11 +29,13 @@ from prefill_service.kv.offload.shape import OffloadReport, OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV, open_working
 from prefill_service.kv.page_store import ShardWriter
 from prefill_service.models.prefill_model import VisionFeatures
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import ExchangeSetup
 from prefill_service.parallel.exchanges.registry import ExchangeChoice, make_exchange
-from prefill_service.parallel.load_balance import make_balancer
+from prefill_service.parallel.load_balance import Balancing
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import Share
+from prefill_service.parallel.unit_attention import UnitAttention
 
 
 class ChunkedPrefill:
@@ -77,9 +78,19 @@ class ChunkedPrefill:
             model.device,
         )
         self._working = self._open_working(task.exchange, shape)
-        selects = is_sparse(shape.num_tokens, task.exchange, task.policy, sparse.from_tokens)
+        units = SelectionUnits.of(ends, rank.chunk_tokens)
         self._exchange = make_exchange(
-            task.exchange, rank.meshes, self._chunks, shape, sparse.segments, self._working, selects
+            task.exchange.kind,
+            ExchangeSetup(
+                mesh=rank.meshes[task.exchange.degree],
+                layout=self._chunks,
+                shape=shape,
+                settings=sparse,
+                units=units,
+                selects=is_sparse(shape.num_tokens, task.exchange, task.policy, sparse.from_tokens),
+                buffers=self._working,
+                balancing=Balancing(rank.balance_above, rank.balance_least_gflop * 1e9),
+            ),
         )
         self.attention = AdaptiveAttention(
             sparse,
@@ -90,16 +101,9 @@ class ChunkedPrefill:
             model.dtype,
             model.device,
             ends,
-            heads_here(self._exchange),
+            self._exchange.local_kv_heads,
         )
-        units = SelectionUnits.of(ends, rank.chunk_tokens)
-        balancer = make_balancer(
-            task.exchange.kind, group, shape, sparse.tile_tokens, sparse.block_tokens, units,
-            rank.balance_above, rank.balance_least_gflop * 1e9,
-        )  # fmt: skip
-        self._attending = ChunkAttention(
-            self._exchange, self.attention, units, group.meter, balancer
-        )
+        self._unit_attention = UnitAttention(self.attention, units)
         self._share = Share(())
         self._page = 0  # next free page of this rank
         self._patches_done = self._tokens_done = 0
@@ -124,7 +128,8 @@ class ChunkedPrefill:
             if between_chunks(self._rank, self._control, self._cadence, failure):
                 self.clock.spans.note(Stage.PREFILL, "paused", start)
             start, received = time.perf_counter(), meter.bytes_received
-            self._attending.start_chunk(chunk, self._rank.group.rank)
+            self._exchange.start_chunk(chunk)
+            self.attention.start_chunk()
             self._share = share
             if share.num_tokens:
                 self._prefill(share, features)
@@ -163,13 +168,13 @@ class ChunkedPrefill:
         if len(k):
             self._write(layer, k, v)
         if layer < self._last_layer:
-            self._exchange.store(layer, k, v)
+            self._exchange.store_kv(layer, k, v)
         self._rank.tick()
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attention of this rank's queries over all tokens before them."""
         with self._layer_spans.attending():
-            return self._attending.attend(layer, q, scale)
+            return self._exchange.attend_adaptive(layer, q, self._unit_attention)
 
     # ---- steps -----------------------------------------------------------------------------
 

@@ -17,17 +17,30 @@ from torch import Tensor
 
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.key_source import ReplicatedKeys, Segments
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.cpu_backend import GatherBuffers
 from prefill_service.attention.sparse.sharing import attend_listed
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.balance_plan import Load, Move, imbalance, plan_moves
-from prefill_service.parallel.exchanges.base import AttentionShape
-from prefill_service.parallel.exchanges.registry import ExchangeKind
 from prefill_service.parallel.process_group import SPGroup, Transfer
 from prefill_service.parallel.selection_units import SelectionUnits
 
 Moved = Callable[[int], None]
 """Told the (query, key) pairs that this rank attends to for others; negative if they do for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balancing:
+    """When ranks even out what they attend to.
+
+    Attributes:
+        above: imbalance up to which nothing moves; 0: it never does.
+        least_gain: floating-point operations that the busiest rank of a layer has to be spared.
+    """
+
+    above: float
+    least_gain: float = 0.0
 
 
 @dataclass(slots=True)
@@ -41,8 +54,7 @@ class Balancer:
         group, shape: of the prefill.
         tile_tokens, block_tokens: of queries and keys.
         max_tiles: tiles of the longest unit.
-        above: imbalance up to which nothing moves.
-        least_gain: floating-point operations that the busiest rank of a layer has to be spared.
+        balancing: when to do so.
     """
 
     group: SPGroup
@@ -50,8 +62,7 @@ class Balancer:
     tile_tokens: int
     block_tokens: int
     max_tiles: int
-    above: float
-    least_gain: float
+    balancing: Balancing
     _buffers: GatherBuffers = field(default_factory=GatherBuffers)
     _due: bool = True
 
@@ -69,7 +80,8 @@ class Balancer:
             totals = [row[0] for row in self.group.share([first])]
             flops = 4 * self.shape.head_dim * self.shape.q_heads // self.shape.kv_heads
             gain = (max(totals) - sum(totals) / len(totals)) * flops
-            self._due = imbalance(totals) > self.above and gain >= self.least_gain
+            limits = self.balancing
+            self._due = imbalance(totals) > limits.above and gain >= limits.least_gain
         return self._due
 
     def share(self, mine: Load | None, pairs: int = 0) -> tuple[list[Move], list[Load], bool]:
@@ -100,7 +112,7 @@ class Balancer:
             for row in rows
         ]
         any_work = any(row[0] for row in rows)
-        return plan_moves(loads, self.above) if any_work else [], loads, any_work
+        return plan_moves(loads, self.balancing.above) if any_work else [], loads, any_work
 
     def begin(
         self,
@@ -171,26 +183,28 @@ class Balancer:
 
 
 def make_balancer(
-    kind: ExchangeKind,
     group: SPGroup,
     shape: AttentionShape,
-    tile_tokens: int,
-    block_tokens: int,
+    settings: SparseSettings,
     units: SelectionUnits,
-    above: float,
-    least_gain: float = 0.0,
+    balancing: Balancing | None,
 ) -> Balancer | None:
-    """A balancer, where ranks can help each other and may.
+    """A balancer for ranks that have all keys, where they can help each other and may.
 
-    They need each other's keys, which only ``gather`` brings to all, and the back end that attends
-    to local region, kept blocks and summaries one by one, which is that of CPUs.
+    They need the back end that attends to local region, kept blocks and summaries one by one,
+    which is that of CPUs.
     """
-    gathered = kind is ExchangeKind.GATHER and group.size > 1
-    if not gathered or not above or shape.device.type != "cpu":
+    if balancing is None or not balancing.above or group.size == 1 or shape.device.type != "cpu":
         return None
     longest = max(b - a for a, b in pairwise(units.tokens))
-    tiles = -(-longest // tile_tokens)
-    return Balancer(group, shape, tile_tokens, block_tokens, tiles, above, least_gain)
+    return Balancer(
+        group=group,
+        shape=shape,
+        tile_tokens=settings.tile_tokens,
+        block_tokens=settings.block_tokens,
+        max_tiles=-(-longest // settings.tile_tokens),
+        balancing=balancing,
+    )
 
 
 @dataclass(slots=True)

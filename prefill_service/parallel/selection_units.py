@@ -11,7 +11,7 @@ have too few of them for all ranks, units are cut in parts.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,3 +74,17 @@ class SelectionUnits:
         inner = self.tokens[bisect_right(self.tokens, start) : bisect_left(self.tokens, end)]
         edges = [start, *inner, end]
         return list(pairwise(edges))
+
+    def split(
+        self, start: int, end: int, is_sparse: Callable[[int, int], bool]
+    ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """Cut tokens [start, end) into those attended to exactly and the sparse units after them.
+
+        Args:
+            is_sparse: whether a unit of some first token and number of tokens is; all after the
+                first such unit are.
+        """
+        units = [
+            (first, last) for first, last in self.cut(start, end) if is_sparse(first, last - first)
+        ]
+        return (start, units[0][0] if units else end), units

@@ -26,7 +26,7 @@ from prefill_service.kv.offload.working_set import (
     hidden_share,
     open_working,
 )
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 
 CPU = torch.device("cpu")

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from prefill_service.attention.key_source import Segments
+from prefill_service.attention.report import NEVER
+from prefill_service.attention.settings import SparseSettings
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.comm_stats import moved
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.exchanges.base import ExchangeSetup
 from prefill_service.parallel.exchanges.registry import (
     ExchangeKind,
     choose_exchange,
@@ -21,12 +23,13 @@ from prefill_service.parallel.exchanges.registry import (
 )
 from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.process_group import SPGroup
+from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import deal_patches
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
 LAYERS, HEAD_DIM, SCALE = 2, 16, 0.25
 CPU = torch.device("cpu")
-SEGMENTS = Segments(block_tokens=8, segment_tokens=32, fixed_tokens=8)
+SETTINGS = SparseSettings(NEVER, block_tokens=8, tile_tokens=16, segment_blocks=4)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,14 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
     shape = AttentionShape(
         LAYERS, case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
     )
-    exchange = make_exchange(choice, meshes, layout, shape, SEGMENTS)
+    setup = ExchangeSetup(
+        mesh=meshes[choice.degree],
+        layout=layout,
+        shape=shape,
+        settings=SETTINGS,
+        units=SelectionUnits.of(case.ends, case.chunk),
+    )
+    exchange = make_exchange(kind, setup)
     data, before = qkv(case), dict(group.meter.uses)
     out = torch.zeros(LAYERS, case.q_heads, case.tokens, HEAD_DIM, dtype=torch.float64)
     with Wire() as wire:
@@ -114,8 +124,8 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
             mine = torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in share.ranges)])
             for layer in range(LAYERS):
                 q, k, v = data[layer][:, mine].split([case.q_heads, case.kv_heads, case.kv_heads])
-                exchange.store(layer, k.transpose(0, 1), v.transpose(0, 1))
-                out[layer][:, mine] = exchange.attend(layer, q)
+                exchange.store_kv(layer, k.transpose(0, 1), v.transpose(0, 1))
+                out[layer][:, mine] = exchange.attend_exact(layer, q)
         exchange.finish()
     return {"out": out, "wire": wire.received, "uses": group.meter.since(before)}
 

@@ -17,20 +17,21 @@ from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.engine.attending import ChunkAttention, heads_here
 from prefill_service.engine.resolve import is_sparse
 from prefill_service.kv.offload.file_copies import FileCopyEngine
 from prefill_service.kv.offload.shape import OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV
-from prefill_service.parallel.exchanges.base import AttentionShape, Exchange
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange, make_exchange
-from prefill_service.parallel.load_balance import make_balancer
+from prefill_service.parallel.load_balance import Balancing, make_balancer
 from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
+from prefill_service.parallel.unit_attention import UnitAttention
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
 LAYERS, KV_HEADS, HEAD_DIM, SCALE = 2, 2, 16, 0.25
@@ -142,8 +143,8 @@ class Spied(DemandExchange):
         self.needed = 0
         self.have: list[set[tuple[int, int]]] = [set() for _ in range(LAYERS)]
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        super().store(layer, k, v)
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        super().store_kv(layer, k, v)
         start, end = self._ranges[self._group.rank]
         first = min(a for a, b in self._ranges if a < b)
         whole = first // 16 if self._cached else 0  # blocks of earlier chunks
@@ -178,7 +179,7 @@ def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
 def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, Any]:
     """This rank's part of a prefill, by the product's own path."""
     layout, shape = case.layout(group.size), case.shape
-    units, balancer = SelectionUnits.of(case.ends, case.chunk), None
+    units = SelectionUnits.of(case.ends, case.chunk)
     exchange: Exchange
     if kind == "gather":
         exchange = GatherExchange(group, shape)
@@ -188,26 +189,33 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         meshes = form_meshes(group, TIMEOUT_S)
         choice = choose_exchange(ExchangeKind(kind), group.size, case.q_heads, case.kv_heads)
         sparse = is_sparse(shape.num_tokens, choice, case.policy, case.from_tokens)
-        exchange = make_exchange(
-            choice, meshes, layout, shape, case.settings.segments, sparse=sparse
+        setup = ExchangeSetup(
+            mesh=meshes[choice.degree],
+            layout=layout,
+            shape=shape,
+            settings=case.settings,
+            units=units,
+            selects=sparse,
         )
+        exchange = make_exchange(choice.kind, setup)
     elif kind == "balanced":
-        exchange = GatherExchange(group, shape)
-        balancer = make_balancer(ExchangeKind.GATHER, group, shape, 32, 16, units, 1.0)
+        balancer = make_balancer(group, shape, case.settings, units, Balancing(1.0))
+        exchange = GatherExchange(group, shape, balancer=balancer)
     else:
         cached = kind == "demand"
         exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
-    selection = Selection(case, heads_here(exchange))
+    selection = Selection(case, exchange.local_kv_heads)
     data, before = case.data(), dict(group.meter.uses)
-    attending = ChunkAttention(exchange, selection, units, group.meter, balancer)
+    attention = UnitAttention(selection, units)
     out = torch.zeros_like(data[:, : case.q_heads])
     for shares in layout.shares:
-        attending.start_chunk(shares, group.rank)
+        exchange.start_chunk(shares)
+        selection.start_chunk()
         start, end = shares[group.rank].contiguous
         for layer in range(LAYERS):
             q, k, v = case.split(data[layer][:, start:end])
-            exchange.store(layer, k.transpose(0, 1), v.transpose(0, 1))
-            out[layer][:, start:end] = attending.attend(layer, q, SCALE)
+            exchange.store_kv(layer, k.transpose(0, 1), v.transpose(0, 1))
+            out[layer][:, start:end] = exchange.attend_adaptive(layer, q, attention)
     exchange.finish()
     return {
         "out": out,

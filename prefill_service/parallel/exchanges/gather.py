@@ -8,16 +8,22 @@ A rank starts on the keys it has (past chunks, its own tokens) while the others'
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention.dense import Partial, attend, merge
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
+from prefill_service.parallel.load_balance import BalancedKeys, Balancer, make_balancer
 from prefill_service.parallel.process_group import PendingSlice, SPGroup
 from prefill_service.parallel.token_layout import Range, Share, span
+from prefill_service.parallel.unit_attention import UnitAttention
 
 
-class GatherExchange:
+class GatherExchange(Exchange):
     """Replicated K/V of one prompt and the attention over it.
 
     One buffer per layer, ``[tokens, 2, kv_heads, head_dim]``: a rank's run of tokens is one
@@ -30,29 +36,43 @@ class GatherExchange:
     Args:
         group: the ranks.
         shape: of the model's attention.
-        working: has the buffers; closed by ``finish``. Without it, all are on the device.
+        buffers: of all layers; closed by ``finish``. Without them, all are on the device.
+        balancer: evens out what ranks attend to; without it, none attends to another's blocks.
     """
 
     def __init__(
-        self, group: SPGroup, shape: AttentionShape, working: KVBuffers | None = None
+        self,
+        group: SPGroup,
+        shape: AttentionShape,
+        buffers: KVBuffers | None = None,
+        balancer: Balancer | None = None,
     ) -> None:
-        self._group, self._scale = group, shape.scale
-        self._working = working or ResidentKV(shape)
+        self._group = group
+        self._scale = shape.scale
+        self._buffers = buffers or ResidentKV(shape)
+        self._balancer = balancer
         self._pending: list[list[PendingSlice]] = [[] for _ in range(shape.num_layers)]
         self._ranges: list[Range] = []
-        self._chunk_start = 0
+        self._chunk = (0, 0)
 
+    @classmethod
+    def build(cls, setup: ExchangeSetup) -> GatherExchange:
+        """The exchange for one prompt."""
+        group, shape = setup.mesh.world, setup.shape
+        balancer = make_balancer(group, shape, setup.settings, setup.units, setup.balancing)
+        return cls(group, shape, setup.buffers, balancer)
+
+    @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        """See ``Exchange``; shares are one piece each, contiguous over the ranks."""
         if self._ranges:
             self._let_go(len(self._pending) - 1)
         self._ranges = [share.contiguous for share in chunk]
-        self._chunk_start, end = span(chunk)
-        self._working.start_chunk(self._chunk_start, end)
+        self._chunk = span(chunk)
+        self._buffers.start_chunk(*self._chunk)
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``Exchange``: put them in place and send them off."""
-        kv = self._working.acquire(layer)
+    @override
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        kv = self._buffers.acquire(layer)
         self._wait(layer)  # what the chunk before left under way
         start, end = self._ranges[self._group.rank]
         kv[start:end, 0] = k
@@ -61,13 +81,14 @@ class GatherExchange:
         if layer:
             self._let_go(layer - 1)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``; ``q`` may also be that of the first tokens of the share."""
+    @override
+    def attend_exact(self, layer: int, q: Tensor) -> Tensor:
+        """``q`` may also be that of the first tokens of the share."""
         if not q.shape[1]:
             return q
         start, _ = self._ranges[self._group.rank]
         end = start + q.shape[1]
-        chunk_start = self._chunk_start
+        chunk_start, _ = self._chunk
         partials = [self._partial(layer, q, start, end, causal=True)]
         if chunk_start:
             partials.append(self._partial(layer, q, 0, chunk_start))
@@ -76,7 +97,68 @@ class GatherExchange:
             partials.append(self._partial(layer, q, chunk_start, start))
         return merge(partials).out
 
-    def complete(self, layer: int, reorder_before: int = 0) -> Tensor:
+    @override
+    def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
+        adaptive = attention.adaptive
+        state = adaptive.state(layer)
+        (start, border), units = attention.split(*self._ranges[self._group.rank])
+        parts: list[Tensor] = []
+        clustered = state.clustered
+        if border > start or not units:
+            parts.append(self._attend_measured(layer, q[:, : border - start], start, attention))
+        kv = self._complete(layer)
+        balanced = self._balanced(layer, kv, attention)
+        for first, last in units:
+            self._complete(layer, reorder_before=adaptive.recent(first))
+            part = q[:, first - start : last - start]
+            parts.append(adaptive.attend(layer, part, kv, first, self._scale, balanced))
+        if balanced is not None:
+            if not units:
+                adaptive.catch_up(layer, self._chunk[0], balanced)
+            balanced.close(0 if units else adaptive.pairs(layer))
+        self._note_reordered(layer, clustered, state.clustered)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @override
+    def finish(self) -> None:
+        for layer in range(len(self._pending)):
+            self._wait(layer)
+        self._buffers.close()
+
+    def _attend_measured(
+        self, layer: int, q: Tensor, start: int, attention: UnitAttention
+    ) -> Tensor:
+        """``attend_exact``, its time without waiting and its sampled rows noted."""
+        comm_stats = self._group.meter
+        clock = Stopwatch(q.device)
+        waited = comm_stats.seconds
+        out = self.attend_exact(layer, q)
+        clock.lap("attend")
+        seconds = clock.seconds("attend") - (comm_stats.seconds - waited)
+        attention.adaptive.attended(layer, seconds)
+        attention.adaptive.observe(layer, q, self._complete(layer), start, self._scale)
+        return out
+
+    def _balanced(self, layer: int, kv: Tensor, attention: UnitAttention) -> BalancedKeys | None:
+        """Keys that are on every rank, where some rank's queries of the chunk are sparse.
+
+        Nothing if evening out what ranks have to do would not be worth it.
+        """
+        adaptive, balancer = attention.adaptive, self._balancer
+        if balancer is None or not attention.split(*self._chunk)[1]:
+            return None
+        keys = BalancedKeys(
+            kv,
+            adaptive.segments,
+            balancer,
+            adaptive.recent(self._chunk[0]),
+            lambda pairs: adaptive.moved(layer, pairs),
+        )
+        if not keys.common:
+            return None
+        return keys if balancer.due(adaptive.pairs(0) if layer == 1 else None) else None
+
+    def _complete(self, layer: int, reorder_before: int = 0) -> Tensor:
         """The layer's buffer, complete up to this rank's last token of the chunk.
 
         Args:
@@ -89,31 +171,25 @@ class GatherExchange:
         rank = self._group.rank
         leaves = self._ranges[rank][0] < reorder_before
         self._wait(layer, before_rank=rank + leaves)
-        return self._working.layer(layer)
+        return self._buffers.layer(layer)
 
-    def reordered(self, layer: int, start: int, end: int) -> None:
-        """Note that rows [start, end) of what ``complete`` gave were changed."""
-        end = min(end, self._chunk_start)  # rows of this chunk are new anyway
+    def _note_reordered(self, layer: int, start: int, end: int) -> None:
+        """Note that rows [start, end) of a layer's buffer were changed."""
+        end = min(end, self._chunk[0])  # rows of this chunk are new anyway
         if end > start:
-            self._working.touch(layer, start, end)
-
-    def finish(self) -> None:
-        """See ``Exchange``."""
-        for layer in range(len(self._pending)):
-            self._wait(layer)
-        self._working.close()
+            self._buffers.touch(layer, start, end)
 
     def _partial(
         self, layer: int, q: Tensor, start: int, end: int, causal: bool = False
     ) -> Partial:
-        kv = self._working.layer(layer)[start:end]
+        kv = self._buffers.layer(layer)[start:end]
         k, v = kv.permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         return attend(q, k, v, causal=causal, scale=self._scale)
 
     def _let_go(self, layer: int) -> None:
-        if not self._working.resident:
+        if not self._buffers.resident:
             self._wait(layer)
-            self._working.release(layer)
+            self._buffers.release(layer)
 
     def _wait(self, layer: int, before_rank: int | None = None) -> None:
         later = []

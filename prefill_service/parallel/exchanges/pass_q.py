@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention.dense import Partial, merge
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.online_softmax import OnlineSoftmax
 from prefill_service.parallel.process_group import SPGroup, Transfer
 from prefill_service.parallel.token_layout import ChunkLayout, HeldTokens, Share
+from prefill_service.parallel.unit_attention import UnitAttention
 
 
-class PassQExchange:
+class PassQExchange(Exchange):
     """K/V of this rank's tokens, and the attention of all ranks' queries over them.
 
     Args:
@@ -40,21 +43,22 @@ class PassQExchange:
             for _ in range(shape.num_layers)
         ]
 
+    @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        """See ``Exchange``."""
         self._first_row = self._held.rows(self._group.rank)
         self._ranges = [share.ranges for share in chunk]
         self._counts = [share.num_tokens for share in chunk]
         for member, ranges in enumerate(self._ranges):
             self._held.extend(member, ranges)
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``Exchange``."""
+    @override
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         rows = slice(self._first_row, self._first_row + len(k))
-        self._kv[layer][rows, 0], self._kv[layer][rows, 1] = k, v
+        self._kv[layer][rows, 0] = k
+        self._kv[layer][rows, 1] = v
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``."""
+    @override
+    def attend_exact(self, layer: int, q: Tensor) -> Tensor:
         rank, size = self._group.rank, self._group.size
         kv = self._kv[layer][: self._held.rows(rank)]
         partials: list[Partial] = []
@@ -79,8 +83,14 @@ class PassQExchange:
             back.wait()
         return merge(partials).out
 
+    @override
+    def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
+        attention.count_exact(layer, self._ranges[self._group.rank])
+        return self.attend_exact(layer, q)
+
+    @override
     def finish(self) -> None:
-        """See ``Exchange``; nothing outlives a call here."""
+        pass  # every transfer is waited for in the layer that started it
 
     def _pass_on(self, current: Tensor, owner: int, step: int) -> tuple[Transfer | None, Tensor]:
         """Send the queries at hand to the next rank, receive those of the rank before."""

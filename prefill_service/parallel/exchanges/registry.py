@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from prefill_service.attention.key_source import Segments
-from prefill_service.parallel.exchanges.base import AttentionShape, Exchange
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.exchanges.pass_q import PassQExchange
@@ -15,9 +13,7 @@ from prefill_service.parallel.exchanges.ring import disjoint_rings, one_ring
 from prefill_service.parallel.exchanges.ulysses_gather import UlyssesGatherExchange
 from prefill_service.parallel.exchanges.usp import UspExchange
 from prefill_service.parallel.head_partition import HeadSplit
-from prefill_service.parallel.kv_buffers import KVBuffers
-from prefill_service.parallel.mesh import SPMesh
-from prefill_service.parallel.token_layout import ChunkLayout, Order
+from prefill_service.parallel.token_layout import Order
 
 
 class ExchangeKind(StrEnum):
@@ -122,37 +118,21 @@ def choose_exchange(
     return ExchangeChoice(kind, ulysses_degree(kind, ranks, q_heads, kv_heads, wanted))
 
 
-def make_exchange(
-    choice: ExchangeChoice,
-    meshes: Mapping[int, SPMesh],
-    layout: ChunkLayout,
-    shape: AttentionShape,
-    segments: Segments,
-    working: KVBuffers | None = None,
-    sparse: bool = False,
-) -> Exchange:
-    """An exchange for one prompt.
-
-    Args:
-        meshes: by Ulysses degree (``form_meshes``).
-        layout: of the prompt, in the exchange's order.
-        segments: sizes of sparse attention.
-        working: buffers of an exchange that ``offloads``; without it, all are on the device.
-        sparse: some queries of the prompt are attended to sparsely.
-    """
-    mesh = meshes[choice.degree]
-    match choice.kind:
+def make_exchange(kind: ExchangeKind, setup: ExchangeSetup) -> Exchange:
+    """An exchange for one prompt."""
+    mesh, layout, shape = setup.mesh, setup.layout, setup.shape
+    match kind:
         case ExchangeKind.GATHER:
-            return GatherExchange(mesh.world, shape, working)
+            return GatherExchange.build(setup)
         case ExchangeKind.DEMAND:
-            return DemandExchange(mesh.world, layout, shape, segments)
+            return DemandExchange(mesh.world, layout, shape, setup.settings.segments)
         case ExchangeKind.PASS_Q:
             return PassQExchange(mesh.world, layout, shape)
         case ExchangeKind.MULTI_RING:
             return UspExchange(mesh, layout, shape, disjoint_rings)
         case ExchangeKind.ULYSSES_GATHER:
             return UlyssesGatherExchange(mesh, shape)
-        case ExchangeKind.ULYSSES if sparse:
+        case ExchangeKind.ULYSSES if setup.selects:
             return UlyssesGatherExchange(mesh, shape)  # its one row, and heads cut as that needs
         case _:
             return UspExchange(mesh, layout, shape, one_ring)

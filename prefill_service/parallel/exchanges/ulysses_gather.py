@@ -15,16 +15,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.token_layout import Piece, Share
 from prefill_service.parallel.ulysses import UlyssesRow
+from prefill_service.parallel.unit_attention import UnitAttention
 
 
-class UlyssesGatherExchange:
+class UlyssesGatherExchange(Exchange):
     """All keys of this rank's KV heads, and the attention of its row's queries over them.
 
     Heads are cut between KV heads: their query heads select together. Ranks of a row beyond the KV
@@ -34,59 +37,58 @@ class UlyssesGatherExchange:
         mesh: the ranks.
         shape: of the model's attention.
 
-    Attributes:
-        gathered: the column's part: K and V, and queries, of this rank's heads.
-        share: the row's part of the chunk, whose queries are attended to here.
-
     Raises:
         ValueError: the Ulysses degree exceeds the query heads.
     """
 
     def __init__(self, mesh: SPMesh, shape: AttentionShape) -> None:
         split = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_groups=True)
-        self._columns, self._row = mesh.ring, UlyssesRow(mesh, split)
+        self._columns = mesh.ring
+        self._row = UlyssesRow(mesh, split)
         queries, keys = split.queries(mesh.ulysses.rank), self._row.kv_heads
-        mine = replace(shape, q_heads=queries.stop - queries.start, kv_heads=keys.stop - keys.start)
-        self._shape, self.share = mine, Share(())
-        self.gathered = GatherExchange(mesh.ring, mine)
+        self._shape = replace(
+            shape, q_heads=queries.stop - queries.start, kv_heads=keys.stop - keys.start
+        )
+        # The column's part: K and V, and queries, of this rank's heads.
+        self._column = GatherExchange(mesh.ring, self._shape)
 
     @property
-    def kv_heads(self) -> slice:
-        """Those of which this rank has all keys."""
+    @override
+    def local_kv_heads(self) -> slice:
         return self._row.kv_heads
 
+    @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        """See ``Exchange``; shares are one piece each, contiguous over the ranks."""
         rows = tuple(
             _joined(self._row.shares(chunk, member)) for member in range(self._columns.size)
         )
         self._row.start_chunk(chunk, self._shape.device)
-        self.share = rows[self._columns.rank]
-        self.gathered.start_chunk(rows)
+        self._column.start_chunk(rows)
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``Exchange``."""
+    @override
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         size = (self._row.tokens, 2, self._shape.kv_heads, self._shape.head_dim)
         kv = torch.empty(size, dtype=k.dtype, device=k.device)
         self._row.kv_to_heads(k, v, kv)
-        self.gathered.store(layer, *kv.unbind(1))
+        self._column.store_kv(layer, *kv.unbind(1))
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``."""
-        q = self.to_heads(q)
-        return self.to_tokens(self.gathered.attend(layer, q) if len(q) else q)
+    @override
+    def attend_exact(self, layer: int, q: Tensor) -> Tensor:
+        q = self._row.to_heads(q)
+        if len(q):  # there may be more ranks in a row than KV heads
+            q = self._column.attend_exact(layer, q)
+        return self._row.to_tokens(q)
 
-    def to_heads(self, q: Tensor) -> Tensor:
-        """[q_heads, own tokens, d] to [own heads, tokens of ``share``, d]."""
-        return self._row.to_heads(q)
+    @override
+    def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
+        q = self._row.to_heads(q)
+        if len(q):
+            q = self._column.attend_adaptive(layer, q, attention)
+        return self._row.to_tokens(q)
 
-    def to_tokens(self, out: Tensor) -> Tensor:
-        """The reverse."""
-        return self._row.to_tokens(out)
-
+    @override
     def finish(self) -> None:
-        """See ``Exchange``."""
-        self.gathered.finish()
+        self._column.finish()
 
 
 def _joined(shares: list[Share]) -> Share:

@@ -18,17 +18,20 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange
 from prefill_service.parallel.exchanges.ring import Circulate
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.online_softmax import OnlineSoftmax
 from prefill_service.parallel.token_layout import ChunkLayout, HeldTokens, Range, Share, join
 from prefill_service.parallel.ulysses import UlyssesRow
+from prefill_service.parallel.unit_attention import UnitAttention
 
 
-class UspExchange:
+class UspExchange(Exchange):
     """K/V of a row's tokens and this rank's heads, and the attention over all rows.
 
     Args:
@@ -59,10 +62,11 @@ class UspExchange:
             torch.empty(size, dtype=shape.dtype, device=shape.device)
             for _ in range(shape.num_layers)
         ]
-        self._device, self._scale = shape.device, shape.scale
+        self._device = shape.device
+        self._scale = shape.scale
 
+    @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        """See ``Exchange``."""
         ring = self._mesh.ring
         self._first_row = self._held.rows(ring.rank)
         self._ranges: list[Range] = []
@@ -72,15 +76,16 @@ class UspExchange:
             self._held.extend(member, ranges)
             if member == ring.rank:
                 self._ranges = ranges
+        self._own_ranges = chunk[self._mesh.world.rank].ranges
         self._row.start_chunk(chunk, self._device)
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``Exchange``."""
+    @override
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         end = self._first_row + self._row.tokens
         self._row.kv_to_heads(k, v, self._kv[layer][self._first_row : end])
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``."""
+    @override
+    def attend_exact(self, layer: int, q: Tensor) -> Tensor:
         ring, part = self._mesh.ring, self._mesh.ulysses.rank
         queries = OnlineSoftmax(self._row.to_heads(q), self._ranges, self._heads, part, self._scale)
         own = self._kv[layer][: self._held.rows(ring.rank)]
@@ -91,5 +96,11 @@ class UspExchange:
                 queries.meet_own(own, self._held, ring.rank)
         return self._row.to_tokens(queries.result().out)
 
+    @override
+    def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
+        attention.count_exact(layer, self._own_ranges)
+        return self.attend_exact(layer, q)
+
+    @override
     def finish(self) -> None:
-        """See ``Exchange``; nothing outlives a call here."""
+        pass  # every transfer is waited for in the layer that started it

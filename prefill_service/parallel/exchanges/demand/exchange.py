@@ -19,15 +19,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention.dense import attend_causal
-from prefill_service.attention.key_source import LayerState, Measurement, Segments
+from prefill_service.attention.key_source import KeySource, LayerState, Measurement, Segments
 from prefill_service.attention.sparse.attend import SparseResult
 from prefill_service.attention.sparse.cpu_backend import GatherBuffers
 from prefill_service.attention.sparse.summaries import BlockSummaries
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.verification import Certificate
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.exchanges.base import Exchange
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 from prefill_service.parallel.exchanges.demand.remote_verification import (
@@ -37,6 +39,7 @@ from prefill_service.parallel.exchanges.demand.remote_verification import (
 from prefill_service.parallel.exchanges.demand.rpc import Ask, CollectiveRpc, Header
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.token_layout import ChunkLayout, Share, span
+from prefill_service.parallel.unit_attention import UnitAttention
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ class _Told:
     summaries: BlockSummaries | None = None
 
 
-class DemandExchange:
+class DemandExchange(Exchange, KeySource):
     """K/V of this rank's segments, and room for what it attends to.
 
     Also the ``KeySource`` of sparse attention; ``kv`` is its buffer.
@@ -109,8 +112,8 @@ class DemandExchange:
 
     # ---- Exchange --------------------------------------------------------------------------
 
+    @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        """See ``Exchange``; shares are contiguous."""
         self._ranges = [share.contiguous for share in chunk]
         self._chunk_start, self._chunk_end = span(chunk)
         tokens = [np.arange(start, end) for start, end in self._ranges]
@@ -124,8 +127,8 @@ class DemandExchange:
         self._staying = torch.from_numpy(np.flatnonzero(stays))
         self._place = torch.from_numpy(self._homes.rows(tokens[rank][stays]))
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``Exchange``: keep what is at home here, send the rest to its home."""
+    @override
+    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         self._layer = layer
         start, end = self._ranges[self._group.rank]
         kv = torch.stack([k, v], 1)  # [tokens, 2, kv_heads, head_dim]
@@ -145,48 +148,35 @@ class DemandExchange:
         for rows, part in zip(self._arriving, coming, strict=True):
             self._own.put(layer, rows, part)
 
-    def advance(self, layer: int, state: LayerState, oldest: int, newest: int) -> None:
-        """Cluster the segments that have become old, at their homes; tell all what is new.
-
-        Every rank calls it after ``store``, once a query of the chunk may be sparse.
-
-        Args:
-            oldest, newest: of the chunk's first and last unit, the token from which on their
-                queries keep all by place.
-        """
-        size, block, told = self._sizes.segment_tokens, self._sizes.block_tokens, self._told[layer]
-        oldest, newest = oldest // size * size, max(told.clustered, newest // size * size)
-        self._states[layer] = state
-        self._see(layer, told.clustered)  # what the chunk before was told, all of it now
-        self._own.cluster(layer, told.clustered, newest)
-        complete = self._chunk_end // block
-        raster = range(max(told.complete, oldest // block), complete)
-        ordered = range(told.clustered // block, newest // block)
-        told.complete, told.clustered = complete, newest
-        self._tell(layer, state, raster, ordered)
-        self._own.settle(layer, oldest)
-        self._see(layer, oldest)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """See ``Exchange``; every block before the queries is fetched."""
-        out = self.attend_first(layer, q)
+    @override
+    def attend_exact(self, layer: int, q: Tensor) -> Tensor:
+        """Every block before the queries is fetched."""
+        out = self._attend_first(layer, q)
         self.close()
         return out
 
-    def attend_first(self, layer: int, q: Tensor) -> Tensor:
-        """The same of the share's first tokens only; the layer then ends with ``close``."""
-        start, out = self._ranges[self._group.rank][0], q
-        end = start + q.shape[1]
-        if end > start:
-            blocks = -(-start // self._sizes.block_tokens)
-            wanted = torch.ones(self._shape.kv_heads, blocks, dtype=torch.bool)
-            self.fetch(wanted, torch.arange(self._shape.kv_heads))
-            k, v = self.kv[:end].permute(1, 2, 0, 3)
-            out = attend_causal(q, k, v, start, self._shape.scale).out
-        return out
+    @override
+    def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
+        adaptive, scale = attention.adaptive, self._shape.scale
+        (start, border), units = attention.split(*self._ranges[self._group.rank])
+        _, of_chunk = attention.split(self._chunk_start, self._chunk_end)
+        if of_chunk:  # some rank has sparse units: then summaries are due
+            oldest, newest = (adaptive.recent(at) for at in (self._chunk_start, of_chunk[-1][0]))
+            self._advance(layer, adaptive.state(layer), oldest, newest)
+        parts = []
+        if border > start or not units:
+            part = q[:, : border - start]
+            parts.append(self._attend_first(layer, part))
+            adaptive.observe(layer, part, self.kv, start, scale)
+        for first, last in units:
+            part = q[:, first - start : last - start]
+            parts.append(adaptive.attend(layer, part, self.kv, first, scale, self))
+        self.close()
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    @override
     def finish(self) -> None:
-        """See ``Exchange``; nothing outlives a call here."""
+        pass  # every transfer is waited for in the layer that started it
 
     # ---- KeySource -------------------------------------------------------------------------
 
@@ -258,6 +248,40 @@ class DemandExchange:
         self._rounds.close()
 
     # ---- steps -----------------------------------------------------------------------------
+
+    def _advance(self, layer: int, state: LayerState, oldest: int, newest: int) -> None:
+        """Cluster the segments that have become old, at their homes; tell all what is new.
+
+        Every rank calls it after ``store``, once a query of the chunk may be sparse.
+
+        Args:
+            oldest, newest: of the chunk's first and last unit, the token from which on their
+                queries keep all by place.
+        """
+        size, block, told = self._sizes.segment_tokens, self._sizes.block_tokens, self._told[layer]
+        oldest, newest = oldest // size * size, max(told.clustered, newest // size * size)
+        self._states[layer] = state
+        self._see(layer, told.clustered)  # what the chunk before was told, all of it now
+        self._own.cluster(layer, told.clustered, newest)
+        complete = self._chunk_end // block
+        raster = range(max(told.complete, oldest // block), complete)
+        ordered = range(told.clustered // block, newest // block)
+        told.complete, told.clustered = complete, newest
+        self._tell(layer, state, raster, ordered)
+        self._own.settle(layer, oldest)
+        self._see(layer, oldest)
+
+    def _attend_first(self, layer: int, q: Tensor) -> Tensor:
+        """Exact attention of the share's first tokens; the layer then ends with ``close``."""
+        start, out = self._ranges[self._group.rank][0], q
+        end = start + q.shape[1]
+        if end > start:
+            blocks = -(-start // self._sizes.block_tokens)
+            wanted = torch.ones(self._shape.kv_heads, blocks, dtype=torch.bool)
+            self.fetch(wanted, torch.arange(self._shape.kv_heads))
+            k, v = self.kv[:end].permute(1, 2, 0, 3)
+            out = attend_causal(q, k, v, start, self._shape.scale).out
+        return out
 
     def _zeros(self, *sizes: int) -> Tensor:
         return torch.zeros(sizes, dtype=self._shape.dtype, device=self._shape.device)

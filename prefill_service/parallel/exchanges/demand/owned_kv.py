@@ -16,7 +16,7 @@ from torch import Tensor
 from prefill_service.attention.key_source import Segments
 from prefill_service.attention.sparse.clustering import order_segments
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 
 

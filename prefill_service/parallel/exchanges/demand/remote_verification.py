@@ -19,7 +19,7 @@ from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.key_source import Measurement
 from prefill_service.attention.sparse.attend import SparseResult
 from prefill_service.attention.verification import Certificate, finite_rows
-from prefill_service.parallel.exchanges.base import AttentionShape
+from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.rpc import Ask, Header
 
 
