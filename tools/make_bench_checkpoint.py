@@ -23,7 +23,7 @@ from tools.make_tiny_checkpoint import build
 FAMILY = "qwen3_vl"
 QK_GAIN = 1.05
 """At which `balanced` keeps somewhat more keys than of the trained needle model's prompts of that
-length (docs/performance.md). Random attention at the usual scale is far less sparse."""
+length (docs/results.md). Random attention at the usual scale is far less sparse."""
 
 MERGE = 4
 """Patches of the vision tower per token of the language model."""

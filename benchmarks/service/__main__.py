@@ -5,7 +5,7 @@
 
 Same file, same checkpoint, same cores, float32. All systems run during the whole session and are
 asked in turn, each repeat with a video that none of them has seen. What is measured and how is in
-docs/performance.md.
+docs/results.md.
 """
 
 from __future__ import annotations

@@ -10,10 +10,18 @@ from benchmarks import tables
 Row = dict[str, Any]
 
 
+HEADER = ("what", "mode", "video tokens", "aim", "measured")
+
+
 def table(found: Sequence[Row], checkpoint: str) -> str:
     """One line per aim and length that was measured on this checkpoint."""
+    return tables.markdown(HEADER, lines(found, checkpoint))
+
+
+def lines(found: Sequence[Row], checkpoint: str) -> list[list[object]]:
+    """What ``table`` prints: what, mode, video tokens, aim (or nothing), measured ratio."""
     rows = [r for r in found if r["checkpoint"] == checkpoint and r["first_token_s"] is not None]
-    lines = [
+    return [
         *_speedups(rows, "balanced", {16384: 3.0, 32768: 5.0}),
         *_speedups(rows, "exact", {}),
         *_shares(rows, "second question / first", 0.05, lambda r: r["second_first_token_s"]),
@@ -23,7 +31,6 @@ def table(found: Sequence[Row], checkpoint: str) -> str:
         *_ranks(rows),
         *_per_token(rows),
     ]
-    return tables.markdown(("what", "mode", "video tokens", "aim", "measured"), lines)
 
 
 def _of(rows: Sequence[Row], system: str, mode: str | None = None) -> list[Row]:

@@ -1,31 +1,152 @@
-"""What the documents name is there."""
+"""What the documents name is there, their figures are current, and they read alike."""
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from benchmarks.report import documents
+
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAPERS = 20
+LONGEST_LINE = 100
+LONGEST_SENTENCE = 30
+# Phrases of a diary, of history and of pictures that are nobody's but this project's.
+FORBIDDEN = (
+    r"\b20\d\d-\d\d-\d\d\b",
+    r"\bby hand\b",
+    r"\bused to\b",
+    r"\bthe same morning\b",
+    r"\bat the time\b",
+    r"\bearlier weights\b",
+    r"\bhouse\b",
+    r"\brooms?\b(?! for\b)",
+)
+# Documents whose prose is not held to the rules yet.
+NOT_YET_CLEAN = {
+    "README.md",
+    "CONTRIBUTING.md",
+    "api.md",
+    "architecture.md",
+    "attention.md",
+    "ingest.md",
+    "memory.md",
+    "metrics.md",
+    "planner.md",
+    "sequence_parallelism.md",
+}
+CLEAN = [path for path in DOCS if path.name not in NOT_YET_CLEAN]
+
+
+@cache
+def files() -> frozenset[str]:
+    """Every file of the repository's own folders, each with a leading slash."""
+    skipped = {"build", "dist"}
+    folders = [path for path in ROOT.glob("[!.]*") if path.is_dir() and path.name not in skipped]
+    found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return frozenset(f"/{path.relative_to(ROOT)}" for path in [*found, *ROOT.glob("*.*")])
+
+
+def written(path: Path) -> str:
+    """The text without code blocks and generated blocks."""
+    text = documents.BLOCK.sub("", path.read_text())
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
+
+
+def prose(path: Path) -> list[str]:
+    """Lines that are neither table, indented code nor a picture."""
+    return [
+        line
+        for line in written(path).splitlines()
+        if not re.match(r"\s*(\||!\[|<img|<!--)|    ", line)
+    ]
+
+
+def sentences(path: Path) -> list[str]:
+    """Sentences of the prose, across lines; headings and list items end one."""
+    text = "\n".join(prose(path))
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[*#-]|\d+\.) )|(?<=\n)#", text)
+    return [
+        sentence
+        for block in blocks
+        for sentence in re.split(r"(?<=[.!?:])[)*\"]*\s+", " ".join(block.split()))
+        if sentence
+    ]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)", path.read_text())
+    targets = re.findall(r"(?:\]\(|src=\")([^)#\"]+)", path.read_text())
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (path.parent / target).exists()] == []
 
 
-def test_files_of_sequence_parallelism_exist() -> None:
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_anchors_of_links_exist(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^):#]*)#([^)]+)\)", path.read_text()):
+        text = (path.parent / target if target else path).read_text()
+        headings = re.findall(r"^#+ (.*)", text, re.M)
+        slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
+        assert anchor in slugs
+
+
+@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+def test_files_named_exist(path: Path) -> None:
     """Full paths, or the last parts of one."""
-    text = (ROOT / "docs" / "sequence_parallelism.md").read_text()
-    folders = ("prefill_service", "kernels", "tests", "benchmarks")
-    files = [
-        f"/{file.relative_to(ROOT)}" for folder in folders for file in (ROOT / folder).rglob("*.py")
-    ]
-    named = re.findall(r"`([\w/]+\.py)`", text)
-    assert len(named) > 40
-    assert [name for name in named if not any(f.endswith(f"/{name}") for f in files)] == []
-    assert len(re.findall(r"^\| +\d+ \|", text, re.M)) == 20
+    named = re.findall(r"`([\w./-]+\.(?:py|proto|json|toml|jsonl))`", written(path))
+    examples = {"questions.jsonl", "answers.jsonl", "trace.json"}
+    wanted = [name for name in named if name not in examples]
+    assert [name for name in wanted if not any(f.endswith(f"/{name}") for f in files())] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_modules_named_exist(path: Path) -> None:
+    for name in re.findall(r"python -m ([\w.]+)", path.read_text()):
+        if name not in ("venv", "pytest"):
+            base = f"/{name.replace('.', '/')}"
+            assert {f"{base}.py", f"{base}/__main__.py"} & files(), name
+
+
+def test_generated_blocks_and_charts_are_current() -> None:
+    """If not: ``python -m benchmarks.report --write``."""
+    assert [str(path.relative_to(ROOT)) for path in documents.stale()] == []
+
+
+def test_every_block_is_used() -> None:
+    used = {name for path in documents.DOCUMENTS for name in block_names(path)}
+    assert set(documents.BLOCKS) - used <= {"machine", "readme-table", "quality-dial"}
+
+
+def block_names(path: Path) -> list[str]:
+    """Names of the generated blocks of a document."""
+    return [found[2] for found in documents.BLOCK.finditer(path.read_text())]
+
+
+def test_twenty_papers() -> None:
+    rows = re.findall(r"^\| +\d+ \|", (ROOT / "docs" / "sequence_parallelism.md").read_text(), re.M)
+    assert len(rows) == PAPERS
+
+
+@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+def test_lines_are_short(path: Path) -> None:
+    assert [line for line in prose(path) if len(line) > LONGEST_LINE] == []
+
+
+@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+def test_sentences_are_short(path: Path) -> None:
+    assert [one for one in sentences(path) if len(one.split()) > LONGEST_SENTENCE] == []
+
+
+@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+def test_present_tense_and_plain_words(path: Path) -> None:
+    text = "\n".join(prose(path))
+    assert [found for phrase in FORBIDDEN for found in re.findall(phrase, text, re.I)] == []
+
+
+def test_the_list_of_documents_not_yet_clean_is_current() -> None:
+    assert {path.name for path in DOCS} >= NOT_YET_CLEAN

@@ -3,7 +3,7 @@
 torch multiplies float32 matrices with MKL, which on the AMD CPU that this was measured on keeps to
 half the width of its AVX-512 units. The operator is the one that torch's own compiler emits for
 frozen models (``torch._inductor.fx_passes.mkldnn_fusion``); here it is called without a compiler,
-which a bare machine does not have. docs/performance.md has the gain.
+which a bare machine does not have. docs/results.md has its rate.
 """
 
 from __future__ import annotations

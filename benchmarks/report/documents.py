@@ -1,0 +1,93 @@
+"""Generated blocks of the documents: what they contain and how they are put in place.
+
+A block stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.report import charts, parallel, quality, service
+from benchmarks.report.results import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+IMAGES = ROOT / "docs" / "images"
+BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+# Each result file, and the command that writes it.
+COMMANDS = {
+    "service-cpu": "make bench-service",
+    "fidelity": "make bench-fidelity",
+    "selection": "make bench-selection",
+    "selection-trained": "make bench-selection",
+    "attention-cpu": "make bench-attention",
+    "profile-cpu": "python -m benchmarks.profile_prefill",
+    "load-cpu": "python -m benchmarks.load",
+    "ingest-cpu": "python -m benchmarks.ingest",
+    "hour-cpu": "python -m benchmarks.hour",
+    "sp-sparse": "python -m benchmarks.sp_sparse",
+    "sp-balance": "python -m benchmarks.sp_balance",
+    "sp-scaling": "make bench-scaling",
+}
+
+
+def result_files() -> str:
+    """Every result file: its command, the day, the machine and the versions."""
+    lines = []
+    for name, command in COMMANDS.items():
+        noted = settings(name)
+        machine = f"{noted['cores']} cores, {noted['cpu']}"
+        versions = f"torch {noted['torch']}, Python {noted['python']}"
+        lines.append([f"`{name}.json`", f"`{command}`", noted["date"], machine, versions])
+    return tables.markdown(("file", "command", "measured on", "machine", "versions"), lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "result-files": result_files,
+    "machine": service.machine,
+    "readme-table": service.readme,
+    "first-token": service.first_token,
+    "aims": service.aims,
+    "stages": service.stages,
+    "load": service.load,
+    "profile": service.profile,
+    "ingest": service.ingest,
+    "hour": service.hour,
+    "quality-dial": quality.dial,
+    "fidelity": quality.fidelity,
+    "fidelity-service": quality.through_service,
+    "adversarial": quality.adversarial,
+    "published-methods": quality.published,
+    "selection": quality.selection_mixture,
+    "selection-trained": quality.selection_trained,
+    "attention-cpu": quality.attention_cpu,
+    "bytes-by-exchange": parallel.bytes_by_exchange,
+    "load-balance": parallel.balance,
+    "formulas-checked": parallel.checked,
+    "projection": parallel.projected,
+    "projection-assumptions": parallel.assumed,
+}
+
+CHARTS: dict[str, Callable[[], str]] = {"first-token.svg": charts.first_token}
+
+
+def filled(text: str) -> str:
+    """The text with all of its generated blocks as the result files have them now.
+
+    Raises:
+        KeyError: a block that nobody knows.
+    """
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[4]}", text)
+
+
+def stale() -> dict[Path, str]:
+    """What each document and chart that is not up to date should contain."""
+    wanted = {path: filled(path.read_text()) for path in DOCUMENTS}
+    wanted |= {IMAGES / name: draw() for name, draw in CHARTS.items()}
+    return {
+        path: text for path, text in wanted.items() if not path.exists() or path.read_text() != text
+    }
