@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import documents
+from tests.build.test_architecture import ALLOWED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAPERS = 20
+FEWEST_TERMS = 35
 LONGEST_LINE = 100
 LONGEST_SENTENCE = 30
 # Phrases of a diary, of history and of pictures that are nobody's but this project's.
@@ -31,7 +33,6 @@ NOT_YET_CLEAN = {
     "README.md",
     "CONTRIBUTING.md",
     "api.md",
-    "architecture.md",
     "attention.md",
     "ingest.md",
     "memory.md",
@@ -125,6 +126,35 @@ def test_every_block_is_used() -> None:
 def block_names(path: Path) -> list[str]:
     """Names of the generated blocks of a document."""
     return [found[2] for found in documents.BLOCK.finditer(path.read_text())]
+
+
+def rows_of(path: Path, heading: str) -> list[list[str]]:
+    """The cells of the table below a heading, without its header."""
+    section = path.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\|(.*)\|$", section, re.M)[2:]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_the_table_of_packages_is_that_of_the_import_rules() -> None:
+    rows = rows_of(ROOT / "docs" / "architecture.md", "Packages")
+    table = {
+        name.strip("`"): {one for one in allowed.split(", ") if one} for name, _, allowed in rows
+    }
+    assert table == ALLOWED
+
+
+def test_the_glossary_has_the_words_of_the_code() -> None:
+    """Each term, or the names it lists, occurs in the product's code."""
+    folders = ("prefill_service", "kernels/src", "clients/python/src/prefill_client")
+    code = "\n".join(
+        path.read_text().lower() for folder in folders for path in (ROOT / folder).rglob("*.py")
+    )
+    terms = [row[0] for row in rows_of(ROOT / "docs" / "architecture.md", "Glossary")]
+    assert len(terms) == len(set(terms))
+    assert len(terms) >= FEWEST_TERMS
+    patterns = [(term, re.sub(r"[ -]", r"[\\s_-]*", term)) for term in terms]
+    missing = [term for term, pattern in patterns if not re.search(rf"{pattern}", code)]
+    assert missing == []
 
 
 def test_every_paper_says_what_is_here_and_what_is_not() -> None:
