@@ -12,7 +12,7 @@ import torch
 from prefill_service.attention.fallback import below_floor
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport
-from prefill_service.attention.sparse.attend import attend as sparse
+from prefill_service.attention.sparse import attend as sparse
 from prefill_service.attention.sparse.selection import ROW_STEP
 from prefill_service.scheduling.attention_summary import summarize
 from tests.attention import oracle

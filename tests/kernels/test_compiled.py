@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import triton
-from prefill_kernels import block_sparse, block_summaries, loss, merge, pages, selection
+from prefill_kernels import block_loss as loss
+from prefill_kernels import block_selection as selection
+from prefill_kernels import block_sparse_attention as block_sparse
+from prefill_kernels import block_summaries, merge, pages
 from prefill_kernels.autotune import CONFIGS, fits
 
 from tests.kernels.aot import Code, Const, compile_kernel

@@ -14,7 +14,8 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video import process, sandbox
+from prefill_service.video.decoder import process
+from prefill_service.video.decoder import session as sandbox
 from prefill_service.video.decoder.session import SandboxedChild
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
