@@ -1,41 +1,76 @@
 """Configuration: dataclasses with defaults, filled from a TOML file and the command line.
 
-Precedence: command line, then file, then default. Unknown keys and bad values are refused
-with the offending name and what would be accepted.
+Precedence: command line, then file, then default. Unknown names and bad values are refused
+with the name at fault, where it came from and what would be accepted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import logging
 import math
 import os
 import tomllib
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
 
-HEARTBEAT_S = 1.0
-"""How often a rank says that it lives."""
+logger = logging.getLogger(__name__)
 
-EXCHANGES = ("gather", "ring", "ulysses", "usp", "pass_q", "multi_ring", "demand",
-             "ulysses_gather")  # fmt: skip
-"""``parallel.exchanges.ExchangeKind``, without importing torch."""
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats of a worker."""
+
+EXCHANGES = (
+    "gather",
+    "ring",
+    "ulysses",
+    "usp",
+    "pass_q",
+    "multi_ring",
+    "demand",
+    "ulysses_gather",
+)
+"""The names of ``parallel.exchanges``, without importing torch."""
 
 AUTO = "auto"
 """Each prefix's exchange is planned; see docs/planner.md."""
 
 LEAST_DECODER_BYTES = 512 << 20
-"""Address space: of a decoder process, the libraries alone map up to 400 MiB (OpenCV)."""
+"""Address space of a decoder process: the libraries alone map up to 400 MiB (OpenCV)."""
+
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+
+RENAMED_SECTIONS = {"decoder": "vllm"}
+"""Sections under an earlier name; files that use it are still read."""
 
 
-def _opt(default: Any, text: str, zero: bool = False) -> Any:
-    """A dataclass field with its help text. Numbers are more than 0, or 0 too if ``zero``."""
-    return field(default=default, metadata={"help": text, "zero": zero})
+def _opt(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | tuple[int, ...] = (),
+    low: float | None = None,
+    high: float = math.inf,
+) -> Any:
+    """A dataclass field with its help text and the values it accepts.
+
+    Args:
+        default: the value without configuration; its type is the option's.
+        text: one line of help.
+        choices: the only values accepted.
+        low: the least number accepted; without it numbers are more than 0.
+        high: the greatest number accepted.
+    """
+    metadata = {"help": text, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(slots=True)
@@ -43,14 +78,14 @@ class ServerConfig:
     """The gRPC front."""
 
     host: str = _opt("127.0.0.1", "Address to bind; other than loopback it needs TLS or insecure.")
-    port: int = _opt(50051, "Port to bind; 0 picks a free one.", zero=True)
+    port: int = _opt(50051, "Port to bind; 0 picks a free one.", low=0, high=65535)
     insecure: bool = _opt(False, "Allow a non-loopback address without TLS.")
     tls_cert: str = _opt("", "PEM certificate chain.")
     tls_key: str = _opt("", "PEM private key.")
     tls_client_ca: str = _opt("", "PEM of the CA that client certificates must come from (mTLS).")
     auth_token_file: str = _opt("", "File with the bearer token that clients must send.")
     reflection: bool = _opt(True, "Serve gRPC reflection.")
-    drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.", zero=True)
+    drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.", low=0)
     max_concurrent_calls: int = _opt(256, "Calls at once; more get RESOURCE_EXHAUSTED.")
     metrics_address: str = _opt("", "HOST:PORT for Prometheus at /metrics, plain HTTP; empty: off.")
 
@@ -61,11 +96,10 @@ class StorageConfig:
 
     data_dir: str = _opt("~/.local/share/prefill-service", "Videos, indexes and the job database.")
     import_roots: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folders ImportVideo may read from. None by default."},
+        default_factory=list, metadata={"help": "Folders ImportVideo may read from."}
     )
     max_upload_bytes: int = _opt(8 << 30, "Largest upload.")
-    min_free_bytes: int = _opt(256 << 20, "Space that uploads leave free on the disk.", zero=True)
+    min_free_bytes: int = _opt(256 << 20, "Space that uploads leave free on the disk.", low=0)
     expire_hours: float = _opt(48.0, "Unused videos and unfinished uploads are removed after this.")
 
 
@@ -73,15 +107,19 @@ class StorageConfig:
 class VideoConfig:
     """Limits of what is decoded, and how."""
 
-    reader: str = _opt("pyav", "Decoder: pyav (GOP plan) or opencv (sequential).")
+    reader: str = _opt(
+        "pyav", "Decoder: pyav (GOP plan) or opencv (sequential).", choices=("pyav", "opencv")
+    )
     max_frame_pixels: int = _opt(4096 * 2304, "Largest width x height.")
     max_duration_s: float = _opt(6 * 3600.0, "Longest video.")
     max_frames: int = _opt(2_000_000, "Most frames in the container.")
-    max_memory_bytes: int = _opt(4 << 30, "Address space of a decoder process (RLIMIT_AS).")
+    max_memory_bytes: int = _opt(
+        4 << 30, "Address space of a decoder process (RLIMIT_AS).", low=LEAST_DECODER_BYTES
+    )
     probe_timeout_s: float = _opt(120.0, "Wall clock for probing one file.")
     stall_timeout_s: float = _opt(60.0, "Longest wait for the next frame.")
     spare_decoders: int = _opt(
-        1, "Decoder processes that each rank, and the front end, has ready; 0: none.", zero=True
+        1, "Decoder processes that each rank, and the front end, has ready; 0: none.", low=0
     )
 
 
@@ -90,51 +128,52 @@ class EngineConfig:
     """The rank group."""
 
     model: str = _opt("", "Folder or hub id of the checkpoint.")
-    ranks: int = _opt(2, "Ranks of the sequence-parallel group.")
+    ranks: int = _opt(2, "Ranks of the sequence-parallel group.", low=1, high=64)
     elastic: bool = _opt(
         True, "Serve several prefixes at once on parts of the ranks; pause long ones for short."
     )
-    device: str = _opt("auto", "cpu, cuda or auto.")
-    dtype: str = _opt("auto", "float32, bfloat16, float16 or auto (float32 on CPU).")
+    device: str = _opt("auto", "Where the model computes.", choices=("auto", "cpu", "cuda"))
+    dtype: str = _opt(
+        "auto",
+        "Of weights and activations; auto: the checkpoint's on CUDA, float32 on CPU.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     exchange: str = _opt(
         "gather",
-        "How ranks exchange keys: gather, ring, ulysses, usp, pass_q, multi_ring, demand, "
-        "ulysses_gather, or auto.",
+        "How ranks exchange keys; auto: planned for each prefix.",
+        choices=(*EXCHANGES, AUTO),
     )
     ulysses_degree: int = _opt(
-        0, "Of usp and ulysses_gather: ranks that share heads; 0: chosen.", zero=True
+        0, "Of usp and ulysses_gather: ranks that share heads; 0: chosen.", low=0
     )
-    chunk_tokens: int = _opt(
-        0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", zero=True
-    )
+    chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", low=0)
     mlp_chunk_tokens: int = _opt(
-        1024, "Tokens that an MLP or norm takes at once; 0: a whole chunk.", zero=True
+        1024, "Tokens that an MLP or norm takes at once; 0: a whole chunk.", low=0
     )
-    threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.", zero=True)
-    page_tokens: int = _opt(64, "Tokens per KV page.")
+    threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.", low=0)
+    page_tokens: int = _opt(64, "Tokens per KV page.", low=1, high=1024)
     sparse_from_tokens: int = _opt(
-        0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", zero=True
+        0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", low=0
     )
-    sparse_block_tokens: int = _opt(64, "Keys per block of sparse attention, 64 or 128.")
+    sparse_block_tokens: int = _opt(64, "Keys per block of sparse attention.", choices=(64, 128))
     balance_above: float = _opt(
         1.1,
         "Busiest rank over the mean from which on ranks attend to others' blocks; 0: never.",
-        zero=True,
+        low=0,
     )
     balance_least_gflop: float = _opt(
         1.5,
         "What that has to spare the busiest rank of a layer, billions of operations; 0: anything.",
-        zero=True,
+        low=0,
     )
     head_budgets: str = _opt("", "Profile of `calibrate`: how heads share the sparse budget.")
-    kv_pool_bytes: int = _opt(
-        0, "KV bytes kept for hand-off; 0: a quarter of the memory.", zero=True
-    )
+    kv_pool_bytes: int = _opt(0, "KV bytes kept for hand-off; 0: a quarter of the memory.", low=0)
     kv_working_bytes: int = _opt(
-        0, "KV bytes a rank computes with; 0: the ranks' share of a quarter of the device.",
-        zero=True,
-    )  # fmt: skip
-    kv_offload: str = _opt("off", "Where KV beyond kv_working_bytes goes: off (refused) or host.")
+        0, "KV bytes a rank computes with; 0: its part of a quarter of the device.", low=0
+    )
+    kv_offload: str = _opt(
+        "off", "Where KV beyond kv_working_bytes goes; off: refused.", choices=("off", "host")
+    )
     heartbeat_timeout_s: float = _opt(10.0, "A rank that is silent for longer is killed.")
     stall_timeout_s: float = _opt(300.0, "A busy rank without progress for longer is killed.")
     collective_timeout_s: float = _opt(600.0, "Timeout of one collective.")
@@ -144,16 +183,18 @@ class EngineConfig:
 
 
 @dataclass(slots=True)
-class DecoderConfig:
-    """vLLM."""
+class VllmConfig:
+    """The vLLM that generates answers."""
 
     url: str = _opt("", "URL of a running vLLM; empty: the service starts its own.")
     max_model_len: int = _opt(
-        0, "Context in tokens; 0: the model's, or what the KV space holds.", zero=True
+        0, "Context in tokens; 0: the model's, or what the KV space holds.", low=0
     )
-    block_size: int = _opt(0, "vLLM's block size; 0: vLLM's default.", zero=True)
+    block_size: int = _opt(0, "vLLM's block size; 0: vLLM's default.", low=0)
     kv_cache_gib: float = _opt(1.0, "CPU KV space of the embedded vLLM, GiB.")
-    gpu_memory_utilization: float = _opt(0.45, "Share of GPU memory for the embedded vLLM.")
+    gpu_memory_utilization: float = _opt(
+        0.45, "Fraction of GPU memory for the embedded vLLM.", high=1
+    )
     start_timeout_s: float = _opt(600.0, "Longest start of the embedded vLLM.")
     request_timeout_s: float = _opt(600.0, "Longest silence of vLLM within one answer.")
     extra_args: list[str] = field(
@@ -169,46 +210,89 @@ class ServiceConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
-def load_config(path: Path | None, overrides: dict[str, dict[str, Any]]) -> ServiceConfig:
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """A configuration, and where each of its values comes from.
+
+    Args:
+        config: the values.
+        sources: by "section.name": ``DEFAULT``, the path of a file, or ``COMMAND_LINE``.
+    """
+
+    config: ServiceConfig
+    sources: dict[str, str]
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServiceConfig:
     """Defaults, then the TOML file, then ``overrides`` ({section: {name: value}}).
 
     Raises:
-        ServiceError: CONFIG_INVALID, naming the key, the value and what is accepted.
+        ServiceError: CONFIG_INVALID, naming the option, the value and what is accepted.
+    """
+    return resolve_config(path, overrides).config
+
+
+def resolve_config(path: Path | None, overrides: Mapping[str, Any]) -> ResolvedConfig:
+    """As ``load_config``, with the source of each value.
+
+    Raises:
+        ServiceError: CONFIG_INVALID, as ``load_config``.
     """
     config = ServiceConfig()
+    resolved = ResolvedConfig(config, {name: DEFAULT for name, _, _ in _options(config)})
     if path is not None:
-        try:
-            with path.open("rb") as file:
-                _apply(config, tomllib.load(file), str(path))
-        except OSError as error:
-            raise ServiceError(
-                Reason.CONFIG_INVALID, f"cannot read {path}: {error.strerror}", path=path
-            ) from error
-        except tomllib.TOMLDecodeError as error:
-            raise ServiceError(
-                Reason.CONFIG_INVALID, f"{path} is not valid TOML: {error}", path=path
-            ) from error
-    _apply(config, overrides, "command line")
-    validate(config)
-    return config
+        _apply(resolved, _read_toml(path), str(path))
+    _apply(resolved, overrides, COMMAND_LINE)
+    _validate(resolved)
+    return resolved
 
 
-def _apply(config: ServiceConfig, values: dict[str, Any], source: str) -> None:
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    for section, entries in values.items():
-        if section not in sections:
-            raise _invalid(section, entries, f"a section of {', '.join(sections)}", source)
-        target = sections[section]
-        hints = typing.get_type_hints(type(target))
+def _options(config: ServiceConfig) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """("section.name", field, value) of each option."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for option in dataclasses.fields(values):
+            yield f"{section.name}.{option.name}", option, getattr(values, option.name)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ServiceError(
+            Reason.CONFIG_INVALID, f"cannot read {path}: {error.strerror}", path=path
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ServiceError(
+            Reason.CONFIG_INVALID, f"{path} is not valid TOML: {error}", path=path
+        ) from error
+
+
+def _apply(resolved: ResolvedConfig, values: Mapping[str, Any], source: str) -> None:
+    names = [section.name for section in dataclasses.fields(ServiceConfig)]
+    for given, entries in values.items():
+        section = RENAMED_SECTIONS.get(given, given)
+        if section not in names:
+            raise _unknown("section", given, names, source)
         if not isinstance(entries, dict):
             raise _invalid(section, entries, "a table", source)
+        if section != given:
+            if section in values:
+                problem = f"[{given}] is an earlier name of [{section}]; the file has both"
+                raise ServiceError(Reason.CONFIG_INVALID, f"{source}: {problem}", name=given)
+            logger.warning("%s: section [%s] is called [%s] now", source, given, section)
+        target = getattr(resolved.config, section)
+        hints = typing.get_type_hints(type(target))
         for name, value in entries.items():
+            key = f"{section}.{name}"
             if name not in hints:
-                raise _invalid(f"{section}.{name}", value, f"one of {', '.join(hints)}", source)
-            setattr(target, name, _convert(f"{section}.{name}", value, hints[name], source))
+                raise _unknown("option", key, [f"{section}.{one}" for one in hints], source)
+            setattr(target, name, _convert(key, value, hints[name], source))
+            resolved.sources[key] = source
 
 
 def _convert(name: str, value: Any, hint: Any, source: str) -> Any:
@@ -223,6 +307,14 @@ def _convert(name: str, value: Any, hint: Any, source: str) -> Any:
     raise _invalid(name, value, f"a value of type {hint.__name__}", source)
 
 
+def _unknown(kind: str, name: str, known: list[str], source: str) -> ServiceError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return ServiceError(
+        Reason.CONFIG_INVALID, f"{source}: there is no {kind} {name}; {hint}", name=name
+    )
+
+
 def _invalid(name: str, value: object, accepted: str, source: str) -> ServiceError:
     return ServiceError(
         Reason.CONFIG_INVALID,
@@ -233,65 +325,69 @@ def _invalid(name: str, value: object, accepted: str, source: str) -> ServiceErr
     )
 
 
-def validate(config: ServiceConfig) -> None:
-    """Check ranges and combinations.
+def _validate(resolved: ResolvedConfig) -> None:
+    """Check each value by its option's metadata, then what metadata cannot say.
 
     Raises:
         ServiceError: CONFIG_INVALID.
     """
+    for name, option, value in _options(resolved.config):
+        accepted = _refused(option.metadata, value)
+        if accepted:
+            raise _invalid(name, value, accepted, resolved.sources[name])
+    for name, value, accepted in _conflicts(resolved.config):
+        raise _invalid(name, value, accepted, resolved.sources[name])
 
-    def check(ok: bool, name: str, value: object, accepted: str) -> None:
-        if not ok:
-            raise _invalid(name, value, accepted, "configuration")
 
-    engine, decoder, video = config.engine, config.decoder, config.video
-    storage, server = config.storage, config.server
-    check(0 <= server.port <= 65535, "server.port", server.port, "0 to 65535")
-    check(bool(server.tls_cert) == bool(server.tls_key), "server.tls_key", server.tls_key,
-          "tls_cert and tls_key together")  # fmt: skip
-    if server.metrics_address:
-        try:
-            split_address(server.metrics_address)
-        except ValueError:
-            check(False, "server.metrics_address", server.metrics_address,
-                  "HOST:PORT, port 0 to 65535")  # fmt: skip
-    check(storage.data_dir != "", "storage.data_dir", storage.data_dir, "a folder")
-    for root in storage.import_roots:
-        check(Path(root).expanduser().is_absolute(), "storage.import_roots", root,
-              "absolute paths")  # fmt: skip
-    check(video.reader in ("pyav", "opencv"), "video.reader", video.reader, "pyav or opencv")
-    check(video.max_memory_bytes >= LEAST_DECODER_BYTES, "video.max_memory_bytes",
-          video.max_memory_bytes, f"{LEAST_DECODER_BYTES} or more")  # fmt: skip
-    check(1 <= engine.ranks <= 64, "engine.ranks", engine.ranks, "1 to 64")
-    check(engine.device in ("auto", "cpu", "cuda"), "engine.device", engine.device,
-          "auto, cpu or cuda")  # fmt: skip
-    exchanges = (*EXCHANGES, AUTO)
-    check(engine.exchange in exchanges, "engine.exchange", engine.exchange, " or ".join(exchanges))
-    check(engine.ranks % (engine.ulysses_degree or 1) == 0, "engine.ulysses_degree",
-          engine.ulysses_degree, f"a divisor of the {engine.ranks} ranks")  # fmt: skip
-    check(engine.dtype in ("auto", "float32", "bfloat16", "float16"), "engine.dtype", engine.dtype,
-          "auto, float32, bfloat16 or float16")  # fmt: skip
-    check(engine.kv_offload in ("off", "host"), "engine.kv_offload", engine.kv_offload,
-          "off or host")  # fmt: skip
-    check(1 <= engine.page_tokens <= 1024, "engine.page_tokens", engine.page_tokens, "1 to 1024")
-    check(engine.sparse_block_tokens in (64, 128), "engine.sparse_block_tokens",
-          engine.sparse_block_tokens, "64 or 128")  # fmt: skip
-    check(engine.balance_above == 0 or engine.balance_above >= 1, "engine.balance_above",
-          engine.balance_above, "0, or 1 or more")  # fmt: skip
-    check(engine.heartbeat_timeout_s > HEARTBEAT_S, "engine.heartbeat_timeout_s",
-          engine.heartbeat_timeout_s, f"more than {HEARTBEAT_S:g}, the heartbeat")  # fmt: skip
-    check(not decoder.url or decoder.url.startswith(("http://", "https://")), "decoder.url",
-          decoder.url, "an http:// or https:// URL")  # fmt: skip
-    check(0 < decoder.gpu_memory_utilization <= 1, "decoder.gpu_memory_utilization",
-          decoder.gpu_memory_utilization, "more than 0 and at most 1")  # fmt: skip
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for option in dataclasses.fields(values):
-            name, value = f"{section.name}.{option.name}", getattr(values, option.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                zero = value == 0 and option.metadata["zero"]
-                check(0 < value < math.inf or zero, name, value,
-                      "0 or more" if option.metadata["zero"] else "more than 0")  # fmt: skip
+def _refused(metadata: Mapping[str, Any], value: object) -> str:
+    """What an option accepts instead of ``value``; empty if it accepts it."""
+    choices = metadata.get("choices")
+    if choices:
+        *first, last = map(str, choices)
+        return "" if value in choices else f"{', '.join(first)} or {last}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    low: float | None = metadata["low"]
+    high: float = metadata["high"]
+    if (value > 0 if low is None else value >= low) and value <= high and value < math.inf:
+        return ""
+    if low is None:
+        return "more than 0" + (f" and at most {high:g}" if high < math.inf else "")
+    return f"{low:d} to {high:d}" if high < math.inf else f"{low:d} or more"
+
+
+def _conflicts(config: ServiceConfig) -> Iterator[tuple[str, object, str]]:
+    """(name, value, what is accepted) of values that are wrong in form or beside another's."""
+    server = config.server
+    engine = config.engine
+    if bool(server.tls_cert) != bool(server.tls_key):
+        name = "tls_cert" if server.tls_cert else "tls_key"
+        yield f"server.{name}", getattr(server, name), "tls_cert and tls_key together"
+    if server.metrics_address and not _is_address(server.metrics_address):
+        yield "server.metrics_address", server.metrics_address, "HOST:PORT, port 0 to 65535"
+    if not config.storage.data_dir:
+        yield "storage.data_dir", config.storage.data_dir, "a folder"
+    for root in config.storage.import_roots:
+        if not Path(root).expanduser().is_absolute():
+            yield "storage.import_roots", root, "absolute paths"
+    if engine.ranks % (engine.ulysses_degree or 1):
+        divisors = f"a divisor of the {engine.ranks} ranks"
+        yield "engine.ulysses_degree", engine.ulysses_degree, divisors
+    if 0 < engine.balance_above < 1:
+        yield "engine.balance_above", engine.balance_above, "0, or 1 or more"
+    if engine.heartbeat_timeout_s <= HEARTBEAT_S:
+        least = f"more than {HEARTBEAT_S:g}, the heartbeat"
+        yield "engine.heartbeat_timeout_s", engine.heartbeat_timeout_s, least
+    if config.vllm.url and not config.vllm.url.startswith(("http://", "https://")):
+        yield "vllm.url", config.vllm.url, "an http:// or https:// URL"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        split_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -94,7 +94,7 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     return Parts(
         PrefixPlanner(checkpoint, dtype),
         group,
-        GenerationServer(config.decoder, str(checkpoint.path), dtype, data_dir),
+        GenerationServer(config.vllm, str(checkpoint.path), dtype, data_dir),
         submit_early=device != "cpu",
         budgets=budgets,
         memory=memory,
@@ -182,7 +182,7 @@ class Service:
         planning = Admission(
             videos,
             parts.planner,
-            lambda: parts.decoder.max_model_len or config.decoder.max_model_len,
+            lambda: parts.decoder.max_model_len or config.vllm.max_model_len,
             parts.budgets,
             parts.memory,
             config.engine.ranks,
@@ -193,7 +193,7 @@ class Service:
             store, videos, planning, parts.group, uuid.uuid4().hex, config.engine, metrics,
             parts.exchanges,
         )  # fmt: skip
-        wait_s = REMOTE_DECODER_WAIT_S if config.decoder.url else config.decoder.start_timeout_s
+        wait_s = REMOTE_DECODER_WAIT_S if config.vllm.url else config.vllm.start_timeout_s
         answers = Answers(
             planning, scheduler, parts.decoder, reports, wait_s, parts.submit_early, metrics
         )
@@ -227,7 +227,7 @@ class Service:
         tls = "TLS" if config.server.tls_cert else "plaintext"
         return (
             f"serving on {config.server.host}:{self.port} ({tls}): model {config.engine.model}, "
-            f"{config.engine.ranks} ranks, decoder {config.decoder.url or 'embedded vLLM'}, "
+            f"{config.engine.ranks} ranks, vLLM {config.vllm.url or 'embedded'}, "
             f"context {planning.limit} tokens"
         )
 

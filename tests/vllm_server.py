@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefill_service.config import DecoderConfig
+from prefill_service.config import VllmConfig
 from prefill_service.generation.server import GenerationServer
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ class VllmServer:
         self.model = model
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.decoder = GenerationServer(DecoderConfig(), str(model), "float32", folder)
+        self.decoder = GenerationServer(VllmConfig(), str(model), "float32", folder)
         self.run(self.decoder.start())
 
     @property

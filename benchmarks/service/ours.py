@@ -44,7 +44,7 @@ class Service:
         self.arguments = [
             "--model", str(setup.checkpoint), "--ranks", str(ranks), "--device", "cpu",
             "--engine-threads-per-rank", str(threads),
-            "--decoder-kv-cache-gib", str(KV_BYTES / (1 << 30)),
+            "--vllm-kv-cache-gib", str(KV_BYTES / (1 << 30)),
         ]  # fmt: skip
         self._data = tempfile.TemporaryDirectory(prefix="data-", dir=setup.folder)
         self._process = ServiceProcess(

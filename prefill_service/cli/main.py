@@ -30,8 +30,7 @@ ALIASES = {
     "server.port": "--port",
     "server.insecure": "--insecure",
     "storage.data_dir": "--data-dir",
-    "decoder.url": "--vllm-url",
-    "decoder.max_model_len": "--max-model-len",
+    "vllm.max_model_len": "--max-model-len",
 }
 
 _SERVE_TEXT = """\
@@ -140,6 +139,9 @@ def _add_option(
     else:
         settings |= {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
     group.add_argument(*flags, **settings)
+    if section == "vllm":
+        earlier = f"--decoder-{option.name}".replace("_", "-")
+        group.add_argument(earlier, **settings | {"help": argparse.SUPPRESS})
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import torch
 
-from prefill_service.config import DecoderConfig
+from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import (
     GenerationEvent,
@@ -45,9 +45,7 @@ class GenerationServer:
         runtime_dir: where the log (``vllm.log``) goes.
     """
 
-    def __init__(
-        self, config: DecoderConfig, model_path: str, dtype: str, runtime_dir: Path
-    ) -> None:
+    def __init__(self, config: VllmConfig, model_path: str, dtype: str, runtime_dir: Path) -> None:
         self._config = config
         self._model_path = model_path
         self._dtype = dtype

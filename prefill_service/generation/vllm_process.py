@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from prefill_service.config import DecoderConfig
+from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 
 logger = logging.getLogger("prefill_service.generation")
@@ -40,7 +40,7 @@ class VllmProcess:
     """
 
     def __init__(
-        self, config: DecoderConfig, model_path: str, dtype: str, device: str, log_path: Path
+        self, config: VllmConfig, model_path: str, dtype: str, device: str, log_path: Path
     ) -> None:
         self._config = config
         self._model_path = model_path

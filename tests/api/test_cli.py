@@ -42,10 +42,10 @@ def test_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[st
     for part in (
         "--model TEXT, --engine-model TEXT",
         "--ranks N, --engine-ranks N Ranks of the sequence-parallel group. (default: 2)",
-        "--vllm-url TEXT, --decoder-url TEXT",
+        "--vllm-url TEXT",
         "--storage-import-roots TEXT",
         "--engine-sparse-from-tokens N Queries that see fewer keys attend exactly; 0: measured",
-        "--engine-sparse-block-tokens N Keys per block of sparse attention, 64 or 128.",
+        "--engine-sparse-block-tokens N Keys per block of sparse attention.",
         "The rank group.",
     ):
         assert part in text
@@ -71,8 +71,9 @@ def test_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[st
         (["serve", "--model", "m", "--video-max-frames", "-5"], "video.max_frames = -5"),
         (["serve", "--model", "m", "--video-stall-timeout-s", "0"], "video.stall_timeout_s = 0.0"),
         (["serve", "--model", "m", "--video-max-memory-bytes", "4096"], "536870912 or more"),
-        (["serve", "--model", "m", "--decoder-kv-cache-gib", "0"], "decoder.kv_cache_gib = 0.0"),
-        (["serve", "--model", "m", "--decoder-gpu-memory-utilization", "45"], "at most 1"),
+        (["serve", "--model", "m", "--vllm-kv-cache-gib", "0"], "vllm.kv_cache_gib = 0.0"),
+        (["serve", "--model", "m", "--decoder-kv-cache-gib", "0"], "vllm.kv_cache_gib = 0.0"),
+        (["serve", "--model", "m", "--vllm-gpu-memory-utilization", "45"], "at most 1"),
         (["serve", "--model", "m", "--engine-sparse-block-tokens", "32"], "expected 64 or 128"),
         (["serve", "--model", "m", "--engine-sparse-from-tokens", "-1"], "expected 0 or more"),
         (["serve", "--model", "m", "--server-metrics-address", "9464"], "expected HOST:PORT"),

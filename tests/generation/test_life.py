@@ -16,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from prefill_service.config import DecoderConfig
+from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.server import GenerationRequest, GenerationServer, Sampling
 from prefill_service.kv.handoff import HandoffParams
@@ -43,7 +43,7 @@ async def test_preemption_death_and_restart(
 ) -> None:
     # Room for 12 blocks of 128 tokens: two answers of 700 tokens cannot both stay.
     size = 12.5 * 128 * LAYOUT.token_bytes / (1 << 30)
-    config = DecoderConfig(max_model_len=1024, kv_cache_gib=size)
+    config = VllmConfig(max_model_len=1024, kv_cache_gib=size)
     model = checkpoint("qwen3_vl")
     decoder = GenerationServer(config, str(model), "float32", tmp_path)
     starting = asyncio.create_task(decoder.start())
@@ -150,7 +150,7 @@ def test_vllm_dies_with_a_killed_service(checkpoint: Callable[..., Path], tmp_pa
 
 
 async def test_vllm_that_cannot_start_is_explained(tmp_path: Path) -> None:
-    config = DecoderConfig(extra_args=["--no-such-flag"])
+    config = VllmConfig(extra_args=["--no-such-flag"])
     decoder = GenerationServer(config, str(tmp_path), "float32", tmp_path)
     with pytest.raises(ServiceError) as caught:
         await decoder.start()
@@ -161,7 +161,7 @@ async def test_vllm_that_cannot_start_is_explained(tmp_path: Path) -> None:
 
 
 async def test_url_where_nobody_listens(tmp_path: Path) -> None:
-    decoder = GenerationServer(DecoderConfig(url="http://127.0.0.1:9"), "", "float32", tmp_path)
+    decoder = GenerationServer(VllmConfig(url="http://127.0.0.1:9"), "", "float32", tmp_path)
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:9") as caught:
         await decoder.start()
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from prefill_service.config import DecoderConfig
+from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.server import (
     GenerationEvent,
@@ -140,7 +140,7 @@ def bench(
     async def open_bench(family: str = "qwen3_vl", size: str = "short") -> AsyncIterator[Bench]:
         loaded = await asyncio.to_thread(case, family, size)
         server = await asyncio.to_thread(vllm, family)
-        decoder = GenerationServer(DecoderConfig(url=server.url), "", "float32", tmp_path)
+        decoder = GenerationServer(VllmConfig(url=server.url), "", "float32", tmp_path)
         reports = ReportServer(tmp_path / "reports.sock")
         await reports.start()
         await decoder.start()
