@@ -108,7 +108,9 @@ class VideoConfig:
     """Limits of what is decoded, and how."""
 
     reader: str = _opt(
-        "pyav", "Decoder: pyav (GOP plan) or opencv (sequential).", choices=("pyav", "opencv")
+        "pyav",
+        "Decoder; pyav seeks by a GOP plan, opencv reads in sequence.",
+        choices=("pyav", "opencv"),
     )
     max_frame_pixels: int = _opt(4096 * 2304, "Largest width x height.")
     max_duration_s: float = _opt(6 * 3600.0, "Longest video.")
@@ -135,7 +137,7 @@ class EngineConfig:
     device: str = _opt("auto", "Where the model computes.", choices=("auto", "cpu", "cuda"))
     dtype: str = _opt(
         "auto",
-        "Of weights and activations; auto: the checkpoint's on CUDA, float32 on CPU.",
+        "Of weights and activations; auto: float32 on CPU, else the checkpoint's.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     exchange: str = _opt(
@@ -219,7 +221,7 @@ class ResolvedConfig:
 
     Args:
         config: the values.
-        sources: by "section.name": ``DEFAULT``, the path of a file, or ``COMMAND_LINE``.
+        sources: by "section.name": ``DEFAULT``, ``file PATH``, or ``COMMAND_LINE``.
     """
 
     config: ServiceConfig
@@ -244,7 +246,7 @@ def resolve_config(path: Path | None, overrides: Mapping[str, Any]) -> ResolvedC
     config = ServiceConfig()
     resolved = ResolvedConfig(config, {name: DEFAULT for name, _, _ in _options(config)})
     if path is not None:
-        _apply(resolved, _read_toml(path), str(path))
+        _apply(resolved, _read_toml(path), f"file {path}")
     _apply(resolved, overrides, COMMAND_LINE)
     _validate(resolved)
     return resolved

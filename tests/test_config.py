@@ -35,7 +35,7 @@ def test_each_value_has_a_source(tmp_path: Path) -> None:
     resolved = resolve_config(path, {"engine": {"ranks": 4}})
     assert resolved.config.engine.ranks == 4
     assert resolved.sources["engine.ranks"] == "command line"
-    assert resolved.sources["engine.page_tokens"] == str(path)
+    assert resolved.sources["engine.page_tokens"] == f"file {path}"
     assert resolved.sources["server.port"] == "default"
     assert len(resolved.sources) == sum(
         len(dataclasses.fields(getattr(resolved.config, section.name)))

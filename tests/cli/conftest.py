@@ -1,0 +1,5 @@
+"""Fixtures of the command line's tests."""
+
+from tests.scheduling.fixtures import serve, template
+
+__all__ = ["serve", "template"]
