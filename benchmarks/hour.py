@@ -159,10 +159,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
 
         with Client(service.address) as client:
             short = write_video(folder / "short.mp4", seconds=8, width=640, height=360)
-            client.ask_text(
+            client.ask(
                 short, QUESTION, num_frames=WARM_UP, max_pixels=WARM_UP * 256 * 288,
                 quality=options.quality, max_tokens=4,
-            )  # fmt: skip
+            ).result()  # fmt: skip
             before = ours()
             with MemoryLog(ours) as memory:
                 row, trace = ask(client, options.video, options)

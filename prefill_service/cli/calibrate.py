@@ -33,9 +33,11 @@ def add_calibrate(commands: argparse._SubParsersAction[typing.Any]) -> None:
     result = parser.add_mutually_exclusive_group(required=True)
     result.add_argument("--out", type=Path, metavar="FILE", help="the profile to write")
     result.add_argument(
-        "--check", type=Path, metavar="FILE",
+        "--check",
+        type=Path,
+        metavar="FILE",
         help="write nothing: print what this profile does to the videos",
-    )  # fmt: skip
+    )
     add(
         "--epsilon",
         type=float,

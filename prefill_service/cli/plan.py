@@ -32,13 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, required=True, metavar="R", help="ranks there are")
     add("--link", type=float, metavar="GB/S", help="bandwidth at which a rank receives")
     add("--latency", type=float, metavar="US", help="microseconds of one operation of an exchange")
-    add("--parallel-links", type=int, default=1, metavar="N",
+    add(
+        "--parallel-links",
+        type=int,
+        default=1,
+        metavar="N",
         help="other ranks from which a rank receives at once at that bandwidth; ranks - 1 in a "
-        "full mesh (default: 1)")  # fmt: skip
-    add("--density", type=float, metavar="X",
-        help="share of the pairs that attention computes (default: 1, exact)")  # fmt: skip
-    add("--memory", type=float, metavar="GIB",
-        help=f"for K and V on each rank (default: {_MEMORY_GIB:g})")  # fmt: skip
+        "full mesh (default: 1)",
+    )
+    add(
+        "--density",
+        type=float,
+        metavar="X",
+        help="share of the pairs that attention computes (default: 1, exact)",
+    )
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help=f"for K and V on each rank (default: {_MEMORY_GIB:g})",
+    )
     add("--profile", type=Path, metavar="FILE", help="cost model, as --save writes it")
     add("--probe", action="store_true", help="measure this machine's rates instead of assuming")
     add("--save", type=Path, metavar="FILE", help="write the cost model that was used")

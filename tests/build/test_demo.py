@@ -92,7 +92,8 @@ def test_demo_fails_with_the_reason_last(tmp_path: Path) -> None:
 
 def _answered(*texts: str) -> list[Asked]:
     """Answers whose tokens are [1], [2], ..."""
-    timings, usage = Timings(0, 0, 0, 0, 0), Usage(3746, 2160, 2, 23, 1, 0)
+    timings = Timings(0, 0, 0, 0, 0)
+    usage = Usage(3746, 2160, 2, 23, 1, 0)
     return [
         Asked(Answer(text, (number,), "stop", timings, usage, "", "", "", ""), number / 4)
         for number, text in enumerate(texts, 1)

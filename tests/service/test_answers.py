@@ -112,14 +112,14 @@ def test_tokens_equal_vllm_alone(
             video = client.upload(make_video(**SIZES[size]))
             prefix_tokens = 0
             for number, (chat, reference) in enumerate(zip(chats(), references, strict=True)):
-                got = client.ask_text(
+                got = client.ask(
                     video,
                     [Message(role, text) for role, text in chat],
                     max_tokens=NEW_TOKENS,
                     timeout=240,
                     quality="exact",  # what vLLM computes
                     **SAMPLING[family, size],  # type: ignore[arg-type]
-                )
+                ).result()
                 assert list(got.token_ids) == reference.token_ids, f"{size}, chat {number}"
                 assert got.text == reference.text
                 usage = got.usage

@@ -25,12 +25,12 @@ def test_an_answer_where_all_passes_is_the_exact_one(
         service.client() as client,
     ):
         video = client.upload(make_video(seconds=12.0, fps=10, width=160, height=120))
-        exact = client.ask_text(video, "Who?", max_tokens=12, quality="exact", timeout=240)
+        exact = client.ask(video, "Who?", max_tokens=12, quality="exact", timeout=240).result()
         for method, passing in ((ComparisonMethod.SPAVA, 1 << 20), (ComparisonMethod.APB, 4)):
-            found = client.ask_text(
+            found = client.ask(
                 video, "Who?", comparison=method, anchor_tokens=30, passing_tokens=passing,
                 max_tokens=12, timeout=240,
-            )  # fmt: skip
+            ).result()  # fmt: skip
             job = client.job(found.job_id)
             assert job.spec.comparison == Comparison(method, "Who?", 30, passing)
             assert job.result.prefix_id != client.job(exact.job_id).result.prefix_id

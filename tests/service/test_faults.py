@@ -59,7 +59,7 @@ def test_a_killed_rank_costs_time_but_not_the_answer(
 ) -> None:
     # Exact: where sparsity begins is measured anew when the ranks are started again.
     options: Any = {"max_tokens": 8, "quality": "exact"}
-    before = client.ask_text(long_video, "What happens?", fps=1.0, **options)
+    before = client.ask(long_video, "What happens?", fps=1.0, **options).result()
     killed = threading.Event()
 
     def kill_once(job: object) -> None:
@@ -73,10 +73,10 @@ def test_a_killed_rank_costs_time_but_not_the_answer(
     assert stream.final is not None
     job = client.job(stream.final.job_id)
     assert (job.state, job.attempts) == (JobState.SUCCEEDED, 2)
-    again = client.ask_text(long_video, "What happens?", **options)
+    again = client.ask(long_video, "What happens?", **options).result()
     assert again.text == text
     # what the dead ranks held is computed again when asked for
-    after = client.ask_text(long_video, "What happens?", fps=1.0, **options)
+    after = client.ask(long_video, "What happens?", fps=1.0, **options).result()
     assert after.text == before.text
 
 
@@ -101,7 +101,7 @@ def test_a_client_that_leaves_stops_the_work_within_a_second(
     assert time.monotonic() - left < 3  # one second on an idle machine
     reader.join(10)
     # the ranks are free at once for somebody else
-    assert client.ask_text(long_video, "Still there?", max_tokens=4, fps=0.5).text
+    assert client.ask(long_video, "Still there?", max_tokens=4, fps=0.5).result().text
 
 
 def test_a_short_question_overtakes_a_long_prefill(client: Client, long_video: Video) -> None:
@@ -117,7 +117,7 @@ def test_a_short_question_overtakes_a_long_prefill(client: Client, long_video: V
     reader = threading.Thread(target=lambda: _swallow(stream), daemon=True)
     reader.start()
     assert started.wait(60)
-    short = client.ask_text(long_video, "What happens?", num_frames=4, **options)
+    short = client.ask(long_video, "What happens?", num_frames=4, **options).result()
     states = {job.job_id: job.state for job in client.jobs()}
     assert states[short.job_id] is JobState.SUCCEEDED
     assert JobState.RUNNING in states.values()
@@ -125,7 +125,7 @@ def test_a_short_question_overtakes_a_long_prefill(client: Client, long_video: V
     assert stream.final is not None
     # Four times the tokens were left, so that nothing but the pause can have let it go before.
     assert stream.final.usage.video_tokens > 8 * short.usage.video_tokens
-    again = client.ask_text(long_video, "What happens?", fps=8.0, **options)
+    again = client.ask(long_video, "What happens?", fps=8.0, **options).result()
     assert again.job_id == stream.final.job_id
 
 
@@ -149,7 +149,7 @@ def test_a_video_over_the_context_says_what_would_fit(
 ) -> None:
     video = client.upload(make_video(seconds=240, fps=4, width=640, height=480, seed=7))
     with pytest.raises(ContextExceededError) as caught:
-        client.ask_text(video, "What happens?", fps=4.0, max_pixels=640 * 480 * 960)
+        client.ask(video, "What happens?", fps=4.0, max_pixels=640 * 480 * 960).result()
     error = caught.value
     assert int(error.metadata["tokens"]) > int(error.metadata["limit"])
     assert error.metadata["tokens"] in error.message
@@ -176,13 +176,13 @@ def test_questions_that_cannot_be_answered(
     client: Client, long_video: Video, question: str, options: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(PrefillError) as caught:
-        client.ask_text(long_video, question, **options)  # type: ignore[arg-type]
+        client.ask(long_video, question, **options).result()  # type: ignore[arg-type]
     assert caught.value.reason == reason
 
 
 def test_unknown_ids(client: Client) -> None:
     for call, reason in (
-        (lambda: client.ask_text("vid_" + "0" * 26, "What?"), "UNKNOWN_VIDEO"),
+        (lambda: client.ask("vid_" + "0" * 26, "What?").result(), "UNKNOWN_VIDEO"),
         (lambda: client.video("vid_" + "0" * 26), "UNKNOWN_VIDEO"),
         (lambda: client.delete_video("vid_" + "0" * 26), "UNKNOWN_VIDEO"),
         (lambda: client.job("job_" + "0" * 26), "UNKNOWN_JOB"),
@@ -202,15 +202,15 @@ def test_a_file_that_is_no_video(client: Client, tmp_path: Path) -> None:
 
 
 def test_stop_strings_and_sampling(client: Client, long_video: Video) -> None:
-    free = client.ask_text(long_video, "What happens?", max_tokens=24)
-    again = client.ask_text(long_video, "What happens?", max_tokens=24)
+    free = client.ask(long_video, "What happens?", max_tokens=24).result()
+    again = client.ask(long_video, "What happens?", max_tokens=24).result()
     assert again.text == free.text
     word = free.text.split()[1]
-    cut = client.ask_text(long_video, "What happens?", max_tokens=24, stop=[word])
+    cut = client.ask(long_video, "What happens?", max_tokens=24, stop=[word]).result()
     assert cut.text == free.text.split(word)[0]
     assert cut.finish_reason == "stop"
     one, two, other = (
-        client.ask_text(long_video, "What?", max_tokens=24, temperature=1.5, seed=seed).text
+        client.ask(long_video, "What?", max_tokens=24, temperature=1.5, seed=seed).result().text
         for seed in (1, 1, 2)
     )
     assert one == two != other
@@ -220,7 +220,7 @@ def test_several_questions_at_once_prefill_once(client: Client, long_video: Vide
     answers: dict[int, object] = {}
 
     def ask(i: int) -> None:
-        answers[i] = client.ask_text(long_video, f"Question {i}?", max_tokens=6)
+        answers[i] = client.ask(long_video, f"Question {i}?", max_tokens=6).result()
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
     for thread in threads:

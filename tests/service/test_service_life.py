@@ -24,7 +24,7 @@ def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
     video = make_video(seconds=4, fps=5, width=160, height=120)
     with running_service(checkpoint("qwen3_vl"), tmp_path, "--ranks", "1") as service:
         with service.client() as client:
-            before = client.ask_text(video, "What happens?", max_tokens=8)
+            before = client.ask(video, "What happens?", max_tokens=8).result()
             found = check_format(json.loads(client.trace_job(before.job_id)))
             assert set(found["rank 0"]) == {"decode", "vision", "prefill"}
             (answered,) = [e for e in found["service"]["questions"] if e["name"] == "answer"]
@@ -32,7 +32,7 @@ def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
             assert answered["args"]["kv_bytes_moved"] > 0
             for process in service.children("vllm_server")[:1]:
                 process.kill()
-            after = client.ask_text(video, "What happens?", max_tokens=8, timeout=240)
+            after = client.ask(video, "What happens?", max_tokens=8, timeout=240).result()
         assert after.token_ids == before.token_ids
         vllm = [p.cmdline() for p in service.children("vllm_server")]
         assert any("--language-model-only" in line for line in vllm), "vLLM holds a vision tower"

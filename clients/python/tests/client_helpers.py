@@ -33,6 +33,13 @@ class Api:
             return await method(*args, **kwargs)
         return await asyncio.to_thread(method, *args, **kwargs)
 
+    async def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole answer of ``ask``."""
+        stream = self.client.ask(*args, **kwargs)
+        if self.is_async:
+            return await stream.result()
+        return await asyncio.to_thread(stream.result)
+
     async def collect(self, name: str, *args: Any, **kwargs: Any) -> list[Any]:
         return (await self.stream(getattr(self.client, name)(*args, **kwargs)))[0]
 

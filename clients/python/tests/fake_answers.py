@@ -18,7 +18,8 @@ class FakeAnswers(answer_grpc.AnswerServiceServicer):
         self._jobs = jobs
 
     async def Ask(self, request, context):
-        state, faults = self._backend.state, self._backend.faults
+        state = self._backend.state
+        faults = self._backend.faults
         await self._backend.enter("Ask", context)
         state.asks.append(request)
         state.ask_active += 1
@@ -55,17 +56,26 @@ class FakeAnswers(answer_grpc.AnswerServiceServicer):
 
     async def _check_question(self, request, context):
         if not request.messages or not request.messages[-1].text.strip():
-            await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "QUESTION_EMPTY",
-                       "the question is empty")  # fmt: skip
+            await fail(
+                context, grpc.StatusCode.INVALID_ARGUMENT, "QUESTION_EMPTY", "the question is empty"
+            )
         if len(request.messages[-1].text) > 1000:
-            await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_EXCEEDED",
-                       "1200 tokens, 1000 fit", tokens="1200", limit="1000")  # fmt: skip
+            await fail(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "CONTEXT_EXCEEDED",
+                "1200 tokens, 1000 fit",
+                tokens="1200",
+                limit="1000",
+            )
 
     def _final(self, job, words):
         final = apb.AskFinal(
-            finish_reason="stop", job_id=job.job_id, prefix_id="pfx_1",
+            finish_reason="stop",
+            job_id=job.job_id,
+            prefix_id="pfx_1",
             usage=apb.AskUsage(prompt_tokens=820, video_tokens=800, completion_tokens=len(words)),
-        )  # fmt: skip
+        )
         final.timings.total.FromMilliseconds(1250)
         return final
 

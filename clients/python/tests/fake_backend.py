@@ -94,7 +94,8 @@ async def fail(
 def page_of(items, request):
     """The page a request asks for, newest first, and the token of the next one."""
     items = items[::-1]
-    start, size = int(request.page_token or 0), request.page_size or 50
+    start = int(request.page_token or 0)
+    size = request.page_size or 50
     end = start + size
     return items[start:end], str(end) if end < len(items) else ""
 
@@ -112,8 +113,13 @@ class Backend:
         await asyncio.sleep(self.faults.unary_delay_s)
         if self.faults.unavailable[rpc] > 0:
             self.faults.unavailable[rpc] -= 1
-            await fail(context, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN", "draining",
-                       self.faults.retry_after_s)  # fmt: skip
+            await fail(
+                context,
+                grpc.StatusCode.UNAVAILABLE,
+                "SHUTTING_DOWN",
+                "draining",
+                self.faults.retry_after_s,
+            )
 
     async def leave(self, rpc: str, context: Any) -> None:
         if self.faults.unavailable_after[rpc] > 0:
@@ -122,12 +128,21 @@ class Backend:
 
     async def video(self, video_id: str, context: Any) -> vpb.Video:
         if video_id not in self.state.videos:
-            await fail(context, grpc.StatusCode.NOT_FOUND, "UNKNOWN_VIDEO",
-                       f"no video {video_id!r}", video_id=video_id)  # fmt: skip
+            await fail(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                "UNKNOWN_VIDEO",
+                f"no video {video_id!r}",
+                video_id=video_id,
+            )
         return self.state.videos[video_id]
 
     async def check_ready(self, spec, context):
         video = await self.video(spec.video_id, context)
         if video.state != vpb.VIDEO_STATE_READY:
-            await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "VIDEO_NOT_READY",
-                       f"{spec.video_id} is not READY")  # fmt: skip
+            await fail(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "VIDEO_NOT_READY",
+                f"{spec.video_id} is not READY",
+            )

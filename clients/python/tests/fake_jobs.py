@@ -20,7 +20,8 @@ class FakeJobs(prefill_grpc.PrefillServiceServicer):
         self._backend = backend
 
     def job_of(self, spec):
-        state, key = self._backend.state, spec.SerializeToString(deterministic=True)
+        state = self._backend.state
+        key = spec.SerializeToString(deterministic=True)
         if key not in state.prefixes:
             job = ppb.PrefillJob(job_id=new_id("job_"), spec=spec, state=ppb.JOB_STATE_QUEUED)
             job.create_time.GetCurrentTime()
@@ -52,13 +53,18 @@ class FakeJobs(prefill_grpc.PrefillServiceServicer):
             job.state = ppb.JOB_STATE_FAILED
             job.error.reason, job.error.message = self._backend.faults.job_error
         else:
-            job.state, job.prefix_tokens = ppb.JOB_STATE_SUCCEEDED, 810
+            job.state = ppb.JOB_STATE_SUCCEEDED
+            job.prefix_tokens = 810
             job.result.CopyFrom(
-                ppb.PrefillResult(prefix_id="pfx_1", prefix_tokens=810, video_tokens=800,
-                                  grid_thw=[4, 20, 20],
-                                  shards=[ppb.ShardRange(start_token=0, end_token=810, rank=1)],
-                                  attention=attention_report(job.spec.attention))
-            )  # fmt: skip
+                ppb.PrefillResult(
+                    prefix_id="pfx_1",
+                    prefix_tokens=810,
+                    video_tokens=800,
+                    grid_thw=[4, 20, 20],
+                    shards=[ppb.ShardRange(start_token=0, end_token=810, rank=1)],
+                    attention=attention_report(job.spec.attention),
+                )
+            )
         yield job
 
     async def _known(self, job_id, context):
@@ -104,8 +110,12 @@ class FakeJobs(prefill_grpc.PrefillServiceServicer):
         await self._backend.enter("InspectPrefillJob", context)
         job = await self._known(request.job_id, context)
         if job.state != ppb.JOB_STATE_SUCCEEDED:
-            await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_ATTENTION_REPORT",
-                       f"job {job.job_id} has no attention report")  # fmt: skip
+            await fail(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NO_ATTENTION_REPORT",
+                f"job {job.job_id} has no attention report",
+            )
         response = ppb.InspectPrefillJobResponse(job=job, attention=job.result.attention)
         if job.result.attention.layers:
             grid = [1.0, -1.0, -1.0, 0.5, 1.0, -1.0]
@@ -121,10 +131,15 @@ class FakeJobs(prefill_grpc.PrefillServiceServicer):
         await self._backend.enter("TracePrefillJob", context)
         job = await self._known(request.job_id, context)
         if job.state != ppb.JOB_STATE_SUCCEEDED:
-            await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "NO_TRACE",
-                       f"job {job.job_id} has no trace")  # fmt: skip
-        text = json.dumps({"traceEvents": [{"ph": "X", "name": "naïve"}, {"ph": "M"}]},
-                          ensure_ascii=False)  # fmt: skip
+            await fail(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NO_TRACE",
+                f"job {job.job_id} has no trace",
+            )
+        text = json.dumps(
+            {"traceEvents": [{"ph": "X", "name": "naïve"}, {"ph": "M"}]}, ensure_ascii=False
+        )
         data = text.encode()
         for start in range(0, len(data), 7):  # also through the middle of a character
             yield ppb.TracePrefillJobResponse(data=data[start : start + 7])
@@ -141,13 +156,27 @@ def attention_report(spec: ppb.AttentionSpec) -> ppb.AttentionReport:
             quality=ppb.QUALITY_EXACT, min_kept_mass=1, floor_met=True, total=exact
         )
     measures = ppb.AttentionMeasures(
-        density=0.25, sampled_rows=64, kept_mass_mean=0.95, kept_mass_p5=0.875, kept_mass_min=0.75,
-        output_error_mean=0.03125, output_error_p95=0.0625, tiles=40, tiles_redone=4, tiles_dense=1,
-    )  # fmt: skip
+        density=0.25,
+        sampled_rows=64,
+        kept_mass_mean=0.95,
+        kept_mass_p5=0.875,
+        kept_mass_min=0.75,
+        output_error_mean=0.03125,
+        output_error_p95=0.0625,
+        tiles=40,
+        tiles_redone=4,
+        tiles_dense=1,
+    )
     measures.attend.FromMilliseconds(1500)
     return ppb.AttentionReport(
-        quality=spec.quality or ppb.QUALITY_BALANCED, epsilon=0.1, min_kept_mass=0.8,
-        floor_met=True, sparse_from_tokens=512, total=measures,
-        layers=[ppb.LayerAttention(layer=n, measures=measures, head_density=[0.375, 0.125])
-                for n in range(2)],
-    )  # fmt: skip
+        quality=spec.quality or ppb.QUALITY_BALANCED,
+        epsilon=0.1,
+        min_kept_mass=0.8,
+        floor_met=True,
+        sparse_from_tokens=512,
+        total=measures,
+        layers=[
+            ppb.LayerAttention(layer=n, measures=measures, head_density=[0.375, 0.125])
+            for n in range(2)
+        ],
+    )

@@ -59,7 +59,8 @@ class FakeServer:
         self._loop.close()
 
     def reset(self) -> None:
-        self._backend.state, self._backend.faults = State(), Faults()
+        self._backend.state = State()
+        self._backend.faults = Faults()
 
     def _call(self, coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)

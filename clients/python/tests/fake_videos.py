@@ -24,21 +24,32 @@ class FakeVideos(video_grpc.VideoServiceServicer):
             assert uuid.UUID(request.request_id).version == 4
             arguments = request.SerializeToString(deterministic=True)
             if state.upload_arguments.setdefault(request.request_id, arguments) != arguments:
-                await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST",
-                           "request_id was used before with other arguments")  # fmt: skip
+                await fail(
+                    context,
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "INVALID_REQUEST",
+                    "request_id was used before with other arguments",
+                )
         video_id = state.uploads.get(request.request_id, "")
         if video_id not in state.videos:
-            same = [v for v in state.videos.values()
-                    if v.sha256 == request.sha256 and v.state == vpb.VIDEO_STATE_READY]  # fmt: skip
+            same = [
+                v
+                for v in state.videos.values()
+                if v.sha256 == request.sha256 and v.state == vpb.VIDEO_STATE_READY
+            ]
             if same:
                 return vpb.CreateUploadResponse(video=same[0], max_chunk_bytes=256 << 10)
         if not video_id:
             video_id = new_id("vid_")
             state.uploads[request.request_id] = video_id
             state.data[video_id] = bytearray()
-            video = vpb.Video(video_id=video_id, display_name=request.display_name,
-                              state=vpb.VIDEO_STATE_UPLOADING, size_bytes=request.size_bytes,
-                              sha256=request.sha256)  # fmt: skip
+            video = vpb.Video(
+                video_id=video_id,
+                display_name=request.display_name,
+                state=vpb.VIDEO_STATE_UPLOADING,
+                size_bytes=request.size_bytes,
+                sha256=request.sha256,
+            )
             video.create_time.GetCurrentTime()
             state.videos[video_id] = video
         await self._backend.leave("CreateUpload", context)
@@ -50,15 +61,21 @@ class FakeVideos(video_grpc.VideoServiceServicer):
     async def UploadChunks(self, request_iterator, context):
         await self._backend.enter("UploadChunks", context)
         limits = self._backend.faults.break_upload_after
-        limit, received, video = (limits.pop(0) if limits else None), 0, None
+        limit = limits.pop(0) if limits else None
+        received = 0
+        video = None
         async for message in request_iterator:
             if video is None:
                 video = await self._backend.video(message.video_id, context)
             data = self._backend.state.data[video.video_id]
             if message.offset != len(data):
-                await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_OFFSET_MISMATCH",
-                           f"offset {message.offset}, committed {len(data)}",
-                           committed_bytes=str(len(data)))  # fmt: skip
+                await fail(
+                    context,
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "UPLOAD_OFFSET_MISMATCH",
+                    f"offset {message.offset}, committed {len(data)}",
+                    committed_bytes=str(len(data)),
+                )
             assert len(message.data) <= 256 << 10
             data.extend(message.data)
             video.committed_bytes = len(data)
@@ -89,26 +106,48 @@ class FakeVideos(video_grpc.VideoServiceServicer):
         data = bytes(self._backend.state.data[video.video_id])
         if video.state != vpb.VIDEO_STATE_READY:
             if len(data) != video.size_bytes:
-                await fail(context, grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_INCOMPLETE",
-                           f"{len(data)} of {video.size_bytes} bytes")  # fmt: skip
+                await fail(
+                    context,
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "UPLOAD_INCOMPLETE",
+                    f"{len(data)} of {video.size_bytes} bytes",
+                )
             if hashlib.sha256(data).hexdigest() != video.sha256:
-                await self._refuse(video, context, grpc.StatusCode.DATA_LOSS,
-                                   "UPLOAD_DIGEST_MISMATCH", "sha256 differs")  # fmt: skip
+                await self._refuse(
+                    video,
+                    context,
+                    grpc.StatusCode.DATA_LOSS,
+                    "UPLOAD_DIGEST_MISMATCH",
+                    "sha256 differs",
+                )
             if not data.startswith(MAGIC):
-                await self._refuse(video, context, grpc.StatusCode.INVALID_ARGUMENT,
-                                   "NOT_A_VIDEO",
-                                   f"{video.display_name} is not a video")  # fmt: skip
+                await self._refuse(
+                    video,
+                    context,
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "NOT_A_VIDEO",
+                    f"{video.display_name} is not a video",
+                )
             video.state = vpb.VIDEO_STATE_READY
-            video.info.CopyFrom(vpb.VideoInfo(codec="h264", container="mov,mp4", width=320,
-                                              height=240, frame_count=100, fps=25.0,
-                                              keyframe_count=4))  # fmt: skip
+            video.info.CopyFrom(
+                vpb.VideoInfo(
+                    codec="h264",
+                    container="mov,mp4",
+                    width=320,
+                    height=240,
+                    frame_count=100,
+                    fps=25.0,
+                    keyframe_count=4,
+                )
+            )
             video.info.duration.FromMilliseconds(4000)
         await self._backend.leave("FinishUpload", context)
         return vpb.FinishUploadResponse(video=video)
 
     async def _refuse(self, video, context, code, reason, message):
         video.state = vpb.VIDEO_STATE_FAILED
-        video.error_reason, video.error_message = reason, message
+        video.error_reason = reason
+        video.error_message = message
         await fail(context, code, reason, message, video_id=video.video_id)
 
     async def ImportVideo(self, request, context):
@@ -116,8 +155,9 @@ class FakeVideos(video_grpc.VideoServiceServicer):
         if not request.path.startswith("/allowed/"):
             message = f"{request.path} is outside the import roots"
             await fail(context, grpc.StatusCode.PERMISSION_DENIED, "PATH_NOT_ALLOWED", message)
-        video = vpb.Video(video_id=new_id("vid_"), state=vpb.VIDEO_STATE_READY,
-                          display_name=request.display_name)  # fmt: skip
+        video = vpb.Video(
+            video_id=new_id("vid_"), state=vpb.VIDEO_STATE_READY, display_name=request.display_name
+        )
         self._backend.state.videos[video.video_id] = video
         return vpb.ImportVideoResponse(video=video)
 

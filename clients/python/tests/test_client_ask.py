@@ -20,11 +20,19 @@ ANSWER = "You asked: What happens after the red car? "
 
 
 async def test_ask_a_path(api: Api, server, clip):
-    jobs, uploads = [], []
+    jobs = []
+    uploads = []
     stream = api.client.ask(
-        clip, QUESTION, on_progress=jobs.append, on_upload=uploads.append, fps=1.0, stop="END",
-        temperature=0.5, max_tokens=100, system_prompt="Be brief.",
-    )  # fmt: skip
+        clip,
+        QUESTION,
+        on_progress=jobs.append,
+        on_upload=uploads.append,
+        fps=1.0,
+        stop="END",
+        temperature=0.5,
+        max_tokens=100,
+        system_prompt="Be brief.",
+    )
     assert stream.final is None
     pieces, _ = await api.stream(stream)
     assert "".join(pieces) == stream.text == ANSWER
@@ -43,10 +51,10 @@ async def test_ask_a_path(api: Api, server, clip):
     assert (request.spec.sampling.fps, request.spec.system_prompt) == (1.0, "Be brief.")
 
 
-async def test_ask_text_with_id_and_video(api: Api, server, clip):
+async def test_the_whole_answer_with_id_and_video(api: Api, server, clip):
     video = await api.call("upload", clip)
-    first = await api.call("ask_text", video, QUESTION)
-    second = await api.call("ask_text", video.video_id, "And then?", request_id=None)
+    first = await api.answer(video, QUESTION)
+    second = await api.answer(video.video_id, "And then?", request_id=None)
     assert (first.text, second.text) == (ANSWER, "You asked: And then? ")
     assert server.state.prefills == 1
     assert server.state.calls["UploadChunks"] == 1
@@ -59,28 +67,28 @@ async def test_chat(api: Api, server, clip):
         {"role": "assistant", "content": "Ann."},
         {"role": "user", "content": "Where?"},
     ]
-    assert (await api.call("ask_text", clip, turns)).text == "You asked: Where? "
+    assert (await api.answer(clip, turns)).text == "You asked: Where? "
     request = server.state.asks[0]
     assert [(m.role, m.text) for m in request.messages] == [(1, "Who?"), (2, "Ann."), (1, "Where?")]
     assert request.spec.system_prompt == "Be brief."
     with pytest.raises(ValueError, match="role must be user or assistant, not 'tool'"):
-        await api.call("ask_text", clip, [{"role": "tool", "content": "x"}])
+        await api.answer(clip, [{"role": "tool", "content": "x"}])
     with pytest.raises(TypeError, match="content must be text"):
-        await api.call("ask_text", clip, [{"role": "user", "content": [{"type": "text"}]}])
+        await api.answer(clip, [{"role": "user", "content": [{"type": "text"}]}])
 
 
 async def test_errors_keep_their_metadata(api: Api, server, clip):
     with pytest.raises(InvalidRequestError) as caught:
-        await api.call("ask_text", clip, "  ")
+        await api.answer(clip, "  ")
     assert caught.value.reason == "QUESTION_EMPTY"
     with pytest.raises(ContextExceededError) as caught:
-        await api.call("ask_text", clip, "x" * 2000)
+        await api.answer(clip, "x" * 2000)
     assert caught.value.metadata == {"tokens": "1200", "limit": "1000"}
 
 
 async def test_break_before_the_first_token_is_hidden(api: Api, server, clip):
     server.faults.ask_break_before = 2
-    assert (await api.call("ask_text", clip, QUESTION)).text == ANSWER
+    assert (await api.answer(clip, QUESTION)).text == ANSWER
     assert len(server.state.asks) == 3
 
 
@@ -97,14 +105,14 @@ async def test_break_after_the_first_token_is_not(api: Api, server, clip):
 async def test_dead_ranks_are_not_tried_over_and_over(api: Api, server, clip):
     server.faults.job_error = ("RANK_DIED", "rank 0 died")
     with pytest.raises(UnavailableError, match="rank 0 died"):
-        await api.call("ask_text", clip, QUESTION)
+        await api.answer(clip, QUESTION)
     assert len(server.state.asks) == 1
 
 
 async def test_missing_final_message_is_an_error(api: Api, server, clip):
     server.faults.ask_truncate = True
     with pytest.raises(UnavailableError) as caught:
-        await api.call("ask_text", clip, QUESTION)
+        await api.answer(clip, QUESTION)
     assert caught.value.reason == "STREAM_TRUNCATED"
     assert caught.value.request_id == server.state.asks[0].request_id
 
@@ -150,7 +158,7 @@ async def test_cancelling_the_task_is_not_swallowed(server, clip):
 
     server.faults.token_delay_s = 30.0
     async with AsyncClient(server.address) as client:
-        task = asyncio.ensure_future(client.ask_text(clip, QUESTION))
+        task = asyncio.ensure_future(client.ask(clip, QUESTION).result())
         await until(lambda: server.state.ask_active == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -162,4 +170,4 @@ async def test_timeout(api: Api, server, clip):
     video = await api.call("upload", clip)
     server.faults.prefill_delay_s = 5.0
     with pytest.raises(DeadlineExceededError):
-        await api.call("ask_text", video, QUESTION, timeout=0.3)
+        await api.answer(video, QUESTION, timeout=0.3)

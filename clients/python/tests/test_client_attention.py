@@ -38,9 +38,9 @@ async def test_options_and_report(api: Api, server, clip):
     assert [layer.head_density for layer in report.layers] == [(0.375, 0.125)] * 2
     assert report.layers[1].measures.tiles_redone == 4
     video = job.spec.video_id
-    await api.call("ask_text", video, "Who?", epsilon=0.05)
-    await api.call("ask_text", video, "Who?", quality=Quality.EXACT)
-    await api.call("ask_text", video, "Who?")
+    await api.answer(video, "Who?", epsilon=0.05)
+    await api.answer(video, "Who?", quality=Quality.EXACT)
+    await api.answer(video, "Who?")
     attention = [ask.spec.attention for ask in server.state.asks]
     assert attention[0] == pb.AttentionSpec(epsilon=0.05)
     assert attention[1] == pb.AttentionSpec(quality=pb.QUALITY_EXACT)
@@ -66,7 +66,7 @@ async def test_a_published_method(api: Api, server, clip):
         "prefill", clip, wait=True, comparison="star", comparison_question="Who?", anchor_tokens=30
     )
     assert job.spec.comparison == Comparison(ComparisonMethod.STAR, "Who?", 30, None)
-    await api.call("ask_text", job.spec.video_id, "Who?", comparison=ComparisonMethod.SPAVA)
+    await api.answer(job.spec.video_id, "Who?", comparison=ComparisonMethod.SPAVA)
     wanted = pb.ComparisonSpec(method=pb.COMPARISON_METHOD_SPAVA)  # the question is asked anyway
     assert server.state.asks[0].spec.comparison == wanted
     assert not server.state.asks[0].spec.HasField("attention")
@@ -103,8 +103,16 @@ def test_command_line(cli: Cli, server, clip):
     assert (spec.epsilon, spec.min_kept_mass) == (0.05, 0.9)
     run = cli.run("ask", clip, "Who?", "--quality", "exact")
     assert "; attention exact, density 1.00; job_" in run.stderr
-    run = cli.run("start", clip, "--comparison", "apb", "--comparison-question", "Who?",
-                  "--passing-tokens", "7")  # fmt: skip
+    run = cli.run(
+        "start",
+        clip,
+        "--comparison",
+        "apb",
+        "--comparison-question",
+        "Who?",
+        "--passing-tokens",
+        "7",
+    )
     assert run.returncode == 0
     assert list(server.state.jobs.values())[-1].spec.comparison == pb.ComparisonSpec(
         method=pb.COMPARISON_METHOD_APB, question="Who?", passing_tokens=7
@@ -122,8 +130,9 @@ def test_batch_defaults_are_for_lines_without_their_own(cli: Cli, server, clip, 
         for number, options in enumerate(own)
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = cli.run("batch", "in.jsonl", "-o", "out.jsonl", "--quality", "exact",
-                  "--concurrency", "1")  # fmt: skip
+    run = cli.run(
+        "batch", "in.jsonl", "-o", "out.jsonl", "--quality", "exact", "--concurrency", "1"
+    )
     assert run.returncode == 0, run.stderr
     exact = pb.AttentionSpec(quality=pb.QUALITY_EXACT)
     got = [ask.spec.attention for ask in server.state.asks]
@@ -175,14 +184,24 @@ def test_inspect_without_matplotlib(cli: Cli, server, clip, tmp_path):
         "PYTHONPATH": str(tmp_path / "path"),
     }
     run = subprocess.run(
-        [PREFILL, "inspect", job_id], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        [PREFILL, "inspect", job_id],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert run.returncode == 1
     assert "pip install 'prefill-client[inspect]'" in run.stderr
     assert run.stderr.count("\n") == 1
-    run = subprocess.run([PREFILL, "inspect", job_id, "--json"], env=environment, check=False,
-                         capture_output=True, timeout=60)  # fmt: skip
+    run = subprocess.run(
+        [PREFILL, "inspect", job_id, "--json"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        timeout=60,
+    )
     assert run.returncode == 0
 
 

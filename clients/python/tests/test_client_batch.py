@@ -48,12 +48,22 @@ def test_batch(cli: Cli, server, clips, tmp_path):
             line("c", copy, "Three?"),
             line("d", clips[0].as_uri(), "Four?", fps=None),
             line("e", video_id, "Five?"),
-            json.dumps({"custom_id": "f", "body": {"video": video_id, "messages": [
-                {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"},
-                {"role": "user", "content": "Six?"}]}}),
+            json.dumps(
+                {
+                    "custom_id": "f",
+                    "body": {
+                        "video": video_id,
+                        "messages": [
+                            {"role": "user", "content": "x"},
+                            {"role": "assistant", "content": "y"},
+                            {"role": "user", "content": "Six?"},
+                        ],
+                    },
+                }
+            ),
             line("g", Path(copy).as_uri(), "Seven?"),
         ],
-    )  # fmt: skip
+    )
     run = cli.run("batch", "in.jsonl", "-o", "out.jsonl", "--errors", "err.jsonl")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("batch: 7 answered; ")
@@ -114,10 +124,16 @@ def test_bad_lines_and_failures(cli: Cli, server, clips, tmp_path):
     by_line = {error["line"]: error for error in errors}
     reasons = {number: error["reason"] for number, error in by_line.items()}
     assert reasons == {
-        2: "INVALID_LINE", 3: "DUPLICATE_CUSTOM_ID", 5: "INVALID_LINE", 6: "NOT_A_VIDEO",
-        7: "QUESTION_EMPTY", 8: "FILE_UNREADABLE", 9: "INVALID_LINE", 10: "INVALID_LINE",
+        2: "INVALID_LINE",
+        3: "DUPLICATE_CUSTOM_ID",
+        5: "INVALID_LINE",
+        6: "NOT_A_VIDEO",
+        7: "QUESTION_EMPTY",
+        8: "FILE_UNREADABLE",
+        9: "INVALID_LINE",
+        10: "INVALID_LINE",
         11: "INVALID_LINE",
-    }  # fmt: skip
+    }
     assert by_line[2]["message"].startswith("in.jsonl:2: not JSON: ")
     assert by_line[3]["message"] == "in.jsonl:3: custom_id 'ok' was used in line 1 already"
     assert "unknown key 'max_token'; accepted: video, question" in by_line[5]["message"]

@@ -97,12 +97,14 @@ async def test_unavailable_is_retried_within_bounds(api: Api, server, clip):
 
 async def test_retry_info_is_honoured(api: Api, server, clip):
     video = await api.call("upload", clip)
-    server.faults.unavailable["GetVideo"], server.faults.retry_after_s = 1, 0.5
+    server.faults.unavailable["GetVideo"] = 1
+    server.faults.retry_after_s = 0.5
     start = time.monotonic()
     await api.call("video", video.video_id)
     assert time.monotonic() - start >= 0.5
     # Longer than we are ready to wait: the caller is told at once.
-    server.faults.unavailable["GetVideo"], server.faults.retry_after_s = 1, 30.0
+    server.faults.unavailable["GetVideo"] = 1
+    server.faults.retry_after_s = 30.0
     with pytest.raises(UnavailableError) as caught:
         await api.call("video", video.video_id)
     assert caught.value.retry_after_s == 30.0

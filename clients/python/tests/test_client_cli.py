@@ -211,11 +211,12 @@ def test_plain_progress_is_occasional():
         def isatty(self):
             return False
 
-    now, lines = [0.0], Lines()
+    now = [0.0]
+    lines = Lines()
     printer = ProgressPrinter(lines, clock=lambda: now[0])  # type: ignore[arg-type]
     for done in range(101):
         now[0] += 0.12
-        printer.upload(UploadProgress("upload", done, 100))
+        printer.show_upload(UploadProgress("upload", done, 100))
     assert [line.strip().split(",")[0] for line in lines] == [
         "upload: 0/100 bytes",
         "upload: 42/100 bytes",

@@ -15,14 +15,24 @@ from prefill_client import TLS, RetryPolicy, UnavailableError
 def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command to make certificates")
-    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    cert = folder / f"{name}.pem"
+    key = folder / f"{name}.key"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -batch"
     subprocess.run(
-        [*command.split(), "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:video.test",
-         "-keyout", key, "-out", cert],
+        [
+            *command.split(),
+            "-subj",
+            f"/CN={name}",
+            "-addext",
+            "subjectAltName=DNS:video.test",
+            "-keyout",
+            key,
+            "-out",
+            cert,
+        ],
         check=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     return cert, key
 
 

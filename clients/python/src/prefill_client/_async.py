@@ -89,7 +89,8 @@ class AsyncDriver:
         try:
             step = next(flow)
             while True:
-                value, failure = None, None
+                value = None
+                failure = None
                 if isinstance(step, Emit):
                     yield step.value
                 else:

@@ -87,7 +87,8 @@ def _custom_id(entry: Any) -> str | None:
 def _parse(number: int, entry: Any) -> BatchItem:
     if not isinstance(entry, dict):
         raise ValueError(f"a line must be a JSON object, not {_kind(entry)}")
-    custom_id, body = entry.get("custom_id"), entry.get("body")
+    custom_id = entry.get("custom_id")
+    body = entry.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         raise ValueError(f"custom_id must be a text that is not empty, not {custom_id!r}")
     if entry.get("method", "POST") != "POST":
@@ -97,7 +98,8 @@ def _parse(number: int, entry: Any) -> BatchItem:
     if not isinstance(body, dict):
         raise ValueError(f"body must be a JSON object, not {_kind(body)}")
     options = {key: value for key, value in body.items() if value is not None}
-    video, question = options.pop("video", None), options.pop("question", None)
+    video = options.pop("video", None)
+    question = options.pop("question", None)
     messages = options.pop("messages", None)
     if (question is None) == (messages is None):
         raise ValueError("body must have either question or messages")

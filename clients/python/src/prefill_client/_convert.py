@@ -106,13 +106,15 @@ def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
 def _comparison(message: prefill_pb.ComparisonSpec) -> types.Comparison:
     return types.Comparison(
         method=_enum(
-            prefill_pb.ComparisonMethod, message.method, "COMPARISON_METHOD_",
+            prefill_pb.ComparisonMethod,
+            message.method,
+            "COMPARISON_METHOD_",
             types.ComparisonMethod,
         ),
         question=message.question,
         anchor_tokens=_optional(message, "anchor_tokens"),
         passing_tokens=_optional(message, "passing_tokens"),
-    )  # fmt: skip
+    )
 
 
 def _quality(value: int) -> attention.Quality:
@@ -212,7 +214,8 @@ def inspection(message: prefill_pb.InspectPrefillJobResponse) -> types.Inspectio
 
 
 def _block_map(message: prefill_pb.BlockMap) -> attention.BlockMap:
-    cells, columns = list(message.density), message.columns
+    cells = list(message.density)
+    columns = message.columns
     return attention.BlockMap(
         message.layer,
         message.kv_head,

@@ -33,6 +33,19 @@ RETRIED_BY_SERVER = frozenset({"RANK_DIED", "RANK_STALLED"})
 
 
 @dataclass(frozen=True)
+class Callbacks:
+    """Who is called while a call goes on.
+
+    Args:
+        on_progress: called with the ``Job`` while a video is prefilled.
+        on_upload: called with ``UploadProgress`` while a path is uploaded.
+    """
+
+    on_progress: JobCallback | None = None
+    on_upload: UploadCallback | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a client was made with."""
 
@@ -52,7 +65,10 @@ class Settings:
         """Settings with the defaults for what is None."""
         default = cls()
         return cls(
-            timeout, finish_timeout, retry or default.retry, upload_retry or default.upload_retry
+            timeout=timeout,
+            finish_timeout=finish_timeout,
+            retry=retry or default.retry,
+            upload_retry=upload_retry or default.upload_retry,
         )
 
 
@@ -71,8 +87,9 @@ def call(settings: Settings, rpc: str, request: Any, timeout: float | None = Non
 def upload_video(
     settings: Settings,
     path: str,
-    progress: UploadCallback | None,
-    display_name: str | None,
+    *,
+    progress: UploadCallback | None = None,
+    display_name: str | None = None,
     sha256: str | None = None,
 ) -> Flow[Video]:
     """Upload a file, or find it on the server already."""
@@ -82,7 +99,12 @@ def upload_video(
         return call(settings, rpc, request, timeout)
 
     message = yield from upload(
-        unary, Backoff(settings.upload_retry), path, progress, display_name, sha256
+        unary,
+        Backoff(settings.upload_retry),
+        path,
+        progress=progress,
+        display_name=display_name,
+        sha256=sha256,
     )
     return _convert.video(message)
 
@@ -93,7 +115,7 @@ def resolve_video(
     """The id of a video; a path is uploaded first."""
     video_id, path = _requests.video_id_or_path(video)
     if path is not None:
-        video_id = (yield from upload_video(settings, path, progress, None)).video_id
+        video_id = (yield from upload_video(settings, path, progress=progress)).video_id
     assert video_id is not None
     return video_id
 
@@ -148,20 +170,20 @@ def prefill(
     settings: Settings,
     video: VideoLike,
     options: FrameOptions,
+    *,
     wait: bool,
-    on_progress: JobCallback | None,
-    on_upload: UploadCallback | None,
+    callbacks: Callbacks,
 ) -> Flow[Job]:
     """Create a job, or get the one that holds the prefix; wait for it if asked to."""
     _requests.build_spec("", options)  # refuse bad options before anything is uploaded
-    video_id = yield from resolve_video(settings, video, on_upload)
+    video_id = yield from resolve_video(settings, video, callbacks.on_upload)
     request = prefill_pb.CreatePrefillJobRequest(
         spec=_requests.build_spec(video_id, options), request_id=_requests.new_request_id()
     )
     job = _convert.job((yield from call(settings, "CreatePrefillJob", request)).job)
     if not wait:
         return job
-    return (yield from wait_job(settings, job.job_id, on_progress))
+    return (yield from wait_job(settings, job.job_id, callbacks.on_progress))
 
 
 def get_job(settings: Settings, job_id: str) -> Flow[Job]:
@@ -259,15 +281,15 @@ class AskState:
         self.started = False
         self.final: Answer | None = None
 
-    def add(self, delta: answer_pb.AskDelta) -> str:
-        """Take a piece of the answer; returns its text."""
+    def add_delta(self, delta: answer_pb.AskDelta) -> str:
+        """Append a piece of the answer; returns its text."""
         self.started = True
         self.pieces.append(delta.text)
         self.token_ids.extend(delta.token_ids)
         return delta.text
 
     def finish(self, final: answer_pb.AskFinal) -> None:
-        """Take the end of the answer."""
+        """Set ``final`` from the last message of the answer."""
         self.final = Answer(
             text="".join(self.pieces),
             token_ids=tuple(self.token_ids),
@@ -286,14 +308,14 @@ def ask(
     state: AskState,
     video: VideoLike,
     question: QuestionLike,
+    *,
     options: AskOptions,
     timeout: float | None,
-    on_progress: JobCallback | None,
-    on_upload: UploadCallback | None,
+    callbacks: Callbacks,
 ) -> Flow[None]:
     """Emit the pieces of an answer. Asked again only if it broke before the first token."""
     request = _requests.build_ask("", question, options, state.request_id)
-    state.video_id = yield from resolve_video(settings, video, on_upload)
+    state.video_id = yield from resolve_video(settings, video, callbacks.on_upload)
     request.spec.video_id = state.video_id
     backoff = Backoff(settings.retry)
     while state.final is None:
@@ -302,13 +324,13 @@ def ask(
             while (message := (yield Next(stream))) is not None:
                 event = message.WhichOneof("event")
                 if event == "delta":
-                    text = state.add(message.delta)
+                    text = state.add_delta(message.delta)
                     if text:
                         yield Emit(text)
                 elif event == "final":
                     state.finish(message.final)
-                elif event == "progress" and on_progress is not None:
-                    on_progress(_convert.job(message.progress.job))
+                elif event == "progress" and callbacks.on_progress is not None:
+                    callbacks.on_progress(_convert.job(message.progress.job))
             if state.final is None:
                 raise make_error(
                     "STREAM_TRUNCATED",

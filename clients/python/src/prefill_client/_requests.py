@@ -23,8 +23,15 @@ from prefill_client.types import (
 )
 
 SAMPLING_NAMES = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
-DECODING_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repetition_penalty",
-                  "ignore_eos")  # fmt: skip
+DECODING_NAMES = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "repetition_penalty",
+    "ignore_eos",
+)
 ATTENTION_NAMES = ("quality", "epsilon", "min_kept_mass")
 COMPARISON_NAMES = ("comparison", "comparison_question", "anchor_tokens", "passing_tokens")
 FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt", *ATTENTION_NAMES, *COMPARISON_NAMES)
@@ -100,8 +107,9 @@ def _assign_comparison(spec: prefill_pb.PrefillSpec, options: FrameOptions) -> N
 
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name} = {value!r} is not accepted; expected one of "
-                         f"{', '.join(accepted)}")  # fmt: skip
+        raise ValueError(
+            f"{name} = {value!r} is not accepted; expected one of {', '.join(accepted)}"
+        )
 
 
 def build_ask(

@@ -107,13 +107,15 @@ class FileChunks:
     and the stream ends early: the server commits what it has got.
     """
 
-    def __init__(self, video_id: str, path: str, offset: int, size: int, chunk: int) -> None:
+    def __init__(
+        self, video_id: str, path: str, *, offset: int, size: int, chunk_bytes: int
+    ) -> None:
         self.offset = offset
         self.error: OSError | PrefillError | None = None
         self._video_id = video_id
         self._path = path
         self._size = size
-        self._chunk = chunk
+        self._chunk_bytes = chunk_bytes
         self._file: BinaryIO | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -130,7 +132,8 @@ class FileChunks:
                 return None
             request = UploadChunksRequest(offset=self.offset, data=data)
             if self._video_id:
-                request.video_id, self._video_id = self._video_id, ""
+                request.video_id = self._video_id
+                self._video_id = ""
             self.offset += len(data)
             return request
 
@@ -138,7 +141,7 @@ class FileChunks:
         if self._file is None:
             self._file = open(self._path, "rb")  # noqa: SIM115 - closed by close()
             self._file.seek(self.offset)
-        data = self._file.read(min(self._chunk, self._size - self.offset))
+        data = self._file.read(min(self._chunk_bytes, self._size - self.offset))
         if not data:
             raise make_error(
                 "FILE_CHANGED",

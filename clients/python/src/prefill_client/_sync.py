@@ -77,7 +77,8 @@ class SyncDriver:
         try:
             step = next(flow)
             while True:
-                result, failure = None, None
+                result = None
+                failure = None
                 if isinstance(step, Emit):
                     yield step.value
                 else:

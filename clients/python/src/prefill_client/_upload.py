@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from prefill.v1 import video_service_pb2 as video_pb
@@ -27,7 +28,8 @@ def hash_file(path: str, progress: UploadCallback | None = None) -> Flow[tuple[s
     Raises:
         OSError: the file cannot be read.
     """
-    digest, done = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    done = 0
     with (yield Blocking(lambda: open(path, "rb"))) as file:
         total = os.fstat(file.fileno()).st_size
 
@@ -47,8 +49,9 @@ def upload(
     unary: Unary,
     backoff: Backoff,
     path: str,
-    progress: UploadCallback | None,
-    display_name: str | None,
+    *,
+    progress: UploadCallback | None = None,
+    display_name: str | None = None,
     sha256: str | None = None,
 ) -> Flow[video_pb.Video]:
     """Upload ``path`` and finish; returns the READY video.
@@ -93,16 +96,14 @@ def upload(
             return video
         chunk = min(CHUNK_BYTES, created.max_chunk_bytes or CHUNK_BYTES)
         try:
-            return (
-                yield from _send_and_finish(
-                    unary, backoff, video.video_id, path, size, chunk, progress
-                )
-            )
+            rest = _Rest(video_id=video.video_id, path=path, size=size, chunk_bytes=chunk)
+            return (yield from _send_and_finish(unary, backoff, rest, progress))
         except PrefillError as error:
             # What an earlier process sent was not this file: once more, from the start.
             if error.reason != "UPLOAD_DIGEST_MISMATCH" or not resumed:
                 raise
-            video, resumed = None, False
+            video = None
+            resumed = False
 
 
 def _usable(unary: Unary, video_id: str) -> Flow[video_pb.Video | None]:
@@ -115,41 +116,54 @@ def _usable(unary: Unary, video_id: str) -> Flow[video_pb.Video | None]:
     return None if video.state == video_pb.VIDEO_STATE_FAILED else video
 
 
+@dataclass(frozen=True)
+class _Rest:
+    """A file of ``size`` bytes that goes on to ``video_id`` in messages of ``chunk_bytes``."""
+
+    video_id: str
+    path: str
+    size: int
+    chunk_bytes: int
+
+    def chunks_from(self, offset: int) -> FileChunks:
+        return FileChunks(
+            self.video_id,
+            self.path,
+            offset=offset,
+            size=self.size,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+
 def _send_and_finish(
-    unary: Unary,
-    backoff: Backoff,
-    video_id: str,
-    path: str,
-    size: int,
-    chunk: int,
-    progress: UploadCallback | None,
+    unary: Unary, backoff: Backoff, rest: _Rest, progress: UploadCallback | None
 ) -> Flow[video_pb.Video]:
     best = -1
     while True:
         status = yield from unary(
-            "GetUploadStatus", video_pb.GetUploadStatusRequest(video_id=video_id)
+            "GetUploadStatus", video_pb.GetUploadStatusRequest(video_id=rest.video_id)
         )
         committed = status.committed_bytes
-        _report(progress, "upload", committed, size)
+        _report(progress, "upload", committed, rest.size)
         if committed > best:
             best = committed
             backoff.reset()
         try:
-            if committed < size:
+            if committed < rest.size:
                 response = yield Send(
-                    FileChunks(video_id, path, committed, size, chunk),
-                    lambda sent: _report(progress, "upload", sent, size),
+                    rest.chunks_from(committed),
+                    lambda sent: _report(progress, "upload", sent, rest.size),
                 )
                 if response.committed_bytes <= committed:
-                    raise _stalled(path, committed, size)
+                    raise _stalled(rest.path, committed, rest.size)
                 continue
             _report(progress, "probe", 0, 0)
-            request = video_pb.FinishUploadRequest(video_id=video_id)
+            request = video_pb.FinishUploadRequest(video_id=rest.video_id)
             video: video_pb.Video = (yield from unary("FinishUpload", request)).video
             return video
         except PrefillError as error:
             retriable = error.reason in ("UPLOAD_INCOMPLETE", "UPLOAD_STALLED")
-            if not retriable and (committed >= size or not is_broken_stream(error)):
+            if not retriable and (committed >= rest.size or not is_broken_stream(error)):
                 raise
             yield Sleep(backoff.delay(error))
 

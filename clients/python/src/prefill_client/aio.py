@@ -10,7 +10,7 @@ from typing import Self, Unpack
 from prefill_client import _flows
 from prefill_client._async import AsyncCancellation, AsyncDriver
 from prefill_client._channel import TLS, make_endpoint
-from prefill_client._flows import AskState, JobCallback, Settings
+from prefill_client._flows import AskState, Callbacks, JobCallback, Settings
 from prefill_client._retry import RetryPolicy
 from prefill_client._upload import UploadCallback
 from prefill_client.errors import CancelledError
@@ -164,7 +164,13 @@ class AsyncClient:
             InvalidVideoError: the server refused the file.
         """
         return await self._driver.run(
-            _flows.upload_video(self._settings, os.fspath(path), progress, display_name, sha256)
+            _flows.upload_video(
+                self._settings,
+                os.fspath(path),
+                progress=progress,
+                display_name=display_name,
+                sha256=sha256,
+            )
         )
 
     async def import_video(self, path: str, *, display_name: str | None = None) -> Video:
@@ -202,7 +208,13 @@ class AsyncClient:
             options: which frames, the system prompt, and the quality of the attention.
         """
         return await self._driver.run(
-            _flows.prefill(self._settings, video, options, wait, on_progress, on_upload)
+            _flows.prefill(
+                self._settings,
+                video,
+                options,
+                wait=wait,
+                callbacks=Callbacks(on_progress, on_upload),
+            )
         )
 
     async def job(self, job_id: str) -> Job:
@@ -250,6 +262,8 @@ class AsyncClient:
     ) -> AsyncAnswerStream:
         """Ask about a video; iterate over the result to get the answer as it is made.
 
+        ``await client.ask(...).result()`` waits for the whole ``Answer`` instead.
+
         Args:
             video: a ``Video``, the id of one, or the path of a file to upload first.
             question: text, or a chat: ``Message``s or ``{"role": ..., "content": ...}``, user
@@ -260,30 +274,15 @@ class AsyncClient:
             request_id: UUID4 for the server's logs; a random one by default.
             options: what is prefilled (``FrameOptions``), and how to decode.
         """
-        state, cancellation = AskState(request_id), AsyncCancellation()
+        state = AskState(request_id)
+        cancellation = AsyncCancellation()
         flow = _flows.ask(
-            self._settings, state, video, question, options, timeout, on_progress, on_upload
-        )
-        return AsyncAnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)
-
-    async def ask_text(
-        self,
-        video: VideoLike,
-        question: QuestionLike,
-        *,
-        on_progress: JobCallback | None = None,
-        on_upload: UploadCallback | None = None,
-        timeout: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[AskOptions],
-    ) -> Answer:
-        """Ask and wait for the whole answer. The arguments are those of ``ask``."""
-        return await self.ask(
+            self._settings,
+            state,
             video,
             question,
-            on_progress=on_progress,
-            on_upload=on_upload,
+            options=options,
             timeout=timeout,
-            request_id=request_id,
-            **options,
-        ).result()
+            callbacks=Callbacks(on_progress, on_upload),
+        )
+        return AsyncAnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)

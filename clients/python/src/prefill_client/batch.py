@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from prefill_client._batch_files import BadLine, BatchItem, ResultFile, read_input
 from prefill_client._flows import RETRIED_BY_SERVER
@@ -65,18 +65,33 @@ class BatchProgress:
         return self.total - self.answered - self.failed
 
 
+class BatchOptions(TypedDict, total=False):
+    """Options of ``run_batch``.
+
+    Attributes:
+        concurrency: questions at a time; 4 by default.
+        strict: raise if any line is bad, before anything is asked; off by default.
+        retry: how often a line is asked again that met a full or an absent server; ``PATIENCE``
+            by default.
+        defaults: ``quality``, ``epsilon`` and ``min_kept_mass`` for lines that have none of them.
+        stop: when set, questions under way are cancelled and the batch returns.
+        on_change: called at each change.
+    """
+
+    concurrency: int
+    strict: bool
+    retry: RetryPolicy
+    defaults: Mapping[str, Any] | None
+    stop: asyncio.Event | None
+    on_change: Callable[[BatchProgress], object] | None
+
+
 async def run_batch(
     client: AsyncClient,
     input_path: Path,
     output_path: Path,
     errors_path: Path,
-    *,
-    concurrency: int = 4,
-    strict: bool = False,
-    retry: RetryPolicy = PATIENCE,
-    defaults: Mapping[str, Any] | None = None,
-    stop: asyncio.Event | None = None,
-    on_change: Callable[[BatchProgress], object] | None = None,
+    **options: Unpack[BatchOptions],
 ) -> BatchProgress:
     """Answer the lines of ``input_path`` that ``output_path`` does not answer yet.
 
@@ -86,12 +101,7 @@ async def run_batch(
         output_path: one line per answer, appended and synced as they come.
         errors_path: one line per failure of this run; what it held before is dropped, for
             the lines it named are asked again.
-        concurrency: questions at a time.
-        strict: raise if any line is bad, before anything is asked.
-        defaults: ``quality``, ``epsilon`` and ``min_kept_mass`` for lines that have none of them.
-        retry: how often a line is asked again that met a full or an absent server.
-        stop: when set, questions under way are cancelled and the batch returns.
-        on_change: called at each change.
+        options: see ``BatchOptions``.
 
     Raises:
         BadInputError: ``strict``, and the input has bad lines.
@@ -104,26 +114,37 @@ async def run_batch(
     paths = [path.resolve() for path in (input_path, output_path, errors_path)]
     if len(set(paths)) < len(paths):
         raise ValueError("input, output and errors must be three files")
-    check_names(defaults or {}, ATTENTION_NAMES)
-    build_spec("", defaults or {})  # type: ignore[arg-type]  # refused before anything is asked
+    check_names(options, tuple(BatchOptions.__annotations__))
+    defaults: Any = options.get("defaults") or {}
+    check_names(defaults, ATTENTION_NAMES)
+    build_spec("", defaults)  # refused before anything is asked
     items, bad = read_input(input_path)
     for item in items:
         if item.options.keys().isdisjoint((*ATTENTION_NAMES, "comparison")):
-            item.options.update(defaults or {})
+            item.options.update(defaults)
     with (
         ResultFile(output_path, resume=True) as output,
         ResultFile(errors_path, resume=False) as errors,
     ):
         for line in bad:
             errors.append(_failure(line.custom_id, line.line, line.error))
-        if strict and bad:
+        if options.get("strict") and bad:
             raise BadInputError(bad)
         todo = _grouped([item for item in items if item.custom_id not in output.done])
         progress = BatchProgress(
             total=len(todo) + len(bad), skipped=len(items) - len(todo), failed=len(bad)
         )
-        runner = _Runner(client, todo, output, errors, progress, retry, on_change)
-        await runner.run(min(concurrency, len(todo)), stop or asyncio.Event())
+        runner = _Runner(
+            client,
+            todo,
+            output=output,
+            errors=errors,
+            progress=progress,
+            retry=options.get("retry", PATIENCE),
+            on_change=options.get("on_change"),
+        )
+        workers = min(options.get("concurrency", 4), len(todo))
+        await runner.run(workers, options.get("stop") or asyncio.Event())
     return progress
 
 
@@ -141,6 +162,7 @@ class _Runner:
         self,
         client: AsyncClient,
         todo: deque[BatchItem],
+        *,
         output: ResultFile,
         errors: ResultFile,
         progress: BatchProgress,
@@ -206,7 +228,7 @@ class _Runner:
         video_id = await self._video_id(item.video)
         while True:
             try:
-                return await self._client.ask_text(video_id, item.question, **options)
+                return await self._client.ask(video_id, item.question, **options).result()
             except (CancelledError, CapacityError, UnavailableError) as error:
                 # CANCELLED, but not by us: a server that stops ends its calls like that.
                 if error.reason in RETRIED_BY_SERVER:
@@ -258,10 +280,15 @@ def _success(custom_id: str, answer: Answer) -> dict[str, Any]:
 
 def _failure(custom_id: str | None, line: int, error: PrefillError | OSError) -> dict[str, Any]:
     if isinstance(error, PrefillError):
-        reason, message, metadata = error.reason, error.message, error.metadata
+        reason = error.reason
+        message = error.message
+        metadata = error.metadata
         request_id = error.request_id
     else:
-        reason, message, metadata, request_id = "FILE_UNREADABLE", str(error), {}, ""
+        reason = "FILE_UNREADABLE"
+        message = str(error)
+        metadata = {}
+        request_id = ""
     return {
         "id": f"batch_req_{uuid.uuid4().hex}",
         "custom_id": custom_id,

@@ -9,7 +9,7 @@ from typing import Self, Unpack
 
 from prefill_client import _flows
 from prefill_client._channel import TLS, make_endpoint
-from prefill_client._flows import AskState, JobCallback, Settings
+from prefill_client._flows import AskState, Callbacks, JobCallback, Settings
 from prefill_client._retry import RetryPolicy
 from prefill_client._sync import Cancellation, SyncDriver
 from prefill_client._upload import UploadCallback
@@ -162,7 +162,13 @@ class Client:
             InvalidVideoError: the server refused the file.
         """
         return self._driver.run(
-            _flows.upload_video(self._settings, os.fspath(path), progress, display_name, sha256)
+            _flows.upload_video(
+                self._settings,
+                os.fspath(path),
+                progress=progress,
+                display_name=display_name,
+                sha256=sha256,
+            )
         )
 
     def import_video(self, path: str, *, display_name: str | None = None) -> Video:
@@ -200,7 +206,13 @@ class Client:
             options: which frames, the system prompt, and the quality of the attention.
         """
         return self._driver.run(
-            _flows.prefill(self._settings, video, options, wait, on_progress, on_upload)
+            _flows.prefill(
+                self._settings,
+                video,
+                options,
+                wait=wait,
+                callbacks=Callbacks(on_progress, on_upload),
+            )
         )
 
     def job(self, job_id: str) -> Job:
@@ -248,6 +260,8 @@ class Client:
     ) -> AnswerStream:
         """Ask about a video; iterate over the result to get the answer as it is made.
 
+        ``client.ask(...).result()`` waits for the whole ``Answer`` instead.
+
         Args:
             video: a ``Video``, the id of one, or the path of a file to upload first.
             question: text, or a chat: ``Message``s or ``{"role": ..., "content": ...}``, user
@@ -258,30 +272,15 @@ class Client:
             request_id: UUID4 for the server's logs; a random one by default.
             options: what is prefilled (``FrameOptions``), and how to decode.
         """
-        state, cancellation = AskState(request_id), Cancellation()
+        state = AskState(request_id)
+        cancellation = Cancellation()
         flow = _flows.ask(
-            self._settings, state, video, question, options, timeout, on_progress, on_upload
-        )
-        return AnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)
-
-    def ask_text(
-        self,
-        video: VideoLike,
-        question: QuestionLike,
-        *,
-        on_progress: JobCallback | None = None,
-        on_upload: UploadCallback | None = None,
-        timeout: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[AskOptions],
-    ) -> Answer:
-        """Ask and wait for the whole answer. The arguments are those of ``ask``."""
-        return self.ask(
+            self._settings,
+            state,
             video,
             question,
-            on_progress=on_progress,
-            on_upload=on_upload,
+            options=options,
             timeout=timeout,
-            request_id=request_id,
-            **options,
-        ).result()
+            callbacks=Callbacks(on_progress, on_upload),
+        )
+        return AnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)

@@ -16,7 +16,9 @@ from prefill_client.cli.options import attention_options
 from prefill_client.cli.progress import ProgressPrinter
 from prefill_client.errors import PrefillError
 
-FAILURE, SOME_FAILED, INTERRUPTED = 1, 3, 130
+FAILURE = 1
+SOME_FAILED = 3
+INTERRUPTED = 130
 _LISTED = 10
 
 
@@ -56,8 +58,13 @@ async def _run(
         notes = [f"{progress.failed} failed"] if progress.failed else []
         notes += [f"{progress.running} running"] if progress.running else []
         notes += [_upload(path, upload) for path, upload in list(progress.uploads.items())[:1]]
-        elapsed = time.monotonic() - start
-        printer.counts("batch", done, progress.total, elapsed, ", ".join(notes))
+        printer.show_counts(
+            "batch",
+            done,
+            progress.total,
+            elapsed_s=time.monotonic() - start,
+            note=", ".join(notes),
+        )
 
     async with AsyncClient(**client_arguments) as client:
         progress = await run_batch(

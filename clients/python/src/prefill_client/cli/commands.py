@@ -25,7 +25,9 @@ from prefill_client.cli.progress import ProgressPrinter
 from prefill_client.client import AnswerStream, Client
 from prefill_client.errors import PrefillError
 
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+FAILURE = 1
+USAGE = 2
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,11 +68,12 @@ def _fail(error: Exception, status: int = FAILURE, what: str = "") -> int:
 
 def _ask(client: Client, args: argparse.Namespace) -> int:
     progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
-    video, several = args.video, len(args.questions) > 1
+    video = args.video
+    several = len(args.questions) > 1
     reports: dict[str, AttentionReport] = {}
 
     def on_progress(job: types.Job) -> None:
-        progress.job(job)
+        progress.show_job(job)
         if job.result is not None and job.result.attention is not None:
             reports[job.job_id] = job.result.attention
 
@@ -79,7 +82,7 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
             video,
             question,
             on_progress=on_progress,
-            on_upload=progress.upload,
+            on_upload=progress.show_upload,
             **ask_options(args),
         )
         if several and not args.json:
@@ -110,7 +113,8 @@ def _print_answer(stream: AnswerStream, progress: ProgressPrinter, silent: bool)
 
 
 def _summary(answer: types.Answer, report: AttentionReport | None) -> str:
-    usage, timings = answer.usage, answer.timings
+    usage = answer.usage
+    timings = answer.timings
     return (
         f"[{usage.completion_tokens} tokens, {answer.finish_reason}; "
         f"first after {timings.first_token_s:.2f} s, all after {timings.total_s:.2f} s; "
@@ -132,7 +136,8 @@ def _attention(report: AttentionReport) -> str:
 
 def _chat(client: Client, args: argparse.Namespace) -> int:
     progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
-    video, turns = args.video, list[types.Message]()
+    video = args.video
+    turns = list[types.Message]()
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -143,7 +148,11 @@ def _chat(client: Client, args: argparse.Namespace) -> int:
             continue
         turns.append(types.Message("user", question))
         stream = client.ask(
-            video, turns, on_progress=progress.job, on_upload=progress.upload, **ask_options(args)
+            video,
+            turns,
+            on_progress=progress.show_job,
+            on_upload=progress.show_upload,
+            **ask_options(args),
         )
         answer = _print_answer(stream, progress, silent=False)
         video = answer.video_id
@@ -156,8 +165,8 @@ def _start(client: Client, args: argparse.Namespace) -> int:
         job = client.prefill(
             video,
             wait=args.wait,
-            on_progress=progress.job,
-            on_upload=progress.upload,
+            on_progress=progress.show_job,
+            on_upload=progress.show_upload,
             **frame_options(args),
         )
         progress.finish()
@@ -170,7 +179,7 @@ def _upload(client: Client, args: argparse.Namespace) -> int:
     def upload(path: str) -> None:
         progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
         try:
-            video = client.upload(path, progress=progress.upload)
+            video = client.upload(path, progress=progress.show_upload)
         finally:
             progress.finish()
         if args.json:
@@ -212,7 +221,7 @@ def _watch(client: Client, args: argparse.Namespace) -> int:
         if args.json:
             _print_json(types.to_dict(job))
         else:
-            progress.job(job)
+            progress.show_job(job)
     progress.finish()
     assert job is not None, "a watch ends with the job's last state"
     if not args.json:

@@ -71,8 +71,12 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
     rate.add_argument("--num-frames", type=int, metavar="N", help="frames, evenly spread")
     group.add_argument("--max-pixels", type=int, metavar="N", help="processor's longest_edge")
     group.add_argument("--min-pixels", type=int, metavar="N", help="processor's shortest_edge")
-    group.add_argument("--cap-pixels-per-frame", action="store_true", default=None,
-                       help="apply the family's ceiling for one frame")  # fmt: skip
+    group.add_argument(
+        "--cap-pixels-per-frame",
+        action="store_true",
+        default=None,
+        help="apply the family's ceiling for one frame",
+    )
     group.add_argument("--system-prompt", metavar="TEXT", help="system message before the video")
 
     _add_attention(parser)
@@ -80,8 +84,11 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
 
 def _add_comparison(parser: argparse.ArgumentParser, asks: bool) -> None:
     group = parser.add_argument_group("comparison, for research (instead of attention's options)")
-    group.add_argument("--comparison", choices=COMPARISONS,
-                       help="a published method computes the prefix, for one question")  # fmt: skip
+    group.add_argument(
+        "--comparison",
+        choices=COMPARISONS,
+        help="a published method computes the prefix, for one question",
+    )
     if not asks:
         group.add_argument("--comparison-question", metavar="TEXT", help="the question it consults")
     group.add_argument("--anchor-tokens", type=int, metavar="N", help="default: as published")
@@ -91,12 +98,20 @@ def _add_comparison(parser: argparse.ArgumentParser, asks: bool) -> None:
 def _add_attention(parser: argparse.ArgumentParser, note: str = "default: balanced") -> None:
     group = parser.add_argument_group(f"attention ({note})")
     dial = group.add_mutually_exclusive_group()
-    dial.add_argument("--quality", choices=[q for q in QUALITIES if q != "custom"],
-                      help="how much attention mass may be misplaced for speed")  # fmt: skip
-    dial.add_argument("--epsilon", type=float, metavar="E",
-                      help="the same as a number, 0 (exact) to below 1")  # fmt: skip
-    group.add_argument("--min-kept-mass", type=float, metavar="M",
-                       help="compute again what measurably keeps less, 0 (off) to 1")  # fmt: skip
+    dial.add_argument(
+        "--quality",
+        choices=[q for q in QUALITIES if q != "custom"],
+        help="how much attention mass may be misplaced for speed",
+    )
+    dial.add_argument(
+        "--epsilon", type=float, metavar="E", help="the same as a number, 0 (exact) to below 1"
+    )
+    group.add_argument(
+        "--min-kept-mass",
+        type=float,
+        metavar="M",
+        help="compute again what measurably keeps less, 0 (off) to 1",
+    )
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +121,16 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling")
     group.add_argument("--top-k", type=int, metavar="K", help="top-k sampling")
     group.add_argument("--seed", type=int, metavar="N", help="seed for sampling")
-    group.add_argument("--stop", action="append", metavar="TEXT",
-                       help="end before TEXT; may be repeated")  # fmt: skip
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before TEXT; may be repeated"
+    )
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is none")
-    group.add_argument("--ignore-eos", action="store_true", default=None,
-                       help="go on after the end of the answer (for measurements)")  # fmt: skip
+    group.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        default=None,
+        help="go on after the end of the answer (for measurements)",
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -167,13 +187,23 @@ def make_parser() -> argparse.ArgumentParser:
     command("cancel", "cancel a prefill job").add_argument("job", metavar="JOB")
     inspect = command("inspect", "draw what a prefill's attention did, and how good it was")
     inspect.add_argument("job", metavar="JOB")
-    inspect.add_argument("-o", "--output", type=_png, metavar="FILE.png",
-                         help="picture to write (default: JOB.png, none with --json)")  # fmt: skip
+    inspect.add_argument(
+        "-o",
+        "--output",
+        type=_png,
+        metavar="FILE.png",
+        help="picture to write (default: JOB.png, none with --json)",
+    )
     json_flag(inspect, "the whole report as one JSON object")
     trace = command("trace", "write when what was done for a prefill, for ui.perfetto.dev")
     trace.add_argument("job", metavar="JOB")
-    trace.add_argument("-o", "--output", type=Path, metavar="FILE.json",
-                       help="file to write (default: JOB.json; - for stdout)")  # fmt: skip
+    trace.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="file to write (default: JOB.json; - for stdout)",
+    )
     _add_batch(command)
     return parser
 
@@ -186,15 +216,31 @@ def _add_batch(command: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     batch.add_argument("input", type=Path, metavar="IN.jsonl")
-    batch.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl",
-                       help="answers; appended to if it exists")  # fmt: skip
-    batch.add_argument("--errors", type=Path, metavar="ERR.jsonl",
-                       help="failed lines of this run (default: OUT.errors.jsonl)")  # fmt: skip
-    batch.add_argument("--concurrency", type=_positive, default=4, metavar="N",
-                       help="questions at a time (default 4)")  # fmt: skip
+    batch.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.jsonl",
+        help="answers; appended to if it exists",
+    )
+    batch.add_argument(
+        "--errors",
+        type=Path,
+        metavar="ERR.jsonl",
+        help="failed lines of this run (default: OUT.errors.jsonl)",
+    )
+    batch.add_argument(
+        "--concurrency",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="questions at a time (default 4)",
+    )
     _add_attention(batch, "for lines that have no option of it; default: balanced")
-    batch.add_argument("--strict", action="store_true",
-                       help="ask nothing if any line of the input is bad")  # fmt: skip
+    batch.add_argument(
+        "--strict", action="store_true", help="ask nothing if any line of the input is bad"
+    )
 
 
 def _positive(text: str) -> int:

@@ -46,7 +46,8 @@ def draw(inspection: Inspection, path: Path) -> None:
 
 
 def _title(inspection: Inspection) -> str:
-    job, report = inspection.job, inspection.attention
+    job = inspection.job
+    report = inspection.attention
     total = report.total
     return (
         f"{job.job_id}: {job.prefix_tokens:,} tokens, quality {report.quality} "
@@ -62,9 +63,13 @@ def _heads(axes: Axes, inspection: Inspection) -> None:
     axes.set_ylabel("layer")
     rows = [list(layer.head_density) for layer in layers]
     image = axes.imshow(
-        rows or [[inspection.attention.total.density]], vmin=0, vmax=1, aspect="auto",
-        cmap="viridis", interpolation="nearest",
-    )  # fmt: skip
+        rows or [[inspection.attention.total.density]],
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        cmap="viridis",
+        interpolation="nearest",
+    )
     axes.figure.colorbar(image, ax=axes)
     if rows:
         _ticks(axes, "x", list(range(len(rows[0]))))
@@ -83,7 +88,8 @@ def _ticks(axes: Axes, axis: str, labels: list[int]) -> None:
 
 
 def _block_map(axes: Axes, inspection: Inspection) -> None:
-    block_map, tokens = inspection.block_map, inspection.job.prefix_tokens
+    block_map = inspection.block_map
+    tokens = inspection.job.prefix_tokens
     axes.set_xlabel("key token")
     axes.set_ylabel("query token")
     if block_map is None:
@@ -95,9 +101,14 @@ def _block_map(axes: Axes, inspection: Inspection) -> None:
     axes.set_title(f"block map of layer {block_map.layer}, KV head {block_map.kv_head}")
     cells = [[value if value >= 0 else float("nan") for value in row] for row in block_map.density]
     image = axes.imshow(
-        cells, vmin=0, vmax=1, extent=(0, tokens, tokens, 0), aspect="auto", cmap="viridis",
+        cells,
+        vmin=0,
+        vmax=1,
+        extent=(0, tokens, tokens, 0),
+        aspect="auto",
+        cmap="viridis",
         interpolation="nearest",
-    )  # fmt: skip
+    )
     axes.figure.colorbar(image, ax=axes, label="share attended")
 
 

@@ -72,7 +72,8 @@ def job_bars(job: Job) -> list[Bar]:
     for stage, unit in _UNITS.items():
         ranks = [entry for entry in job.progress if entry.stage is stage]
         if ranks:
-            done, total = sum(r.done for r in ranks), sum(r.total for r in ranks)
+            done = sum(r.done for r in ranks)
+            total = sum(r.total for r in ranks)
             elapsed = max(r.elapsed_s for r in ranks)
             bars.append(Bar(stage.lower(), done, total, unit, elapsed))
     return bars
@@ -99,8 +100,8 @@ class ProgressPrinter:
         self._started: dict[str, tuple[float, float]] = {}
         self._reported: set[str] = set()
 
-    def upload(self, progress: UploadProgress) -> None:
-        """Take an upload's progress."""
+    def show_upload(self, progress: UploadProgress) -> None:
+        """Show how far the hashing, sending or checking of a file is."""
         if progress.phase == "probe":
             self._show([], "checking the file")
             return
@@ -112,8 +113,8 @@ class ProgressPrinter:
         bar = Bar(progress.phase, progress.done, progress.total, "bytes", elapsed)
         self._show([bar], "")
 
-    def job(self, job: Job) -> None:
-        """Take a job's progress."""
+    def show_job(self, job: Job) -> None:
+        """Show a job's stages rank by rank, and what it waits for."""
         note = ""
         if job.state is JobState.QUEUED:
             note = f"queued, {job.queue_position} ahead" if job.queue_position else "queued"
@@ -121,8 +122,10 @@ class ProgressPrinter:
             note = f"attempt {job.attempts}"
         self._show(job_bars(job), note, force=job.state.ended)
 
-    def counts(self, label: str, done: int, total: int, elapsed_s: float, note: str) -> None:
-        """Take a batch's progress."""
+    def show_counts(
+        self, label: str, done: int, total: int, *, elapsed_s: float, note: str
+    ) -> None:
+        """Show how many lines of a batch are done, after ``elapsed_s`` seconds."""
         self._show([Bar(label, done, total, "lines", elapsed_s)], note)
 
     def finish(self) -> None:
@@ -132,13 +135,16 @@ class ProgressPrinter:
         self._bars.clear()
         self._started.clear()
         self._reported.clear()
-        self._note, self._drawn, self._last = "", 0, float("-inf")
+        self._note = ""
+        self._drawn = 0
+        self._last = float("-inf")
 
     def _show(self, bars: list[Bar], note: str, force: bool = False) -> None:
         if self._quiet:
             return
         self._bars.update({bar.label: bar for bar in bars})
-        changed, self._note = note != self._note, note
+        changed = note != self._note
+        self._note = note
         due = self._clock() - self._last >= (REDRAW_S if self._tty else LINE_S)
         if self._tty:
             if due or changed or force:
