@@ -1,4 +1,4 @@
-"""The examples of the README run as they are printed."""
+"""The examples of this README and of the repository's run as they are printed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 from client_helpers import write_clip
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!##).)*?```python\n(.*?)```", README.read_text(), re.S)
+CLIENT = Path(__file__).resolve().parent.parent
+READMES = (CLIENT.parents[1] / "README.md", CLIENT / "README.md")
+EXAMPLES = [
+    example
+    for readme in READMES
+    for example in re.findall(
+        r"## ([^\n]+)\n(?:(?!##).)*?```python\n(.*?)```", readme.read_text(), re.S
+    )
+]
 PRINTED = {
+    "Use it": ["You asked: Who opens the door?", "You asked: What happens next?"],
     "Ask": ["You asked: Who opens the door?", "stop Usage(", "You asked: Where does he go?"],
     "Ask many at a time": ["How does it end? -> You asked: How does it end?"],
     "Batch": ["2 answered, 0 failed, 0 done before"],
