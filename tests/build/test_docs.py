@@ -12,7 +12,11 @@ from benchmarks.report import documents
 from tests.build.test_architecture import ALLOWED
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / name / "README.md" for name in ("clients/python", "deploy", "kernels")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PAPERS = 20
 FEWEST_TERMS = 35
 LONGEST_README = 100
@@ -31,13 +35,23 @@ FORBIDDEN = (
 )
 # Documents whose prose is not held to the rules yet.
 NOT_YET_CLEAN = {
-    "api.md",
-    "attention.md",
-    "ingest.md",
-    "metrics.md",
-    "sequence_parallelism.md",
+    "clients/python/README.md",
+    "deploy/README.md",
+    "kernels/README.md",
+    "docs/api.md",
+    "docs/attention.md",
+    "docs/ingest.md",
+    "docs/metrics.md",
+    "docs/sequence_parallelism.md",
 }
-CLEAN = [path for path in DOCS if path.name not in NOT_YET_CLEAN]
+
+
+def name_of(path: Path) -> str:
+    """The path below the repository's root."""
+    return str(path.relative_to(ROOT))
+
+
+CLEAN = [path for path in DOCS if name_of(path) not in NOT_YET_CLEAN]
 
 
 @cache
@@ -77,14 +91,14 @@ def sentences(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"(?:\]\(|src=\")([^)#\"]+)", path.read_text())
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (path.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_anchors_of_links_exist(path: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^):#]*)#([^)]+)\)", path.read_text()):
         text = (path.parent / target if target else path).read_text()
@@ -93,7 +107,7 @@ def test_anchors_of_links_exist(path: Path) -> None:
         assert anchor in slugs
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CLEAN, ids=name_of)
 def test_files_named_exist(path: Path) -> None:
     """Full paths, or the last parts of one."""
     named = re.findall(r"`([\w./-]+\.(?:py|proto|json|toml|jsonl))`", written(path))
@@ -102,7 +116,7 @@ def test_files_named_exist(path: Path) -> None:
     assert [name for name in wanted if not any(f.endswith(f"/{name}") for f in files())] == []
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_modules_named_exist(path: Path) -> None:
     for name in re.findall(r"python -m ([\w.]+)", path.read_text()):
         if name not in ("venv", "pytest"):
@@ -110,9 +124,16 @@ def test_modules_named_exist(path: Path) -> None:
             assert {f"{base}.py", f"{base}/__main__.py"} & files(), name
 
 
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_make_targets_named_exist(path: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    named = re.findall(r"(?:`|^(?: {4})?)make ([a-z-]+)", path.read_text(), re.M)
+    assert [name for name in named if name not in targets] == []
+
+
 def test_generated_blocks_and_charts_are_current() -> None:
     """If not: ``python -m benchmarks.report --write``."""
-    assert [str(path.relative_to(ROOT)) for path in documents.stale()] == []
+    assert [name_of(path) for path in documents.stale()] == []
 
 
 def test_every_block_is_used() -> None:
@@ -168,21 +189,21 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= LONGEST_README
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CLEAN, ids=name_of)
 def test_lines_are_short(path: Path) -> None:
     assert [line for line in prose(path) if len(line) > LONGEST_LINE] == []
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CLEAN, ids=name_of)
 def test_sentences_are_short(path: Path) -> None:
     assert [one for one in sentences(path) if len(one.split()) > LONGEST_SENTENCE] == []
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CLEAN, ids=name_of)
 def test_present_tense_and_plain_words(path: Path) -> None:
     text = "\n".join(prose(path))
     assert [found for phrase in FORBIDDEN for found in re.findall(phrase, text, re.I)] == []
 
 
 def test_the_list_of_documents_not_yet_clean_is_current() -> None:
-    assert {path.name for path in DOCS} >= NOT_YET_CLEAN
+    assert {name_of(path) for path in DOCS} >= NOT_YET_CLEAN
