@@ -18,15 +18,19 @@ from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.sparse.attend import (
-    DENSE_ABOVE,
-    columns,
+from prefill_service.attention.sparse.clustering import order_segments
+from prefill_service.attention.sparse.cpu_backend import DENSE_ABOVE
+from prefill_service.attention.sparse.gathered_attention import PackedTiles, local_attention
+from prefill_service.attention.sparse.problem import attended_columns
+from prefill_service.attention.sparse.scratch import ScratchBuffers
+from prefill_service.attention.sparse.selection import (
+    Estimate,
+    estimate,
+    force_keep,
     forced_blocks,
     previous_patch,
+    select,
 )
-from prefill_service.attention.sparse.clustering import order_segments
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers, local_attention
-from prefill_service.attention.sparse.selection import Estimate, estimate, select, single_out
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
 from prefill_service.attention.sparse.tiles import Tiles
 
@@ -101,14 +105,14 @@ class Chunk:
     def keep(self, epsilon: float) -> Tensor:
         """[kv_heads, tiles, blocks] bool; as the product, dense where sparse would not pay."""
         budget = torch.full((len(self.found.loss),), epsilon, dtype=self.found.loss.dtype)
-        keep = select(single_out(self.found.loss, self.found.peak, budget / 2), self.forced, budget)
+        keep = select(force_keep(self.found.loss, self.found.peak, budget / 2), self.forced, budget)
         dense = self.attended(keep) > DENSE_ABOVE * self.tiles.causal_keys
         keep[dense] = self.found.bias[dense] > -torch.inf
         return keep
 
     def attended(self, keep: Tensor) -> Tensor:
         """[kv_heads] key columns, summed over the queries."""
-        return columns(keep, self.found.bias.masked_fill(keep, -torch.inf), self.tiles)
+        return attended_columns(keep, self.found.bias.masked_fill(keep, -torch.inf), self.tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +159,9 @@ def plan(problem: Problem) -> Plan:
         clustered = int(previous_patch(problem.patch_ends, start)) // segment * segment
         known = _join(ordered.first(clustered // block), raster.first(tiles.blocks))
         rows = tiles.pack(problem.q[:, start : start + queries], len(k))
-        local = local_attention(rows, k, v, tiles, problem.scale, GatherBuffers())
-        found = estimate(rows, local.lse, tiles, known, problem.scale)
+        packed = PackedTiles(rows=rows, k=k, v=v, tiles=tiles, scale=problem.scale)
+        local = local_attention(packed, ScratchBuffers())
+        found = estimate(rows, local.lse, known, tiles=tiles, scale=problem.scale)
         chunks.append(Chunk(tiles, clustered, _forced(problem, tiles), found, known))
     return Plan(chunks, ordered_k, ordered_v)
 

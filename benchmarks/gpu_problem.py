@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from prefill_service.attention.sparse.selection import single_out
+from prefill_service.attention.sparse.selection import force_keep
 
 CHUNK = 16384
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -141,7 +141,7 @@ class Problem:
             block_summaries(self.k[:, own], self.v[:, own], block_tokens=shape.block)
             known = (k_mean, k_var, *far)
             loss, peak, bias = estimate_loss(self.q, self.k, *known, **shape.geometry())
-            return select_blocks(single_out(loss, peak, epsilon / 2), bias, forced, epsilon)
+            return select_blocks(force_keep(loss, peak, epsilon / 2), bias, forced, epsilon)
 
         return select
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.report import NEVER
-from prefill_service.attention.sparse.attend import SparseResult, sparse_attention
+from prefill_service.attention.sparse.backends import make_backend
 from prefill_service.attention.sparse.clustering import cluster_order
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.sparse.hooks import NoHooks
+from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.summaries import summarize
 from prefill_service.attention.sparse.tiles import Tiles
 
@@ -77,16 +78,28 @@ def _sparse(
     forced = (torch.arange(tiles.blocks) % _DENSITY == 0).expand(tiles.count, -1)
     limit = torch.tensor([tiles.candidates(tile) for tile in range(tiles.count)])[:, None]
     forced = (forced & (torch.arange(tiles.blocks) < limit)).to(q.device)
-    epsilon = torch.full((len(k),), torch.inf, device=q.device)  # no other block is kept
-    buffers = GatherBuffers()
+    unlimited = torch.full((len(k),), torch.inf, device=q.device)  # no other block is kept
+    problem = SparseProblem(
+        q=q,
+        k=k,
+        v=v,
+        heads=torch.arange(len(k), device=q.device),
+        summaries=known,
+        tiles=tiles,
+        epsilon=unlimited,
+        row_limit=unlimited,
+        forced=forced,
+        scale=1.0,
+    )
+    backend = make_backend(q.device)
     segments = -(-tiles.queries // segment_tokens)
     past = k[:, : segments * segment_tokens].reshape(len(k), segments, -1, k.shape[-1])
 
     def run() -> SparseResult:
         cluster_order(past, block)
-        summarize(k[:, : tiles.queries // block * block], v[:, : tiles.queries // block * block],
-                  block)  # fmt: skip
-        return sparse_attention(q, k, v, known, tiles, epsilon, forced, 1.0, buffers)
+        fresh = slice(0, tiles.queries // block * block)
+        summarize(k[:, fresh], v[:, fresh], block)
+        return backend.attend_sparse(problem, NoHooks())
 
     return run
 

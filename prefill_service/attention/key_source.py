@@ -7,14 +7,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from prefill_service.attention.sparse.attend import SparseResult
 from prefill_service.attention.sparse.clustering import order_segments
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
-from prefill_service.attention.sparse.sharing import Shared
+from prefill_service.attention.sparse.hooks import BlockHooks, NoHooks
+from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
+from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention.verification import Certificate, certify
+from prefill_service.attention.verification import Certificate, SampledRows, verify_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,76 +48,44 @@ class LayerState:
     clustered: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What a certificate is asked of.
-
-    Attributes:
-        tiles, scale: of the queries.
-        heads: [n] KV heads that ``result``, q, k and v are of.
-        sampled: [samples] queries to measure.
-        weights: [samples, keys] for ``Certificate.weighted``, or nothing.
-    """
-
-    tiles: Tiles
-    scale: float
-    heads: Tensor
-    sampled: Tensor
-    weights: Tensor | None = None
-
-
-class KeySource(Protocol):
+class KeySource(BlockHooks, Protocol):
     """Keys and values for sparse attention. Buffers are [tokens, 2, kv_heads, head_dim]."""
 
     def prepare(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
         """Cluster what has become old, bring summaries up to date, have the local region here.
 
         Args:
+            layer: whose keys.
+            state: of the layer, updated.
             recent: tokens from here on are kept by place.
             tiles: of this rank's queries.
         """
 
-    def fetch(self, wanted: Tensor, heads: Tensor) -> None:
-        """Have blocks here: ``wanted`` is [len(heads), blocks] bool."""
-
-    def share(
-        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> Shared | None:
-        """Have other ranks attend to a part of what was selected, if they have less to do.
-
-        Args:
-            rows: [n, tiles, group * tile_tokens, head_dim] packed queries.
-            keep: [n, tiles, blocks] bool.
-            pairs: [n] all key columns attended, summed over the queries.
-            heads: [n] KV heads that the others are of.
-        """
-
-    def certify(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        result: SparseResult,
-        summaries: BlockSummaries,
-        asked: Measurement,
-        buffers: GatherBuffers,
+    def verify_rows(
+        self, problem: SparseProblem, result: SparseResult, sampled: SampledRows
     ) -> Certificate:
-        """See ``certificate.certify``."""
+        """Attend to the sampled rows exactly, and measure what ``result`` made of them."""
 
 
-class ReplicatedKeys:
+class ReplicatedKeys(NoHooks, KeySource):
     """All keys are here.
 
     Args:
         kv: [tokens, 2, kv_heads, head_dim] of one layer, complete up to the last query.
         segments: sizes.
+        scratch: memory that all layers' verification shares; without it new memory is taken.
     """
 
-    def __init__(self, kv: Tensor, segments: Segments) -> None:
-        self._kv, self._segments = kv, segments
+    def __init__(
+        self, kv: Tensor, segments: Segments, scratch: ScratchBuffers | None = None
+    ) -> None:
+        self._kv = kv
+        self._segments = segments
+        self._scratch = ScratchBuffers() if scratch is None else scratch
 
+    @override
     def prepare(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
-        """See ``KeySource``; rows are reordered in place."""
+        # Rows are reordered in place.
         sizes, blocks = self._segments, tiles.blocks
         k, v = self._kv.permute(1, 2, 0, 3)  # each [kv_heads, tokens, head_dim]
         start, end = state.clustered, recent // sizes.segment_tokens * sizes.segment_tokens
@@ -135,40 +104,22 @@ class ReplicatedKeys:
             found = summarize(k[:, fresh], v[:, fresh], sizes.block_tokens)
             state.summaries.put(start // sizes.block_tokens, found)
 
-    def fetch(self, wanted: Tensor, heads: Tensor) -> None:
-        """See ``KeySource``: they are."""
-
-    def share(
-        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> Shared | None:
-        """See ``KeySource``: there is nobody else."""
-        return None
-
-    def certify(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        result: SparseResult,
-        summaries: BlockSummaries,
-        asked: Measurement,
-        buffers: GatherBuffers,
+    @override
+    def verify_rows(
+        self, problem: SparseProblem, result: SparseResult, sampled: SampledRows
     ) -> Certificate:
-        """See ``KeySource``."""
-        return certify(
-            q, k, v, result, summaries, asked.tiles, asked.sampled, asked.weights, asked.scale,
-            buffers,
-        )  # fmt: skip
+        return verify_rows(problem, result, sampled, self._scratch)
 
 
 def note_order(state: LayerState, start: int, end: int, order: Tensor) -> None:
     """Rows [start, end) are now those of ``order`` [kv_heads, end - start]."""
     if not start:
-        state.order = state.order.int()  # a copy of what all layers share
+        # All layers begin with one tensor, the order of the prompt, which must not be written to.
+        state.order = state.order.clone().int()
     state.order[:, start:end] = order
     state.clustered = end
 
 
 def all_heads(k: Tensor) -> Tensor:
-    """[kv_heads], every KV head of [kv_heads, ...]."""
+    """[kv_heads], the number of every KV head of [kv_heads, ...]."""
     return torch.arange(len(k), device=k.device)

@@ -49,7 +49,13 @@ class PatchMass:
         return ((position + 1)[:, None] * ~hidden).float()
 
     def add(
-        self, weighted: Tensor, heads: int, position: Tensor, order: Tensor, stand_for: float = 1.0
+        self,
+        weighted: Tensor,
+        heads: int,
+        position: Tensor,
+        *,
+        order: Tensor,
+        stand_for: float = 1.0,
     ) -> None:
         """Take in exact attention probabilities.
 

@@ -224,32 +224,6 @@ class RankAttention:
         )
 
 
-class WorkLog:
-    """(query, key) pairs of one rank, by chunk and layer.
-
-    Attributes:
-        selected, computed: see ``RankAttention``; one array [layers] per chunk.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
-        self.selected, self.computed = [np.zeros(layers)], [np.zeros(layers)]
-
-    def start_chunk(self) -> None:
-        """Go on in a new row."""
-        self.selected.append(np.zeros(self._layers))
-        self.computed.append(np.zeros(self._layers))
-
-    def add(self, layer: int, pairs: float) -> None:
-        """Note what queries of this rank had to attend to."""
-        self.selected[-1][layer] += pairs
-        self.computed[-1][layer] += pairs
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Both, [chunks, layers]."""
-        return np.stack(self.selected), np.stack(self.computed)
-
-
 def combine(parts: Sequence[RankAttention]) -> AttentionReport:
     """The report of a prefill from its ranks' parts. The parts are consumed."""
     before = _imbalance([part.selected for part in parts])

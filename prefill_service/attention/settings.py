@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefill_service.attention.key_source import Segments
+from prefill_service.attention.sparse.tiles import Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,10 @@ class SparseSettings:
     def segment_tokens(self) -> int:
         """Tokens per clustered segment."""
         return self.block_tokens * self.segment_blocks
+
+    def tiles(self, start: int, queries: int) -> Tiles:
+        """Tiles of queries [start, start + queries)."""
+        return Tiles(queries, start, self.tile_tokens, self.block_tokens)
 
     @property
     def segments(self) -> Segments:

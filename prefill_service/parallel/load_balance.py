@@ -18,8 +18,8 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.key_source import ReplicatedKeys, Segments
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
-from prefill_service.attention.sparse.sharing import attend_listed
+from prefill_service.attention.sparse.gathered_attention import PackedTiles, attend_listed
+from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.balance_plan import Load, Move, imbalance, plan_moves
@@ -63,7 +63,7 @@ class Balancer:
     block_tokens: int
     max_tiles: int
     balancing: Balancing
-    _buffers: GatherBuffers = field(default_factory=GatherBuffers)
+    scratch: ScratchBuffers = field(default_factory=ScratchBuffers)
     _due: bool = True
 
     def due(self, first: int | None) -> bool:
@@ -173,11 +173,15 @@ class Balancer:
         found = torch.empty((*q.shape[:2], q.shape[2] + 1), dtype=work, device=q.device)
         for head in sorted({move.head for move in moves}):
             which = [i for i, move in enumerate(moves) if move.head == head]
-            one, sizes = slice(head, head + 1), (self.tile_tokens, self.block_tokens)
-            part = attend_listed(
-                q[which], k[one], v[one], [lists[i] for i in which], sizes, self.shape.scale,
-                self._buffers,
-            )  # fmt: skip
+            one, queries = slice(head, head + 1), len(which) * self.tile_tokens
+            packed = PackedTiles(
+                rows=q[which][None],
+                k=k[one],
+                v=v[one],
+                tiles=Tiles(queries, 0, self.tile_tokens, self.block_tokens),
+                scale=self.shape.scale,
+            )
+            part = attend_listed(packed, [lists[i] for i in which], self.scratch)
             found[which, :, :-1], found[which, :, -1] = part.out.to(work), part.lse.to(work)
         return found
 
@@ -256,7 +260,7 @@ class BalancedKeys(ReplicatedKeys):
     def __init__(
         self, kv: Tensor, segments: Segments, balancer: Balancer, common: int, moved: Moved
     ) -> None:
-        super().__init__(kv, segments)
+        super().__init__(kv, segments, balancer.scratch)
         self._buffer, self._balancer, self._moved = kv, balancer, moved
         self.common = common // segments.segment_tokens * segments.segment_tokens
         """Tokens before this one are in the same order on every rank."""

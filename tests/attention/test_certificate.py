@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
-from prefill_service.attention.sparse.summaries import summarize
+from prefill_service.attention.sparse.scratch import ScratchBuffers
+from prefill_service.attention.sparse.selection import forced_blocks
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention.verification import certify
+from prefill_service.attention.verification import SampledRows, verify_rows
 from tests.attention import oracle
 from tests.attention.oracle import rand
+from tests.attention.problems import attend_on_cpu, sparse_problem
 
 SCALE = 0.3
 
@@ -25,15 +25,15 @@ def test_kept_mass_and_error_of_all_rows(
     tiles = Tiles(queries, q_offset, 128, 64)
     q = rand(2 * group, queries, 16)
     k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
-    known = summarize(k[:, : tiles.blocks * 64], v[:, : tiles.blocks * 64], 64)
     forced = forced_blocks(tiles, 1, [10_000] * tiles.count)
-    used = sparse_attention(
-        q, k, v, known, tiles, torch.full((2,), epsilon), forced, SCALE, GatherBuffers()
+    problem = sparse_problem(
+        q, (k, v), tiles, epsilon=torch.full((2,), epsilon), forced=forced, scale=SCALE
     )
+    used = attend_on_cpu(problem)
     rows = torch.arange(queries)
     weights = torch.rand(queries, tiles.keys, generator=torch.Generator().manual_seed(4))
-    proof = certify(q, k, v, used, known, tiles, rows, weights, SCALE, GatherBuffers())
-    mass = oracle.kept_mass(q, k, tiles, used.keep, used.bias, known, SCALE)
+    proof = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
+    mass = oracle.kept_mass(q, k, tiles, used.keep, used.bias, problem.summaries, SCALE)
     torch.testing.assert_close(proof.kept_mass.view(-1, queries), mass, rtol=0, atol=1e-6)
     p = oracle.causal_scores(q, k, q_offset, SCALE).softmax(-1)
     weighted = (p.view(2, group, queries, -1) * weights).sum((1, 2))
@@ -54,16 +54,16 @@ def test_rows_that_are_no_numbers_keep_nothing() -> None:
     tiles = Tiles(128, 256, 128, 64)
     q = rand(4, 128, 16)
     k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
-    known = summarize(k[:, :256], v[:, :256], 64)
     forced = forced_blocks(tiles, 1, [10_000])
-    used = sparse_attention(
-        q, k, v, known, tiles, torch.full((2,), 0.3), forced, SCALE, GatherBuffers()
+    problem = sparse_problem(
+        q, (k, v), tiles, epsilon=torch.full((2,), 0.3), forced=forced, scale=SCALE
     )
+    used = attend_on_cpu(problem)
     used.lse[0, 5], used.out[0, 5] = -torch.inf, torch.nan
     used.lse[1, 6], used.lse[2, 7], used.out[3, 8] = -torch.inf, torch.nan, torch.inf
     rows = torch.arange(128)
     weights = torch.zeros(128, tiles.keys)
-    proof = certify(q, k, v, used, known, tiles, rows, weights, SCALE, GatherBuffers())
+    proof = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
     bad = torch.zeros(4, 128, dtype=torch.bool)
     bad[range(4), range(5, 9)] = True
     assert (proof.kept_mass.view(4, 128)[bad] == 0).all()

@@ -12,7 +12,7 @@ import torch
 from prefill_service.attention.fallback import below_floor
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport
-from prefill_service.attention.sparse import attend as sparse
+from prefill_service.attention.sparse import cpu_backend
 from prefill_service.attention.sparse.selection import ROW_STEP
 from prefill_service.scheduling.attention_summary import summarize
 from tests.attention import oracle
@@ -121,14 +121,14 @@ def test_a_stretch_without_its_needles_is_enough() -> None:
 def test_time_of_what_is_computed_again_is_not_the_certificates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept_attention, calls = sparse.kept_attention, []
+    kept_attention, calls = cpu_backend.kept_attention, []
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.15)
         calls.append(1)
         return kept_attention(*args)
 
-    monkeypatch.setattr(sparse, "kept_attention", slowly)
+    monkeypatch.setattr(cpu_backend, "kept_attention", slowly)
     q, k, v = hidden_needles()
     _, report = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0.9), 512)
     layer = report.layers[0]

@@ -55,7 +55,7 @@ def test_patch_mass_against_a_loop() -> None:
     p = rand(2, 6, 100).softmax(-1)  # two KV heads, three query heads each, two samples
     weights = mass.weights(position, 100)
     weighted = torch.stack([visible_mass(head, weights) for head in p])
-    mass.add(weighted, 6, position, order)
+    mass.add(weighted, 6, position, order=order)
     got, rows = mass.totals()
     expected = np.zeros(4)
     for head in range(2):
@@ -68,7 +68,7 @@ def test_patch_mass_against_a_loop() -> None:
     np.testing.assert_allclose(got, expected)
     assert rows.tolist() == [12, 12, 0, 0]
     # Samples that stand for twice as many queries count twice.
-    mass.add(weighted, 6, position, order, 2.0)
+    mass.add(weighted, 6, position, order=order, stand_for=2.0)
     got, rows = mass.totals()
     np.testing.assert_allclose(got, 3 * expected)
     assert rows.tolist() == [36, 36, 0, 0]

@@ -7,18 +7,18 @@ import math
 import pytest
 import torch
 
-from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
 from prefill_service.attention.sparse.selection import (
     ROW_STEP,
     estimate,
+    force_keep,
+    forced_blocks,
     select,
-    single_out,
     to_csr,
 )
 from prefill_service.attention.sparse.summaries import lift, misplaced_share, summarize
 from prefill_service.attention.sparse.tiles import Tiles
 from tests.attention.oracle import causal_scores, rand
+from tests.attention.problems import attend_on_cpu, sparse_problem
 
 SCALE = 0.25
 
@@ -100,7 +100,7 @@ def test_a_loss_of_one_row_keeps_its_block() -> None:
     loss = torch.full((2, 1, 4), 1e-3)
     peak = torch.tensor([[[0.3, 0.01, 0.06, 0.0]], [[0.3, 0.01, 0.06, 0.0]]])
     epsilon = torch.tensor([0.1, 0.5])
-    keep = select(single_out(loss, peak, epsilon / 2), none_forced(loss), epsilon)
+    keep = select(force_keep(loss, peak, epsilon / 2), none_forced(loss), epsilon)
     assert keep[:, 0].tolist() == [[True, False, True, False], [True, False, False, False]]
 
 
@@ -114,12 +114,16 @@ def test_few_rows_that_look_for_one_thing_are_not_lost_in_their_tile(shift: int)
     k[:, thing] += 4 * q[0, 0] / q[0, 0].norm()
     q[0, rows] = 10 * q[0, 0] / q[0, 0].norm()
     tiles = Tiles(queries, q_offset, 128, 64)
-    known = summarize(k[:, :q_offset], v[:, :q_offset], 64)
-    forced = torch.zeros(1, tiles.blocks, dtype=torch.bool)
-    used = sparse_attention(
-        q, k, v, known, tiles, torch.tensor([0.2]), forced, SCALE, GatherBuffers(),
+    problem = sparse_problem(
+        q,
+        (k, v),
+        tiles,
+        epsilon=torch.tensor([0.2]),
+        forced=torch.zeros(1, tiles.blocks, dtype=torch.bool),
+        scale=SCALE,
         row_limit=torch.tensor([0.3]),
-    )  # fmt: skip
+    )
+    used = attend_on_cpu(problem)
     exact = torch.softmax(causal_scores(q, k, q_offset, SCALE), -1)
     assert exact[0, rows, thing].sum(-1).min() > 0.9
     assert exact[0, rows, thing].max() < 0.3  # all nine together are above the limit, not one
@@ -141,7 +145,7 @@ def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, gr
         rows = slice(tile * 128, min((tile + 1) * 128, queries))
         local_lse[:, rows] = scores[:, rows, tiles.local_start(tile) :].logsumexp(-1)
     packed_lse = tiles.pack(local_lse[..., None], 2)[..., 0]
-    found = estimate(tiles.pack(q, 2), packed_lse, tiles, known, SCALE)
+    found = estimate(tiles.pack(q, 2), packed_lse, known, tiles=tiles, scale=SCALE)
     for head in range(2):
         for tile in range(tiles.count):
             seen = tiles.candidates(tile)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
-from prefill_service.attention.sparse.cpu_backend import (
-    GatherBuffers,
+from prefill_service.attention.sparse.cpu_backend import CpuBackend
+from prefill_service.attention.sparse.gathered_attention import (
+    PackedTiles,
     kept_attention,
     local_attention,
 )
-from prefill_service.attention.sparse.selection import to_csr
+from prefill_service.attention.sparse.hooks import NoHooks
+from prefill_service.attention.sparse.scratch import ScratchBuffers
+from prefill_service.attention.sparse.selection import forced_blocks, to_csr
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
 from prefill_service.attention.sparse.summary_attention import (
     attend_summaries,
@@ -21,6 +23,7 @@ from prefill_service.attention.sparse.summary_attention import (
 from prefill_service.attention.sparse.tiles import Tiles
 from tests.attention import oracle
 from tests.attention.oracle import rand
+from tests.attention.problems import attend_on_cpu, sparse_problem
 
 SCALE = 0.3
 
@@ -46,15 +49,16 @@ def attend_with(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, known: BlockSummaries, keep: Tensor, bias: Tensor
 ) -> Tensor:
     """``bias`` is that of all candidates, kept or not."""
-    buffers = GatherBuffers()
+    scratch = ScratchBuffers()
     rows = tiles.pack(q, 2)
-    local = local_attention(rows, k, v, tiles, SCALE, buffers)
+    packed = PackedTiles(rows=rows, k=k, v=v, tiles=tiles, scale=SCALE)
+    local = local_attention(packed, scratch)
     if not tiles.blocks:
         return tiles.unpack(local.out, len(q))
-    kept = kept_attention(rows, k, v, to_csr(keep), tiles, SCALE, buffers)
-    summaries = attend_summaries(rows, local.lse, known.k_mean, bias, SCALE)
+    kept = kept_attention(packed, to_csr(keep), scratch)
+    summaries = attend_summaries(rows, local.lse, known.k_mean, bias=bias, scale=SCALE)
     dropped = (bias > -torch.inf) & ~keep
-    merged = merge_with_summaries(local, kept, summaries, known.v_mean, dropped)
+    merged = merge_with_summaries(local, kept, summaries, v_mean=known.v_mean, dropped=dropped)
     return tiles.unpack(merged.out, len(q))
 
 
@@ -93,14 +97,13 @@ def test_summaries_far_above_or_below_the_truth(shift: float) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_long_runs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_are_cut() -> None:
     q, k, v, tiles, known = problem(700, 1030, 4)
     forced = forced_blocks(tiles, 1, [990 + 128 * tile for tile in range(tiles.count)])
-    arguments = (q, k, v, known, tiles, torch.full((2,), 0.3), forced, SCALE, GatherBuffers())
-    whole = sparse_attention(*arguments)
-    monkeypatch.setattr("prefill_service.attention.sparse.attend._MAX_SCORES", 1)
-    monkeypatch.setattr("prefill_service.attention.sparse.attend.DENSE_ABOVE", 2.0)
-    cut = sparse_attention(*arguments)
+    epsilon = torch.full((2,), 0.3)
+    asked = sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE)
+    whole = attend_on_cpu(asked)
+    cut = CpuBackend(dense_above=2.0, max_scores=1).attend_sparse(asked, NoHooks())
     assert cut.keep.shape == whole.keep.shape
     assert cut.attended(tiles).shape == (2,)
     expected = oracle.used_output(q, k, v, tiles, cut.keep, cut.bias, known, SCALE)
@@ -112,7 +115,9 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     q, k, v, tiles, known = problem(300, 700, 4, dtype, head_dim=64)
     epsilon = torch.full((2,), 0.2)
     forced = forced_blocks(tiles, 1, [600, 730, 860])
-    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, SCALE / 2, GatherBuffers())
+    got = attend_on_cpu(
+        sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE / 2)
+    )
     expected = oracle.used_output(q, k, v, tiles, got.keep, got.bias, known, SCALE / 2)
     error = (got.out.double() - expected).norm() / expected.norm()
     assert got.out.dtype == dtype
@@ -122,9 +127,11 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("queries", "q_offset"), [(256, 1024), (77, 901), (1, 1), (1, 0)])
 def test_epsilon_zero_is_dense(queries: int, q_offset: int) -> None:
-    q, k, v, tiles, known = problem(queries, q_offset, 4)
+    q, k, v, tiles, _ = problem(queries, q_offset, 4)
     forced = forced_blocks(tiles, 0, [q_offset + 10_000] * tiles.count)
-    got = sparse_attention(q, k, v, known, tiles, torch.zeros(2), forced, SCALE, GatherBuffers())
+    got = attend_on_cpu(
+        sparse_problem(q, (k, v), tiles, epsilon=torch.zeros(2), forced=forced, scale=SCALE)
+    )
     expected = oracle.dense(q, k, v, q_offset, SCALE)
     torch.testing.assert_close(got.out, expected, rtol=0, atol=1e-6)
     assert got.attended(tiles).tolist() == [tiles.causal_keys] * 2
@@ -135,10 +142,11 @@ def test_equal_keys_need_no_block_at_all() -> None:
     q, k, v, tiles, _ = problem(128, 640, 4)
     k, v = k.clone(), v.clone()
     k[:, :640] = rand(2, 10, 16, seed=5).repeat_interleave(64, 1)
-    known = summarize(k[:, :640], v[:, :640], 64)
     forced = forced_blocks(tiles, 0, [10_000])
     epsilon = torch.full((2,), 0.5)
-    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, SCALE, GatherBuffers())
+    got = attend_on_cpu(
+        sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE)
+    )
     # All that is estimated to be lost are single keys' shares (the outlier guard).
     assert not got.keep.any()
     expected = oracle.dense(q, k, v, 640, SCALE)
@@ -153,7 +161,9 @@ def test_heads_that_need_most_keys_are_attended_densely() -> None:
     known = summarize(k[:, : tiles.blocks * 64], v[:, : tiles.blocks * 64], 64)
     forced = forced_blocks(tiles, 0, [10_000] * 2)
     epsilon = torch.tensor([0.01, 0.5])
-    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, SCALE, GatherBuffers())
+    got = attend_on_cpu(
+        sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE)
+    )
     attended = got.attended(tiles).tolist()
     assert attended[0] == tiles.causal_keys
     assert attended[1] < 0.2 * tiles.causal_keys
@@ -164,10 +174,12 @@ def test_heads_that_need_most_keys_are_attended_densely() -> None:
 
 
 def test_attended_counts_columns() -> None:
-    q, k, v, tiles, known = problem(200, 517, 1)
+    q, k, v, tiles, _ = problem(200, 517, 1)
     forced = forced_blocks(tiles, 1, [10_000] * 2)
     epsilon = torch.full((2,), 0.99)
-    got = sparse_attention(q, k, v, known, tiles, epsilon, forced, 1e-3, GatherBuffers())
+    got = attend_on_cpu(
+        sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=1e-3)
+    )
     assert got.keep.sum().item() == 4  # the sink, twice for each head
     # 8 and 10 candidates: 64 tokens of the sink, the others' summaries, and the local triangle.
     expected = 128 * (64 + 7) + 72 * (64 + 9)
@@ -179,10 +191,9 @@ def test_a_key_that_is_not_a_number_poisons_what_dense_attention_poisons() -> No
     q, k, v, tiles, _ = problem(128, 512, 1)
     k = k.clone()
     k[0, 100] = torch.nan
-    known = summarize(k[:, :512], v[:, :512], 64)
     forced = forced_blocks(tiles, 0, [10_000])
-    got = sparse_attention(
-        q, k, v, known, tiles, torch.full((2,), 0.2), forced, SCALE, GatherBuffers()
+    got = attend_on_cpu(
+        sparse_problem(q, (k, v), tiles, epsilon=torch.full((2,), 0.2), forced=forced, scale=SCALE)
     )
     assert got.out[0].isnan().all()
     assert not got.out[1].isnan().any()
@@ -190,11 +201,12 @@ def test_a_key_that_is_not_a_number_poisons_what_dense_attention_poisons() -> No
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_query_that_is_not_a_number_poisons_itself_alone(value: float) -> None:
-    q, k, v, tiles, known = problem(200, 517, 4)
-    arguments = torch.full((2,), 0.9), forced_blocks(tiles, 1, [10_000] * 2), SCALE
-    clean = sparse_attention(q, k, v, known, tiles, *arguments, GatherBuffers())
+    q, k, v, tiles, _ = problem(200, 517, 4)
+    forced, epsilon = forced_blocks(tiles, 1, [10_000] * 2), torch.full((2,), 0.9)
+    asked = sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE)
+    clean = attend_on_cpu(asked)
     q[2, 5, 3] = value
-    got = sparse_attention(q, k, v, known, tiles, *arguments, GatherBuffers())
+    got = attend_on_cpu(asked)
     poisoned = got.out.isnan().any(-1)
     assert poisoned.nonzero().tolist() == [[2, 5]]
     assert got.out[2, 5].isnan().all()
@@ -207,10 +219,9 @@ def test_a_query_that_is_not_a_number_poisons_itself_alone(value: float) -> None
 
 
 def test_a_tile_is_whole_blocks() -> None:
-    q, k, v, _, known = problem(128, 512, 1)
+    q, k, v, _, _ = problem(128, 512, 1)
     tiles = Tiles(128, 512, 96, 64)
+    forced = forced_blocks(tiles, 0, [0, 0])
+    asked = sparse_problem(q, (k, v), tiles, epsilon=torch.zeros(2), forced=forced, scale=SCALE)
     with pytest.raises(ValueError, match=r"tile of 96 tokens .* blocks of 64"):
-        sparse_attention(
-            q, k, v, known, tiles, torch.zeros(2), forced_blocks(tiles, 0, [0, 0]), SCALE,
-            GatherBuffers(),
-        )  # fmt: skip
+        attend_on_cpu(asked)

@@ -6,9 +6,9 @@ compile for real.
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +54,10 @@ def serve() -> None:
     os.dup2(2, 1)
     while calls.peek(1):
         name, args, kwargs = pickle.load(calls)
-        module, _, function = name.rpartition(".")
         try:
-            if not module.startswith("prefill_service."):
-                module = f"prefill_kernels.{module}"
-            result = getattr(importlib.import_module(module), function)(*args, **kwargs)
+            if not name.startswith("prefill_service."):
+                name = f"prefill_kernels.{name}"
+            result = pkgutil.resolve_name(name)(*args, **kwargs)
             answer = False, args if result is None else result
         except Exception as error:
             answer = True, error

@@ -108,7 +108,7 @@ def test_the_reference_is_what_the_cpu_estimates(tile: int, queries: int, q_offs
     _, lse = block_sparse_reference(q, k, k, none, **options)
     local = tiles.pack(lse[..., None].float(), 2)[..., 0]
     known = BlockSummaries(k_mean, k_var, k_mean, *far).first(tiles.blocks)
-    found = estimate(tiles.pack(q, 2), local, tiles, known, options["scale"])
+    found = estimate(tiles.pack(q, 2), local, known, tiles=tiles, scale=options["scale"])
     loss, peak, bias = estimate_loss_reference(q, k, k_mean, k_var, *far, **options)
     torch.testing.assert_close(found.loss.double(), loss[..., : tiles.blocks], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.peak.double(), peak[..., : tiles.blocks], atol=1e-6, rtol=1e-4)

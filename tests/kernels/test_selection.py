@@ -10,13 +10,15 @@ from prefill_kernels.block_sparse_attention import block_sparse_reference
 from prefill_kernels.csr import BlockCSR
 from torch import Tensor
 
-from prefill_service.attention.sparse.attend import forced_blocks, sparse_attention
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
-from prefill_service.attention.sparse.selection import select
-from prefill_service.attention.sparse.summaries import summarize
+from prefill_service.attention.sparse.cuda_backend import CudaBackend
+from prefill_service.attention.sparse.hooks import NoHooks
+from prefill_service.attention.sparse.selection import forced_blocks, select
 from prefill_service.attention.sparse.tiles import Tiles
+from tests.attention.problems import attend_on_cpu, sparse_problem
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.test_loss import inputs
+
+CUDA = "prefill_service.attention.sparse.cuda_backend.CudaBackend.attend_sparse"
 
 
 def losses(tiles: int = 5, blocks: int = 70, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,15 +66,19 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     (q, k, *_), options = inputs(group=2, q_offset=653, queries=82, seed=3)
     v = torch.randn_like(k)
     tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
-    known = summarize(k[:, : tiles.blocks * 16], v[:, : tiles.blocks * 16], 16)
     forced = forced_blocks(tiles, 1, [620, 652, 684])
-    given, epsilon = (q, k, v, known, tiles), torch.tensor([0.3, 0.4])
-    rest = forced, options["scale"]
-    a = interpret(
-        "prefill_service.attention.sparse.attend._with_kernels", *given, epsilon, epsilon / 2, *rest
+    epsilon = torch.tensor([0.3, 0.4])
+    problem = sparse_problem(
+        q,
+        (k, v),
+        tiles,
+        epsilon=epsilon,
+        forced=forced,
+        scale=options["scale"],
+        row_limit=epsilon / 2,
     )
-    # Of CPU tensors: the other back end.
-    b = sparse_attention(*given, epsilon, *rest, GatherBuffers(), row_limit=epsilon / 2)
+    a = interpret(CUDA, CudaBackend(), problem, NoHooks())
+    b = attend_on_cpu(problem)
     differs = a.keep != b.keep
     assert differs.sum() <= 1  # rounding may move one block over its threshold
     density = b.keep.sum((1, 2)) / sum(tiles.candidates(t) for t in range(tiles.count))
@@ -91,14 +97,19 @@ def test_a_query_that_is_not_a_number_poisons_itself_alone(interpret: Interprete
     (q, k, *_), options = inputs(group=2, q_offset=320, queries=64, seed=3)
     q[1, 5, 3] = torch.nan
     tiles = Tiles(q.shape[1], options["q_offset"], options["tile_tokens"], options["block_tokens"])
-    known = summarize(k[:, : tiles.blocks * 16], k[:, : tiles.blocks * 16], 16)
     forced = forced_blocks(tiles, 1, [304, 336])
-    given, epsilon = (q, k, k, known, tiles), torch.tensor([0.4, 0.4])
-    rest = forced, options["scale"]
-    a = interpret(
-        "prefill_service.attention.sparse.attend._with_kernels", *given, epsilon, epsilon / 2, *rest
+    epsilon = torch.tensor([0.4, 0.4])
+    problem = sparse_problem(
+        q,
+        (k, k),
+        tiles,
+        epsilon=epsilon,
+        forced=forced,
+        scale=options["scale"],
+        row_limit=epsilon / 2,
     )
-    b = sparse_attention(*given, epsilon, *rest, GatherBuffers(), row_limit=epsilon / 2)
+    a = interpret(CUDA, CudaBackend(), problem, NoHooks())
+    b = attend_on_cpu(problem)
     for got in (a, b):
         assert got.out.isnan().all(-1).nonzero().tolist() == [[1, 5]]
         assert got.out.isnan().any(-1).sum() == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.dense import attend_causal
+from prefill_service.attention.fallback import VerifiedAttention
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
@@ -126,13 +127,13 @@ class Selection(AdaptiveAttention):
             case.ends, heads,
         )  # fmt: skip
         self.kept: dict[tuple[int, int], Tensor] = {}
-        add = self._grids.add
+        record = self.stats.record_sparse
 
-        def noted(layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
-            self.kept[layer, tiles.q_offset] = keep.clone()
-            add(layer, tiles, keep, order)
+        def noted(layer: int, tiles: Tiles, used: VerifiedAttention, **rest: Any) -> None:
+            self.kept[layer, tiles.q_offset] = used.keep.clone()
+            record(layer, tiles, used, **rest)
 
-        self._grids.add = noted  # type: ignore[method-assign]
+        self.stats.record_sparse = noted  # type: ignore[method-assign]
 
 
 class Spied(DemandExchange):

@@ -1,168 +1,224 @@
-"""Block-sparse attention on CPU: gather a tile's kept blocks, then attend to all that was gathered.
-
-The rows of one (KV head, tile) are its group's heads times its tokens, and they share one list of
-keys. Rows with equally many kept blocks go through one batched call.
-"""
+"""Sparse attention on CPU: local region, selection, kept blocks, summaries, one after the other."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
-from prefill_kernels.cpu.attention import attend_rows
-from prefill_kernels.cpu.threads import spread
-from prefill_kernels.csr import BlockCSR
 from torch import Tensor
+from typing_extensions import override
 
-from prefill_service.attention.dense import Partial
-from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention.dense import Partial, attend_causal
+from prefill_service.attention.sparse.gathered_attention import (
+    PackedTiles,
+    kept_attention,
+    local_attention,
+)
+from prefill_service.attention.sparse.hooks import BlockHooks
+from prefill_service.attention.sparse.problem import (
+    SparseBackend,
+    SparseProblem,
+    SparseResult,
+    attended_columns,
+    by_kv_head,
+)
+from prefill_service.attention.sparse.scratch import ScratchBuffers
+from prefill_service.attention.sparse.selection import (
+    Estimate,
+    estimate,
+    force_keep,
+    select,
+    to_csr,
+)
+from prefill_service.attention.sparse.summary_attention import (
+    TINY_SHARE,
+    attend_summaries,
+    merge_with_summaries,
+)
+from prefill_service.attention.stopwatch import Stopwatch
 
-_BATCH_FLOATS = 1 << 20
+DENSE_ABOVE = 0.6
+"""Density from which a KV head is attended densely: there gathering gains nothing."""
 
-
-@dataclass(slots=True)
-class GatherBuffers:
-    """Scratch memory that calls of one process share; grows to the largest request."""
-
-    _held: dict[str, Tensor] = field(default_factory=dict)
-
-    def get(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uninitialised memory; valid until the next request of that name."""
-        numel = 1
-        for size in shape:
-            numel *= size
-        held = self._held.get(name)
-        if held is None or held.numel() < numel or held.dtype != like.dtype:
-            held = self._held[name] = torch.empty(numel, dtype=like.dtype, device=like.device)
-        return held[:numel].view(shape)
-
-
-def local_attention(
-    rows: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, buffers: GatherBuffers
-) -> Partial:
-    """Causal attention of every tile over its local region.
-
-    Args:
-        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries.
-        k, v: [kv_heads, keys, head_dim], at least ``tiles.keys`` keys.
-
-    Returns:
-        Partial of [kv_heads, tiles, group * tile_tokens, ...]; nobody reads the rows that hold
-        no query.
-
-    Raises:
-        ValueError: a tile that is no whole number of blocks.
-    """
-    kv_heads, count, packed, head_dim = rows.shape
-    tile, block = tiles.tile_tokens, tiles.block_tokens
-    if tile % block:
-        raise ValueError(f"a tile of {tile} tokens is no whole number of blocks of {block}")
-    before = tiles.q_offset % block  # keys of the local region before the tile's first query
-    length = before + tile
-    first = tiles.q_offset - before
-    # Keys after the last query do not exist yet; queries that do exist are masked from them.
-    whole = tiles.queries // tile
-    shape = (kv_heads * count, length, head_dim)
-    parts = []
-    for name, x in (("k0", k), ("v0", v)):
-        part = buffers.get(name, shape, x).view(kv_heads, count, length, head_dim)
-        if whole:
-            windows = x[:, first : first + before + whole * tile].unfold(1, length, tile)
-            part[:, :whole] = windows.transpose(2, 3)  # unfold puts the window last
-        if whole < count:
-            rest = x[:, first + whole * tile : tiles.keys]
-            part[:, whole, : rest.shape[1]] = rest
-            part[:, whole, rest.shape[1] :] = 0
-        parts.append(part.view(shape))
-    hidden = torch.ones(tile, tile, dtype=torch.bool).triu(1).repeat(packed // tile, 1)
-    out, lse = attend_rows(rows.flatten(0, 1), parts[0], parts[1], scale, hidden)
-    return Partial(out.reshape(rows.shape), lse.reshape(rows.shape[:3]))
+_MAX_SCORES = 1 << 22
+"""Scores of summaries held at once (16 MiB): longer runs of queries are cut."""
 
 
-def kept_attention(
-    rows: Tensor,
-    k: Tensor,
-    v: Tensor,
-    csr: BlockCSR,
-    tiles: Tiles,
-    scale: float,
-    buffers: GatherBuffers,
-) -> Partial:
-    """Attention of every tile over its kept blocks.
+class CpuBackend(SparseBackend):
+    """Blocks are gathered, and attended to in a few large calls.
 
     Args:
-        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries.
-        k, v: [kv_heads, keys, head_dim] with contiguous head_dim.
-        csr: kept blocks.
-
-    Returns:
-        Partial of [kv_heads, tiles, group * tile_tokens, ...]; 0 and -inf for a tile that keeps
-        nothing.
+        dense_above: density from which a KV head is attended densely.
+        max_scores: scores of summaries held at once.
     """
-    work = _Work(rows.flatten(0, 1), k, v, csr, tiles, scale, buffers)
-    lse_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(rows).flatten(0, 1)
-    lse = rows.new_full(out.shape[:2], -torch.inf, dtype=lse_dtype)
 
-    def attend(piece: tuple[int, list[int]], worker: int) -> None:
-        kept, batch = piece
-        index = slice(batch[0], batch[0] + 1) if len(batch) == 1 else batch  # a view, if it can be
-        if kept:
-            out[index], lse[index] = work.attend(kept, batch, index, worker)
-        else:
-            out[index] = 0
+    def __init__(self, dense_above: float = DENSE_ABOVE, max_scores: int = _MAX_SCORES) -> None:
+        self._dense_above = dense_above
+        self._max_scores = max_scores
+        self._scratch = ScratchBuffers()
 
-    spread(attend, list(work.batches()))
-    return Partial(out.view(rows.shape), lse.view(rows.shape[:3]))
+    @override
+    def attend_sparse(self, problem: SparseProblem, hooks: BlockHooks) -> SparseResult:
+        clock = Stopwatch(problem.q.device)
+        strips = [self._attend_strip(strip, hooks, clock) for strip in self._strips(problem)]
+        return strips[0] if len(strips) == 1 else _joined(strips, problem.tiles.blocks)
+
+    def _strips(self, problem: SparseProblem) -> Iterator[SparseProblem]:
+        """Runs of whole tiles whose scores fit."""
+        tiles = problem.tiles
+        scores = tiles.tile_tokens * len(problem.q) * max(tiles.blocks, 1)
+        tokens = max(1, self._max_scores // scores) * tiles.tile_tokens
+        for start in range(0, tiles.queries, tokens):
+            yield problem.strip(start, tokens)
+
+    def _attend_strip(
+        self, problem: SparseProblem, hooks: BlockHooks, clock: Stopwatch
+    ) -> SparseResult:
+        tiles = problem.tiles
+        packed = PackedTiles(
+            rows=tiles.pack(problem.q, len(problem.k)),
+            k=problem.k,
+            v=problem.v,
+            tiles=tiles,
+            scale=problem.scale,
+        )
+        result = local = local_attention(packed, self._scratch)
+        clock.lap("attend")
+        found = estimate(packed.rows, local.lse, problem.summaries, tiles=tiles, scale=packed.scale)
+        keep, bias, dense = self._select(problem, found)
+        clock.lap("select")
+        hooks.fetch(keep.any(1), problem.heads)
+        clock.lap("fetch")
+        pairs = attended_columns(keep, bias, tiles)
+        shared = hooks.share(packed.rows, keep, tiles, pairs, problem.heads)
+        if shared:
+            dense[shared.heads] = False
+        if tiles.blocks:
+            past = _Past(
+                packed=packed,
+                local=local,
+                found=found,
+                k_mean=problem.summaries.k_mean,
+                v_mean=problem.summaries.v_mean,
+                keep=keep,
+                here=shared.here if shared else keep,
+            )
+            result = self._join_past(past, problem, dense)
+        if shared:
+            result = shared.add(result)
+        out = tiles.unpack(result.out, len(problem.q))
+        lse = tiles.unpack(result.lse, len(problem.q))
+        clock.lap("attend")
+        return SparseResult(out=out, lse=lse, keep=keep, bias=bias, clock=clock)
+
+    def _select(self, problem: SparseProblem, found: Estimate) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks to keep, bias of the others, and [kv_heads] bool, which are attended densely."""
+        epsilon = problem.epsilon.to(found.loss.dtype)
+        losses = force_keep(found.loss, found.peak, problem.row_limit.to(epsilon.dtype))
+        keep = select(losses, problem.forced, epsilon)
+        bias = found.bias.masked_fill(keep, -torch.inf)
+        # A head that needs most of its keys is served faster, and exactly, by one dense call.
+        columns = attended_columns(keep, bias, problem.tiles)
+        dense = columns > self._dense_above * problem.tiles.causal_keys
+        keep[dense] = found.bias[dense] > -torch.inf
+        bias[dense] = -torch.inf
+        return keep, bias, dense
+
+    def _join_past(self, past: _Past, problem: SparseProblem, dense: Tensor) -> Partial:
+        """The local region's result, joined with all before it; of packed rows.
+
+        The KV heads in ``dense`` [kv_heads] attend to all keys, the others to kept blocks and
+        summaries.
+        """
+        if not dense.any():
+            return past.join_blocks(self._scratch)
+        tiles = problem.tiles
+        out = torch.empty_like(past.local.out)
+        lse = torch.empty_like(past.local.lse)
+        heads = dense.nonzero()[:, 0]
+        exact = attend_causal(
+            by_kv_head(problem.q, len(problem.k))[heads].flatten(0, 1),
+            problem.k[heads, : tiles.keys],
+            problem.v[heads, : tiles.keys],
+            tiles.q_offset,
+            problem.scale,
+        )
+        out[heads] = tiles.pack(exact.out, len(heads))
+        lse[heads] = tiles.pack(exact.lse[..., None], len(heads))[..., 0]
+        heads = (~dense).nonzero()[:, 0]
+        if len(heads):
+            part = past.of_heads(heads).join_blocks(self._scratch)
+            out[heads] = part.out
+            lse[heads] = part.lse
+        return Partial(out, lse)
 
 
-@dataclass(slots=True)
-class _Work:
-    """The inputs of one ``kept_attention``; a row of it is ``kv_head * tiles + tile``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Past:
+    """All that is known when a strip's queries come to attend to what lies before them.
 
-    rows: Tensor  # [kv_heads * tiles, packed, head_dim]
-    k: Tensor
-    v: Tensor
-    csr: BlockCSR
-    tiles: Tiles
-    scale: float
-    buffers: GatherBuffers
-    starts: list[int] = field(init=False)
-    k_blocks: list[Tensor] = field(init=False)  # per KV head [blocks, block_tokens, head_dim]
-    v_blocks: list[Tensor] = field(init=False)
+    Attributes:
+        local: over the local region, of packed rows.
+        found: what each candidate block was estimated to lose.
+        k_mean, v_mean: [kv_heads, blocks, head_dim] of the blocks.
+        keep: [kv_heads, tiles, blocks] bool, selected blocks.
+        here: [kv_heads, tiles, blocks] bool, those of them that this rank attends to itself.
+    """
 
-    def __post_init__(self) -> None:
-        self.starts = self.csr.row_ptr.tolist()
-        whole = self.k.shape[1] // self.tiles.block_tokens * self.tiles.block_tokens
-        shape = (-1, self.tiles.block_tokens, self.k.shape[-1])
-        self.k_blocks = [head[:whole].view(shape) for head in self.k]
-        self.v_blocks = [head[:whole].view(shape) for head in self.v]
+    packed: PackedTiles
+    local: Partial
+    found: Estimate
+    k_mean: Tensor
+    v_mean: Tensor
+    keep: Tensor
+    here: Tensor
 
-    def batches(self) -> Iterator[tuple[int, list[int]]]:
-        """Kept blocks, and rows that keep so many; bounded memory."""
-        by_length: dict[int, list[int]] = {}
-        for row, (start, end) in enumerate(pairwise(self.starts)):
-            by_length.setdefault(end - start, []).append(row)
-        for kept, rows in by_length.items():
-            floats = max(1, kept) * self.tiles.block_tokens * self.k.shape[-1]
-            size = max(1, _BATCH_FLOATS // floats)
-            for i in range(0, len(rows), size):
-                yield kept, rows[i : i + size]
+    def of_heads(self, index: Tensor) -> _Past:
+        """The same for the KV heads at ``index`` (copies)."""
+        return _Past(
+            packed=self.packed.of_heads(index),
+            local=Partial(self.local.out[index], self.local.lse[index]),
+            found=self.found.of_heads(index),
+            k_mean=self.k_mean[index],
+            v_mean=self.v_mean[index],
+            keep=self.keep[index],
+            here=self.here[index],
+        )
 
-    def attend(
-        self, kept: int, batch: list[int], index: list[int] | slice, worker: int
-    ) -> tuple[Tensor, Tensor]:
-        """Output [batch, rows, head_dim] and LSE [batch, rows]; ``index`` is ``batch``."""
-        block, head_dim = self.tiles.block_tokens, self.k.shape[-1]
-        shape = (len(batch), kept * block, head_dim)
-        keys = self.buffers.get(f"k{worker}", shape, self.k)
-        values = self.buffers.get(f"v{worker}", shape, self.v)
-        for i, row in enumerate(batch):
-            head = row // self.tiles.count
-            col = self.csr.col[self.starts[row] : self.starts[row + 1]]
-            into = (kept, block, head_dim)
-            torch.index_select(self.k_blocks[head], 0, col, out=keys[i].view(into))
-            torch.index_select(self.v_blocks[head], 0, col, out=values[i].view(into))
-        return attend_rows(self.rows[index], keys, values, self.scale)
+    def join_blocks(self, scratch: ScratchBuffers) -> Partial:
+        """Local region, kept blocks and the summaries of the dropped ones in one softmax."""
+        kept = kept_attention(self.packed, to_csr(self.here), scratch)
+        dropped = (self.found.bias > -torch.inf) & ~self.keep
+        values = self.v_mean
+        merged = merge_with_summaries(
+            self.local, kept, self.found.attention, v_mean=values, dropped=dropped
+        )
+        if not (merged.lse - self.found.attention.lse < math.log(TINY_SHARE)).any():
+            return merged
+        # Estimates of kept blocks, so far above the truth that nothing true shows beside them.
+        bias = self.found.bias.masked_fill(self.keep, -torch.inf)
+        alone = attend_summaries(
+            self.packed.rows.to(bias.dtype),
+            self.local.lse.to(bias.dtype),
+            self.k_mean,
+            bias=bias,
+            scale=self.packed.scale,
+        )
+        return merge_with_summaries(self.local, kept, alone, v_mean=values, dropped=dropped)
+
+
+def _joined(strips: list[SparseResult], blocks: int) -> SparseResult:
+    """The strips' results as one; masks are widened to ``blocks`` blocks."""
+
+    def widen(x: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, blocks - x.shape[-1]), value=value)
+
+    return SparseResult(
+        out=torch.cat([strip.out for strip in strips], 1),
+        lse=torch.cat([strip.lse for strip in strips], 1),
+        keep=torch.cat([widen(strip.keep, False) for strip in strips], 1),
+        bias=torch.cat([widen(strip.bias, -torch.inf) for strip in strips], 1),
+        clock=strips[0].clock,
+    )

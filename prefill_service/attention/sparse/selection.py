@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from prefill_kernels.cpu.matmul import product
 from prefill_kernels.csr import BlockCSR
@@ -33,7 +34,38 @@ ROW_STEP = 4
 """Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
 
 
-@dataclass(frozen=True, slots=True)
+def previous_patch(patch_ends: np.ndarray, position: int | list[int]) -> np.ndarray:
+    """First token of the temporal patch before the one that ``position`` lies in; 0 if none is.
+
+    Args:
+        patch_ends: [patches] one past each patch's last token.
+        position: of one token or several.
+    """
+    own = np.searchsorted(patch_ends, position, side="right")
+    starts: np.ndarray = np.where(own > 1, patch_ends[np.maximum(own, 2) - 2], 0)
+    return starts
+
+
+def forced_blocks(tiles: Tiles, sink_blocks: int, recent_from: list[int]) -> Tensor:
+    """Blocks that every tile keeps: attention sinks and the temporal patch before its own.
+
+    Args:
+        tiles: of the queries.
+        sink_blocks: the first blocks of the prompt (StreamingLLM, arXiv 2309.17453).
+        recent_from: [tiles] first token of the previous temporal patch.
+
+    Returns:
+        [tiles, blocks] bool; candidates only.
+    """
+    forced = torch.zeros(tiles.count, tiles.blocks, dtype=torch.bool)
+    for tile in range(tiles.count):
+        end = tiles.candidates(tile)
+        forced[tile, : min(sink_blocks, end)] = True
+        forced[tile, min(recent_from[tile] // tiles.block_tokens, end) : end] = True
+    return forced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What is known of each (KV head, tile, candidate block).
 
@@ -52,14 +84,18 @@ class Estimate:
     bias: Tensor
     attention: SummaryAttention
 
-    def heads(self, index: Tensor) -> Estimate:
-        """Of some KV heads."""
-        attention = SummaryAttention(self.attention.shares[index], self.attention.lse[index])
-        return Estimate(self.loss[index], self.peak[index], self.bias[index], attention)
+    def of_heads(self, index: Tensor) -> Estimate:
+        """The part of the KV heads at ``index``."""
+        return Estimate(
+            loss=self.loss[index],
+            peak=self.peak[index],
+            bias=self.bias[index],
+            attention=SummaryAttention(self.attention.shares[index], self.attention.lse[index]),
+        )
 
 
 def estimate(
-    rows: Tensor, local_lse: Tensor, tiles: Tiles, summaries: BlockSummaries, scale: float
+    rows: Tensor, local_lse: Tensor, summaries: BlockSummaries, *, tiles: Tiles, scale: float
 ) -> Estimate:
     """Estimate the loss of every candidate block from every fourth token's rows.
 
@@ -67,12 +103,14 @@ def estimate(
         rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries (``Tiles.pack``).
         local_lse: [kv_heads, tiles, group * tile_tokens] natural log-sum-exp of each row over its
             local region.
-        summaries: of the first ``tiles.blocks`` blocks.
+        summaries: of the first ``tiles.blocks`` blocks (at least).
+        tiles: of the queries.
         scale: factor on the scores.
     """
     work = summaries.k_mean.dtype
     known = summaries.first(tiles.blocks)
-    q, local_lse = rows.to(work), local_lse.to(work)
+    q = rows.to(work)
+    local_lse = local_lse.to(work)
     broken = _broken(q)  # [kv_heads, tiles, rows], or nothing
     if broken is not None:
         q = q.masked_fill(broken[..., None], 0.0)
@@ -84,11 +122,23 @@ def estimate(
     bias = lift(variance, tiles.block_tokens) + math.log(tiles.block_tokens)
     hidden = tiles.hidden(q.device)  # [tiles, blocks]
     bias.masked_fill_(hidden, -torch.inf)
-    attention = attend_summaries(q, local_lse, known.k_mean, bias, scale)
-    loss, peak = _losses(q, attention, weights, misplaced_share(variance), known, scale)
+    attention = attend_summaries(q, local_lse, known.k_mean, bias=bias, scale=scale)
+    loss, peak = _losses(
+        q,
+        attention,
+        known,
+        weights=weights,
+        misplaced=misplaced_share(variance),
+        scale=scale,
+    )
     if broken is not None:
         attention.lse.masked_fill_(broken, torch.nan)
-    return Estimate(loss.masked_fill_(hidden, 0.0), peak.masked_fill_(hidden, 0.0), bias, attention)
+    return Estimate(
+        loss=loss.masked_fill_(hidden, 0.0),
+        peak=peak.masked_fill_(hidden, 0.0),
+        bias=bias,
+        attention=attention,
+    )
 
 
 def _broken(q: Tensor) -> Tensor | None:
@@ -106,9 +156,10 @@ def _broken(q: Tensor) -> Tensor | None:
 def _losses(
     q: Tensor,
     attention: SummaryAttention,
+    known: BlockSummaries,
+    *,
     weights: Tensor,
     misplaced: Tensor,
-    known: BlockSummaries,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean loss over the asked rows, and its peak, each [kv_heads, tiles, blocks].
@@ -150,7 +201,7 @@ def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
     return (weights[:, None].expand(len(x), -1, -1, -1) @ x).squeeze(2)
 
 
-def single_out(loss: Tensor, peak: Tensor, row_limit: Tensor) -> Tensor:
+def force_keep(loss: Tensor, peak: Tensor, row_limit: Tensor) -> Tensor:
     """``loss``, infinite where the peak is above the limit.
 
     ``select`` then keeps the block, and counts its loss no more.

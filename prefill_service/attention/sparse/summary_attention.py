@@ -35,7 +35,7 @@ class SummaryAttention:
 
 
 def attend_summaries(
-    rows: Tensor, local_lse: Tensor, k_mean: Tensor, bias: Tensor, scale: float
+    rows: Tensor, local_lse: Tensor, k_mean: Tensor, *, bias: Tensor, scale: float
 ) -> SummaryAttention:
     """Shares of every block and of the local region.
 
@@ -46,19 +46,24 @@ def attend_summaries(
         bias: [kv_heads, tiles, blocks] added to the blocks' logits; -inf hides one.
         scale: factor on the scores.
     """
-    scores = _logits(rows, local_lse, k_mean, bias, scale)
+    scores = _logits(rows, local_lse, k_mean, bias=bias, scale=scale)
     shares = torch.softmax(scores, -1, out=scores)
     local = shares[..., k_mean.shape[1]]
     if local.numel() and local.min() < TINY_SHARE:
         # A local region that is lost in the rest cannot tell how much the rest is.
-        lse = torch.logsumexp(_logits(rows, local_lse, k_mean, bias, scale), -1)
+        logits = _logits(rows, local_lse, k_mean, bias=bias, scale=scale)
+        lse = torch.logsumexp(logits, -1)
     else:
         lse = local_lse - torch.log(local)
     return SummaryAttention(shares, lse)
 
 
-def _logits(rows: Tensor, local_lse: Tensor, k_mean: Tensor, bias: Tensor, scale: float) -> Tensor:
-    (kv_heads, count, packed, head_dim), blocks = rows.shape, k_mean.shape[1]
+def _logits(
+    rows: Tensor, local_lse: Tensor, k_mean: Tensor, *, bias: Tensor, scale: float
+) -> Tensor:
+    """[kv_heads, tiles, rows, >= blocks + 1], as ``SummaryAttention.shares`` before the softmax."""
+    kv_heads, count, packed, head_dim = rows.shape
+    blocks = k_mean.shape[1]
     width = -(-(blocks + 1) // _ALIGNED) * _ALIGNED
     scores = rows.new_empty(kv_heads, count, packed, width)
     for head in range(kv_heads):
@@ -72,7 +77,7 @@ def _logits(rows: Tensor, local_lse: Tensor, k_mean: Tensor, bias: Tensor, scale
 
 
 def merge_with_summaries(
-    local: Partial, kept: Partial, attention: SummaryAttention, v_mean: Tensor, dropped: Tensor
+    local: Partial, kept: Partial, attention: SummaryAttention, *, v_mean: Tensor, dropped: Tensor
 ) -> Partial:
     """One softmax over the local region, the kept blocks and the dropped ones' summaries.
 
@@ -82,22 +87,21 @@ def merge_with_summaries(
         v_mean: [kv_heads, blocks, head_dim].
         dropped: [kv_heads, tiles, blocks] bool, blocks that their summary stands for.
     """
-    (kv_heads, count, packed, head_dim), blocks = local.out.shape, v_mean.shape[1]
+    kv_heads, count, packed, head_dim = local.out.shape
+    blocks = v_mean.shape[1]
     # The last columns count the dropped mass: values of 1. What is no block weighs nothing.
     width = attention.shares.shape[-1]
     values = v_mean.new_zeros(kv_heads, count, width, head_dim + _ALIGNED)
     values[..., :blocks, :head_dim] = torch.where(dropped[..., None], v_mean[:, None], 0.0)
     values[..., :blocks, head_dim] = dropped
-    summed = torch.stack([
-        product(shares, value.T)
-        for shares, value in zip(
-            attention.shares.flatten(0, 1), values.flatten(0, 1), strict=True
-        )
-    ]).view(kv_heads, count, packed, -1)  # fmt: skip
+    of_tile = zip(attention.shares.flatten(0, 1), values.flatten(0, 1), strict=True)
+    products = [product(shares, value.T) for shares, value in of_tile]
+    summed = torch.stack(products).view(kv_heads, count, packed, -1)
     kept_log = kept.lse - attention.lse
     top = kept_log.clamp(min=0)  # an estimate may be far too low: scale by what is larger
     scaled = torch.exp(-top)
-    of_local, of_kept = attention.shares[..., blocks] * scaled, torch.exp(kept_log - top)
+    of_local = attention.shares[..., blocks] * scaled
+    of_kept = torch.exp(kept_log - top)
     total = of_local + summed[..., head_dim] * scaled + of_kept
     out = summed[..., :head_dim] * (scaled / total)[..., None]
     out.addcmul_(local.out.to(out.dtype), (of_local / total)[..., None])

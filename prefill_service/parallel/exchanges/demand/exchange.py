@@ -22,12 +22,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.attention.dense import attend_causal
-from prefill_service.attention.key_source import KeySource, LayerState, Measurement, Segments
-from prefill_service.attention.sparse.attend import SparseResult
-from prefill_service.attention.sparse.cpu_backend import GatherBuffers
+from prefill_service.attention.key_source import KeySource, LayerState, Segments
+from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.summaries import BlockSummaries
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention.verification import Certificate
+from prefill_service.attention.verification import Certificate, SampledRows
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
@@ -215,21 +214,14 @@ class DemandExchange(Exchange, KeySource):
     def share(self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor) -> None:
         """See ``KeySource``: others do not have the blocks."""
 
-    def certify(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        result: SparseResult,
-        summaries: BlockSummaries,
-        asked: Measurement,
-        buffers: GatherBuffers,
+    def verify_rows(
+        self, problem: SparseProblem, result: SparseResult, sampled: SampledRows
     ) -> Certificate:
         """See ``KeySource``: the sampled rows are attended to where the keys are."""
         known = [self._known(r) for r in range(self._group.size)]
-        witness = VerificationRequest(q, result, asked, known)
-        mask = sum(1 << int(head) for head in asked.heads.tolist())
-        rank, samples = self._group.rank, len(asked.sampled)
+        witness = VerificationRequest(problem, result, sampled.rows, known)
+        mask = sum(1 << int(head) for head in problem.heads.tolist())
+        rank, samples = self._group.rank, len(sampled.rows)
         rows = witness.rows()
         replies = {r: witness.attention_room() for r in self._others()}
         header = Header(Ask.ATTENTION, mask, samples, self._seen())

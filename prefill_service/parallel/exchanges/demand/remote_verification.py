@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.dense import Partial, merge
-from prefill_service.attention.key_source import Measurement
-from prefill_service.attention.sparse.attend import SparseResult
+from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.verification import Certificate, finite_rows
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.rpc import Ask, Header
@@ -27,21 +26,23 @@ class VerificationRequest:
     """The side that asks: some rows of a sparse result, to be compared with exact attention.
 
     Args:
-        q: [q_heads, queries, head_dim] of the heads asked for.
-        result: of the same heads.
-        asked: which rows.
+        problem: what was asked, of some KV heads.
+        result: what is to be verified.
+        sampled: [samples] which queries.
         known: per rank, the blocks at home there.
     """
 
     def __init__(
-        self, q: Tensor, result: SparseResult, asked: Measurement, known: list[np.ndarray]
+        self, problem: SparseProblem, result: SparseResult, sampled: Tensor, known: list[np.ndarray]
     ) -> None:
-        work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        rows = asked.sampled.to(q.device)
-        self._q = q[:, rows].to(work)  # [q_heads, samples, head_dim]
+        work = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+        rows = sampled.to(problem.q.device)
+        self._q = problem.q[:, rows].to(work)  # [q_heads, samples, head_dim]
         self._out, self._lse = result.out[:, rows].to(work), result.lse[:, rows].to(work)
-        self._asked, self._result = asked, result
-        self._position = rows + asked.tiles.q_offset
+        self._problem = problem
+        self._result = result
+        self._sampled = sampled
+        self._position = rows + problem.tiles.q_offset
         self._known = [torch.from_numpy(ids) for ids in known]
         self._exact: Partial | None = None
 
@@ -69,8 +70,8 @@ class VerificationRequest:
         The logit added to a block's summary, infinite where its tokens were attended.
         """
         assert self._exact is not None, "kept mass is relative to exact attention"
-        tiles, ids = self._asked.tiles, self._known[rank]
-        tile = self._asked.sampled // tiles.tile_tokens
+        tiles, ids = self._problem.tiles, self._known[rank]
+        tile = self._sampled // tiles.tile_tokens
         seen = torch.tensor([tiles.candidates(i) for i in tile.tolist()])
         local = ids >= seen[:, None]  # [samples, blocks]
         bias = self._lse.new_full((len(self._result.keep), *local.shape), torch.inf)
@@ -93,9 +94,13 @@ class VerificationRequest:
         error = (self._out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
         sound = finite_rows(self._out) & self._lse.isfinite() & error.isfinite() & mass.isfinite()
         mass, error = torch.where(sound, mass, 0.0), torch.where(sound, error, 1.0)
-        shape = (len(self._asked.heads), -1, len(self._asked.sampled))
-        nothing = mass.new_empty(len(self._asked.heads), 0)
-        return Certificate(mass.view(shape), error.view(shape), nothing)
+        heads = len(self._problem.heads)
+        shape = (heads, -1, len(self._sampled))
+        return Certificate(
+            kept_mass=mass.view(shape),
+            output_error=error.view(shape),
+            weighted=mass.new_empty(heads, 0),
+        )
 
 
 @dataclass(slots=True)

@@ -1,0 +1,206 @@
+"""What is noted of a prefill's attention while it is computed, for its report."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefill_service.attention.fallback import VerifiedAttention
+from prefill_service.attention.patch_mass import BlockGrids, PatchMass
+from prefill_service.attention.report import LayerReport, RankAttention
+from prefill_service.attention.sampling import observed_rows
+from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention.sparse.scratch import ScratchBuffers
+from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.attention.verification import exact_rows, visible_mass
+
+
+class WorkLog:
+    """(query, key) pairs of one rank, by chunk and layer.
+
+    Attributes:
+        selected, computed: see ``RankAttention``; one array [layers] per chunk.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self.selected = [np.zeros(layers)]
+        self.computed = [np.zeros(layers)]
+
+    def start_chunk(self) -> None:
+        """Go on in a new row."""
+        self.selected.append(np.zeros(self._layers))
+        self.computed.append(np.zeros(self._layers))
+
+    def add(self, layer: int, pairs: float) -> None:
+        """Note what queries of this rank had to attend to."""
+        self.selected[-1][layer] += pairs
+        self.computed[-1][layer] += pairs
+
+
+class AttentionStats:
+    """Density, kept mass, mass per patch, block maps and times of one prefill on one rank.
+
+    Args:
+        settings: sizes.
+        layers: layers that attend.
+        kv_heads: of the model.
+        heads: KV heads that are attended to on this rank.
+        patch_ends: [patches] one past each temporal patch's last token.
+        device: of Q, K and V.
+    """
+
+    def __init__(
+        self,
+        settings: SparseSettings,
+        *,
+        layers: int,
+        kv_heads: int,
+        heads: slice,
+        patch_ends: np.ndarray,
+        device: torch.device,
+    ) -> None:
+        self._settings = settings
+        self._heads = heads
+        self._all_heads = kv_heads
+        here = heads.stop - heads.start
+        self._reports = [LayerReport(layer, [0.0] * here) for layer in range(layers)]
+        self._patch_mass = PatchMass(patch_ends, device)
+        self._grids = BlockGrids(layers, here, int(patch_ends[-1]))
+        self._work = WorkLog(layers)
+
+    def start_chunk(self) -> None:
+        """What follows is of the next chunk: ranks wait for each other at every layer of it."""
+        self._work.start_chunk()
+
+    def add_moved_pairs(self, layer: int, pairs: int) -> None:
+        """Note pairs that this rank attended to for others, or if negative they for it."""
+        self._work.computed[-1][layer] += pairs
+
+    def selected_pairs(self, layer: int) -> int:
+        """(query, key) pairs of this rank's queries of the chunk, so far."""
+        return int(self._work.selected[-1][layer])
+
+    def add_attend_seconds(self, layer: int, seconds: float) -> None:
+        """Note the time of exact attention that was computed elsewhere."""
+        self._reports[layer].attend_s += seconds
+
+    def count_exact(self, layer: int, start: int, queries: int) -> None:
+        """Count queries attended to exactly, of whose keys this rank may hold only a part."""
+        tiles, report = self._tiles(start, queries), self._reports[layer]
+        heads = len(report.attended)
+        self._grids.add_dense(layer, tiles, range(heads))
+        self._count(layer, tiles, [float(tiles.causal_keys)] * heads)
+        self._work.add(layer, float(tiles.causal_keys * heads))
+
+    def observe_exact(
+        self, layer: int, q: Tensor, kv: Tensor, *, start: int, order: Tensor, scale: float
+    ) -> None:
+        """Count queries that were attended to exactly elsewhere, and sample where they looked.
+
+        Args:
+            layer: which.
+            q: [q_heads, queries, head_dim].
+            kv: [tokens, 2, kv_heads, head_dim], complete up to the last query.
+            start: position of the first query.
+            order: [kv_heads, tokens] original position of each row of ``kv``.
+            scale: factor on the scores.
+        """
+        if not q.shape[1]:
+            return
+        tiles = self._tiles(start, q.shape[1])
+        clock = Stopwatch(kv.device)
+        k = kv[: tiles.keys, 0].transpose(0, 1)
+        sampled = observed_rows(tiles, layer).to(q.device)
+        position = start + sampled
+        weights = self.patch_weights(position, tiles.keys)
+        masses, scratch = [], ScratchBuffers()
+        for rows, keys in zip(q.chunk(len(k)), k, strict=True):
+            p, _ = exact_rows(
+                rows[:, sampled],
+                keys,
+                position=position,
+                q_offset=start,
+                scale=scale,
+                scratch=scratch,
+            )
+            masses.append(visible_mass(p, weights))
+        self._add_mass(torch.stack(masses), len(q), position, tiles=tiles, order=order)
+        self.count_exact(layer, start, q.shape[1])
+        clock.lap("verify")
+        self._reports[layer].certify_s += clock.seconds("verify")
+
+    def patch_weights(self, position: Tensor, keys: int) -> Tensor:
+        """[samples, keys] that exact probabilities of rows at ``position`` count for."""
+        return self._patch_mass.weights(position, keys)
+
+    def record_sparse(
+        self, layer: int, tiles: Tiles, used: VerifiedAttention, *, position: Tensor, order: Tensor
+    ) -> None:
+        """Count a sparse attention.
+
+        Args:
+            layer: which.
+            tiles: of the queries.
+            used: the attention.
+            position: [samples] of the rows verified.
+            order: [kv_heads, tokens] original position of each key.
+        """
+        report, verification = self._reports[layer], used.verification
+        report.tiles_redone += used.retried * tiles.count
+        report.tiles_dense += used.dense * tiles.count
+        self._grids.add(layer, tiles, used.keep, order)
+        self._count(layer, tiles, used.attended.tolist())
+        report.add_kept_mass(verification.kept_mass)
+        report.output_error.add(verification.output_error)
+        self._work.add(layer, used.pairs)
+        if verification.weighted.shape[1]:
+            heads = verification.kept_mass.shape[:2].numel()
+            self._add_mass(verification.weighted, heads, position, tiles=tiles, order=order)
+
+    def add_seconds(self, layer: int, *, select: float, attend: float, verify: float) -> None:
+        """Note the times of a sparse attention."""
+        report = self._reports[layer]
+        report.select_s += select
+        report.attend_s += attend
+        report.certify_s += verify
+
+    def report(self) -> RankAttention:
+        """What was measured so far."""
+        mass, rows = self._patch_mass.totals()
+        found = RankAttention(
+            sparse_from_tokens=self._settings.from_tokens,
+            layers=self._reports,
+            patch_mass=mass,
+            patch_rows=rows,
+            pairs=self._grids.pairs,
+            causal=self._grids.causal,
+            selected=np.stack(self._work.selected),
+            computed=np.stack(self._work.computed),
+        )
+        return found.among(self._heads, self._all_heads)
+
+    def _tiles(self, start: int, queries: int) -> Tiles:
+        return self._settings.tiles(start, queries)
+
+    def _count(self, layer: int, tiles: Tiles, attended: list[float]) -> None:
+        report = self._reports[layer]
+        report.attended = [a + b for a, b in zip(report.attended, attended, strict=True)]
+        report.causal += tiles.causal_keys
+        report.tiles += tiles.count * len(attended)
+        if layer == 0:
+            self._grids.add_causal(tiles)
+
+    def _add_mass(
+        self, weighted: Tensor, heads: int, position: Tensor, *, tiles: Tiles, order: Tensor
+    ) -> None:
+        """Take [kv_heads, keys] mass of the sampled rows at ``position``, of ``heads`` heads."""
+        self._patch_mass.add(
+            weighted,
+            heads,
+            position,
+            order=order[:, : tiles.keys],
+            stand_for=tiles.queries / len(position),
+        )
