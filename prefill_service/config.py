@@ -75,7 +75,7 @@ def _opt(
 
 @dataclass(slots=True)
 class ServerConfig:
-    """The gRPC front."""
+    """The gRPC server: address, TLS, limits."""
 
     host: str = _opt("127.0.0.1", "Address to bind; other than loopback it needs TLS or insecure.")
     port: int = _opt(50051, "Port to bind; 0 picks a free one.", low=0, high=65535)
@@ -92,7 +92,7 @@ class ServerConfig:
 
 @dataclass(slots=True)
 class StorageConfig:
-    """Where videos and the job queue live."""
+    """Where videos and jobs are stored, and how much of them."""
 
     data_dir: str = _opt("~/.local/share/prefill-service", "Videos, indexes and the job database.")
     import_roots: list[str] = field(
@@ -105,7 +105,7 @@ class StorageConfig:
 
 @dataclass(slots=True)
 class VideoConfig:
-    """Limits of what is decoded, and how."""
+    """Video decoders, and the limits of what they decode."""
 
     reader: str = _opt(
         "pyav",
@@ -127,7 +127,7 @@ class VideoConfig:
 
 @dataclass(slots=True)
 class EngineConfig:
-    """The rank group."""
+    """The workers that prefill: model, ranks, attention, KV memory, time limits."""
 
     model: str = _opt("", "Folder or hub id of the checkpoint.")
     ranks: int = _opt(2, "Ranks of the sequence-parallel group.", low=1, high=64)
@@ -186,7 +186,7 @@ class EngineConfig:
 
 @dataclass(slots=True)
 class VllmConfig:
-    """The vLLM that generates answers."""
+    """vLLM, which generates the answers."""
 
     url: str = _opt("", "URL of a running vLLM; empty: the service starts its own.")
     max_model_len: int = _opt(
@@ -206,7 +206,7 @@ class VllmConfig:
 
 @dataclass(slots=True)
 class ServiceConfig:
-    """Everything. One section per field; see ``prefill-service serve --help``."""
+    """The whole configuration; each field is a section of the TOML file."""
 
     server: ServerConfig = field(default_factory=ServerConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -229,7 +229,7 @@ class ResolvedConfig:
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServiceConfig:
-    """Defaults, then the TOML file, then ``overrides`` ({section: {name: value}}).
+    """Merge the defaults, the TOML file and ``overrides`` ({section: {name: value}}).
 
     Raises:
         ServiceError: CONFIG_INVALID, naming the option, the value and what is accepted.
@@ -238,7 +238,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServiceConfi
 
 
 def resolve_config(path: Path | None, overrides: Mapping[str, Any]) -> ResolvedConfig:
-    """As ``load_config``, with the source of each value.
+    """Merge as ``load_config`` does, and note the source of each value.
 
     Raises:
         ServiceError: CONFIG_INVALID, as ``load_config``.
@@ -253,7 +253,7 @@ def resolve_config(path: Path | None, overrides: Mapping[str, Any]) -> ResolvedC
 
 
 def _options(config: ServiceConfig) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """("section.name", field, value) of each option."""
+    """Yield ("section.name", field, value) of each option."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for option in dataclasses.fields(values):
@@ -342,7 +342,7 @@ def _validate(resolved: ResolvedConfig) -> None:
 
 
 def _refused(metadata: Mapping[str, Any], value: object) -> str:
-    """What an option accepts instead of ``value``; empty if it accepts it."""
+    """Describe what an option accepts instead of ``value``; empty if it accepts it."""
     choices = metadata.get("choices")
     if choices:
         *first, last = map(str, choices)
@@ -359,7 +359,7 @@ def _refused(metadata: Mapping[str, Any], value: object) -> str:
 
 
 def _conflicts(config: ServiceConfig) -> Iterator[tuple[str, object, str]]:
-    """(name, value, what is accepted) of values that are wrong in form or beside another's."""
+    """Yield (name, value, what is accepted) where a form or two values together are wrong."""
     server = config.server
     engine = config.engine
     if bool(server.tls_cert) != bool(server.tls_key):
@@ -393,7 +393,7 @@ def _is_address(text: str) -> bool:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``; an IPv6 host stands in brackets.
+    """Split ``HOST:PORT``; an IPv6 host stands in brackets.
 
     Raises:
         ValueError: it is neither.
@@ -408,7 +408,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def resolve_threads(engine: EngineConfig) -> int:
-    """CPU threads per rank: the cores shared evenly, at least one."""
+    """Return the CPU threads of each rank: as configured, or the cores shared evenly."""
     if engine.threads_per_rank:
         return engine.threads_per_rank
     cores = len(os.sched_getaffinity(0))
@@ -416,12 +416,12 @@ def resolve_threads(engine: EngineConfig) -> int:
 
 
 def resolve_kv_pool_bytes(engine: EngineConfig) -> int:
-    """KV bytes over all ranks: as configured, or a quarter of what this machine or cgroup has."""
+    """Return the KV bytes of all ranks: as configured, or a quarter of the memory."""
     return engine.kv_pool_bytes or memory_bytes() // 4
 
 
 def memory_bytes() -> int:
-    """Memory of this machine, or of the cgroup where that is less."""
+    """Return the memory of this machine, or of the cgroup where that is less."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))

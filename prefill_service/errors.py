@@ -39,7 +39,7 @@ class Reason(StrEnum):
     VIDEO_LIMIT_EXCEEDED = "VIDEO_LIMIT_EXCEEDED"
     DECODE_FAILED = "DECODE_FAILED"
     DECODE_TIMEOUT = "DECODE_TIMEOUT"
-    # jobs and the rank group
+    # jobs and workers
     UNKNOWN_JOB = "UNKNOWN_JOB"
     NO_ATTENTION_REPORT = "NO_ATTENTION_REPORT"
     NO_TRACE = "NO_TRACE"
@@ -50,7 +50,7 @@ class Reason(StrEnum):
     PREFILL_FAILED = "PREFILL_FAILED"
     KV_POOL_FULL = "KV_POOL_FULL"
     MODEL_INVALID = "MODEL_INVALID"
-    # hand-off and decoder
+    # hand-off and vLLM
     UNKNOWN_PREFIX = "UNKNOWN_PREFIX"
     LEASE_EXPIRED = "LEASE_EXPIRED"
     STALE_GENERATION = "STALE_GENERATION"

@@ -242,7 +242,7 @@ def _check_memory(config: ServiceConfig) -> Iterator[Finding]:
 
 
 def _check_data_folder(config: ServiceConfig) -> Iterator[Finding]:
-    """Where videos are kept: writable, and room for an upload."""
+    """Where videos are kept: writable, and with space for an upload."""
     folder = Path(config.storage.data_dir).expanduser()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

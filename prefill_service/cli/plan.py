@@ -159,8 +159,8 @@ def _probed(shape: ModelShape) -> CostModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    told = f"probe of {name}, {torch.get_num_threads()} threads, {dtype}; link not measured"
-    return fit(probe_device(shape, device, dtype), ASSUMED, told)
+    provenance = f"probe of {name}, {torch.get_num_threads()} threads, {dtype}; link not measured"
+    return fit(probe_device(shape, device, dtype), ASSUMED, provenance)
 
 
 def _rates(cost: CostModel, shape: ModelShape) -> str:

@@ -1,4 +1,4 @@
-"""``prefill-service serve``: run the service until it is told to stop."""
+"""``prefill-service serve``: run the service until a signal stops it."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_each_option_is_shown_once_with_its_default(text: str) -> None:
         "--engine-sparse-from-tokens N Queries that see fewer keys attend exactly; 0: measured",
         "--engine-sparse-block-tokens N Keys per block of sparse attention. One of 64, 128. (def",
         "multi_ring, demand, ulysses_gather, auto. (default: gather)",
-        "The rank group.",
+        "The workers that prefill: model, ranks, attention, KV memory, time limits.",
     ):
         assert part in flat
 

@@ -74,6 +74,7 @@ async def fail(
     code: grpc.StatusCode,
     reason: str,
     message: str,
+    *,
     retry_after_s: float = 0.0,
     **metadata: str,
 ) -> None:
@@ -118,7 +119,7 @@ class Backend:
                 grpc.StatusCode.UNAVAILABLE,
                 "SHUTTING_DOWN",
                 "draining",
-                self.faults.retry_after_s,
+                retry_after_s=self.faults.retry_after_s,
             )
 
     async def leave(self, rpc: str, context: Any) -> None:

@@ -117,16 +117,16 @@ class FakeVideos(video_grpc.VideoServiceServicer):
                     video,
                     context,
                     grpc.StatusCode.DATA_LOSS,
-                    "UPLOAD_DIGEST_MISMATCH",
-                    "sha256 differs",
+                    reason="UPLOAD_DIGEST_MISMATCH",
+                    message="sha256 differs",
                 )
             if not data.startswith(MAGIC):
                 await self._refuse(
                     video,
                     context,
                     grpc.StatusCode.INVALID_ARGUMENT,
-                    "NOT_A_VIDEO",
-                    f"{video.display_name} is not a video",
+                    reason="NOT_A_VIDEO",
+                    message=f"{video.display_name} is not a video",
                 )
             video.state = vpb.VIDEO_STATE_READY
             video.info.CopyFrom(
@@ -144,7 +144,7 @@ class FakeVideos(video_grpc.VideoServiceServicer):
         await self._backend.leave("FinishUpload", context)
         return vpb.FinishUploadResponse(video=video)
 
-    async def _refuse(self, video, context, code, reason, message):
+    async def _refuse(self, video, context, code, *, reason, message):
         video.state = vpb.VIDEO_STATE_FAILED
         video.error_reason = reason
         video.error_message = message

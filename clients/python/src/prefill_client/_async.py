@@ -38,13 +38,13 @@ class AsyncCancellation:
         self._call: Any = None
 
     def attach(self, call: Any) -> None:
-        """Name the call to cancel."""
+        """Set the call that ``cancel`` ends; ends it at once if that was asked for before."""
         self._call = call
         if self.requested.is_set():
             call.cancel()
 
     def cancel(self) -> None:
-        """Cancel at the server too. Any number of times."""
+        """Cancel, at the server too. A second call has no effect."""
         self.requested.set()
         if self._call is not None:
             self._call.cancel()
@@ -80,7 +80,7 @@ class AsyncDriver:
     def iterate(
         self, flow: Flow[Any], cancellation: AsyncCancellation | None = None
     ) -> AsyncGenerator[Any, None]:
-        """Run a flow as its emitted values are asked for."""
+        """Iterate over what a flow emits; it runs only while it is iterated over."""
         return self._drive(flow, cancellation or AsyncCancellation(), [])
 
     async def _drive(

@@ -19,7 +19,7 @@ URL = "/v1/ask"
 
 @dataclass(frozen=True)
 class BatchItem:
-    """One good line of the input."""
+    """A line of the input that can be asked."""
 
     line: int
     custom_id: str
@@ -30,7 +30,7 @@ class BatchItem:
 
 @dataclass(frozen=True)
 class BadLine:
-    """One line of the input that cannot be asked."""
+    """A line of the input that cannot be asked, and why."""
 
     line: int
     custom_id: str | None
@@ -178,7 +178,7 @@ class ResultFile:
         os.fsync(self._file.fileno())
 
     def _repair(self) -> Iterator[str]:
-        """The custom_ids of the file; leaves it ending with a whole line."""
+        """Return the custom_ids of the file; a last line that is cut short is cut off."""
         self._file.seek(0)
         end = 0
         for number, raw in enumerate(self._file, 1):

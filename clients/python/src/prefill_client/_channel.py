@@ -62,7 +62,7 @@ class TLS:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and how to talk to it."""
+    """A server's address with what it takes to connect: token and certificates."""
 
     address: str
     token: str | None
@@ -70,7 +70,7 @@ class Endpoint:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata of each call."""
+        """The metadata that each call carries."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
     def _is_loopback(self) -> bool:
@@ -78,7 +78,7 @@ class Endpoint:
         return host in ("localhost", "::1") or host.startswith("127.")
 
     def open(self, module: Any) -> Any:
-        """A channel of ``module``, which is ``grpc`` or ``grpc.aio``."""
+        """Open a channel of ``module``, which is ``grpc`` or ``grpc.aio``."""
         options = list(CHANNEL_OPTIONS)
         if self._is_loopback():
             # gRPC would ask a proxy named in the environment for this very machine.
@@ -104,6 +104,6 @@ def make_endpoint(address: str, token: str | None, tls: TLS | bool | None) -> En
 
 
 def rpc_table(channel: Any) -> dict[str, Any]:
-    """The callables of all three services by the name of the RPC."""
+    """Return the callables of all three services by the name of the RPC."""
     stubs: tuple[Any, ...] = (VideoServiceStub, PrefillServiceStub, AnswerServiceStub)
     return {name: rpc for stub in stubs for name, rpc in vars(stub(channel)).items()}

@@ -30,7 +30,7 @@ def _optional(message: Any, name: str) -> Any:
 
 
 def _enum(wrapper: Any, value: int, prefix: str, target: Any) -> Any:
-    """The dataclass enum of a protobuf enum value; UNSPECIFIED if a newer server sent it."""
+    """Convert an enum value; one that this release does not know is UNSPECIFIED."""
     name = wrapper.Name(value).removeprefix(prefix) if value in wrapper.values() else ""
     return target[name] if name in target.__members__ else target.UNSPECIFIED
 

@@ -36,7 +36,7 @@ _SCHEMA: dict[str, dict[str, tuple[int, str, bool]]] = {
 
 @dataclass(frozen=True)
 class ErrorDetails:
-    """What the details of a status say. Empty where the server sent nothing."""
+    """The details of a status; empty where the server sent none."""
 
     reason: str = ""
     domain: str = ""

@@ -1,4 +1,4 @@
-"""What each method of the clients does, written once for both. See ``_steps``."""
+"""What each method of the clients does, as flows (``_steps``) that both drivers execute."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a client was made with."""
+    """Time limits in seconds and retry policies of a client."""
 
     timeout: float = 60.0
     finish_timeout: float = 600.0
@@ -62,7 +62,7 @@ class Settings:
         retry: RetryPolicy | None,
         upload_retry: RetryPolicy | None,
     ) -> Settings:
-        """Settings with the defaults for what is None."""
+        """Make settings, with the defaults for what is None."""
         default = cls()
         return cls(
             timeout=timeout,
@@ -73,7 +73,7 @@ class Settings:
 
 
 def call(settings: Settings, rpc: str, request: Any, timeout: float | None = None) -> Flow[Any]:
-    """An idempotent unary call, made again while the server is UNAVAILABLE."""
+    """Make an idempotent unary call, again while the server is UNAVAILABLE."""
     backoff = Backoff(settings.retry)
     while True:
         try:
@@ -112,7 +112,7 @@ def upload_video(
 def resolve_video(
     settings: Settings, video: VideoLike, progress: UploadCallback | None
 ) -> Flow[str]:
-    """The id of a video; a path is uploaded first."""
+    """Return the id of a video; a path is uploaded first."""
     video_id, path = _requests.video_id_or_path(video)
     if path is not None:
         video_id = (yield from upload_video(settings, path, progress=progress)).video_id
@@ -130,13 +130,13 @@ def import_video(settings: Settings, path: str, display_name: str | None) -> Flo
 
 
 def get_video(settings: Settings, video_id: str) -> Flow[Video]:
-    """One video."""
+    """Return a video as it is now."""
     request = video_pb.GetVideoRequest(video_id=video_id)
     return _convert.video((yield from call(settings, "GetVideo", request)).video)
 
 
 def list_videos(settings: Settings, page_size: int) -> Flow[None]:
-    """All videos, newest first."""
+    """Emit all videos, newest first."""
     token = ""
     while True:
         request = video_pb.ListVideosRequest(page_size=page_size, page_token=token)
@@ -187,13 +187,13 @@ def prefill(
 
 
 def get_job(settings: Settings, job_id: str) -> Flow[Job]:
-    """One job."""
+    """Return a job as it is now."""
     request = prefill_pb.GetPrefillJobRequest(job_id=job_id)
     return _convert.job((yield from call(settings, "GetPrefillJob", request)).job)
 
 
 def list_jobs(settings: Settings, page_size: int) -> Flow[None]:
-    """All jobs, newest first."""
+    """Emit all jobs, newest first."""
     token = ""
     while True:
         request = prefill_pb.ListPrefillJobsRequest(page_size=page_size, page_token=token)
@@ -206,13 +206,13 @@ def list_jobs(settings: Settings, page_size: int) -> Flow[None]:
 
 
 def inspect_job(settings: Settings, job_id: str) -> Flow[Inspection]:
-    """All that is known of a job's attention."""
+    """Return all that was measured of a job's attention."""
     request = prefill_pb.InspectPrefillJobRequest(job_id=job_id)
     return _convert.inspection((yield from call(settings, "InspectPrefillJob", request)))
 
 
 def trace_job(settings: Settings, job_id: str) -> Flow[str]:
-    """All pieces of a job's trace; from the beginning if the stream breaks."""
+    """Join the pieces of a job's trace; starts over if the stream breaks."""
     request = prefill_pb.TracePrefillJobRequest(job_id=job_id)
     backoff = Backoff(settings.retry)
     while True:
@@ -229,7 +229,7 @@ def trace_job(settings: Settings, job_id: str) -> Flow[str]:
 
 
 def cancel_job(settings: Settings, job_id: str) -> Flow[Job]:
-    """Stop a job."""
+    """Stop a job and return it as it is then."""
     request = prefill_pb.CancelPrefillJobRequest(job_id=job_id)
     return _convert.job((yield from call(settings, "CancelPrefillJob", request)).job)
 
@@ -271,7 +271,7 @@ def wait_job(settings: Settings, job_id: str, on_progress: JobCallback | None) -
 
 
 class AskState:
-    """What an answer has come to so far; filled by ``ask`` while it runs."""
+    """The part of an answer that has arrived; ``ask`` fills it while it runs."""
 
     def __init__(self, request_id: str | None) -> None:
         self.request_id = request_id or _requests.new_request_id()

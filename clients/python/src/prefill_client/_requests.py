@@ -44,12 +44,12 @@ _ROLES = {"user": answer_pb.ROLE_USER, "assistant": answer_pb.ROLE_ASSISTANT}
 
 
 def new_request_id() -> str:
-    """A random UUID4."""
+    """Make a random UUID4."""
     return str(uuid.uuid4())
 
 
 def upload_request_id(sha256: str, size: int, display_name: str) -> str:
-    """A valid UUID4 that is the same for the same file, in this process and in any later one.
+    """Make a UUID4 that is the same for the same file, in this process and any later one.
 
     CreateUpload returns the first result for a repeated request id, so this is how an upload
     that an earlier process left unfinished is found again. It covers every argument of
@@ -61,7 +61,7 @@ def upload_request_id(sha256: str, size: int, display_name: str) -> str:
 
 
 def video_id_or_path(video: VideoLike) -> tuple[str | None, str | None]:
-    """``(id, None)`` or ``(None, path)``."""
+    """Tell an id from a path: ``(id, None)`` or ``(None, path)``."""
     if isinstance(video, Video):
         return video.video_id, None
     if isinstance(video, str) and _VIDEO_ID.fullmatch(video):
@@ -70,7 +70,7 @@ def video_id_or_path(video: VideoLike) -> tuple[str | None, str | None]:
 
 
 def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
-    """A PrefillSpec.
+    """Make a PrefillSpec.
 
     Raises:
         TypeError: an option is unknown or has the wrong type.
@@ -115,7 +115,7 @@ def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
 def build_ask(
     video_id: str, question: QuestionLike, options: AskOptions, request_id: str
 ) -> answer_pb.AskRequest:
-    """An AskRequest. A leading "system" message is the same as ``system_prompt``.
+    """Make an AskRequest. A leading "system" message is the same as ``system_prompt``.
 
     Raises:
         TypeError: an option is unknown or something has the wrong type.

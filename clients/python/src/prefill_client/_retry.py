@@ -32,15 +32,17 @@ class Backoff:
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self._failures = 0
-        self._told: PrefillError | None = None  # the last error with a reason of the server's
+        self._server_error: PrefillError | None = (
+            None  # the last error with a reason of the server's
+        )
 
     def reset(self) -> None:
-        """Start again: the operation got further."""
+        """Forget the failures so far, because the operation got further."""
         self._failures = 0
-        self._told = None
+        self._server_error = None
 
     def delay(self, error: PrefillError) -> float:
-        """Seconds to wait after ``error``. Raises it when there were enough tries.
+        """Return the seconds to wait after ``error``, or raise it after enough tries.
 
         A stream that the server ends while we write may break without saying why (gRPC's
         "Internal error from Core"); then what the server said the time before is raised.
@@ -48,16 +50,16 @@ class Backoff:
         policy = self._policy
         self._failures += 1
         if error.reason not in _BROKEN_STREAM:
-            self._told = error
+            self._server_error = error
         asked = error.retry_after_s or 0.0
         if self._failures >= policy.attempts or asked > policy.max_delay_s:
-            raise self._told or error
+            raise self._server_error or error
         longest = min(policy.max_delay_s, policy.initial_delay_s * 2.0 ** (self._failures - 1))
         return max(asked, longest * random.uniform(0.5, 1.0))
 
 
 def is_unavailable(error: PrefillError) -> bool:
-    """True if the same idempotent call may be made again."""
+    """Whether the same idempotent call may be made again."""
     return error.code is grpc.StatusCode.UNAVAILABLE
 
 
@@ -67,7 +69,7 @@ _BROKEN_STREAM = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "ABORTED", "CANCELLED")
 
 
 def is_broken_stream(error: PrefillError) -> bool:
-    """True if an upload may go on from the committed size after this failure.
+    """Whether an upload may go on from the committed size after this failure.
 
     An offset mismatch is among them: another process may be sending the same upload.
     """

@@ -72,12 +72,12 @@ class Send:
 
     @property
     def request(self) -> None:
-        """There is not one request."""
+        """None: an upload is many messages, and there is no single request."""
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """Wait."""
+    """Wait for ``seconds``, or until the call is cancelled."""
 
     seconds: float
 
@@ -121,7 +121,7 @@ class FileChunks:
         self._closed = False
 
     def read(self) -> UploadChunksRequest | None:
-        """The next message, or None at the end. Blocks on the disk."""
+        """Return the next message, or None at the end. Blocks on the disk."""
         with self._lock:
             if self._closed or self.offset >= self._size:
                 return None

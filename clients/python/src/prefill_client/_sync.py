@@ -35,13 +35,13 @@ class Cancellation:
         self._call: Any = None
 
     def attach(self, call: Any) -> None:
-        """Name the call to cancel."""
+        """Set the call that ``cancel`` ends; ends it at once if that was asked for before."""
         self._call = call
         if self.requested.is_set():
             call.cancel()
 
     def cancel(self) -> None:
-        """Cancel at the server too. Safe from any thread, any number of times."""
+        """Cancel, at the server too. Safe from any thread; a second call has no effect."""
         self.requested.set()
         if self._call is not None:
             self._call.cancel()
@@ -70,7 +70,7 @@ class SyncDriver:
                 return result
 
     def iterate(self, flow: Flow[Any], cancellation: Cancellation | None = None) -> Iterator[Any]:
-        """Run a flow as its emitted values are asked for."""
+        """Iterate over what a flow emits; it runs only while it is iterated over."""
         return self._drive(flow, cancellation or Cancellation())
 
     def _drive(self, flow: Flow[T], cancellation: Cancellation) -> Flow[T]:

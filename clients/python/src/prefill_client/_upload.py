@@ -23,7 +23,7 @@ Unary = Callable[[str, Any], Flow[Any]]
 
 
 def hash_file(path: str, progress: UploadCallback | None = None) -> Flow[tuple[str, int]]:
-    """sha256 (lower-case hexadecimal) and size in bytes of a file.
+    """Return the sha256 (lower-case hexadecimal) and the size in bytes of a file.
 
     Raises:
         OSError: the file cannot be read.
@@ -107,7 +107,7 @@ def upload(
 
 
 def _usable(unary: Unary, video_id: str) -> Flow[video_pb.Video | None]:
-    """The video as it is now; None if it is gone or was refused."""
+    """Return the video as it is now; None if it is gone or was refused."""
     try:
         response = yield from unary("GetVideo", video_pb.GetVideoRequest(video_id=video_id))
     except NotFoundError:
@@ -169,7 +169,7 @@ def _send_and_finish(
 
 
 def _text(name: str) -> str:
-    """A file's name as valid text: names are bytes on Linux, and protobuf takes only UTF-8."""
+    """Make a file's name valid UTF-8, as protobuf wants it; on Linux names are bytes."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 

@@ -62,22 +62,22 @@ class AsyncAnswerStream:
 
     @property
     def text(self) -> str:
-        """The text so far."""
+        """The text received so far."""
         return "".join(self._state.pieces)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The token ids so far."""
+        """The token ids received so far."""
         return tuple(self._state.token_ids)
 
     @property
     def final(self) -> Answer | None:
-        """The whole answer, once the stream has ended."""
+        """The whole answer once the stream has ended, None before."""
         return self._state.final
 
     @property
     def request_id(self) -> str:
-        """Id of the request in the server's logs."""
+        """The id under which the server's logs have the request."""
         return self._state.request_id
 
     def cancel(self) -> None:
@@ -178,11 +178,11 @@ class AsyncClient:
         return await self._driver.run(_flows.import_video(self._settings, path, display_name))
 
     async def video(self, video_id: str) -> Video:
-        """One video."""
+        """Return a video as it is now."""
         return await self._driver.run(_flows.get_video(self._settings, video_id))
 
     def videos(self, *, page_size: int = 0) -> AsyncIterator[Video]:
-        """All videos, newest first, fetched page by page (0: the server's page size)."""
+        """Iterate over all videos, newest first; ``page_size`` a call, 0: as the server likes."""
         return self._driver.iterate(_flows.list_videos(self._settings, page_size))
 
     async def delete_video(self, video_id: str) -> None:
@@ -218,19 +218,19 @@ class AsyncClient:
         )
 
     async def job(self, job_id: str) -> Job:
-        """One prefill job."""
+        """Return a prefill job as it is now."""
         return await self._driver.run(_flows.get_job(self._settings, job_id))
 
     def jobs(self, *, page_size: int = 0) -> AsyncIterator[Job]:
-        """All jobs, newest first, fetched page by page (0: the server's page size)."""
+        """Iterate over all jobs, newest first; ``page_size`` a call, 0: as the server likes."""
         return self._driver.iterate(_flows.list_jobs(self._settings, page_size))
 
     async def inspect_job(self, job_id: str) -> Inspection:
-        """What a job's attention did, in full: also of a job that is EVICTED."""
+        """Return all that was measured of a job's attention, also once it is EVICTED."""
         return await self._driver.run(_flows.inspect_job(self._settings, job_id))
 
     async def trace_job(self, job_id: str) -> str:
-        """When what was done for a job that has ended: JSON, which Perfetto opens.
+        """Return the timeline of a job that has ended, as JSON that Perfetto opens.
 
         Chrome's Trace Event Format: a process per rank and one for the service, slices for chunks
         and layers. The server keeps the traces of its latest jobs.
@@ -242,7 +242,7 @@ class AsyncClient:
         return await self._driver.run(_flows.cancel_job(self._settings, job_id))
 
     def watch_job(self, job_id: str) -> AsyncIterator[Job]:
-        """The job now and at each change, until it has ended. Survives broken connections."""
+        """Iterate over the job now and at each change until it ends; reconnects where needed."""
         return self._driver.iterate(_flows.watch_job(self._settings, job_id))
 
     async def wait_job(self, job_id: str, *, on_progress: JobCallback | None = None) -> Job:

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Quality(StrEnum):
-    """The dial: how much attention mass a prefill may misplace. The values work as well."""
+    """How much attention mass a prefill may misplace. Arguments may also be the values."""
 
     UNSPECIFIED = "unspecified"
     EXACT = "exact"
@@ -50,7 +50,7 @@ class AttentionMeasures:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer; ``head_density`` per KV head."""
+    """Measures of one layer; ``head_density`` has a value for each KV head."""
 
     layer: int
     measures: AttentionMeasures

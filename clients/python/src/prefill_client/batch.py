@@ -31,7 +31,7 @@ from prefill_client.errors import (
 from prefill_client.types import Answer, UploadProgress, to_dict
 
 # A full queue or pool empties again as answers come in, and a restarted server comes back; a
-# broken answer may be asked for again here, for nobody has seen its beginning.
+# broken answer may be asked for again here, for nothing of it was shown yet.
 PATIENCE = RetryPolicy(attempts=7, initial_delay_s=0.5, max_delay_s=30.0)
 # What every other line would meet too: the batch ends, to be gone on with later.
 _FATAL = frozenset({"UNAVAILABLE", "UNAUTHENTICATED"})
@@ -61,7 +61,7 @@ class BatchProgress:
 
     @property
     def left(self) -> int:
-        """Lines not dealt with."""
+        """How many lines are neither answered nor failed."""
         return self.total - self.answered - self.failed
 
 

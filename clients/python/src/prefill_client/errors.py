@@ -73,14 +73,14 @@ class ContextExceededError(PrefillError):
 
 
 class PermissionDeniedError(PrefillError):
-    """No or a wrong token, or a path outside the server's import roots."""
+    """The token is missing or wrong, or a path is outside the server's import roots."""
 
     reasons = frozenset({"UNAUTHENTICATED", "PATH_NOT_ALLOWED"})
     codes = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED"})
 
 
 class NotFoundError(PrefillError):
-    """No such video, job or prefix."""
+    """There is no such video, job or prefix."""
 
     reasons = frozenset({"UNKNOWN_VIDEO", "UNKNOWN_JOB", "UNKNOWN_PREFIX"})
     codes = frozenset({"NOT_FOUND"})
@@ -140,7 +140,7 @@ class DeadlineExceededError(PrefillError):
 
 
 class UnavailableError(PrefillError):
-    """The server, a rank or the decoder is away for the moment. Asking again may work."""
+    """The server, a rank or vLLM is away for the moment. Asking again may work."""
 
     reasons = frozenset(
         {
@@ -189,7 +189,7 @@ def make_error(
     request_id: str = "",
     retry_after_s: float | None = None,
 ) -> PrefillError:
-    """The exception for a reason; ``PrefillError`` itself for one this release does not know."""
+    """Make the exception of a reason; ``PrefillError`` for one this release does not know."""
     family = _BY_REASON.get(reason, PrefillError)
     return family(
         reason,
@@ -202,7 +202,7 @@ def make_error(
 
 
 def from_rpc_error(error: grpc.RpcError, request_id: str = "") -> PrefillError:
-    """The exception for a failed call, sync or asyncio."""
+    """Make the exception of a failed call, sync or asyncio."""
     code = error.code() or grpc.StatusCode.UNKNOWN
     details = ErrorDetails()
     trailing: Any = error.trailing_metadata() or ()

@@ -36,7 +36,7 @@ class JobState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """True once nothing more will happen."""
+        """Whether the job has reached its last state."""
         return self not in (JobState.UNSPECIFIED, JobState.QUEUED, JobState.RUNNING)
 
 
@@ -186,7 +186,7 @@ class PrefillSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """One prefill."""
+    """A prefill and how far it is."""
 
     job_id: str
     spec: PrefillSpec
@@ -219,7 +219,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Timings:
-    """Timings of one answer as the server saw them, seconds."""
+    """Timings of one answer, measured by the server, in seconds."""
 
     prefill_wait_s: float
     decoder_first_token_s: float
@@ -230,7 +230,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one answer used."""
+    """Tokens of one answer and its prompt."""
 
     prompt_tokens: int
     video_tokens: int
@@ -323,7 +323,7 @@ QuestionLike: TypeAlias = "str | Sequence[Message | Mapping[str, Any]]"
 
 
 def to_dict(value: Any) -> Any:
-    """A result as JSON-ready data: datetimes become ISO 8601 text."""
+    """Convert a result to JSON-ready data; datetimes become ISO 8601 text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, datetime):

@@ -259,7 +259,7 @@ def _trace(client: Client, args: argparse.Namespace) -> int:
 
 
 def _each(items: Iterable[str], action: Callable[[str], object]) -> int:
-    """Do all of them, even if some fail."""
+    """Apply ``action`` to all items, even if some fail; returns the exit status."""
     status = 0
     for item in items:
         try:

@@ -257,7 +257,7 @@ def _png(text: str) -> Path:
 
 
 def client_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``Client``.
+    """Return the arguments of ``Client`` that the options amount to.
 
     Raises:
         OSError: the token file cannot be read.
@@ -276,17 +276,17 @@ def client_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def frame_options(args: argparse.Namespace) -> Any:
-    """The frame options that were given."""
+    """Return the frame options that were given."""
     return _given(args, FRAME_NAMES)
 
 
 def attention_options(args: argparse.Namespace) -> Any:
-    """The attention options that were given."""
+    """Return the attention options that were given."""
     return _given(args, ATTENTION_NAMES)
 
 
 def ask_options(args: argparse.Namespace) -> Any:
-    """The options of ``Client.ask`` that were given."""
+    """Return the options of ``Client.ask`` that were given."""
     return _given(args, ASK_NAMES)
 
 

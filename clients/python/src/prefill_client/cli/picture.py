@@ -1,4 +1,4 @@
-"""The picture of ``prefill inspect``. The only part of the client that needs matplotlib."""
+"""The picture of ``prefill inspect``, the one part of the client that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _heads(axes: Axes, inspection: Inspection) -> None:
 
 
 def _ticks(axes: Axes, axis: str, labels: list[int]) -> None:
-    """At most a dozen of them."""
+    """Choose at most a dozen tick positions."""
     step = -(-len(labels) // 12)
     ticks = range(0, len(labels), step)
     axes.set(**{f"{axis}ticks": list(ticks), f"{axis}ticklabels": [labels[i] for i in ticks]})

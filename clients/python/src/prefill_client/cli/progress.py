@@ -27,16 +27,16 @@ class Bar:
 
     @property
     def complete(self) -> bool:
-        """True at the end."""
+        """Whether all is done."""
         return self.done >= self.total > 0
 
     @property
     def rate(self) -> float:
-        """Units per second; 0 while unknown."""
+        """Units per second, 0 while no time has passed."""
         return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     def numbers(self) -> str:
-        """``12/40 frames, 3.2/s, 9 s left``."""
+        """Format the numbers, as in ``12/40 frames, 3.2/s, 9 s left``."""
         share = f"{_short(self.done)}/{_short(self.total)} {self.unit}"
         if not self.rate:
             return share
@@ -44,13 +44,13 @@ class Bar:
         return f"{share}, {_short(self.rate)}/s{left}"
 
     def draw(self, width: int) -> str:
-        """The line in at most ``width`` columns."""
+        """Draw the line in at most ``width`` columns."""
         text = f"{self.label:<8} {{}} {self.numbers()}"
-        room = min(30, width - len(text) - 1)
-        if room < 5:
+        cells = min(30, width - len(text) - 1)
+        if cells < 5:
             return text.format("")[:width]
-        filled = round(room * min(1.0, self.done / self.total)) if self.total else 0
-        return text.format("━" * filled + "─" * (room - filled))
+        filled = round(cells * min(1.0, self.done / self.total)) if self.total else 0
+        return text.format("━" * filled + "─" * (cells - filled))
 
 
 def _short(value: float) -> str:
@@ -67,7 +67,7 @@ def _clock(seconds: float) -> str:
 
 
 def job_bars(job: Job) -> list[Bar]:
-    """One bar per stage, ranks summed. A stage has taken as long as its slowest rank."""
+    """Make a bar for each stage: counts summed over ranks, the time of the slowest rank."""
     bars = []
     for stage, unit in _UNITS.items():
         ranks = [entry for entry in job.progress if entry.stage is stage]
