@@ -40,7 +40,7 @@ from benchmarks.processes import MemoryLog, pss_bytes, tree_bytes
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 from prefill_service.video.store import VideoStore
 
 OURS, OPENCV = "ours", "opencv"
@@ -80,20 +80,20 @@ async def _ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with options.video.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     _ready()
-    store = VideoStore(StorageConfig(data_dir=str(folder)), limits)
+    store = VideoStore.open(StorageConfig(data_dir=str(folder)), limits)
     start = time.perf_counter()
     size = options.video.stat().st_size
     video = await store.create_upload("video", size, digest)
     with options.video.open("rb") as file:
         offset = 0
         while piece := file.read(PIECE):
-            offset = await store.append(video.video_id, offset, piece)
+            offset = await store.append_chunk(video.video_id, offset, piece)
     uploaded = time.perf_counter()
-    await store.finish(video.video_id)
+    await store.finish_upload(video.video_id)
     finished = time.perf_counter()
-    async with store.hold(video.video_id) as held:
+    async with store.hold_video(video.video_id) as held:
         probing, cpu = time.perf_counter(), _cpu_s()
-        index = await probe_video(held.path, limits)
+        index = await index_video(held.path, limits)
         indexed = time.perf_counter()
         wanted = wanted_frames(index.frame_count, options.frames, options.share)
         pixels = await asyncio.to_thread(
@@ -120,7 +120,7 @@ def _decode(
     found: list[list[np.ndarray]] = [[] for _ in shares]
 
     def read(rank: int) -> None:
-        with FrameStream(path, index_path, shares[rank], limits) as stream:
+        with FrameStream.open(path, index_path, shares[rank], limits) as stream:
             for frame in stream:
                 found[rank].append(frame[::STEP, ::STEP].copy())
 
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def describe(video: Path) -> dict[str, Any]:
     """What the file is."""
-    index: VideoIndex = asyncio.run(probe_video(video, VideoConfig()))
+    index: VideoIndex = asyncio.run(index_video(video, VideoConfig()))
     return {
         "size": f"{index.width}x{index.height}",
         "codec": index.codec,

@@ -38,7 +38,7 @@ from prefill_service.models.packed_linear import PackedLinear
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 from tools.make_bench_checkpoint import build_larger
 from tools.make_video import write_video
 
@@ -93,7 +93,7 @@ def _video(
 ) -> EncodedVideo:
     seconds = max(2, tokens // _TOKENS_PER_PATCH)
     path = write_video(folder / "video.mp4", seconds, 2.0, *_FRAME)
-    index = asyncio.run(probe_video(path, VideoConfig()))
+    index = asyncio.run(index_video(path, VideoConfig()))
     plan = PrefixPlanner(checkpoint, "float32").plan(index, path.name, FrameSampling(fps=2.0), "")
     return encode_video(PlannedVideo(path, index, plan), model, chunk, folder)
 

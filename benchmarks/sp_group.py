@@ -21,7 +21,7 @@ from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 
 NEVER = 1 << 30
 
@@ -66,7 +66,7 @@ async def prefill_video(
         model=str(model), ranks=ranks, device=device, dtype=dtype, threads_per_rank=1,
         chunk_tokens=chunk_tokens, sparse_from_tokens=sparse_from_tokens,
     )  # fmt: skip
-    index = await probe_video(video, VideoConfig())
+    index = await index_video(video, VideoConfig())
     index.save(folder / "index.npz")
     plan = PrefixPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=fps), "")
     group = PrefillExecutor(config, VideoConfig(), checkpoint, dtype, device, folder)

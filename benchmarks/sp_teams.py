@@ -30,7 +30,7 @@ from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.subgroups import Subgroup
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 from tools.make_tiny_checkpoint import build
 from tools.make_video import write_video
 
@@ -50,7 +50,7 @@ class Work:
 
     async def plan(self, frames: int) -> PrefixPlan:
         """Of so many frames."""
-        index = await probe_video(self.video, VideoConfig())
+        index = await index_video(self.video, VideoConfig())
         index.save(self.index)
         sampling = FrameSampling(num_frames=frames)
         plan = self.plans[frames] = self.planner.plan(index, self.video.name, sampling, "")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefill_service.api.answer_servicer import AnswerServicer
+from prefill_service.api.answer_service import AnswerServicer
 from prefill_service.api.metrics_server import MetricsServer
-from prefill_service.api.prefill_servicer import PrefillServicer
-from prefill_service.api.server import ANSWER, PREFILL, VIDEO, ApiServer
-from prefill_service.api.video_servicer import VideoServicer
+from prefill_service.api.prefill_service import PrefillServicer
+from prefill_service.api.server import ApiServer, ServedService
+from prefill_service.api.video_service import VideoServicer
 from prefill_service.config import AUTO, ServiceConfig
 from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.scheduling.admission import Admission
@@ -168,8 +168,9 @@ class Service:
         config = self._config
         data_dir = Path(config.storage.data_dir).expanduser()  # noqa: ASYNC240 (start-up)
         decoders = DecoderPool(config.video.spare_decoders)
+        decoders.start()
         stack.callback(decoders.close)
-        videos = VideoStore(config.storage, config.video, decoders)  # locks the data directory
+        videos = VideoStore.open(config.storage, config.video, decoders)  # locks the data directory
         stack.push_async_callback(videos.close)
         runtime_dir = _make_runtime_dir()
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
@@ -197,18 +198,14 @@ class Service:
         answers = Answers(
             planning, scheduler, parts.decoder, reports, wait_s, parts.submit_early, metrics
         )
-        server = self._server = ApiServer(
-            config.server,
-            VideoServicer(videos, metrics),
-            PrefillServicer(scheduler),
-            AnswerServicer(answers),
-            lambda: {
-                VIDEO: True,
-                PREFILL: parts.group.ready,
-                ANSWER: parts.group.ready and parts.decoder.ready,
-            },
-            metrics,
-        )
+        services = [
+            ServedService(VideoServicer(videos, metrics)),
+            ServedService(PrefillServicer(scheduler), lambda: parts.group.ready),
+            ServedService(
+                AnswerServicer(answers), lambda: parts.group.ready and parts.decoder.ready
+            ),
+        ]
+        server = self._server = ApiServer(config.server, services, metrics)
         self.port = server.bind()
         if config.server.metrics_address:
             exporter = MetricsServer(config.server.metrics_address, metrics.registry)
@@ -254,7 +251,7 @@ async def _sweep(videos: VideoStore) -> None:
     """Remove expired videos and abandoned uploads, now and then."""
     while True:
         try:
-            await videos.sweep()
+            await videos.delete_expired()
         except Exception:
             logger.exception("sweeping expired videos failed")
         await asyncio.sleep(SWEEP_S)

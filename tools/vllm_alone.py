@@ -150,7 +150,7 @@ def _prepare(
             index = build_index(question.video, VideoConfig())
             index.save(folder / "index.npz")
             plan = planner.plan(index, "", sampling, question.system_prompt)
-            with FrameStream(
+            with FrameStream.open(
                 Path(question.video),
                 folder / "index.npz",
                 plan.frame_indices.tolist(),

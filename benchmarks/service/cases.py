@@ -139,7 +139,7 @@ def frames_equal(video: Path, index: VideoIndex, plan: PrefixPlan) -> bool:
     wanted = _some(plan.frame_indices.tolist())
     with tempfile.TemporaryDirectory() as name:
         index.save(Path(name) / "index.npz")
-        stream = FrameStream(video, Path(name) / "index.npz", wanted, VideoConfig())
+        stream = FrameStream.open(video, Path(name) / "index.npz", wanted, VideoConfig())
         with stream as frames:
             ours = list(frames)
     return all(np.array_equal(a, b) for a, b in zip(ours, _opencv(video, wanted), strict=True))

@@ -1,7 +1,7 @@
 """What happens around every call: admission, errors, one log line.
 
-One interceptor for all methods of ours, because the order matters: an error of the admission
-is reported and logged like any other.
+One interceptor for all methods of ``prefill.v1``, because the order matters: an error of the
+admission is reported and logged like any other.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import grpc
 
+from prefill_service.api.call_context import Context
 from prefill_service.api.status import abort
-from prefill_service.api.types import Context
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
 
@@ -34,11 +34,11 @@ _HOLDERS = ("spec", "job", "video")
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Admits, bounds, reports and logs calls.
 
-    Health checks pass untouched: probes carry no token, and must not fail under load.
+    Health checks pass untouched: they carry no token, and must not fail under load.
 
     Args:
-        max_calls: calls of ours at once.
-        metrics: told of each call of ours that has ended.
+        max_calls: calls of ``prefill.v1`` at once.
+        metrics: counts the calls of ``prefill.v1`` that have ended.
         token: bearer token that clients must send; empty for none.
     """
 
@@ -60,8 +60,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return False
         return True
 
-    def count(self, change: int) -> None:
-        """Note that a call of ours began (1) or ended (-1)."""
+    def count_calls(self, change: int) -> None:
+        """Change the number of running calls by 1 or -1."""
         self.running += change
         if self.running:
             self._idle.clear()
@@ -81,18 +81,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def unary(request: Any, context: Context) -> Any:
             async with _Call(self, details, context) as call:
-                response = await inner(call.noting(request, handler), context)
-                call.note(response)
+                response = await inner(call.note_request(request, handler), context)
+                call.note_ids(response)
                 return response
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with _Call(self, details, context) as call:
-                responses = inner(call.noting(request, handler), context)
+                responses = inner(call.note_request(request, handler), context)
                 first = True
                 async with aclosing(responses):
                     async for response in responses:
                         if first:
-                            call.note(response)
+                            call.note_ids(response)
                         first = False
                         yield response
 
@@ -132,7 +132,7 @@ class _Call:
 
     async def __aenter__(self) -> _Call:
         if self._ours:
-            self._owner.count(1)
+            self._owner.count_calls(1)
         try:
             self._admit()
         except ServiceError as error:
@@ -146,7 +146,7 @@ class _Call:
         traceback: TracebackType | None,
     ) -> None:
         if self._ours:
-            self._owner.count(-1)
+            self._owner.count_calls(-1)
         if error is None:
             self._log("OK")
         elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
@@ -158,7 +158,7 @@ class _Call:
             self._log(service_error.status, str(service_error))
             await abort(self._context, service_error, self._ids.get("request_id", ""))
 
-    def note(self, message: Any) -> None:
+    def note_ids(self, message: Any) -> None:
         """Keep the ids in a message for the log; check the request's own.
 
         Raises:
@@ -175,16 +175,16 @@ class _Call:
         if request_id:
             _check_uuid(request_id)
 
-    def noting(self, request: Any, handler: Any) -> Any:
+    def note_request(self, request: Any, handler: Any) -> Any:
         """The request, or the stream of requests, with its ids noted on the way."""
         if not handler.request_streaming:
-            self.note(request)
+            self.note_ids(request)
             return request
-        return self._noting_stream(request)
+        return self._note_request_stream(request)
 
-    async def _noting_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _note_request_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
-            self.note(request)
+            self.note_ids(request)
             yield request
 
     def _admit(self) -> None:
@@ -222,12 +222,10 @@ class _Call:
         if self._ours:
             method = self._method.removeprefix(_OURS)
             self._owner.metrics.call_ended(method, code)
-            logger.info(
-                "%s %s %.3f s%s%s",
-                method, code, time.monotonic() - self._started,
-                "".join(f" {name}={ascii(value[:64])[1:-1]}" for name, value in self._ids.items()),
-                f": {text}" if text else "",
-            )  # fmt: skip
+            ids = "".join(f" {name}={ascii(value[:64])[1:-1]}" for name, value in self._ids.items())
+            elapsed_s = time.monotonic() - self._started
+            text = f": {text}" if text else ""
+            logger.info("%s %s %.3f s%s%s", method, code, elapsed_s, ids, text)
 
 
 def _check_uuid(request_id: str) -> None:

@@ -47,8 +47,9 @@ class MetricsServer:
             raise ServiceError(
                 Reason.PORT_IN_USE if taken else Reason.CONFIG_INVALID,
                 f"cannot serve metrics on {self._host}:{self._port}: {error.strerror or error}",
-                host=self._host, port=self._port,
-            ) from error  # fmt: skip
+                host=self._host,
+                port=self._port,
+            ) from error
         port = int(self._runner.addresses[0][1])
         logger.info("metrics on http://%s:%d/metrics", self._host, port)
         return port

@@ -24,18 +24,21 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
             raise _invalid("tls_client_ca", config.tls_client_ca, "needs tls_cert and tls_key")
         if not config.insecure and not _is_loopback(config.host):
             raise _invalid(
-                "host", config.host, "is not a loopback address: give tls_cert and tls_key, or "
-                "allow plaintext with --insecure",
-            )  # fmt: skip
+                "host",
+                config.host,
+                "is not a loopback address: give tls_cert and tls_key, or allow plaintext with "
+                "--insecure",
+            )
         return None
-    cert, key = _read("tls_cert", config.tls_cert), _read("tls_key", config.tls_key)
+    cert = _read("tls_cert", config.tls_cert)
+    key = _read("tls_key", config.tls_key)
     authority = _read("tls_client_ca", config.tls_client_ca) if config.tls_client_ca else None
     check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         check.load_cert_chain(_path(config.tls_cert), _path(config.tls_key), password="")
     except (ssl.SSLError, ValueError) as error:
-        raise _invalid("tls_cert", config.tls_cert, f"cannot be used with {config.tls_key}: "
-                       f"{error}") from error  # fmt: skip
+        text = f"cannot be used with {config.tls_key}: {error}"
+        raise _invalid("tls_cert", config.tls_cert, text) from error
     if authority is not None:
         try:
             check.load_verify_locations(_path(config.tls_client_ca))

@@ -1,4 +1,4 @@
-"""The gRPC server: one port, three services of ours, health, reflection, drain."""
+"""The gRPC server: one port, the services that it is given, health, reflection, drain."""
 
 from __future__ import annotations
 
@@ -6,45 +6,28 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prefill.v1 import (
-    answer_service_pb2,
-    answer_service_pb2_grpc,
-    prefill_service_pb2,
-    prefill_service_pb2_grpc,
-    video_service_pb2,
-    video_service_pb2_grpc,
-)
 
-from prefill_service.api.answer_servicer import AnswerServicer
 from prefill_service.api.interceptor import CallInterceptor
-from prefill_service.api.prefill_servicer import PrefillServicer
 from prefill_service.api.security import read_token, server_credentials
-from prefill_service.api.video_servicer import VideoServicer
 from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-VIDEO, PREFILL, ANSWER = (
-    module.DESCRIPTOR.services_by_name[name].full_name
-    for module, name in (
-        (video_service_pb2, "VideoService"),
-        (prefill_service_pb2, "PrefillService"),
-        (answer_service_pb2, "AnswerService"),
-    )
-)
 LIVENESS = "liveness"
-"""Health name that says no more than that the process serves; "" says that all is ready."""
+"""Health name that is SERVING as long as the process serves; "" needs every service ready."""
 
 _HEALTH_POLL_S = 0.25
 _CANCEL_S = 5.0
-"""How long cancelled calls may take to clean up."""
+"""How long cancelled calls may take to clean up, seconds."""
 
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # two services on one port would each get half of the calls
@@ -58,58 +41,81 @@ OPTIONS = [
 ]
 
 
+class Servicer(Protocol):
+    """The handlers of one gRPC service."""
+
+    @property
+    def service_name(self) -> str:
+        """Full name of the service, as in its proto."""
+        ...
+
+    def register_handlers(self, server: grpc.aio.Server) -> None:
+        """Have ``server`` answer the service's calls with these handlers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedService:
+    """One service, and when it is ready.
+
+    Attributes:
+        servicer: its handlers.
+        is_ready: whether calls can succeed now; asked four times a second, for the health service.
+    """
+
+    servicer: Servicer
+    is_ready: Callable[[], bool] = lambda: True
+
+
 class ApiServer:
     """Serves the API.
 
     Args:
-        ready: the services' readiness by full name, asked four times a second.
-        metrics: told of each call.
-
-    Raises:
-        ServiceError: CONFIG_INVALID for bad TLS files or token, or plaintext on a public address.
+        config: address, security and limits.
+        services: what to serve; health and reflection come with it.
+        metrics: counts the calls.
     """
 
     def __init__(
-        self,
-        config: ServerConfig,
-        videos: VideoServicer,
-        prefills: PrefillServicer,
-        answers: AnswerServicer,
-        ready: Callable[[], Mapping[str, bool]],
-        metrics: Metrics,
+        self, config: ServerConfig, services: Sequence[ServedService], metrics: Metrics
     ) -> None:
         self._config = config
-        self._ready = ready
-        self._credentials = server_credentials(config)
-        self._calls = CallInterceptor(config.max_concurrent_calls, metrics, read_token(config))
+        self._services = services
+        self._calls = CallInterceptor(config.max_concurrent_calls, metrics)
         self._server = grpc.aio.server(interceptors=[self._calls], options=OPTIONS)
-        video_service_pb2_grpc.add_VideoServiceServicer_to_server(videos, self._server)  # type: ignore[no-untyped-call]
-        prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(prefills, self._server)  # type: ignore[no-untyped-call]
-        answer_service_pb2_grpc.add_AnswerServiceServicer_to_server(answers, self._server)  # type: ignore[no-untyped-call]
+        for service in services:
+            service.servicer.register_handlers(self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
-            names = (VIDEO, PREFILL, ANSWER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            ours = [service.servicer.service_name for service in services]
+            names = (*ours, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         self._health_task: asyncio.Task[None] | None = None
 
     def bind(self) -> int:
-        """Bind the port; returns it. No call is answered before ``start``.
+        """Read token and certificates and bind the port; returns it.
+
+        No call is answered before ``start``.
 
         Raises:
-            ServiceError: PORT_IN_USE; CONFIG_INVALID for an address that cannot be bound.
+            ServiceError: CONFIG_INVALID for bad TLS files or token, plaintext on a public address,
+                or an address that cannot be bound; PORT_IN_USE.
         """
-        host, port = self._config.host, self._config.port
+        credentials = server_credentials(self._config)
+        self._calls.token = read_token(self._config)
+        host = self._config.host
+        port = self._config.port
         address = f"[{host}]:{port}" if ":" in host and "[" not in host else f"{host}:{port}"
         try:
-            if self._credentials is None:
+            if credentials is None:
                 return int(self._server.add_insecure_port(address))
-            return int(self._server.add_secure_port(address, self._credentials))
+            return int(self._server.add_secure_port(address, credentials))
         except RuntimeError as error:
             raise _bind_error(host.strip("[]"), port, error) from error
 
     async def start(self) -> None:
-        """Begin to serve; health follows the services' readiness."""
+        """Begin to serve; health follows the readiness of the services."""
         await self.update_health()
         await self._server.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="health")
@@ -141,9 +147,9 @@ class ApiServer:
 
     async def update_health(self) -> None:
         """Set the health now rather than at the next poll."""
-        ready = self._ready()
+        ready = {service.servicer.service_name: service.is_ready() for service in self._services}
         for name, value in {**ready, "": all(ready.values()), LIVENESS: True}.items():
-            await self._health.set(name, _status(value))
+            await self._health.set(name, _health_status(value))
 
     async def _follow_health(self) -> None:
         while True:
@@ -151,20 +157,21 @@ class ApiServer:
             await asyncio.sleep(_HEALTH_POLL_S)
 
 
-def _status(ready: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
+def _health_status(ready: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
     status = health_pb2.HealthCheckResponse
     return status.SERVING if ready else status.NOT_SERVING
 
 
 def _bind_error(host: str, port: int, cause: RuntimeError) -> ServiceError:
     """gRPC does not say why it could not bind; a plain socket does."""
-    reason, text = Reason.CONFIG_INVALID, str(cause)
+    reason = Reason.CONFIG_INVALID
+    text = str(cause)
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
+        with socket.socket(family, kind) as test:
+            test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            test.bind(address)
+            test.listen()
     except OSError as error:
         text = error.strerror or str(error)
         if error.errno == errno.EADDRINUSE:

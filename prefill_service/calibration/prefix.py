@@ -15,7 +15,7 @@ from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def plan_video(
     if not path.is_file():
         raise ServiceError(Reason.INVALID_REQUEST, f"{path}: no such file", path=path)
     try:
-        index = asyncio.run(probe_video(path, VideoConfig()))
+        index = asyncio.run(index_video(path, VideoConfig()))
         plan = planner.plan(index, path.name, sampling, "")
     except ServiceError as error:
         raise ServiceError(error.reason, f"{path}: {error}", path=path) from error
@@ -99,7 +99,7 @@ def encode_video(
     features = []
     try:
         indices = plan.frame_indices.tolist()
-        with FrameStream(video.path, index_path, indices, VideoConfig()) as stream:
+        with FrameStream.open(video.path, index_path, indices, VideoConfig()) as stream:
             frames = iter(stream)
             for first, end in pairwise(firsts):
                 # The video's last patch may be short of frames; the processor fills it.

@@ -138,8 +138,8 @@ class WorkerContext:
 
     def open_frames(self, task: PrefillTask, indices: Sequence[int]) -> FrameStream:
         """Some frames of the task's video, decoded for this rank (``FrameStream``)."""
-        return FrameStream(
-            Path(task.video_path), Path(task.index_path), indices, self.video, spares=self.decoders
+        return FrameStream.open(
+            Path(task.video_path), Path(task.index_path), indices, self.video, pool=self.decoders
         )
 
 

@@ -72,6 +72,7 @@ class Worker:
         contexts = self._contexts = self._load()
         context = next(iter(contexts.values()))
         self._store = context.store
+        context.decoders.start()
         server = PageServer(context.store, Path(self._spec.socket_path))
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()

@@ -98,7 +98,7 @@ class Admission:
                 suit the video), CONTEXT_EXCEEDED or KV_POOL_FULL (naming what would fit);
                 what ``comparison`` raises.
         """
-        async with self._videos.hold(spec.video_id) as video:
+        async with self._videos.hold_video(spec.video_id) as video:
             return await self.plan_held(spec, video)
 
     async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:

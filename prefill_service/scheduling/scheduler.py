@@ -256,7 +256,7 @@ class Scheduler:
         """
         spec, job_id = job.record.spec, job.record.job_id
         self.jobs.traces.queued(job_id)
-        async with self._videos.hold(spec.video_id) as video:
+        async with self._videos.hold_video(spec.video_id) as video:
             with self.jobs.traces.span(job_id, "plan"):
                 plan = await self._planning.plan_held(spec, video)
             self.jobs.rename(job, plan)

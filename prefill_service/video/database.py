@@ -37,8 +37,8 @@ CREATE TABLE IF NOT EXISTS requests (
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row of ``videos``."""
+class VideoRow:
+    """One row of the table ``videos``."""
 
     seq: int
     video_id: str
@@ -56,28 +56,36 @@ class Row:
 class VideoDatabase:
     """Videos and the requests that made them.
 
-    Raises:
-        ServiceError: CONFIG_INVALID if the file is not such a database; STORAGE_FULL from every
-            method that writes, when the disk is full.
+    Every method that writes raises STORAGE_FULL when the disk is full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, db: sqlite3.Connection) -> None:
         self._lock = threading.Lock()
+        self._db = db
+
+    @classmethod
+    def open(cls, path: Path) -> VideoDatabase:
+        """Open the file, or make it.
+
+        Raises:
+            ServiceError: CONFIG_INVALID if the file is not such a database.
+        """
         try:
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")
+            db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode = WAL")
             # FULL: a video that was reported READY or deleted stays so over a power cut.
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.executescript(_SCHEMA)
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            db.executescript(_SCHEMA)
         except sqlite3.Error as error:
             raise ServiceError(
                 Reason.CONFIG_INVALID, f"cannot use the video database {path}: {error}", path=path
             ) from error
+        return cls(db)
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the file; no method may be called afterwards."""
         with self._lock:
             self._db.close()
 
@@ -97,45 +105,46 @@ class VideoDatabase:
                     ) from error
                 raise
 
-    def _rows(self, where: str, *values: object) -> list[Row]:
+    def _rows(self, where: str, *values: object) -> list[VideoRow]:
         with self._lock:
             return [_row(r) for r in self._db.execute(f"SELECT * FROM videos {where}", values)]
 
-    def get(self, video_id: str) -> Row | None:
-        """One video."""
+    def find_video(self, video_id: str) -> VideoRow | None:
+        """The row of a video, if there is one."""
         return next(iter(self._rows("WHERE video_id = ?", video_id)), None)
 
-    def ready_with_digest(self, sha256: str) -> Row | None:
-        """A READY video with this digest."""
+    def find_ready(self, sha256: str) -> VideoRow | None:
+        """The oldest READY video with this digest."""
         where = "WHERE sha256 = ? AND state = ? ORDER BY seq LIMIT 1"
         return next(iter(self._rows(where, sha256, VideoState.READY)), None)
 
-    def page(self, before_seq: int, count: int) -> list[Row]:
+    def list_page(self, before_seq: int, count: int) -> list[VideoRow]:
         """Up to ``count`` videos older than ``before_seq``, newest first."""
         return self._rows("WHERE seq < ? ORDER BY seq DESC LIMIT ?", before_seq, count)
 
-    def all(self) -> list[Row]:
-        """Every video."""
-        return self._rows("")
+    def list_all(self) -> list[VideoRow]:
+        """Every video, oldest first."""
+        return self._rows("ORDER BY seq")
 
-    def answered(self, request_id: str) -> tuple[str, str] | None:
+    def find_request(self, request_id: str) -> tuple[str, str] | None:
         """Arguments and video id of the first request with this id."""
         query = "SELECT arguments, video_id FROM requests WHERE request_id = ?"
         with self._lock:
             row = self._db.execute(query, (request_id,)).fetchone()
         return (row["arguments"], row["video_id"]) if row else None
 
-    def remember(self, request_id: str, arguments: str, video_id: str) -> None:
-        """Note what a request with an id has led to."""
+    def record_request(self, request_id: str, arguments: str, video_id: str) -> None:
+        """Keep the video that a request led to; an earlier one of the same id stays."""
         with self._transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO requests VALUES (?, ?, ?)",
                 (request_id, arguments, video_id),
             )
 
-    def insert(
+    def insert_video(
         self,
         video_id: str,
+        *,
         display_name: str,
         size_bytes: int,
         sha256: str,
@@ -143,11 +152,19 @@ class VideoDatabase:
         expire_time: float,
     ) -> None:
         """Add a video in state UPLOADING."""
-        columns = "video_id, display_name, state, size_bytes, sha256, create_time, expire_time"
-        values = (video_id, display_name, VideoState.UPLOADING, size_bytes, sha256, create_time,
-                  expire_time)  # fmt: skip
+        values = {
+            "video_id": video_id,
+            "display_name": display_name,
+            "state": VideoState.UPLOADING,
+            "size_bytes": size_bytes,
+            "sha256": sha256,
+            "create_time": create_time,
+            "expire_time": expire_time,
+        }
+        columns = ", ".join(values)
+        places = ", ".join(f":{name}" for name in values)
         with self._transaction() as db:
-            db.execute(f"INSERT INTO videos ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            db.execute(f"INSERT INTO videos ({columns}) VALUES ({places})", values)
 
     def set_state(
         self,
@@ -157,7 +174,7 @@ class VideoDatabase:
         info: VideoInfo | None = None,
         error: ServiceError | None = None,
     ) -> None:
-        """Move a video to ``state``."""
+        """Move a video to ``state``, with its info when READY or its error when FAILED."""
         text = json.dumps(info.to_dict()) if info else ""
         reason, message = (str(error.reason), error.message) if error else ("", "")
         with self._transaction() as db:
@@ -167,22 +184,22 @@ class VideoDatabase:
                 (state, text, reason, message, video_id),
             )
 
-    def set_expiry(self, video_id: str, expire_time: float) -> None:
-        """Move a video's expiry, never to an earlier time."""
+    def extend_expiry(self, video_id: str, expire_time: float) -> None:
+        """Move a video's expiry to ``expire_time`` unless it is later already."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE videos SET expire_time = MAX(expire_time, ?) WHERE video_id = ?",
                 (expire_time, video_id),
             )
 
-    def delete(self, video_id: str) -> bool:
-        """Remove a video; False if there was none."""
+    def delete_video(self, video_id: str) -> bool:
+        """Remove a video and its requests; False if there was none."""
         with self._transaction() as db:
             return db.execute("DELETE FROM videos WHERE video_id = ?", (video_id,)).rowcount > 0
 
 
-def _row(row: sqlite3.Row) -> Row:
+def _row(row: sqlite3.Row) -> VideoRow:
     values = dict(row)
     values["state"] = VideoState(values["state"])
     values["info"] = VideoInfo(**json.loads(values["info"])) if values["info"] else None
-    return Row(**values)
+    return VideoRow(**values)

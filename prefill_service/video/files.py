@@ -1,9 +1,8 @@
 """The bytes of stored videos. Blocking; callers hold the video's lock.
 
-Chunks are written without fsync: after a crash of the service nothing is lost (the kernel has
-the pages), and after a power cut the file is simply shorter, its length is what the client is
-told, and it resumes there. The one fsync is in ``settle``, before a video can become READY,
-and the sha256 over what the disk then holds is what decides.
+Chunks are written without fsync. A crash of the service loses nothing, since the kernel has the
+pages; after a power cut the file is shorter, and the client resumes at its length. The one fsync is
+in ``sync_and_digest``, before a video can become READY: the sha256 of the bytes on disk decides.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ _CANNOT_SHARE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _COPY_BYTES = 1 << 20
 
 
-def claim(root: Path, folder: Path) -> int:
-    """Make the folders and lock them for this process; returns the lock's descriptor.
+def lock_data_dir(root: Path, videos_dir: Path) -> int:
+    """Make both folders and lock ``root`` for this process; returns the lock's descriptor.
 
     Raises:
         ServiceError: CONFIG_INVALID.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        videos_dir.mkdir(parents=True, exist_ok=True)
         fd = os.open(root / "videos.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ServiceError(
@@ -53,8 +52,8 @@ def claim(root: Path, folder: Path) -> int:
     return fd
 
 
-def committed(path: Path) -> int:
-    """Bytes of the file; 0 if there is none."""
+def committed_bytes(path: Path) -> int:
+    """Size of the file in bytes; 0 if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -75,13 +74,22 @@ def check_space(folder: Path, needed: int, min_free_bytes: int) -> None:
         )
 
 
-def append(path: Path, offset: int, data: bytes, size_bytes: int, min_free_bytes: int) -> int:
+def append_chunk(
+    path: Path, offset: int, data: bytes, *, size_bytes: int, min_free_bytes: int
+) -> int:
     """Write ``data`` at the end of the file, whole or not at all; returns its new size.
+
+    Args:
+        path: the file; made if there is none.
+        offset: where the sender believes that the file ends.
+        data: the chunk.
+        size_bytes: size of the whole file as announced.
+        min_free_bytes: space that must stay free on the disk.
 
     Raises:
         ServiceError: UPLOAD_OFFSET_MISMATCH, UPLOAD_SIZE_EXCEEDED, STORAGE_FULL.
     """
-    size = committed(path)
+    size = committed_bytes(path)
     if offset != size:
         raise ServiceError(
             Reason.UPLOAD_OFFSET_MISMATCH,
@@ -125,15 +133,15 @@ def _storage_error(error: OSError) -> Exception:
     return error
 
 
-def settle(path: Path) -> str:
-    """Bring the file safely to disk; returns its sha256, lower-case hexadecimal."""
+def sync_and_digest(path: Path) -> str:
+    """Sync the file to disk; returns its sha256, lower-case hexadecimal."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_index(index: VideoIndex, path: Path) -> None:
-    """Write an index and bring it safely to disk."""
+    """Write an index and sync it, and the folder that lists it, to disk."""
     index.save(path)
     for target in (path, path.parent):
         fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
@@ -143,8 +151,8 @@ def save_index(index: VideoIndex, path: Path) -> None:
             os.close(fd)
 
 
-def empty(path: Path) -> None:
-    """Throw the bytes away; the upload starts again at 0."""
+def discard_bytes(path: Path) -> None:
+    """Empty the file: the upload starts again at 0."""
     os.truncate(path, 0)
 
 

@@ -1,4 +1,4 @@
-"""A stream of chosen frames out of a sandboxed decoder, for a rank."""
+"""A stream of chosen frames out of a sandboxed decoder process."""
 
 from __future__ import annotations
 
@@ -13,60 +13,71 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.protocol import index_to_message
-from prefill_service.video.decoder.session import SandboxedChild
+from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
 from prefill_service.video.index import VideoIndex
 
 _ITERATION_POLL_S = 1.0
 
 
 class FrameStream:
-    """Frames of a video in the order asked for, one decoder child behind it.
+    """Frames of a video in the order asked for, one decoder process behind it.
 
-    The child works at most one frame ahead of what has been taken: then its pipe is full and
-    it waits. Make it in a thread that lives as long as the stream (see ``SandboxedChild``).
-
-    Args:
-        path: the video file.
-        index_path: its index, as ``VideoIndex.save`` wrote it.
-        frame_indices: frames wanted, ascending; a repeat gives the same frame again.
-        limits: reader and limits.
-        threads: decoding threads of the child.
-        spares: decoder processes started ahead, if there are any.
-
-    Raises:
-        ServiceError: INVALID_REQUEST for indices that do not ascend or are not in the video;
-            NOT_A_VIDEO if the file cannot be opened.
+    The process works at most one frame ahead of what has been read: then its pipe is full and
+    it waits.
     """
 
     def __init__(
-        self,
+        self, session: DecoderSession, index: VideoIndex, wanted: np.ndarray, limits: VideoConfig
+    ) -> None:
+        self._session = session
+        self._index = index
+        self._wanted = wanted
+        self._limits = limits
+        self._next = 0
+        self._last: tuple[int, np.ndarray] | None = None
+
+    @classmethod
+    def open(
+        cls,
         path: Path,
         index_path: Path,
         frame_indices: Sequence[int],
         limits: VideoConfig,
+        *,
         threads: int = 1,
-        spares: DecoderPool | None = None,
-    ) -> None:
-        self._index = VideoIndex.load(index_path)
-        self._wanted = _check_indices(frame_indices, self._index.frame_count)
-        self._limits = limits
-        self._next = 0
-        self._last: tuple[int, np.ndarray] | None = None
-        targets = np.unique(self._wanted)
-        header, payload = index_to_message(self._index)
-        self._child = SandboxedChild(
-            path,
-            {"type": "frames", "index": header, "threads": threads},
-            payload + targets.tobytes(),
-            limits=limits,
+        pool: DecoderPool | None = None,
+    ) -> FrameStream:
+        """Start to decode.
+
+        The calling thread must live as long as the stream (see ``DecoderSession.open``).
+
+        Args:
+            path: the video file.
+            index_path: its index, as ``VideoIndex.save`` wrote it.
+            frame_indices: frames wanted, ascending; a repeat gives the same frame again.
+            limits: reader and limits.
+            threads: decoding threads of the process.
+            pool: where to acquire the process, if not to start one.
+
+        Raises:
+            ServiceError: INVALID_REQUEST for indices that do not ascend or are not in the
+                video; NOT_A_VIDEO if the file cannot be opened.
+        """
+        index = VideoIndex.load(index_path)
+        wanted = _check_indices(frame_indices, index.frame_count)
+        targets = np.unique(wanted)
+        index_header, index_payload = index_to_message(index)
+        request = DecoderRequest(
+            header={"type": "frames", "index": index_header, "threads": threads},
+            payload=index_payload + targets.tobytes(),
             cpu_s=limits.stall_timeout_s * (len(targets) + 1) * threads,
-            max_payload=self._index.width * self._index.height * 3,
-            spares=spares,
+            max_answer_bytes=index.width * index.height * 3,
         )
+        return cls(DecoderSession.open(path, request, limits, pool), index, wanted, limits)
 
     @property
     def remaining(self) -> int:
-        """Frames still to come, repeats counted."""
+        """Frames that ``poll`` has not returned, repeats counted."""
         return len(self._wanted) - self._next
 
     def poll(self, timeout_s: float) -> np.ndarray | None:
@@ -96,10 +107,10 @@ class FrameStream:
         return self._last[1]
 
     def _receive(self, wanted: int, timeout_s: float) -> np.ndarray | None:
-        patience_s = self._limits.stall_timeout_s - self._child.silent_s
-        message = self._child.receive(min(timeout_s, max(0.0, patience_s)))
+        patience_s = self._limits.stall_timeout_s - self._session.silent_s
+        message = self._session.receive(min(timeout_s, max(0.0, patience_s)))
         if message is None:
-            if self._child.silent_s < self._limits.stall_timeout_s:
+            if self._session.silent_s < self._limits.stall_timeout_s:
                 return None
             raise ServiceError(
                 Reason.DECODE_TIMEOUT,
@@ -122,8 +133,8 @@ class FrameStream:
                 yield frame
 
     def close(self) -> None:
-        """Kill the child. Idempotent."""
-        self._child.close()
+        """Kill the decoder process. Idempotent."""
+        self._session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +149,7 @@ class FrameStream:
 
 
 def _check_indices(frame_indices: Sequence[int], frame_count: int) -> np.ndarray:
-    """[wanted] int64."""
+    """The indices as [wanted] int64; raises INVALID_REQUEST."""
     wanted = np.asarray(frame_indices, np.int64).reshape(-1)
     if len(wanted) and (wanted[0] < 0 or wanted[-1] >= frame_count or (np.diff(wanted) < 0).any()):
         raise ServiceError(

@@ -1,4 +1,4 @@
-"""What the service knows of a video without decoding it."""
+"""The index of a video: its frames' times and keyframes, found without decoding it."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class VideoIndex:
             fps, duration_s = (float(v) for v in data["floats"])
             container, codec = (str(v) for v in data["names"])
             return cls(
-                container,
-                codec,
-                width,
-                height,
-                rotation,
-                (num, den),
-                data["pts"],
-                data["keyframe"],
-                fps,
-                duration_s,
+                container=container,
+                codec=codec,
+                width=width,
+                height=height,
+                rotation=rotation,
+                time_base=(num, den),
+                pts=data["pts"],
+                keyframe=data["keyframe"],
+                fps=fps,
+                duration_s=duration_s,
             )

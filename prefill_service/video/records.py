@@ -1,4 +1,4 @@
-"""What the store knows of a video (``prefill.v1.Video``)."""
+"""A stored video as the API describes it (``prefill.v1.Video``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefill_service.video.index import VideoIndex
 
 
 class VideoState(StrEnum):
-    """Life of a video."""
+    """Where a video is on its way from an announced upload to frames that can be decoded."""
 
     UPLOADING = "UPLOADING"
     PROBING = "PROBING"
@@ -20,7 +20,7 @@ class VideoState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What probing found (``prefill.v1.VideoInfo``)."""
+    """The summary of a video's index (``prefill.v1.VideoInfo``)."""
 
     container: str
     codec: str
@@ -32,8 +32,8 @@ class VideoInfo:
     keyframe_count: int
 
     @classmethod
-    def of(cls, index: VideoIndex) -> VideoInfo:
-        """Sum up an index."""
+    def from_index(cls, index: VideoIndex) -> VideoInfo:
+        """The index without its frames."""
         return cls(**{name: getattr(index, name) for name in cls.__slots__})
 
     def to_dict(self) -> dict[str, Any]:

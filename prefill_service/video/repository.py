@@ -1,4 +1,4 @@
-"""What a data folder holds: the rows, files and locks of its videos. Blocking."""
+"""The rows, files and locks of the videos in a data folder. Blocking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefill_service.config import StorageConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import is_id, new_id
 from prefill_service.video import files
-from prefill_service.video.database import Row, VideoDatabase
+from prefill_service.video.database import VideoDatabase, VideoRow
 from prefill_service.video.records import VideoRecord, VideoState
 
 log = logging.getLogger("prefill_service.video")
@@ -24,120 +24,145 @@ log = logging.getLogger("prefill_service.video")
 class VideoRepository:
     """``videos.db`` and ``videos/<video_id>/{input.bin,index.npz}`` of a data folder.
 
-    Raises:
-        ServiceError: CONFIG_INVALID if another process uses the folder, or it or the database
-            in it cannot be used.
+    Attributes:
+        database: the rows.
+        videos_dir: the folder of the videos' folders.
     """
 
-    def __init__(self, storage: StorageConfig) -> None:
-        self._expire_s = storage.expire_hours * 3600
-        root = Path(storage.data_dir).expanduser()
-        self.folder = root / "videos"
-        self._lock_fd = files.claim(root, self.folder)
-        try:
-            self.catalog = VideoDatabase(root / "videos.db")
-        except ServiceError:
-            os.close(self._lock_fd)
-            raise
+    def __init__(
+        self, database: VideoDatabase, videos_dir: Path, lock_fd: int, expire_s: float
+    ) -> None:
+        self.database = database
+        self.videos_dir = videos_dir
+        self._lock_fd = lock_fd
+        self._expire_s = expire_s
         self._locks: dict[str, threading.Lock] = {}
-        self._recover()
 
-    def _recover(self) -> None:
-        """Take up what a former process left: unfinished probes and half-deleted folders."""
-        for row in self.catalog.all():
+    @classmethod
+    def open(cls, storage: StorageConfig) -> VideoRepository:
+        """Lock the data folder for this process, and repair what a killed one left there.
+
+        Raises:
+            ServiceError: CONFIG_INVALID if another process uses the folder, or it or the
+                database in it cannot be used.
+        """
+        root = Path(storage.data_dir).expanduser()
+        videos_dir = root / "videos"
+        lock_fd = files.lock_data_dir(root, videos_dir)
+        try:
+            database = VideoDatabase.open(root / "videos.db")
+        except ServiceError:
+            os.close(lock_fd)
+            raise
+        repository = cls(database, videos_dir, lock_fd, storage.expire_hours * 3600)
+        repository._repair()
+        return repository
+
+    def _repair(self) -> None:
+        """Make unfinished videos UPLOADING, and remove rows without files and files without row."""
+        for row in self.database.list_all():
             if row.state is VideoState.PROBING:
-                self.catalog.set_state(row.video_id, VideoState.UPLOADING)
+                self.database.set_state(row.video_id, VideoState.UPLOADING)
             elif row.state is VideoState.READY and not (
                 self.input_path(row.video_id).exists() and self.index_path(row.video_id).exists()
             ):
                 log.error("the files of video %s are gone; the video is removed", row.video_id)
-                self.catalog.delete(row.video_id)
-        known = {row.video_id for row in self.catalog.all()}
-        for folder in self.folder.iterdir():
+                self.database.delete_video(row.video_id)
+        known = {row.video_id for row in self.database.list_all()}
+        for folder in self.videos_dir.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the catalogue and let go of the folder."""
-        self.catalog.close()
+        """Close the database and unlock the data folder."""
+        self.database.close()
         os.close(self._lock_fd)
 
     # ---- paths and locks --------------------------------------------------------------
 
-    def home(self, video_id: str) -> Path:
-        """A video's folder; ids come from clients, and ``../..`` is not one."""
+    def folder_of(self, video_id: str) -> Path:
+        """A video's folder; UNKNOWN_VIDEO for what is no id: clients may send ``../..``."""
         if not is_id("vid", video_id):
             raise _unknown(video_id)
-        return self.folder / video_id
+        return self.videos_dir / video_id
 
     def input_path(self, video_id: str) -> Path:
-        """The uploaded bytes."""
-        return self.home(video_id) / "input.bin"
+        """The file of the uploaded bytes."""
+        return self.folder_of(video_id) / "input.bin"
 
     def index_path(self, video_id: str) -> Path:
-        """The index that probing wrote."""
-        return self.home(video_id) / "index.npz"
+        """The file of the index, which a READY video has."""
+        return self.folder_of(video_id) / "index.npz"
 
     def lock(self, name: str) -> threading.Lock:
-        """The lock of a known video, or of what makes new ones."""
+        """The lock of an existing video, or of an operation that makes new ones."""
         return self._locks.setdefault(name, threading.Lock())
 
     def remove_files(self, video_id: str) -> None:
         """Remove a video's folder and forget its lock."""
-        shutil.rmtree(self.home(video_id), ignore_errors=True)
+        shutil.rmtree(self.folder_of(video_id), ignore_errors=True)
         self._locks.pop(video_id, None)
 
     # ---- rows and records -------------------------------------------------------------
 
-    def row(self, video_id: str) -> Row:
+    def get_row(self, video_id: str) -> VideoRow:
         """A video's row; UNKNOWN_VIDEO if there is none."""
-        row = self.catalog.get(video_id)
+        row = self.database.find_video(video_id)
         if row is None:
             raise _unknown(video_id)
         return row
 
-    def insert(self, display_name: str, size_bytes: int, sha256: str) -> Row:
-        """Make the folder and the row of a new video, UPLOADING."""
+    def insert_upload(self, display_name: str, size_bytes: int, sha256: str) -> str:
+        """Make the folder and the row of a new video, UPLOADING; returns its id."""
         video_id = new_id("vid")
-        self.input_path(video_id).parent.mkdir()
-        now = time.time()
-        self.catalog.insert(video_id, display_name, size_bytes, sha256, now, self._expiry())
-        return self.row(video_id)
+        self.folder_of(video_id).mkdir()
+        self.database.insert_video(
+            video_id,
+            display_name=display_name,
+            size_bytes=size_bytes,
+            sha256=sha256,
+            create_time=time.time(),
+            expire_time=time.time() + self._expire_s,
+        )
+        return video_id
 
-    def renew(self, video_id: str) -> None:
-        """Move a video's expiry on."""
-        self.catalog.set_expiry(video_id, self._expiry())
+    def extend_expiry(self, video_id: str) -> None:
+        """Move a video's expiry on, because the video is used."""
+        self.database.extend_expiry(video_id, time.time() + self._expire_s)
 
-    def _expiry(self) -> float:
-        return time.time() + self._expire_s
+    def find_request(self, request_id: str, arguments: str) -> str | None:
+        """The video that the first request with this id led to, if there was one.
 
-    def answered(self, request_id: str, arguments: str) -> Row | None:
-        """The video that the first request with this id has led to."""
+        Raises:
+            ServiceError: INVALID_REQUEST if its arguments were others.
+        """
         if not request_id:
             return None
-        known = self.catalog.answered(request_id)
-        if known is None:
+        found = self.database.find_request(request_id)
+        if found is None:
             return None
-        if known[0] != arguments:
+        first_arguments, video_id = found
+        if first_arguments != arguments:
             raise ServiceError(
                 Reason.INVALID_REQUEST,
                 f"request_id {request_id} was used before with other arguments",
                 field="request_id",
                 value=request_id,
             )
-        return self.catalog.get(known[1])
+        return video_id
 
-    def record(self, video_id: str) -> VideoRecord:
-        """What is known of a video; UNKNOWN_VIDEO if nothing is."""
-        return self.record_of(self.row(video_id))
+    def get_record(self, video_id: str) -> VideoRecord:
+        """A video's record; UNKNOWN_VIDEO if there is none."""
+        return self.make_record(self.get_row(video_id))
 
-    def record_of(self, row: Row) -> VideoRecord:
-        """A row, and what its files add to it."""
-        committed, expire_time = row.size_bytes, row.expire_time
+    def make_record(self, row: VideoRow) -> VideoRecord:
+        """The record of a row: an upload's bytes and expiry are those of its file."""
+        committed = row.size_bytes
+        expire_time = row.expire_time
         if row.state is VideoState.FAILED:
             committed = 0
         elif row.state is VideoState.UPLOADING:
-            committed = files.committed(self.input_path(row.video_id))
+            committed = files.committed_bytes(self.input_path(row.video_id))
             # A running upload does not expire, however long it takes.
             with contextlib.suppress(FileNotFoundError):
                 touched = self.input_path(row.video_id).stat().st_mtime
@@ -156,11 +181,11 @@ class VideoRepository:
             error_message=row.error_message,
         )
 
-    def page(self, before: int, count: int) -> tuple[Sequence[VideoRecord], str]:
+    def list_records(self, before: int, count: int) -> tuple[Sequence[VideoRecord], str]:
         """Up to ``count`` records older than ``before``, and the token of the next page."""
-        rows = self.catalog.page(before, count + 1)
+        rows = self.database.list_page(before, count + 1)
         token = str(rows[count - 1].seq) if len(rows) > count else ""
-        return [self.record_of(row) for row in rows[:count]], token
+        return [self.make_record(row) for row in rows[:count]], token
 
 
 def _unknown(video_id: str) -> ServiceError:

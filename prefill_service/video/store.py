@@ -1,10 +1,11 @@
-"""Stored videos: how they come in, who holds them, and when they go."""
+"""Stored videos: how they come in, which are in use, and when they expire."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import time
 from collections import Counter
@@ -15,9 +16,10 @@ from pathlib import Path
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
-from prefill_service.video.imports import Imports
+from prefill_service.video.indexer import index_video
 from prefill_service.video.records import VideoRecord, VideoState
 from prefill_service.video.repository import VideoRepository
+from prefill_service.video.single_flight import SingleFlight, StoppedError
 from prefill_service.video.uploads import Uploads
 from prefill_service.video.validation import invalid
 
@@ -40,29 +42,48 @@ class HeldVideo:
 class VideoStore:
     """Videos below ``data_dir``: ``videos.db`` and ``videos/<video_id>/{input.bin,index.npz}``.
 
-    One process at a time may use a data folder. Methods belong to one event loop; blocking
-    work runs in threads, under one lock per video that outlives a cancelled caller.
-
-    Args:
-        decoders: processes started ahead, to look at files.
-
-    Raises:
-        ServiceError: CONFIG_INVALID if another process uses the folder, or it or the database
-            in it cannot be used.
+    Methods belong to one event loop; blocking work runs in threads, under one lock per video that
+    outlives a cancelled caller.
     """
 
     def __init__(
-        self, storage: StorageConfig, limits: VideoConfig, decoders: DecoderPool | None = None
+        self,
+        repository: VideoRepository,
+        uploads: Uploads,
+        limits: VideoConfig,
+        decoders: DecoderPool | None = None,
     ) -> None:
-        self._inventory = VideoRepository(storage)
-        self._uploads = Uploads(self._inventory, storage, limits, decoders)
-        self._imports = Imports(self._inventory, storage)
+        self._repository = repository
+        self._uploads = uploads
+        self._limits = limits
+        self._decoders = decoders
+        self._finishing: SingleFlight[VideoRecord] = SingleFlight()
+        self._indexing = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)) // 2))
+        self._importing = asyncio.Semaphore(1)
         self._holds: Counter[str] = Counter()
 
+    @classmethod
+    def open(
+        cls, storage: StorageConfig, limits: VideoConfig, decoders: DecoderPool | None = None
+    ) -> VideoStore:
+        """Open a data folder, for this process alone.
+
+        Args:
+            storage: the folder, and limits of uploads.
+            limits: limits of the videos accepted.
+            decoders: where to acquire the processes that index files, if not to start them.
+
+        Raises:
+            ServiceError: CONFIG_INVALID if another process uses the folder, or it or the database
+                in it cannot be used.
+        """
+        repository = VideoRepository.open(storage)
+        return cls(repository, Uploads(repository, storage), limits, decoders)
+
     async def close(self) -> None:
-        """Stop probing and close the catalogue. An interrupted probe can be finished later."""
-        await self._uploads.close()
-        await asyncio.to_thread(self._inventory.close)
+        """Stop indexing and unlock the folder. An interrupted upload can be finished later."""
+        await self._finishing.close()
+        await asyncio.to_thread(self._repository.close)
 
     # ---- coming in --------------------------------------------------------------------
 
@@ -74,9 +95,11 @@ class VideoStore:
         Raises:
             ServiceError: INVALID_REQUEST, UPLOAD_SIZE_EXCEEDED, STORAGE_FULL.
         """
-        return await self._uploads.create(display_name, size_bytes, sha256, request_id)
+        return await asyncio.to_thread(
+            self._uploads.create, display_name, size_bytes, sha256, request_id
+        )
 
-    async def append(self, video_id: str, offset: int, data: bytes) -> int:
+    async def append_chunk(self, video_id: str, offset: int, data: bytes) -> int:
         """Add a chunk, whole or not at all; returns the bytes committed.
 
         Raises:
@@ -84,51 +107,70 @@ class VideoStore:
                 committed_bytes), UPLOAD_SIZE_EXCEEDED, STORAGE_FULL, or the reason the video
                 FAILED for.
         """
-        return await self._uploads.append(video_id, offset, data)
+        return await asyncio.to_thread(self._uploads.append_chunk, video_id, offset, data)
 
-    async def status(self, video_id: str) -> VideoRecord:
-        """The record; ``committed_bytes`` is where an upload goes on.
-
-        Raises:
-            ServiceError: UNKNOWN_VIDEO.
-        """
-        return await self.get(video_id)
-
-    async def finish(self, video_id: str) -> VideoRecord:
-        """Check size and digest, probe, and make the video READY. Idempotent.
+    async def finish_upload(self, video_id: str) -> VideoRecord:
+        """Check size and digest, index, and make the video READY. Idempotent.
 
         Concurrent calls share the work, which goes on when they are cancelled.
 
         Raises:
             ServiceError: UNKNOWN_VIDEO, UPLOAD_INCOMPLETE, UPLOAD_DIGEST_MISMATCH (the upload
-                starts again at 0), or what ``probe_video`` raises (the video is then FAILED
+                starts again at 0), or what ``index_video`` raises (the video is then FAILED
                 and its bytes are gone).
         """
-        return await self._uploads.finish(video_id)
+        try:
+            return await self._finishing.join(video_id, lambda: self._finish(video_id))
+        except StoppedError:  # the video was deleted or the store closed
+            raise ServiceError(
+                Reason.CANCELLED, f"probing of video {video_id} was stopped"
+            ) from None
 
-    async def import_path(
+    async def _finish(self, video_id: str) -> VideoRecord:
+        if await asyncio.to_thread(self._uploads.begin_indexing, video_id):
+            await self._index(video_id)
+        return await asyncio.to_thread(self._repository.get_record, video_id)
+
+    async def _index(self, video_id: str) -> None:
+        try:
+            async with self._indexing:
+                path = self._repository.input_path(video_id)
+                index = await index_video(path, self._limits, self._decoders)
+            await asyncio.to_thread(self._uploads.accept, video_id, index)
+        except ServiceError as error:
+            await asyncio.to_thread(self._uploads.refuse, video_id, error)
+            raise
+        except BaseException:
+            self._uploads.interrupt_indexing(video_id)
+            raise
+
+    async def import_video(
         self, path: str, display_name: str = "", request_id: str = ""
     ) -> VideoRecord:
-        """Take a file of this machine, below an allowed root; returns the READY video.
+        """Copy a file of this machine, below an allowed root; returns the READY video.
 
         Raises:
             ServiceError: PATH_NOT_ALLOWED, INVALID_REQUEST, UPLOAD_SIZE_EXCEEDED,
-                STORAGE_FULL, NOT_A_VIDEO and what ``probe_video`` raises.
+                STORAGE_FULL, NOT_A_VIDEO and what ``index_video`` raises.
         """
-        video_id = await self._imports.take(path, display_name, request_id)
-        return await self.finish(video_id)
+        # Imports wait here and not in threads, of which there are few for everybody.
+        async with self._importing:
+            video_id = await asyncio.to_thread(
+                self._uploads.import_file, path, display_name, request_id
+            )
+        return await self.finish_upload(video_id)
 
     # ---- use --------------------------------------------------------------------------
 
-    async def get(self, video_id: str) -> VideoRecord:
-        """One video.
+    async def get_video(self, video_id: str) -> VideoRecord:
+        """One video; ``committed_bytes`` is where an upload goes on.
 
         Raises:
             ServiceError: UNKNOWN_VIDEO.
         """
-        return await asyncio.to_thread(self._inventory.record, video_id)
+        return await asyncio.to_thread(self._repository.get_record, video_id)
 
-    async def list(
+    async def list_videos(
         self, page_size: int = 0, page_token: str = ""
     ) -> tuple[Sequence[VideoRecord], str]:
         """One page, newest first, and the token of the next one ("" on the last).
@@ -145,28 +187,23 @@ class VideoStore:
         if page_token and not re.fullmatch("[0-9]{1,18}", page_token):
             raise invalid("page_token", page_token, "the next_page_token of a page before")
         count = min(page_size or DEFAULT_PAGE, MAX_PAGE)
-        return await asyncio.to_thread(self._inventory.page, int(page_token or _NEWEST), count)
-
-    async def touch(self, video_id: str) -> VideoRecord:
-        """Move the expiry on, because the video was used.
-
-        Raises:
-            ServiceError: UNKNOWN_VIDEO.
-        """
-        await asyncio.to_thread(self._inventory.renew, video_id)
-        return await self.get(video_id)
+        before = int(page_token or _NEWEST)
+        return await asyncio.to_thread(self._repository.list_records, before, count)
 
     @contextlib.asynccontextmanager
-    async def hold(self, video_id: str) -> AsyncIterator[HeldVideo]:
+    async def hold_video(self, video_id: str) -> AsyncIterator[HeldVideo]:
         """Keep a READY video's files while a job reads them, also if it is deleted meanwhile.
+
+        Its expiry moves on when the hold begins and when it ends.
 
         Raises:
             ServiceError: UNKNOWN_VIDEO, VIDEO_NOT_READY.
         """
-        self._inventory.home(video_id)  # what is not an id has no files to let go of
+        path = self._repository.input_path(video_id)  # refuses what is not an id
         self._holds[video_id] += 1  # before looking, so that no sweep comes in between
         try:
-            record = await self.touch(video_id)
+            await asyncio.to_thread(self._repository.extend_expiry, video_id)
+            record = await self.get_video(video_id)
             if record.state is not VideoState.READY:
                 raise ServiceError(
                     Reason.VIDEO_NOT_READY,
@@ -174,46 +211,48 @@ class VideoStore:
                     video_id=video_id,
                     state=record.state,
                 )
-            path = self._inventory.input_path(video_id)
-            yield HeldVideo(record, path, self._inventory.index_path(video_id))
+            yield HeldVideo(record, path, self._repository.index_path(video_id))
         finally:
             self._holds[video_id] -= 1
             if not self._holds[video_id]:
                 del self._holds[video_id]
-            await asyncio.shield(asyncio.to_thread(self._released, video_id))
+            await asyncio.shield(asyncio.to_thread(self._end_hold, video_id))
 
-    def _released(self, video_id: str) -> None:
-        self._inventory.renew(video_id)
-        with self._inventory.lock(video_id):
-            if self._inventory.catalog.get(video_id) is None and not self._holds[video_id]:
-                self._inventory.remove_files(video_id)
+    def _end_hold(self, video_id: str) -> None:
+        self._repository.extend_expiry(video_id)
+        with self._repository.lock(video_id):
+            gone = self._repository.database.find_video(video_id) is None
+            if gone and not self._holds[video_id]:
+                self._repository.remove_files(video_id)
 
-    async def delete(self, video_id: str) -> None:
-        """Remove a video; its files go when the last job lets go of them.
+    async def delete_video(self, video_id: str) -> None:
+        """Remove a video; its files go when the last job that holds them ends.
 
         Raises:
             ServiceError: UNKNOWN_VIDEO.
         """
-        await asyncio.to_thread(self._inventory.row, video_id)
-        await self._uploads.stop_finishing(video_id)
+        await asyncio.to_thread(self._repository.get_row, video_id)
+        await self._finishing.stop(video_id)
         if not await asyncio.to_thread(self._delete, video_id):
-            await asyncio.to_thread(self._inventory.row, video_id)  # another call has: say so
+            # Another call has deleted it: that raises UNKNOWN_VIDEO.
+            await asyncio.to_thread(self._repository.get_row, video_id)
 
     def _delete(self, video_id: str, only_expired: bool = False) -> bool:
-        with self._inventory.lock(video_id):
-            row = self._inventory.catalog.get(video_id)
-            if only_expired and row and self._inventory.record_of(row).expire_time > time.time():
+        repository = self._repository
+        with repository.lock(video_id):
+            row = repository.database.find_video(video_id)
+            if only_expired and row and repository.make_record(row).expire_time > time.time():
                 return False
-            deleted = self._inventory.catalog.delete(video_id)
+            deleted = repository.database.delete_video(video_id)
             if deleted and not self._holds[video_id]:
-                self._inventory.remove_files(video_id)
+                repository.remove_files(video_id)
             return deleted
 
-    async def sweep(self) -> Sequence[str]:
-        """Remove what has expired and is in nobody's use; returns the ids."""
+    async def delete_expired(self) -> Sequence[str]:
+        """Remove the videos that have expired and that nobody uses; returns their ids."""
         removed = []
-        for row in await asyncio.to_thread(self._inventory.catalog.all):
-            if self._holds[row.video_id] or self._uploads.is_finishing(row.video_id):
+        for row in await asyncio.to_thread(self._repository.database.list_all):
+            if self._holds[row.video_id] or self._finishing.is_running(row.video_id):
                 continue
             if await asyncio.to_thread(self._delete, row.video_id, only_expired=True):
                 removed.append(row.video_id)

@@ -1,7 +1,9 @@
-"""Checks of what callers of the store pass in."""
+"""Checks of the arguments that callers of the store pass."""
 
 from __future__ import annotations
 
+import os
+import re
 import uuid
 
 from prefill_service.errors import Reason, ServiceError
@@ -37,6 +39,18 @@ def check_size(size_bytes: int, maximum: int) -> None:
             size_bytes=size_bytes,
             max_upload_bytes=maximum,
         )
+
+
+def check_digest(sha256: str) -> None:
+    """Raise INVALID_REQUEST unless it is a SHA-256 in lower-case hexadecimal."""
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise invalid("sha256", sha256, "64 hexadecimal digits")
+
+
+def check_path(path: str) -> None:
+    """Raise INVALID_REQUEST unless it is an absolute path."""
+    if not os.path.isabs(path) or "\0" in path:
+        raise invalid("path", path, "an absolute path")
 
 
 def check_request_id(request_id: str) -> None:

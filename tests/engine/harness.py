@@ -25,7 +25,7 @@ from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 
 EXACT = resolve_policy(Quality.EXACT)
 
@@ -43,7 +43,7 @@ class Harness:
         self, video: Path, sampling: FrameSampling | None = None
     ) -> tuple[PrefixPlan, VideoIndex]:
         """Probe and plan; the index is saved beside the pages' sockets."""
-        index = await probe_video(video, VideoConfig())
+        index = await index_video(video, VideoConfig())
         index.save(self.index_path(video))
         plan = self.planner.plan(index, video.name, sampling or FrameSampling(), "")
         return plan, index
@@ -99,7 +99,7 @@ class Harness:
     def frames(self, video: Path, plan: PrefixPlan) -> np.ndarray:
         """The plan's frames, [frames, height, width, 3]."""
         indices = plan.frame_indices.tolist()
-        with FrameStream(video, self.index_path(video), indices, VideoConfig()) as stream:
+        with FrameStream.open(video, self.index_path(video), indices, VideoConfig()) as stream:
             return np.stack(list(stream))
 
 

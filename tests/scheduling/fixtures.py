@@ -24,11 +24,11 @@ def template(
     data = make_video(seconds=2).read_bytes()
 
     async def fill() -> str:
-        store = VideoStore(StorageConfig(data_dir=str(folder)), VideoConfig())
+        store = VideoStore.open(StorageConfig(data_dir=str(folder)), VideoConfig())
         digest = hashlib.sha256(data).hexdigest()
         video = await store.create_upload("video.mp4", len(data), digest)
-        await store.append(video.video_id, 0, data)
-        await store.finish(video.video_id)
+        await store.append_chunk(video.video_id, 0, data)
+        await store.finish_upload(video.video_id)
         await store.close()
         return video.video_id
 

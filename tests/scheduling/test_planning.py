@@ -22,7 +22,7 @@ async def test_a_prefix_beyond_the_budget_is_refused_with_advice(
 ) -> None:
     source, video_id = template
     data = Path(shutil.copytree(source, tmp_path / "data"))
-    videos = VideoStore(StorageConfig(data_dir=str(data)), VideoConfig())
+    videos = VideoStore.open(StorageConfig(data_dir=str(data)), VideoConfig())
     budget = KVBudget(LAYOUT, pool_bytes=10 * FRAME_BYTES, working_bytes=1)
     planning = Admission(videos, Planner(), lambda: 0, memory=budget)  # type: ignore[arg-type]
     try:

@@ -20,7 +20,7 @@ from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.video.frame_stream import FrameStream
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 from tests.oracles.transformers_forward import prefix_cache, processor_inputs
 from tests.oracles.transformers_greedy import generate, greedy
 from tests.service.running import running_service
@@ -152,11 +152,11 @@ async def test_vllm_alone_equals_transformers(
     planner = PrefixPlanner(open_checkpoint(str(model)), "float32")
     for size, references in alone(family).items():
         video = make_video(**SIZES[size])
-        index = await probe_video(video, VideoConfig())
+        index = await index_video(video, VideoConfig())
         index.save(tmp_path / "index.npz")
         plan = planner.plan(index, "", FrameSampling(**SAMPLING[family, size]), "")  # type: ignore[arg-type]
         indices = plan.frame_indices.tolist()
-        with FrameStream(video, tmp_path / "index.npz", indices, VideoConfig()) as stream:
+        with FrameStream.open(video, tmp_path / "index.npz", indices, VideoConfig()) as stream:
             frames = np.stack(list(stream))
         text = planner._prefix_text("")
         max_pixels = SAMPLING[family, size].get("max_pixels")

@@ -30,7 +30,7 @@ def test_every_frame_decodes_at_its_time_and_gops_begin_as_asked(tmp_path: Path)
         serial = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     assert len(serial) == index.frame_count
     wanted = list(range(7, 320, 31))
-    reader = PyAVReader(str(path), index, limits, 1)
+    reader = PyAVReader.open(str(path), index, limits, 1)
     for number, frame in zip(wanted, reader.frames(wanted), strict=True):
         np.testing.assert_array_equal(frame, serial[number])
     # Neighbouring GOPs show different scenes, and a scene moves.

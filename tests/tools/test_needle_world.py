@@ -13,7 +13,7 @@ from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 from tools.needle import checkpoint, sketches, stories, tower, videos
 from tools.needle.stories import Needle, Story
 from tools.needle.videos import SIDE, Look
@@ -95,7 +95,7 @@ async def test_layout_is_the_planners(tmp_path: Path) -> None:
     """Training's prompt is the one that the service plans from the mp4."""
     story = stories.sample_story(21, np.random.default_rng(1))
     path = videos.write_mp4(tmp_path / "a.mp4", story, seed=1)
-    index = await probe_video(path, VideoConfig())
+    index = await index_video(path, VideoConfig())
     planner = PrefixPlanner(open_checkpoint(str(ASSET)), "float32")
     plan = planner.plan(index, "hash", FrameSampling(), "")
     _, tokenizer = checkpoint.load(ASSET)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.video.make import H264, make_video
+from prefill_service.config import StorageConfig, VideoConfig
+from prefill_service.video.store import VideoStore
+from tests.video.sample_videos import H264, make_video
+from tests.video.uploading import OpenStore
 
 VFR_TIMES = np.cumsum(np.random.default_rng(0).integers(10, 300, 40)).tolist()
 X265 = "keyint=10:min-keyint=10:open-gop=1:bframes=3:scenecut=0:log-level=none:pools=none"
@@ -59,3 +63,30 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, (file, arguments) in SAMPLES.items():
         made[name] = make_video(tmp_path_factory.mktemp(name) / file, **arguments)
     return made
+
+
+@pytest.fixture
+async def open_store(tmp_path: Path) -> AsyncIterator[OpenStore]:
+    """``open_store(**storage)`` opens a store on the test's folder, the former one closed."""
+    stores: list[VideoStore] = []
+
+    def opened(**storage: object) -> VideoStore:
+        config = StorageConfig(data_dir=str(tmp_path / "data"), min_free_bytes=0)
+        for name, value in storage.items():
+            setattr(config, name, value)
+        stores.append(VideoStore.open(config, VideoConfig()))
+        return stores[-1]
+
+    yield opened
+    if stores:
+        await stores[-1].close()
+
+
+@pytest.fixture
+def store(open_store: OpenStore) -> VideoStore:
+    return open_store()
+
+
+@pytest.fixture
+def video(samples: dict[str, Path]) -> bytes:
+    return samples["h264_b_frames"].read_bytes()

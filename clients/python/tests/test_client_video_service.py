@@ -19,7 +19,7 @@ pytest.importorskip("prefill_service.video.store", reason="the server is not ins
 
 from prefill_service.api.interceptor import CallInterceptor
 from prefill_service.api.server import OPTIONS
-from prefill_service.api.video_servicer import VideoServicer
+from prefill_service.api.video_service import VideoServicer
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.video.store import VideoStore
@@ -57,14 +57,14 @@ class VideoServer:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
-        self._store = VideoStore(self.storage, VideoConfig())
-        append = self._store.append
+        self._store = VideoStore.open(self.storage, VideoConfig())
+        append = self._store.append_chunk
 
         async def slow_append(*args: Any) -> int:
             await asyncio.sleep(self.delay_s)
             return await append(*args)
 
-        self._store.append = slow_append  # type: ignore[method-assign]
+        self._store.append_chunk = slow_append  # type: ignore[method-assign]
         metrics = Metrics()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(64, metrics)], options=OPTIONS)
         servicer = VideoServicer(self._store, metrics)

@@ -1,9 +1,15 @@
 """Entry point of the sandboxed decoder: ``python -m prefill_service.video.decoder.child``.
 
 Its argument is the parent's process id. One request comes through the socket on stdin, as two
-descriptors: a file with the message (``wire``), and the video; no path reaches this process. It may
-be a long time in coming, and never come (``spares``). Answers go to stdout. Nothing heavier than
-PyAV and numpy is imported, so that a start costs a tenth of a second.
+descriptors: a file with the message (``protocol``), and the video; no path reaches this process.
+In a ``DecoderPool`` it waits long for the request, which may never come. Answers go to stdout.
+Nothing heavier than PyAV and numpy is imported, so that a start costs a tenth of a second.
+
+The request's header has, beside ``folder``, ``limits`` and ``resources``, a ``type``:
+
+* ``index``: the answer is one ``index_to_message``.
+* ``frames``, with ``index`` and ``threads``: the payload is the index's and then the wanted frames
+  as int64; the answers are one message a frame, [height, width, 3] uint8 RGB.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -28,7 +35,7 @@ from prefill_service.video.decoder.protocol import (
     read_message,
     write_message,
 )
-from prefill_service.video.decoder.readers.base import reader_class
+from prefill_service.video.decoder.readers.base import load_reader_class
 from prefill_service.video.decoder.rlimits import (
     ResourceLimits,
     confine_files,
@@ -43,36 +50,39 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # a library that prints must not garble the answer
     with socket.socket(fileno=os.dup(0)) as requests:
-        _, given, _, _ = socket.recv_fds(requests, 1, 2)
-    if not given:  # not needed any more
+        _, descriptors, _, _ = socket.recv_fds(requests, 1, 2)
+    if not descriptors:  # the parent closed its end: no request will come
         return
-    with os.fdopen(given[0], "rb") as file:
+    with os.fdopen(descriptors[0], "rb") as file:
         request, payload = read_message(file)
     os.chdir(request["folder"])
     confine_resources(ResourceLimits(**request["resources"]))
     limits = VideoConfig(**request["limits"])
     silence_ffmpeg()
     try:
-        _serve(request, payload, given[1], limits, out)
+        for header, data in _answers(request, payload, descriptors[1], limits):
+            write_message(out, header, data)
     except BrokenPipeError:  # the parent has seen enough
         return
     except Exception as error:
         write_message(out, {"type": "error", "error": _to_service(error, limits).to_dict()})
 
 
-def _serve(request: Header, payload: bytes, video: int, limits: VideoConfig, out: int) -> None:
-    open_reader = reader_class(limits.reader)
+def _answers(
+    request: Header, payload: bytes, video_fd: int, limits: VideoConfig
+) -> Iterator[tuple[Header, bytes | memoryview]]:
+    reader_class = load_reader_class(limits.reader)
     # PyAV and Python import some modules late, so their folders stay readable.
-    confine_files(video, (Path(av.__file__).parents[1], Path(os.__file__).parent))
-    path = f"/proc/self/fd/{video}"
+    confine_files(video_fd, (Path(av.__file__).parents[1], Path(os.__file__).parent))
+    path = f"/proc/self/fd/{video_fd}"
     if request["type"] == "index":
-        write_message(out, *index_to_message(build_index(path, limits)))
+        yield index_to_message(build_index(path, limits))
         return
     index, rest = index_from_message(request["index"], payload)
     targets = np.frombuffer(rest, np.int64).tolist()
-    reader = open_reader(path, index, limits, request["threads"])
+    reader = reader_class.open(path, index, limits, request["threads"])
     for target, frame in zip(targets, reader.frames(targets), strict=True):
-        write_message(out, {"type": "frame", "frame": target}, frame.data.cast("B"))
+        yield {"type": "frame", "frame": target}, frame.data.cast("B")
 
 
 def _to_service(error: Exception, limits: VideoConfig) -> ServiceError:

@@ -137,7 +137,7 @@ def check_logged_pixels(logs: list[tuple[int, str, str]], limits: VideoConfig) -
 
 
 def pixels_exceeded(width: int, height: int, limits: VideoConfig) -> ServiceError:
-    """The error for a frame that is too large."""
+    """VIDEO_LIMIT_EXCEEDED for a frame of more than ``max_frame_pixels``."""
     return limit_exceeded(
         "max_frame_pixels",
         width * height,

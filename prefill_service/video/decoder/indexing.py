@@ -1,4 +1,4 @@
-"""Building the index of a video (runs in the decoder child).
+"""Building the index of a video, inside the decoder process.
 
 The index has to name the frames a serial reader of the file sees. Demuxing alone is fast and
 nearly always tells: one packet, one frame, its presentation time on it. It is wrong where a
@@ -29,7 +29,7 @@ from prefill_service.video.decoder.container import (
     video_stream,
 )
 from prefill_service.video.decoder.readers.pyav import decoded_frames
-from prefill_service.video.decoder.seek_plan import gop_starts
+from prefill_service.video.decoder.seek_schedule import gop_starts
 from prefill_service.video.decoder.truncation import find_truncation
 from prefill_service.video.index import VideoIndex
 
@@ -40,7 +40,7 @@ _TAIL_FRAMES = 600  # a longer last GOP is not checked: it would be decoded whol
 
 @dataclass(slots=True)
 class _Packets:
-    """What demuxing tells of the video stream."""
+    """The video stream's packets, as demuxed without decoding."""
 
     pts: list[int] = field(default_factory=list)
     keyframe: list[bool] = field(default_factory=list)
@@ -65,7 +65,7 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
                 raise _too_many_frames(stream.frames, limits)
             packets = _demux(container, stream, limits)
             truncation = truncation or _missing_samples(container, stream)
-            described = _Described(container, stream)
+            description = _Description(container, stream)
     except ServiceError as error:
         if truncation and error.reason in (Reason.NOT_A_VIDEO, Reason.NO_VIDEO_STREAM):
             raise _truncated(truncation) from None
@@ -74,8 +74,8 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
         raise _truncated(truncation)
     if not packets.count:
         raise ServiceError(Reason.NO_FRAMES, "the video stream holds no frames")
-    first, pts, keyframe = _frames(path, limits, packets, described)
-    return described.index(first, pts, keyframe, packets.last_duration, limits)
+    frames = _check_frames(path, limits, packets, description)
+    return description.make_index(frames, packets.last_duration, limits)
 
 
 def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) -> _Packets:
@@ -111,7 +111,22 @@ def _missing_samples(container: InputContainer, stream: VideoStream) -> str | No
     return f"{missing} of its {len(stream.index_entries)} frames lie behind the end of the file"
 
 
-class _Described:
+@dataclass(frozen=True, slots=True)
+class _Frames:
+    """The frames of a file.
+
+    Attributes:
+        first: decoded; it tells size and rotation.
+        pts: [frames] int64, ascending.
+        keyframe: [frames] bool.
+    """
+
+    first: VideoFrame
+    pts: np.ndarray
+    keyframe: np.ndarray
+
+
+class _Description:
     """The container's own description of a stream, kept after it is closed."""
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
@@ -120,15 +135,14 @@ class _Described:
         self.time_base = stream.time_base or Fraction(1, av.time_base)
         self.rate = float(stream.average_rate or 0)
 
-    def index(
-        self,
-        first: VideoFrame,
-        pts: np.ndarray,
-        keyframe: np.ndarray,
-        last_duration: int,
-        limits: VideoConfig,
-    ) -> VideoIndex:
-        """Put the index together and check its duration."""
+    def make_index(self, frames: _Frames, last_duration: int, limits: VideoConfig) -> VideoIndex:
+        """The index of ``frames``; ``last_duration`` is the last packet's, in ``time_base``.
+
+        Raises:
+            ServiceError: VIDEO_LIMIT_EXCEEDED for its duration or the size of its first frame.
+        """
+        first = frames.first
+        pts = frames.pts
         span = int(pts[-1] - pts[0])
         # Without a duration on the last frame, it is shown as long as the average one.
         last = last_duration or (span / (len(pts) - 1) if len(pts) > 1 else 0)
@@ -152,16 +166,16 @@ class _Described:
             rotation=rotation,
             time_base=(self.time_base.numerator, self.time_base.denominator),
             pts=pts,
-            keyframe=keyframe,
+            keyframe=frames.keyframe,
             fps=fps,
             duration_s=duration_s,
         )
 
 
-def _frames(
-    path: str, limits: VideoConfig, packets: _Packets, described: _Described
-) -> tuple[VideoFrame, np.ndarray, np.ndarray]:
-    """First frame, pts [frames] int64 and keyframe [frames] bool, checked by decoding."""
+def _check_frames(
+    path: str, limits: VideoConfig, packets: _Packets, description: _Description
+) -> _Frames:
+    """The frames that a serial reader sees, checked by decoding."""
     order = np.argsort(np.array(packets.pts, np.int64), kind="stable")
     pts = np.array(packets.pts, np.int64)[order]
     keyframe = np.array(packets.keyframe, bool)[order]
@@ -179,18 +193,19 @@ def _frames(
     if trusted:
         lead = _offset(pts, head)
         if lead is not None:
-            pts, keyframe = pts[lead:], keyframe[lead:]
+            pts = pts[lead:]
+            keyframe = keyframe[lead:]
             if ended:
-                return first, pts[: len(head)], keyframe[: len(head)]
+                return _Frames(first, pts[: len(head)], keyframe[: len(head)])
             decodable = _decodable_tail(path, limits, pts, keyframe)
             if decodable is not None:
-                return first, pts[decodable], keyframe[decodable]
+                return _Frames(first, pts[decodable], keyframe[decodable])
         if not ended:
             first, head, ended = _decode(path, limits, None, None)
             assert first is not None
-    step = 1 / (described.rate * described.time_base) if described.rate else 1.0
+    step = 1 / (description.rate * description.time_base) if description.rate else 1.0
     times = _ascending(head, float(step))
-    return first, times, np.zeros(len(times), bool)
+    return _Frames(first, times, np.zeros(len(times), bool))
 
 
 def _decode(

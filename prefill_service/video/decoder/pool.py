@@ -2,8 +2,8 @@
 
 A start takes a tenth of a second of a core, of a short video's answer a quarter. A process serves
 one file and ends, as untrusted files demand, so another takes its place: a moment after all that
-were taken are back, since those who have work need the core more; or, beside one that takes long,
-for a short video that overtakes it.
+were acquired are released, since those at work need the core more; or, beside one that takes long,
+for a short video that preempts it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,37 @@ class DecoderPool:
     """Some decoder processes that wait for a file; for any thread.
 
     Args:
-        count: how many wait; 0: each is started when it is needed.
-        quiet_s, long_s: seconds until the next is started, after the last was given back, and
-            beside one that is not.
+        count: how many wait; 0: each is started when it is acquired.
+        quiet_s: seconds between the last release and the start of the next process.
+        long_s: seconds until the next is started beside one that is not released.
     """
 
     def __init__(self, count: int, quiet_s: float = 0.5, long_s: float = 5.0) -> None:
-        self._count, self._quiet_s, self._long_s = count, quiet_s, long_s
+        self._count = count
+        self._quiet_s = quiet_s
+        self._long_s = long_s
         self._changed = threading.Condition()
         self._waiting: list[DecoderProcess] = []
-        self._taken = 0
+        self._acquired = 0
         self._due = -math.inf  # when the next may be started
         self._closed = False
-        self._thread = threading.Thread(target=self._keep, name="decoder-spares", daemon=True)
-        if count:
+        self._thread = threading.Thread(target=self._keep_full, name="decoder-pool", daemon=True)
+
+    def start(self) -> None:
+        """Begin to start processes ahead."""
+        if self._count:
             self._thread.start()
 
-    def take(self) -> DecoderProcess:
-        """One that waits, or a new one, made by this thread; ``give_back`` is due for either."""
+    def acquire(self) -> DecoderProcess:
+        """A process that waits, or a new one, started by this thread.
+
+        Close it and then call ``release``, whichever it is.
+
+        Raises:
+            OSError: none waits and the system has no room for another process.
+        """
         with self._changed:
-            self._taken += 1
+            self._acquired += 1
             self._due = time.monotonic() + self._long_s
             self._changed.notify()
             while self._waiting:
@@ -50,21 +61,21 @@ class DecoderPool:
                     return process
                 process.close()
         try:
-            return DecoderProcess()
+            return DecoderProcess.start()
         except BaseException:
-            self.give_back()
+            self.release()
             raise
 
-    def give_back(self) -> None:
-        """One that was taken has been closed."""
+    def release(self) -> None:
+        """Note that an acquired process has been closed."""
         with self._changed:
-            self._taken -= 1
-            if not self._taken:
+            self._acquired -= 1
+            if not self._acquired:
                 self._due = time.monotonic() + self._quiet_s
             self._changed.notify()
 
     def close(self) -> None:
-        """End those that wait, and those that were taken, too. Idempotent."""
+        """End all processes that wait, and those acquired from among them. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -73,10 +84,10 @@ class DecoderPool:
         while self._waiting:
             self._waiting.pop().close()
 
-    def _keep(self) -> None:
+    def _keep_full(self) -> None:
         while self._wait_until_due():
             try:
-                process = DecoderProcess()
+                process = DecoderProcess.start()
             except OSError as error:
                 log.warning("no decoder process can be started ahead: %s", error)
                 process = None
@@ -87,7 +98,7 @@ class DecoderPool:
                     self._waiting.append(process)
 
     def _wait_until_due(self) -> bool:
-        """Until one is to be started (``True``), or none any more."""
+        """Wait until a process is to be started (``True``) or the pool is closed (``False``)."""
         with self._changed:
             while not self._closed:
                 enough = len(self._waiting) >= self._count

@@ -1,4 +1,4 @@
-"""A decoder process: started before it is known for what, given one file, killed."""
+"""A decoder process: started before its task is decided, assigned one file, killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO
 
 import prefill_service
 
-_CHILD = "prefill_service.video.decoder.child"
+_CHILD_MODULE = "prefill_service.video.decoder.child"
 _PIPE_BYTES = 1 << 20
 _KEPT_ENVIRONMENT = ("PYTHONPATH", "LD_LIBRARY_PATH")
 
@@ -22,32 +22,47 @@ _KEPT_ENVIRONMENT = ("PYTHONPATH", "LD_LIBRARY_PATH")
 class DecoderProcess:
     """``decoder.child`` in a process of its own, waiting for a request.
 
-    The thread that makes it must live as long as it: the process asks the kernel to be killed when
-    that thread is gone.
-
     Attributes:
-        stdout: its answers.
-        stderr: what it has to say otherwise.
+        stdout: the pipe that its answers come through.
+        stderr: the file that its other output goes to.
     """
 
-    def __init__(self) -> None:
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the process
-        self._requests, theirs = socket.socketpair()
-        with theirs:
-            self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-P", "-m", _CHILD, str(os.getpid())],
-                stdin=theirs.fileno(),
-                stdout=subprocess.PIPE,
-                stderr=self.stderr,
-                bufsize=0,
-                cwd="/",
-                env=_environment(),
-                start_new_session=True,
-            )
-        assert self._process.stdout is not None
-        self.stdout = self._process.stdout
+    def __init__(
+        self, process: subprocess.Popen[bytes], requests: socket.socket, stderr: IO[bytes]
+    ) -> None:
+        assert process.stdout is not None
+        self._process = process
+        self._requests = requests
+        self.stdout = process.stdout
+        self.stderr = stderr
+
+    @classmethod
+    def start(cls) -> DecoderProcess:
+        """Start a process; it is killed when the thread that calls this ends, by the kernel.
+
+        Raises:
+            OSError: the system has no room for another process.
+        """
+        with contextlib.ExitStack() as undo:
+            stderr = undo.enter_context(tempfile.TemporaryFile())
+            requests, its_requests = socket.socketpair()
+            undo.enter_context(requests)
+            with its_requests:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", _CHILD_MODULE, str(os.getpid())],
+                    stdin=its_requests.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    bufsize=0,
+                    cwd="/",
+                    env=_environment(),
+                    start_new_session=True,
+                )
+            undo.pop_all()
+        decoder = cls(process, requests, stderr)
         with contextlib.suppress(OSError):  # above the system's limit for pipes
-            fcntl.fcntl(self.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            fcntl.fcntl(decoder.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return decoder
 
     @property
     def pid(self) -> int:
@@ -56,29 +71,29 @@ class DecoderProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process has not ended."""
         return self._process.poll() is None
 
-    def give(self, request: IO[bytes], video: int) -> None:
-        """Hand over the one request, a file to read from where it stands, and the video's fd."""
-        with contextlib.suppress(OSError):  # it has died: reading its answer will tell of what
-            socket.send_fds(self._requests, [b"\0"], [request.fileno(), video])
+    def assign(self, request: IO[bytes], video_fd: int) -> None:
+        """Pass on the only request: a file, read from its position, and the video's descriptor."""
+        with contextlib.suppress(OSError):  # it has died: reading its answer will say of what
+            socket.send_fds(self._requests, [b"\0"], [request.fileno(), video_fd])
         self._requests.close()
 
     def wait(self, timeout_s: float | None = None) -> int:
-        """Its exit code.
+        """Wait for the process to end; returns its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it lives on.
+            subprocess.TimeoutExpired: it has not ended within ``timeout_s``.
         """
         return self._process.wait(timeout_s)
 
     def kill(self) -> None:
-        """End it at once; harmless if it has ended."""
+        """End the process at once; does nothing if it has ended."""
         self._process.kill()
 
     def close(self) -> None:
-        """Kill it and wait for its end. Idempotent."""
+        """Kill the process, wait for its end and close its files. Idempotent."""
         self._process.kill()
         self._process.wait()
         self._requests.close()

@@ -1,4 +1,4 @@
-"""What a decoder child and its parent say: messages of a JSON header and raw bytes."""
+"""Messages between a decoder process and its parent: a JSON header and raw bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Header = dict[str, Any]
 
 
 def pack(header: Header, payload_bytes: int) -> bytes:
-    """Everything of a message that goes before its payload."""
+    """The bytes of a message that go before its payload."""
     text = json.dumps(header).encode()
     return PREFIX.pack(len(text), payload_bytes) + text
 

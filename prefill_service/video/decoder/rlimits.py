@@ -1,8 +1,8 @@
-"""What a decoder child gives up before it looks at an untrusted file.
+"""What a decoder process gives up before it looks at an untrusted file.
 
-Applied by the child to itself, because ``preexec_fn`` is not safe in a parent with threads. It dies
-with its parent from the start; resource limits are those of the request, and come before anything
-of the file is read; the file system is given up last, when the libraries have been loaded.
+It does so itself, because ``preexec_fn`` is not safe in a parent with threads. From its start it
+dies with its parent. The request's resource limits come before anything of the file is read, and
+the file system is given up last, when the libraries have been loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LANDLOCK_NET = 0b11  # bind and connect, ABI 4
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """Limits the kernel enforces on a decoder child."""
+    """Limits that the kernel enforces on a decoder process."""
 
     memory_bytes: int
     cpu_s: int
@@ -63,7 +63,7 @@ def confine_resources(limits: ResourceLimits) -> None:
     ):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # The hard CPU limit lies above the soft one: SIGXCPU then tells why the child died.
+        # The hard CPU limit lies above the soft one: SIGXCPU then tells why the process died.
         ceiling = value + 5 if kind == resource.RLIMIT_CPU and hard == -1 else value
         resource.setrlimit(kind, (value, ceiling))
 

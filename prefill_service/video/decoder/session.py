@@ -1,4 +1,4 @@
-"""The parent's end of a decoder child: start, read, time out, kill, explain a death."""
+"""The parent's end of a decoder process: assign, read, time out, kill, explain a death."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import stat
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
@@ -50,80 +51,107 @@ def open_video(path: Path) -> int:
     raise ServiceError(Reason.NOT_A_VIDEO, f"{path} {what}", path=path)
 
 
-class SandboxedChild:
-    """One decoder child working on one file.
+@dataclass(frozen=True, slots=True)
+class DecoderRequest:
+    """What a decoder process is to do with a video.
 
-    The thread that makes it must live as long as the child is used (``DecoderProcess``). Reading
-    is for one thread at a time; ``kill`` may come from any.
+    Attributes:
+        header: JSON values; ``decoder.child`` says which.
+        payload: raw bytes that belong to the header.
+        cpu_s: CPU seconds that the process may use.
+        max_answer_bytes: largest payload of a message accepted from the process.
+    """
 
-    Args:
-        path: the video; opened here, passed on as a descriptor.
-        request: what to do; see ``decoder.child``.
-        payload: raw bytes that belong to the request.
-        limits: limits the child works under.
-        cpu_s: CPU seconds the child may use.
-        max_payload: largest payload accepted from the child, bytes.
-        spares: processes started ahead, if there are any.
+    header: Header
+    payload: bytes
+    cpu_s: float
+    max_answer_bytes: int
 
-    Raises:
-        ServiceError: NOT_A_VIDEO.
+
+class DecoderSession:
+    """One sandboxed decoder process at work on one file.
+
+    Reading is for one thread at a time; ``kill`` may come from any.
     """
 
     def __init__(
         self,
-        path: Path,
-        request: dict[str, Any],
-        payload: bytes,
-        *,
+        process: DecoderProcess,
+        folder: tempfile.TemporaryDirectory[str],
         limits: VideoConfig,
-        cpu_s: float,
-        max_payload: int,
-        spares: DecoderPool | None = None,
+        *,
+        max_answer_bytes: int,
+        pool: DecoderPool | None,
     ) -> None:
-        self._max_payload, self._spares = max_payload, spares
+        self._process = process
+        self._folder = folder
         self._limits = limits
+        self._max_answer_bytes = max_answer_bytes
+        self._pool = pool
         self._head = bytearray()
         self._header: Header | None = None
         self._body = bytearray()
         self._filled = 0
+        self._readable = select.poll()  # not select(): a server has descriptors above 1024
+        self._readable.register(process.stdout, select.POLLIN)
+        self._last_read = time.monotonic()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        request: DecoderRequest,
+        limits: VideoConfig,
+        pool: DecoderPool | None = None,
+    ) -> DecoderSession:
+        """Open the video and assign it to a process of the pool, or to a new one without a pool.
+
+        The calling thread must live as long as the session: a process that it started dies with it.
+
+        Args:
+            path: the video; the process gets a descriptor, never the path.
+            request: what the process is to do.
+            limits: limits that it works under.
+            pool: where to acquire the process.
+
+        Raises:
+            ServiceError: NOT_A_VIDEO.
+            OSError: the system has no room for another process.
+        """
         with contextlib.ExitStack() as stack:
             fd = open_video(path)
             stack.callback(os.close, fd)
-            self._folder = tempfile.TemporaryDirectory(prefix="prefill-decoder-")
+            folder = tempfile.TemporaryDirectory(prefix="prefill-decoder-")
+            resources = ResourceLimits(limits.max_memory_bytes, max(1, int(request.cpu_s)))
             header = {
-                **request,
-                "folder": self._folder.name,
+                **request.header,
+                "folder": folder.name,
                 "limits": dataclasses.asdict(limits),
-                "resources": dataclasses.asdict(
-                    ResourceLimits(limits.max_memory_bytes, max(1, int(cpu_s)))
-                ),
+                "resources": dataclasses.asdict(resources),
             }
-            # The request is a file, not a pipe: nobody waits for the child to read it.
-            given = stack.enter_context(tempfile.TemporaryFile())
-            given.write(pack(header, len(payload)) + payload)
-            given.seek(0)
-            self._process = spares.take() if spares else DecoderProcess()
-            self._process.give(given, fd)
-        self._stdout = self._process.stdout
-        self._readable = select.poll()  # not select(): a server has descriptors above 1024
-        self._readable.register(self._stdout, select.POLLIN)
-        self._last_sign = time.monotonic()
+            # The request is a file, not a pipe: nobody waits for the process to read it.
+            file = stack.enter_context(tempfile.TemporaryFile())
+            file.write(pack(header, len(request.payload)) + request.payload)
+            file.seek(0)
+            process = pool.acquire() if pool else DecoderProcess.start()
+            process.assign(file, fd)
+        return cls(process, folder, limits, max_answer_bytes=request.max_answer_bytes, pool=pool)
 
     @property
     def pid(self) -> int:
-        """Process id of the child."""
+        """Id of the decoder process."""
         return self._process.pid
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last byte was read from the child."""
-        return time.monotonic() - self._last_sign
+        """Seconds since the last byte was read from the process."""
+        return time.monotonic() - self._last_read
 
     def receive(self, timeout_s: float) -> tuple[Header, bytearray] | None:
-        """The child's next message, or ``None`` if it is not complete within ``timeout_s``.
+        """The process's next message, or ``None`` if it is not complete within ``timeout_s``.
 
         Raises:
-            ServiceError: sent by the child, or saying what the child died of.
+            ServiceError: sent by the process, or saying what the process died of.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -137,40 +165,43 @@ class SandboxedChild:
                 return message
 
     def _advance(self) -> tuple[Header, bytearray] | None:
-        """Read what is there; a message if that completes one."""
+        """Read the bytes that have come; returns the message that they complete, if any."""
         if self._header is None:
             wanted = PREFIX.size - len(self._head)
             if wanted <= 0:
                 wanted = PREFIX.unpack_from(self._head)[0] + PREFIX.size - len(self._head)
-            data = self._stdout.read(wanted)
-            self._saw(len(data or b""))
+            data = self._process.stdout.read(wanted)
+            self._note_read(len(data or b""))
             self._head += data or b""
             self._parse_head()
         else:
-            count = self._stdout.readinto(memoryview(self._body)[self._filled :])  # type: ignore[attr-defined]
-            self._saw(count)
+            count = self._process.stdout.readinto(memoryview(self._body)[self._filled :])  # type: ignore[attr-defined]
+            self._note_read(count)
             self._filled += count
         if self._header is None or self._filled < len(self._body):
             return None
         message = (self._header, self._body)
-        self._head, self._header, self._body, self._filled = bytearray(), None, bytearray(), 0
+        self._head = bytearray()
+        self._header = None
+        self._body = bytearray()
+        self._filled = 0
         return message
 
-    def _saw(self, count: int) -> None:
+    def _note_read(self, count: int) -> None:
         if not count:
             raise self._explain_death()
-        self._last_sign = time.monotonic()
+        self._last_read = time.monotonic()
 
     def _parse_head(self) -> None:
         if len(self._head) < PREFIX.size:
             return
         header_bytes, payload_bytes = PREFIX.unpack_from(self._head)
-        if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_payload:
+        if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_answer_bytes:
             self.kill()
             raise ServiceError(
                 Reason.INTERNAL,
                 f"decoder process sent a message of {header_bytes} + {payload_bytes} bytes; "
-                f"at most {MAX_HEADER_BYTES} + {self._max_payload} were expected",
+                f"at most {MAX_HEADER_BYTES} + {self._max_answer_bytes} were expected",
             )
         if len(self._head) == PREFIX.size + header_bytes:
             self._header = json.loads(self._head[PREFIX.size :])
@@ -180,7 +211,7 @@ class SandboxedChild:
     def _explain_death(self) -> ServiceError:
         try:
             code = self._process.wait(_EXIT_S)
-        except subprocess.TimeoutExpired:  # taken over by its file, or stuck in the kernel
+        except subprocess.TimeoutExpired:  # controlled by its file, or stuck in the kernel
             self.kill()
             code = self._process.wait()
         if code == -signal.SIGXCPU:
@@ -203,16 +234,16 @@ class SandboxedChild:
         return ServiceError(Reason.DECODE_FAILED, f"the decoder process {how}", exit_code=code)
 
     def kill(self) -> None:
-        """End the child at once; harmless if it has ended."""
+        """End the process at once; does nothing if it has ended."""
         self._process.kill()
 
     def close(self) -> None:
-        """Kill the child, wait for it and remove its folder. Idempotent."""
+        """Kill the process, wait for its end, remove its folder and release it. Idempotent."""
         self._process.close()
         self._folder.cleanup()
-        if self._spares is not None:
-            self._spares.give_back()
-            self._spares = None
+        if self._pool is not None:
+            self._pool.release()
+            self._pool = None
 
     def __enter__(self) -> Self:
         return self

@@ -40,7 +40,8 @@ def _overrun(what: str, end: int, size: int) -> str | None:
 
 
 def _mp4(file: BinaryIO, size: int) -> str | None:
-    position, has_moov = 0, False
+    position = 0
+    has_moov = False
     for _ in range(_MAX_BOXES):
         if position + 8 > size:
             break

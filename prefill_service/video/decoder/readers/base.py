@@ -1,9 +1,9 @@
-"""The readers a decoder child can use, behind one small interface."""
+"""What a reader of frames is, and which one an option names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -22,17 +22,35 @@ class FrameReader(Protocol):
     decoded: int
     seeks: int
 
-    def __init__(self, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> None:
-        """Open the file at ``path``."""
+    @classmethod
+    def open(cls, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> Self:
+        """Open a video.
+
+        Args:
+            path: the file.
+            index: its index.
+            limits: what must be refused.
+            threads: decoding threads.
+
+        Raises:
+            ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, VIDEO_LIMIT_EXCEEDED,
+                DECODE_FAILED.
+        """
+        ...
 
     def frames(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the ascending, distinct ``targets`` as [height, width, 3] uint8 RGB."""
+        """Yield the ascending, distinct ``targets`` as [height, width, 3] uint8 RGB.
+
+        Raises:
+            ServiceError: DECODE_FAILED, naming the frame.
+        """
+        ...
 
 
-def reader_class(name: str) -> type[FrameReader]:
-    """The reader for ``VideoConfig.reader``."""
+def load_reader_class(name: str) -> type[FrameReader]:
+    """The reader that ``VideoConfig.reader`` names, imported only now."""
     if name == "opencv":
-        # Imported only if asked for: it costs a decoder child 15 MiB and address space.
+        # OpenCV costs a decoder process 15 MiB and address space.
         from prefill_service.video.decoder.readers.opencv import OpenCVReader
 
         return OpenCVReader

@@ -1,15 +1,18 @@
-"""Frames of a video through OpenCV, serially: the second opinion."""
+"""Frames of a video through OpenCV, serially: independent of the seek schedule."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
+from typing_extensions import override
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.container import FORMATS, PROTOCOLS, open_container, video_stream
+from prefill_service.video.decoder.readers.base import FrameReader
 from prefill_service.video.decoder.readers.pyav import decode_failed
 from prefill_service.video.index import VideoIndex
 
@@ -25,28 +28,31 @@ import cv2
 _TIME_TOLERANCE_MS = 2.0
 
 
-class OpenCVReader:
+class OpenCVReader(FrameReader):
     """Grabs every frame up to the last wanted one and counts."""
 
-    def __init__(self, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> None:
-        # FFmpeg's reasons do not get through OpenCV: let PyAV refuse what must be refused.
-        with open_container(path, limits, threads) as container:
-            video_stream(container, limits)
+    def __init__(self, capture: cv2.VideoCapture, index: VideoIndex) -> None:
+        self._capture = capture
         self._index = index
         self.decoded = 0
         self.seeks = 0
+
+    @override
+    @classmethod
+    def open(cls, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> Self:
+        # FFmpeg's reasons do not get through OpenCV: let PyAV refuse what must be refused.
+        with open_container(path, limits, threads) as container:
+            video_stream(container, limits)
         cv2.setNumThreads(threads)
-        self._capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
-        if not self._capture.isOpened():
+        capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
+        if not capture.isOpened():
             raise ServiceError(Reason.DECODE_FAILED, "OpenCV cannot open the file")
+        return cls(capture, index)
 
+    @override
     def frames(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the ascending, distinct ``targets`` as [height, width, 3] uint8 RGB.
-
-        Raises:
-            ServiceError: DECODE_FAILED, naming the frame.
-        """
-        index, start_ms = self._index, 0.0
+        index = self._index
+        start_ms = 0.0
         for target in targets:
             while self.decoded <= target:
                 if not self._capture.grab():
@@ -65,7 +71,7 @@ class OpenCVReader:
             yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
     def _check_time(self, target: int, time_ms: float) -> None:
-        """OpenCV passes over damaged frames in silence, and the count would be wrong from there."""
+        """OpenCV passes over damaged frames in silence, which makes the count wrong from there."""
         index = self._index
         if not index.keyframe_count:
             return

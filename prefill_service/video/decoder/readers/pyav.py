@@ -1,8 +1,9 @@
-"""Frames of a video through PyAV, by the GOP plan."""
+"""Frames of a video through PyAV, by the seek schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
 
 import av
 import numpy as np
@@ -10,11 +11,13 @@ from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from typing_extensions import override
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.container import decode_packet, open_container, video_stream
-from prefill_service.video.decoder.seek_plan import Run, gop_starts, plan_runs
+from prefill_service.video.decoder.readers.base import FrameReader
+from prefill_service.video.decoder.seek_schedule import Seek, gop_starts, schedule_seeks
 from prefill_service.video.index import VideoIndex
 
 # A frame that does not come although decoding began so many GOPs before its own is damaged.
@@ -23,13 +26,15 @@ _LEAD_GOPS = 3
 
 # Codecs whose decoders skip exactly the pictures that no other one is predicted from.
 _SKIPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
-_HVCC_VERSION, _HVCC_LAYERS = 0, 21  # bytes of HEVC's configuration record (ISO/IEC 14496-15)
+# Offsets, in bytes, in HEVC's configuration record (ISO/IEC 14496-15).
+_HVCC_VERSION = 0
+_HVCC_LAYERS = 21
 
 
 def decoded_frames(
     packets: Iterable[Packet[VideoStream]], limits: VideoConfig
 ) -> Iterator[VideoFrame]:
-    """Decode packets one by one."""
+    """Decode packets one by one; a damaged one gives no frame."""
     for packet in packets:
         yield from decode_packet(packet, limits)
 
@@ -56,7 +61,7 @@ def can_skip(context: VideoCodecContext) -> bool:
     return record[_HVCC_LAYERS] >> 3 & 0b111 == 1
 
 
-class PyAVReader:
+class PyAVReader(FrameReader):
     """Reads by presentation time: decodes only the GOPs that hold wanted frames.
 
     Of those GOPs it leaves out frames that are neither wanted nor referred to by any other
@@ -64,32 +69,37 @@ class PyAVReader:
     """
 
     def __init__(self, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> None:
-        self._path, self._index, self._limits, self._threads = path, index, limits, threads
+        self._path = path
+        self._index = index
+        self._limits = limits
+        self._threads = threads
         self._starts = gop_starts(index.keyframe)
         self.decoded = 0
         self.seeks = 0
-        self._open()
 
-    def _open(self) -> None:
+    @override
+    @classmethod
+    def open(cls, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> Self:
+        reader = cls(path, index, limits, threads)
+        reader._open_file()
+        return reader
+
+    def _open_file(self) -> None:
         self._container = open_container(self._path, self._limits, self._threads)
         self._stream = video_stream(self._container, self._limits)
         self._stream.thread_type = "AUTO" if self._threads > 1 else "NONE"
         self._at_start = True
 
+    @override
     def frames(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the ascending, distinct ``targets`` as [height, width, 3] uint8 RGB.
-
-        Raises:
-            ServiceError: DECODE_FAILED, naming the frame.
-        """
         if not self._index.keyframe_count:
-            yield from self._serial(targets)
+            yield from self._read_serially(targets)
             return
-        for run in plan_runs(self._starts, targets):
-            yield from self._run(run)
+        for seek in schedule_seeks(self._starts, targets):
+            yield from self._read_after(seek)
 
-    def _serial(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
-        """By counting: for files whose timestamps do not name their frames."""
+    def _read_serially(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
+        """Read by counting, a file whose timestamps do not name its frames."""
         wanted = iter(targets)
         target = next(wanted, None)
         for number, frame in enumerate(
@@ -104,17 +114,19 @@ class PyAVReader:
         if target is not None:
             raise decode_failed(self._index, target)
 
-    def _run(self, run: Run) -> Iterator[np.ndarray]:
-        """One run of the plan, from an earlier GOP if its own proves not to be a start."""
-        gop, step, done = run.gop, 1, 0
-        wanted = {int(pts) for pts in self._index.pts[list(run.targets)]}
+    def _read_after(self, seek: Seek) -> Iterator[np.ndarray]:
+        """Read a seek's targets, from an earlier GOP if its own proves not to be a start."""
+        gop = seek.gop
+        step = 1
+        done = 0
+        wanted = {int(pts) for pts in self._index.pts[list(seek.targets)]}
         skipping = can_skip(self._stream.codec_context)
         while True:
             landed_late = True
             for frame in self._decode_from(gop, wanted if skipping else None):
                 if frame.pts is None:
                     continue
-                target = run.targets[done]
+                target = seek.targets[done]
                 due = self._index.pts[target]
                 if frame.pts > due:
                     break
@@ -122,19 +134,21 @@ class PyAVReader:
                 if frame.pts == due:
                     yield to_rgb(frame, self._index)
                     done += 1
-                    if done == len(run.targets):
+                    if done == len(seek.targets):
                         return
             # The frame did not come: the seek went past it (timestamps of some containers
             # are those of decoding), the stream recovers only slowly, it is damaged, or a
             # decoder that sees only some of the frames took it for one that comes too late.
-            missing = run.targets[done]
+            missing = seek.targets[done]
             own = int(np.searchsorted(self._starts, missing, side="right")) - 1
             if skipping:
-                gop, skipping = max(gop, own), False
+                gop = max(gop, own)
+                skipping = False
                 continue
             if gop == 0 or (own - gop >= _LEAD_GOPS and not landed_late):
                 raise decode_failed(self._index, missing)
-            gop, step = max(0, gop - step), step * 2
+            gop = max(0, gop - step)
+            step *= 2
 
     def _decode_from(self, gop: int, wanted: set[int] | None) -> Iterator[VideoFrame]:
         """Decode from a GOP's keyframe (GOP 0: from the beginning) to the end of the file.
@@ -147,7 +161,7 @@ class PyAVReader:
             self.seeks += 1
         if gop == 0 and not self._at_start:
             self._container.close()
-            self._open()
+            self._open_file()
         self._at_start = False
         packets = self._container.demux(self._stream) if gop == 0 else self._seek(gop)
         for frame in decoded_frames(self._skipping(packets, wanted), self._limits):

@@ -14,13 +14,12 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.decoder import process
-from prefill_service.video.decoder import session as sandbox
-from prefill_service.video.decoder.session import SandboxedChild
+from prefill_service.video.decoder import process, session
+from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.probe import probe_video
-from tests.video.make import H264, damage_frames, make_audio, make_video
+from prefill_service.video.indexer import index_video
+from tests.video.sample_videos import H264, damage_frames, make_audio, make_video
 
 LIMITS = VideoConfig()
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n"
@@ -156,10 +155,10 @@ CORPUS = [
 
 
 @pytest.mark.parametrize(("make", "reason"), CORPUS, ids=[make.__name__ for make, _ in CORPUS])
-async def test_probe_refuses(make, reason, samples: dict[str, Path], tmp_path: Path) -> None:
+async def test_indexing_refuses(make, reason, samples: dict[str, Path], tmp_path: Path) -> None:
     path = make(tmp_path, samples)
     with pytest.raises(ServiceError) as caught:
-        await probe_video(path, LIMITS)
+        await index_video(path, LIMITS)
     assert caught.value.reason is reason, caught.value
     assert caught.value.message
 
@@ -177,13 +176,13 @@ async def test_frame_stream_refuses(
     path = make(tmp_path, samples)
     accepted = {reason for made, reason in CORPUS if made is make} | {Reason.DECODE_FAILED}
     with pytest.raises(ServiceError) as caught:
-        list(FrameStream(path, sample_index, [0, 5], VideoConfig(reader=reader)))
+        list(FrameStream.open(path, sample_index, [0, 5], VideoConfig(reader=reader)))
     assert caught.value.reason in accepted, caught.value
 
 
 @pytest.fixture
 async def sample_index(samples: dict[str, Path], tmp_path: Path) -> Path:
-    index = await probe_video(samples["h264_b_frames"], LIMITS)
+    index = await index_video(samples["h264_b_frames"], LIMITS)
     index.save(tmp_path / "index.npz")
     return tmp_path / "index.npz"
 
@@ -197,9 +196,9 @@ async def test_no_other_file_is_read(
     other = tmp_path / "secret.ts"
     os.utime(other, ns=(1, time.time_ns()))  # relatime moves an old atime at the first read
     with pytest.raises(ServiceError):
-        await probe_video(path, LIMITS)
+        await index_video(path, LIMITS)
     with pytest.raises(ServiceError):
-        list(FrameStream(path, sample_index, [0], VideoConfig(reader=reader)))
+        list(FrameStream.open(path, sample_index, [0], VideoConfig(reader=reader)))
     assert other.stat().st_atime_ns == 1
     other.read_bytes()
     if other.stat().st_atime_ns == 1:
@@ -211,7 +210,7 @@ async def test_bomb_is_refused_before_a_frame_is_decoded(tmp_path: Path) -> None
     assert bomb.stat().st_size < 1 << 20
     started = time.monotonic()
     with pytest.raises(ServiceError) as caught:
-        await probe_video(bomb, LIMITS)
+        await index_video(bomb, LIMITS)
     assert time.monotonic() - started < 10
     assert caught.value.reason is Reason.VIDEO_LIMIT_EXCEEDED
     assert caught.value.metadata == {
@@ -227,7 +226,7 @@ async def test_bomb_is_refused_by_the_readers(
 ) -> None:
     bomb = make_bomb(tmp_path / "bomb.mp4")
     with pytest.raises(ServiceError) as caught:
-        list(FrameStream(bomb, sample_index, [0], VideoConfig(reader=reader)))
+        list(FrameStream.open(bomb, sample_index, [0], VideoConfig(reader=reader)))
     assert caught.value.reason is Reason.VIDEO_LIMIT_EXCEEDED
 
 
@@ -238,7 +237,7 @@ async def test_bomb_in_disguise_is_refused(samples: dict[str, Path], tmp_path: P
     path = write(tmp_path / "both.ts", small + big)
     limits = VideoConfig(max_memory_bytes=1 << 30)
     try:
-        index = await probe_video(path, limits)
+        index = await index_video(path, limits)
     except ServiceError as error:
         assert error.reason is Reason.VIDEO_LIMIT_EXCEEDED  # noqa: PT017
     else:
@@ -274,7 +273,7 @@ async def test_limits_name_themselves(
     limits: VideoConfig, limit: str, value: float, samples: dict[str, Path]
 ) -> None:
     with pytest.raises(ServiceError) as caught:
-        await probe_video(samples["h264_b_frames"], limits)
+        await index_video(samples["h264_b_frames"], limits)
     assert caught.value.reason is Reason.VIDEO_LIMIT_EXCEEDED
     assert caught.value.metadata["limit"] == limit
     assert float(caught.value.metadata["value"]) == value
@@ -283,21 +282,21 @@ async def test_limits_name_themselves(
 
 async def test_video_at_its_limits_is_accepted(samples: dict[str, Path]) -> None:
     limits = VideoConfig(max_frame_pixels=96 * 64, max_frames=40, max_duration_s=4.0)
-    assert (await probe_video(samples["h264_b_frames"], limits)).frame_count == 40
+    assert (await index_video(samples["h264_b_frames"], limits)).frame_count == 40
 
 
 async def test_memory_limit_is_named(tmp_path: Path) -> None:
     """FFmpeg calls a frame it has no memory for damaged, or leaves it out: we must not."""
     path = make_bomb(tmp_path / "big.mp4")
     pixels = 8192 * 8192
-    index = await probe_video(path, VideoConfig(max_frame_pixels=pixels))
+    index = await index_video(path, VideoConfig(max_frame_pixels=pixels))
     assert index.frame_count == 2
     index.save(tmp_path / "index.npz")
     limits = VideoConfig(max_frame_pixels=pixels, max_memory_bytes=400 << 20)
     with pytest.raises(ServiceError) as probing:
-        await probe_video(path, limits)
+        await index_video(path, limits)
     with pytest.raises(ServiceError) as reading:
-        list(FrameStream(path, tmp_path / "index.npz", [0, 1], limits))
+        list(FrameStream.open(path, tmp_path / "index.npz", [0, 1], limits))
     for error in (probing.value, reading.value):
         assert error.reason is Reason.VIDEO_LIMIT_EXCEEDED
         assert error.metadata["limit"] == "max_memory_bytes"
@@ -307,12 +306,12 @@ async def test_damaged_frame_is_named_by_both_readers(tmp_path: Path) -> None:
     """Frames whose bytes are gone are not silently replaced by their neighbours."""
     options = {**H264, "g": "10", "bf": "0", "sc_threshold": "0"}
     path = make_video(tmp_path / "v.mp4", frames=200, options=options)
-    index = await probe_video(path, LIMITS)
+    index = await index_video(path, LIMITS)
     index.save(tmp_path / "index.npz")
     damage_frames(path, 100, 109)
     for reader in ("pyav", "opencv"):
         limits = VideoConfig(reader=reader)
-        with FrameStream(path, tmp_path / "index.npz", [95, 105, 150], limits) as stream:
+        with FrameStream.open(path, tmp_path / "index.npz", [95, 105, 150], limits) as stream:
             assert next(iter(stream)) is not None
             with pytest.raises(ServiceError) as caught:
                 list(stream)
@@ -351,20 +350,17 @@ assert refused(lambda: socket.create_connection(("127.0.0.1", 9)))
 
 
 async def test_index_is_sound_for_a_video_after_all_that(samples: dict[str, Path]) -> None:
-    assert isinstance(await probe_video(samples["h264_b_frames"], LIMITS), VideoIndex)
+    assert isinstance(await index_video(samples["h264_b_frames"], LIMITS), VideoIndex)
 
 
 def test_a_child_that_hangs_up_and_stays_is_killed(
     samples: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one would that its file has taken over: no output any more, and no end."""
-    monkeypatch.setattr(process, "_CHILD", "tests.video.mute_child")
-    monkeypatch.setattr(sandbox, "_EXIT_S", 0.2)
-    with (
-        SandboxedChild(
-            samples["h264_b_frames"], {}, b"", limits=VideoConfig(), cpu_s=9, max_payload=9
-        ) as child,
-        pytest.raises(ServiceError, match="killed by SIGKILL") as error,
-    ):
-        child.receive(20)
+    """As one that its file controls would do: no output any more, and no end."""
+    monkeypatch.setattr(process, "_CHILD_MODULE", "tests.video.decoder.silent_child")
+    monkeypatch.setattr(session, "_EXIT_S", 0.2)
+    request = DecoderRequest(header={}, payload=b"", cpu_s=9, max_answer_bytes=9)
+    opened = DecoderSession.open(samples["h264_b_frames"], request, VideoConfig())
+    with opened, pytest.raises(ServiceError, match="killed by SIGKILL") as error:
+        opened.receive(20)
     assert error.value.reason is Reason.DECODE_FAILED

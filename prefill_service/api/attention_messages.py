@@ -1,23 +1,30 @@
-"""Attention: between the messages of ``prefill.v1`` and our dataclasses."""
+"""Messages of ``prefill.v1`` about attention: the policy, its report, and the baselines."""
 
 from __future__ import annotations
 
-from google.protobuf.duration_pb2 import Duration
 from prefill.v1 import prefill_service_pb2 as pb
 
+from prefill_service.api.optional_fields import optional_field
+from prefill_service.api.time_messages import duration_to_proto
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import BlockMap
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.baselines.method import Comparison
 from prefill_service.scheduling.attention_summary import AttentionMeasures, AttentionSummary
+from prefill_service.scheduling.baseline_spec import BaselineSpec
 
 _QUALITIES: dict[int, Quality | None] = {
     pb.QUALITY_UNSPECIFIED: None,
     **{pb.Quality.Value(f"QUALITY_{q.name}"): q for q in Quality},
 }
+_METHODS = {pb.ComparisonMethod.Value(f"COMPARISON_METHOD_{m.name}"): m for m in Comparison}
+
+
+# ---- the policy and its report ----------------------------------------------------------------
 
 
 def policy_from_proto(message: pb.AttentionSpec) -> AttentionPolicy:
-    """The policy a request asks for.
+    """The policy that a request asks for.
 
     Raises:
         ServiceError: INVALID_REQUEST, naming the value and what is accepted.
@@ -31,12 +38,12 @@ def policy_from_proto(message: pb.AttentionSpec) -> AttentionPolicy:
             value=message.quality,
         )
     quality = _QUALITIES[message.quality]
-    epsilon = message.epsilon if message.HasField("epsilon") else None
+    epsilon = optional_field(message, "epsilon")
     if quality is Quality.EXACT and epsilon == 0:
-        epsilon = None  # the same said twice
-    floor = message.min_kept_mass if message.HasField("min_kept_mass") else None
+        epsilon = None  # that is what EXACT means
+    min_kept_mass = optional_field(message, "min_kept_mass")
     try:
-        return resolve_policy(quality, epsilon, floor)
+        return resolve_policy(quality, epsilon, min_kept_mass)
     except ValueError as error:
         raise ServiceError(
             Reason.INVALID_REQUEST, f"spec.attention: {error}", name="spec.attention"
@@ -44,7 +51,7 @@ def policy_from_proto(message: pb.AttentionSpec) -> AttentionPolicy:
 
 
 def policy_to_proto(policy: AttentionPolicy) -> pb.AttentionSpec:
-    """In a form that a request may repeat: an epsilon only where no step of the dial has it."""
+    """The policy in a form that a request may repeat: an epsilon only if no step has it."""
     return pb.AttentionSpec(
         quality=f"QUALITY_{policy.quality.name}",
         epsilon=policy.epsilon if policy.quality is Quality.CUSTOM else None,
@@ -53,7 +60,7 @@ def policy_to_proto(policy: AttentionPolicy) -> pb.AttentionSpec:
 
 
 def attention_to_proto(summary: AttentionSummary, brief: bool = False) -> pb.AttentionReport:
-    """A report; ``brief`` leaves out the layers."""
+    """The report of a job; ``brief`` leaves out the layers."""
     return pb.AttentionReport(
         quality=f"QUALITY_{summary.policy.quality.name}",
         epsilon=summary.policy.epsilon,
@@ -86,14 +93,14 @@ def _measures_to_proto(measures: AttentionMeasures) -> pb.AttentionMeasures:
         tiles=measures.tiles,
         tiles_redone=measures.tiles_redone,
         tiles_dense=measures.tiles_dense,
-        select=duration(measures.select_s),
-        attend=duration(measures.attend_s),
-        certify=duration(measures.certify_s),
+        select=duration_to_proto(measures.select_s),
+        attend=duration_to_proto(measures.attend_s),
+        certify=duration_to_proto(measures.certify_s),
     )
 
 
 def block_map_to_proto(block_map: BlockMap) -> pb.BlockMap:
-    """A block map."""
+    """The density of blocks, [rows, columns] as one list."""
     return pb.BlockMap(
         layer=block_map.layer,
         kv_head=block_map.kv_head,
@@ -103,8 +110,54 @@ def block_map_to_proto(block_map: BlockMap) -> pb.BlockMap:
     )
 
 
-def duration(seconds: float) -> Duration:
-    """A duration."""
-    message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
+# ---- baselines, which the messages call comparisons -----------------------------------------
+
+
+def comparison_from_proto(message: pb.PrefillSpec, question: str = "") -> BaselineSpec | None:
+    """The baseline that a request asks for, if any.
+
+    Args:
+        message: the request's spec.
+        question: the question asked with it, for a spec that names none.
+
+    Raises:
+        ServiceError: INVALID_REQUEST: no known method, or attention was chosen too; QUESTION_EMPTY.
+    """
+    if not message.HasField("comparison"):
+        return None
+    asked = message.comparison
+    if message.HasField("attention"):
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            "spec.attention and spec.comparison exclude each other: a published method has no dial",
+            name="spec.comparison",
+        )
+    if asked.method not in _METHODS:
+        names = ", ".join(pb.ComparisonMethod.keys()[1:])
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"spec.comparison.method is {asked.method}; it must be one of {names}",
+            name="spec.comparison.method",
+            value=asked.method,
+        )
+    text = asked.question or question
+    if not text.strip():
+        raise ServiceError(
+            Reason.QUESTION_EMPTY, "spec.comparison.question is empty: the method consults it"
+        )
+    return BaselineSpec(
+        method=_METHODS[asked.method],
+        question=text,
+        anchor_tokens=optional_field(asked, "anchor_tokens"),
+        passing_tokens=optional_field(asked, "passing_tokens"),
+    )
+
+
+def comparison_to_proto(spec: BaselineSpec) -> pb.ComparisonSpec:
+    """The baseline in a form that a request may repeat."""
+    return pb.ComparisonSpec(
+        method=f"COMPARISON_METHOD_{spec.method.name}",
+        question=spec.question,
+        anchor_tokens=spec.anchor_tokens,
+        passing_tokens=spec.passing_tokens,
+    )

@@ -1,4 +1,4 @@
-"""Probing: is this file a video we can decode, and which frames has it?"""
+"""Indexing an untrusted file: whether it is a video that we can decode, and its frames."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.protocol import index_from_message
-from prefill_service.video.decoder.session import SandboxedChild
+from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
 from prefill_service.video.index import VideoIndex
 
 _BYTES_PER_FRAME = 9  # pts and keyframe flag
 
 
-async def probe_video(
-    path: Path, limits: VideoConfig, spares: DecoderPool | None = None
+async def index_video(
+    path: Path, limits: VideoConfig, pool: DecoderPool | None = None
 ) -> VideoIndex:
-    """Index a video in a sandboxed child, one of ``spares`` if given. Cancelling kills it.
+    """Index a video in a sandboxed decoder process, one of ``pool`` if given.
+
+    Cancelling the call kills the process.
 
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, NO_FRAMES,
             TRUNCATED_VIDEO, DECODE_FAILED, DECODE_TIMEOUT, VIDEO_LIMIT_EXCEEDED (metadata:
             limit, value, maximum).
     """
-    child = SandboxedChild(
-        path,
-        {"type": "index"},
-        b"",
-        limits=limits,
+    request = DecoderRequest(
+        header={"type": "index"},
+        payload=b"",
         cpu_s=limits.probe_timeout_s + 1,
-        max_payload=_BYTES_PER_FRAME * limits.max_frames,
-        spares=spares,
+        max_answer_bytes=_BYTES_PER_FRAME * limits.max_frames,
     )
-    answer = asyncio.create_task(asyncio.to_thread(_index, child, limits))
+    session = DecoderSession.open(path, request, limits, pool)
+    answer = asyncio.create_task(asyncio.to_thread(_receive_index, session, limits))
     try:
         return await asyncio.shield(answer)
     except asyncio.CancelledError:
-        child.kill()  # ends the thread's wait; it closes the child
+        session.kill()  # ends the thread's wait; the thread closes the session
         await asyncio.wait([answer])
         answer.exception()
         raise
 
 
-def _index(child: SandboxedChild, limits: VideoConfig) -> VideoIndex:
+def _receive_index(session: DecoderSession, limits: VideoConfig) -> VideoIndex:
     started = time.monotonic()
-    with child:
-        message = child.receive(limits.probe_timeout_s)
+    with session:
+        message = session.receive(limits.probe_timeout_s)
         if message is None:
             raise ServiceError(
                 Reason.DECODE_TIMEOUT,

@@ -16,21 +16,21 @@ import pytest
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.frame_stream import FrameStream
-from prefill_service.video.probe import probe_video
-from tests.video.make import make_video, read_number
+from prefill_service.video.indexer import index_video
 from tests.video.processes import alive, children, wait_until
+from tests.video.sample_videos import make_video, read_number
 
 
 @pytest.fixture(scope="module")
 def big_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("big")
     path = make_video(folder / "v.mp4", "mpeg4", 120, size=(960, 540), options={"g": "12"})
-    asyncio.run(probe_video(path, VideoConfig())).save(folder / "index.npz")
+    asyncio.run(index_video(path, VideoConfig())).save(folder / "index.npz")
     return path
 
 
 def stream_of(path: Path, wanted: list[int], limits: VideoConfig | None = None) -> FrameStream:
-    return FrameStream(path, path.with_name("index.npz"), wanted, limits or VideoConfig())
+    return FrameStream.open(path, path.with_name("index.npz"), wanted, limits or VideoConfig())
 
 
 def rss_bytes(pid: int) -> int:
@@ -45,7 +45,7 @@ def cpu_s(pid: int) -> float:
 def test_poll_returns_none_until_a_frame_is_there(big_video: Path) -> None:
     with stream_of(big_video, [5, 6]) as stream:
         started = time.monotonic()
-        assert stream.poll(0.0) is None  # the child has hardly been born
+        assert stream.poll(0.0) is None  # the process has hardly started
         assert time.monotonic() - started < 0.2
         frames = []
         assert wait_until(lambda: (f := stream.poll(0.05)) is not None and frames.append(f) is None)
@@ -57,7 +57,7 @@ def test_poll_returns_none_until_a_frame_is_there(big_video: Path) -> None:
 def test_child_waits_for_its_reader_in_bounded_memory(big_video: Path) -> None:
     with stream_of(big_video, list(range(120))) as stream:
         assert stream.poll(30) is not None
-        pid = stream._child.pid
+        pid = stream._session.pid
         time.sleep(1.0)
         before = cpu_s(pid)
         time.sleep(1.0)
@@ -70,7 +70,7 @@ def test_child_waits_for_its_reader_in_bounded_memory(big_video: Path) -> None:
 
 def test_close_kills_the_child_and_can_be_repeated(big_video: Path) -> None:
     stream = stream_of(big_video, [0, 119])
-    pid, folder = stream._child.pid, Path(stream._child._folder.name)
+    pid, folder = stream._session.pid, Path(stream._session._folder.name)
     assert alive(pid)
     assert not any(folder.iterdir())
     stream.close()
@@ -86,9 +86,9 @@ from pathlib import Path
 from prefill_service.config import VideoConfig
 from prefill_service.video.frame_stream import FrameStream
 path = Path({str(big_video)!r})
-stream = FrameStream(path, path.with_name("index.npz"), range(120), VideoConfig())
+stream = FrameStream.open(path, path.with_name("index.npz"), range(120), VideoConfig())
 assert stream.poll(30) is not None
-print(stream._child.pid, flush=True)
+print(stream._session.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -100,7 +100,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_stopped_child_is_a_timeout(big_video: Path) -> None:
     limits = VideoConfig(stall_timeout_s=2.0)
     with stream_of(big_video, [0, 100], limits) as stream:
-        pid = stream._child.pid
+        pid = stream._session.pid
         assert wait_until(lambda: stream.poll(0.5) is not None)
         os.kill(pid, signal.SIGSTOP)
         started = time.monotonic()
@@ -127,21 +127,21 @@ def test_frame_that_waited_for_a_busy_reader_is_no_stall(big_video: Path) -> Non
 def test_death_of_the_child_is_explained(big_video: Path, number: int, reason: Reason) -> None:
     with stream_of(big_video, list(range(120))) as stream:
         assert stream.poll(30) is not None
-        os.kill(stream._child.pid, number)
+        os.kill(stream._session.pid, number)
         with pytest.raises(ServiceError) as caught:
             list(stream)
         assert caught.value.reason is reason
 
 
-async def test_probe_times_out(big_video: Path) -> None:
+async def test_indexing_times_out(big_video: Path) -> None:
     with pytest.raises(ServiceError) as caught:
-        await probe_video(big_video, VideoConfig(probe_timeout_s=0.05))
+        await index_video(big_video, VideoConfig(probe_timeout_s=0.05))
     assert caught.value.reason is Reason.DECODE_TIMEOUT
     assert children() == set()
 
 
-async def test_cancelled_probe_kills_its_child(big_video: Path) -> None:
-    task = asyncio.create_task(probe_video(big_video, VideoConfig()))
+async def test_cancelled_indexing_kills_its_process(big_video: Path) -> None:
+    task = asyncio.create_task(index_video(big_video, VideoConfig()))
     await asyncio.sleep(0.05)
     assert len(children()) == 1
     task.cancel()
@@ -166,7 +166,7 @@ def test_environment_and_folder_of_the_child_are_empty(big_video: Path, monkeypa
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-pass-on")
     with stream_of(big_video, list(range(10))) as stream:
         assert stream.poll(30) is not None
-        process = Path(f"/proc/{stream._child.pid}")
+        process = Path(f"/proc/{stream._session.pid}")
         assert b"do-not-pass-on" not in (process / "environ").read_bytes()
         limits = (process / "limits").read_text()
         assert "Max core file size        0" in limits

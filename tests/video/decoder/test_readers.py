@@ -10,9 +10,9 @@ import pytest
 from prefill_service.config import VideoConfig
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
-from prefill_service.video.probe import probe_video
+from prefill_service.video.indexer import index_video
 from tests.video.conftest import SAMPLES, VFR_TIMES
-from tests.video.make import make_video, read_number, serial_pts
+from tests.video.sample_videos import make_video, read_number, serial_pts
 
 TURNS = {"h264_turned_left": 1, "h264_turned_right": -1, "h264_upside_down": 2}
 # Frames are numbered from 0 except where the file hides the first ones.
@@ -22,7 +22,7 @@ HIDDEN = {"h264_edit_list": 15}
 def read(path: Path, index: VideoIndex, wanted: list[int], reader: str) -> list[np.ndarray]:
     index_path = path.with_name("index.npz")
     index.save(index_path)
-    with FrameStream(path, index_path, wanted, VideoConfig(reader=reader)) as stream:
+    with FrameStream.open(path, index_path, wanted, VideoConfig(reader=reader)) as stream:
         return list(stream)
 
 
@@ -31,7 +31,7 @@ async def test_both_readers_return_the_frames_of_a_serial_reader(
     name: str, samples: dict[str, Path]
 ) -> None:
     path = samples[name]
-    index = await probe_video(path, VideoConfig())
+    index = await index_video(path, VideoConfig())
     serial = serial_pts(path)
     assert index.frame_count == len(serial)
     if index.keyframe_count:
@@ -61,7 +61,7 @@ async def test_both_readers_return_the_frames_of_a_serial_reader(
 async def test_index_gives_the_size_after_rotation(
     name: str, size: tuple[int, int], rotation: int, samples: dict[str, Path]
 ) -> None:
-    index = await probe_video(samples[name], VideoConfig())
+    index = await index_video(samples[name], VideoConfig())
     assert ((index.width, index.height), index.rotation) == (size, rotation)
 
 
@@ -69,13 +69,13 @@ async def test_turned_frame_shows_its_mark_where_the_matrix_puts_it(
     samples: dict[str, Path],
 ) -> None:
     path = samples["h264_turned_left"]  # the mark at the lower left goes to the lower right
-    (frame,) = read(path, await probe_video(path, VideoConfig()), [0], "pyav")
+    (frame,) = read(path, await index_video(path, VideoConfig()), [0], "pyav")
     assert frame[-5, -5, 0] > 150 > 100 > frame[-5, -5, 1]
     assert frame[-5, 5, 0] < 100
 
 
 async def test_variable_frame_rate_keeps_its_times(samples: dict[str, Path]) -> None:
-    index = await probe_video(samples["h264_vfr_mp4"], VideoConfig())
+    index = await index_video(samples["h264_vfr_mp4"], VideoConfig())
     seconds = index.pts * index.time_base[0] / index.time_base[1]
     np.testing.assert_allclose(seconds * 1000, VFR_TIMES, atol=1)
     span = (VFR_TIMES[-1] - VFR_TIMES[0]) / 1000
@@ -85,7 +85,7 @@ async def test_variable_frame_rate_keeps_its_times(samples: dict[str, Path]) -> 
 
 async def test_repeats_give_the_same_frame_again(samples: dict[str, Path]) -> None:
     path = samples["h264_b_frames"]
-    index = await probe_video(path, VideoConfig())
+    index = await index_video(path, VideoConfig())
     frames = read(path, index, [3, 3, 25, 39, 39, 39], "pyav")
     assert [read_number(frame) for frame in frames] == [3, 3, 25, 39, 39, 39]
 
@@ -97,7 +97,7 @@ async def test_file_cut_in_mid_gop_lists_only_what_decodes(
     data = samples["h264_ts"].read_bytes()
     cut = tmp_path / "cut.ts"
     cut.write_bytes(data[: 188 * 3] + data[188 * 12 :])
-    index = await probe_video(cut, VideoConfig())
+    index = await index_video(cut, VideoConfig())
     serial = serial_pts(cut)
     assert 100 < len(serial) < 200
     assert index.pts.tolist() == serial
@@ -114,9 +114,9 @@ async def test_transport_stream_cut_at_its_end_keeps_every_whole_frame(
     data = samples["h264_ts"].read_bytes()
     cut = tmp_path / "cut.ts"
     cut.write_bytes(data[: int(len(data) * 0.9)])
-    index = await probe_video(cut, VideoConfig())
+    index = await index_video(cut, VideoConfig())
     assert index.pts.tolist() == serial_pts(cut)
-    assert index.keyframe_count  # still by the GOP plan, not serially
+    assert index.keyframe_count  # still by the seek schedule, not serially
     # The cut took frames that were sent late and shown early, so numbers may have a gap.
     numbers = {pts: number for number, pts in enumerate(serial_pts(samples["h264_ts"]))}
     wanted = [0, 100, index.frame_count - 2, index.frame_count - 1]
@@ -131,7 +131,7 @@ async def test_joined_recordings_are_read_in_the_order_of_the_file(tmp_path: Pat
     two = make_video(tmp_path / "two.ts", frames=100, shift_ms=50)
     both = tmp_path / "both.ts"
     both.write_bytes(one.read_bytes() + two.read_bytes())
-    index = await probe_video(both, VideoConfig())
+    index = await index_video(both, VideoConfig())
     assert index.frame_count == len(serial_pts(both))
     wanted = [0, 149, index.frame_count - 100, index.frame_count - 1]
     for reader in ("pyav", "opencv"):

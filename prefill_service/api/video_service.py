@@ -5,31 +5,39 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+import grpc
 from prefill.v1 import video_service_pb2 as pb
 from prefill.v1 import video_service_pb2_grpc
 
-from prefill_service.api.convert import video_to_proto
-from prefill_service.api.types import Context
+from prefill_service.api.call_context import Context
+from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
 
 if TYPE_CHECKING:
+    from prefill_service.video.records import VideoRecord
     from prefill_service.video.store import VideoStore
 
 MAX_CHUNK_BYTES = 1 << 20
 
 
 class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
-    """Videos over gRPC."""
+    """Stored videos over gRPC."""
+
+    service_name = pb.DESCRIPTOR.services_by_name["VideoService"].full_name
 
     def __init__(self, videos: VideoStore, metrics: Metrics) -> None:
         self._videos = videos
         self._metrics = metrics
 
+    def register_handlers(self, server: grpc.aio.Server) -> None:
+        """Have ``server`` answer the service's calls."""
+        video_service_pb2_grpc.add_VideoServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
     async def CreateUpload(
         self, request: pb.CreateUploadRequest, context: Context
     ) -> pb.CreateUploadResponse:
-        """Reserve a video id."""
+        """Announce a file; answers with the upload or the READY video of the same bytes."""
         record = await self._videos.create_upload(
             request.display_name, request.size_bytes, request.sha256, request.request_id
         )
@@ -42,8 +50,9 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
         request_iterator: AsyncIterator[pb.UploadChunksRequest],
         context: Context,
     ) -> pb.UploadChunksResponse:
-        """Append bytes. Awaiting the disk is what holds a fast client back."""
-        video_id, committed = "", 0
+        """Append chunks to an upload. Waiting for the disk holds a fast client back."""
+        video_id = ""
+        committed = 0
         async for chunk in request_iterator:
             if chunk.video_id and video_id and chunk.video_id != video_id:
                 raise _invalid(f"one stream is for one video, not {video_id} and {chunk.video_id}")
@@ -54,7 +63,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
                 raise _invalid(
                     f"the chunk has {len(chunk.data)} bytes, the limit is {MAX_CHUNK_BYTES}"
                 )
-            committed = await self._videos.append(video_id, chunk.offset, chunk.data)
+            committed = await self._videos.append_chunk(video_id, chunk.offset, chunk.data)
             self._metrics.uploaded_bytes.inc(len(chunk.data))
         if not video_id:
             raise _invalid("the stream has no messages")
@@ -63,8 +72,8 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
     async def GetUploadStatus(
         self, request: pb.GetUploadStatusRequest, context: Context
     ) -> pb.GetUploadStatusResponse:
-        """How many bytes are committed."""
-        record = await self._videos.status(request.video_id)
+        """The bytes committed of an upload, which is where it goes on."""
+        record = await self._videos.get_video(request.video_id)
         return pb.GetUploadStatusResponse(
             committed_bytes=record.committed_bytes,
             size_bytes=record.size_bytes,
@@ -74,28 +83,30 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
     async def FinishUpload(
         self, request: pb.FinishUploadRequest, context: Context
     ) -> pb.FinishUploadResponse:
-        """Check and probe."""
-        record = await self._videos.finish(request.video_id)
+        """Check the bytes and index them; answers with the READY video."""
+        record = await self._videos.finish_upload(request.video_id)
         return pb.FinishUploadResponse(video=video_to_proto(record))
 
     async def ImportVideo(
         self, request: pb.ImportVideoRequest, context: Context
     ) -> pb.ImportVideoResponse:
-        """Take a file of the server."""
-        record = await self._videos.import_path(
+        """Copy a file of the server's machine; answers with the READY video."""
+        record = await self._videos.import_video(
             request.path, request.display_name, request.request_id
         )
         return pb.ImportVideoResponse(video=video_to_proto(record))
 
     async def GetVideo(self, request: pb.GetVideoRequest, context: Context) -> pb.GetVideoResponse:
-        """One video."""
-        return pb.GetVideoResponse(video=video_to_proto(await self._videos.get(request.video_id)))
+        """A video in any state."""
+        return pb.GetVideoResponse(
+            video=video_to_proto(await self._videos.get_video(request.video_id))
+        )
 
     async def ListVideos(
         self, request: pb.ListVideosRequest, context: Context
     ) -> pb.ListVideosResponse:
-        """Videos, newest first."""
-        records, token = await self._videos.list(request.page_size, request.page_token)
+        """A page of videos, newest first."""
+        records, token = await self._videos.list_videos(request.page_size, request.page_token)
         return pb.ListVideosResponse(
             videos=[video_to_proto(record) for record in records], next_page_token=token
         )
@@ -103,10 +114,41 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
     async def DeleteVideo(
         self, request: pb.DeleteVideoRequest, context: Context
     ) -> pb.DeleteVideoResponse:
-        """Remove a video."""
-        await self._videos.delete(request.video_id)
+        """Remove a video, though not from under the jobs that read it."""
+        await self._videos.delete_video(request.video_id)
         return pb.DeleteVideoResponse()
 
 
 def _invalid(message: str) -> ServiceError:
     return ServiceError(Reason.INVALID_REQUEST, message)
+
+
+def video_to_proto(record: VideoRecord) -> pb.Video:
+    """A record as the API shows it."""
+    message = pb.Video(
+        video_id=record.video_id,
+        display_name=record.display_name,
+        state=f"VIDEO_STATE_{record.state}",
+        size_bytes=record.size_bytes,
+        committed_bytes=record.committed_bytes,
+        sha256=record.sha256,
+        create_time=timestamp_to_proto(record.create_time),
+        expire_time=timestamp_to_proto(record.expire_time),
+        error_reason=record.error_reason,
+        error_message=record.error_message,
+    )
+    if record.info is not None:
+        info = record.info
+        message.info.CopyFrom(
+            pb.VideoInfo(
+                container=info.container,
+                codec=info.codec,
+                width=info.width,
+                height=info.height,
+                frame_count=info.frame_count,
+                fps=info.fps,
+                duration=duration_to_proto(info.duration_s),
+                keyframe_count=info.keyframe_count,
+            )
+        )
+    return message

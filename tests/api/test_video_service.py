@@ -12,7 +12,7 @@ import grpc
 import pytest
 from prefill.v1 import video_service_pb2 as pb
 
-from prefill_service.api.video_servicer import MAX_CHUNK_BYTES
+from prefill_service.api.video_service import MAX_CHUNK_BYTES
 from tests.scheduling.harness import Harness, error_of
 
 Serve = Callable[..., Any]

@@ -1,11 +1,11 @@
-"""The GOP plan: which frames to seek to, and how far to decode from each.
+"""The seek schedule: which frames to seek to, and how far to decode from each.
 
 A frame can only be decoded from its GOP's keyframe on, so the cost of reading some frames
 of a long video is the number of frames decoded on the way, not the number wanted. Reading
 serially decodes everything. Seeking for each frame decodes the head of a GOP once per frame
-wanted from it. The plan groups the wanted frames by GOP, seeks once per group, and decodes
+wanted from it. The schedule groups the wanted frames by GOP, seeks once per group, and decodes
 up to the group's last frame: no frame is decoded twice and none behind the last wanted one.
-Going on into the next GOP needs no seek, so neighbouring GOPs form one run where hardly a frame
+Going on into the next GOP needs no seek, so neighbouring GOPs share one seek where hardly a frame
 lies between the last wanted one and the next keyframe; more than that is seeked over.
 
 GOPs are cut in presentation order. A *leading* frame of an open GOP (shown before its
@@ -26,8 +26,8 @@ SEEK_FRAMES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Frames decoded after one seek.
+class Seek:
+    """One seek, and the frames that are wanted after it.
 
     Attributes:
         gop: the GOP to start at; 0 means the beginning of the file.
@@ -44,8 +44,8 @@ def gop_starts(keyframe: np.ndarray) -> np.ndarray:
     return starts if len(starts) and starts[0] == 0 else np.concatenate(([0], starts))
 
 
-def plan_runs(starts: np.ndarray, targets: Sequence[int]) -> list[Run]:
-    """Group ascending, distinct ``targets`` into runs that each need one seek.
+def schedule_seeks(starts: np.ndarray, targets: Sequence[int]) -> list[Seek]:
+    """Group ascending, distinct ``targets`` by the seek that each needs.
 
     Args:
         starts: [gops] int64, from ``gop_starts``.
@@ -55,8 +55,8 @@ def plan_runs(starts: np.ndarray, targets: Sequence[int]) -> list[Run]:
     gops = np.searchsorted(starts, wanted, side="right") - 1
     unwanted = starts[gops[1:]] - wanted[:-1] - 1  # negative within a GOP
     cuts = np.flatnonzero(unwanted >= SEEK_FRAMES) + 1
-    runs = []
+    seeks = []
     for begin, end in zip([0, *cuts], [*cuts, len(targets)], strict=True):
         if begin < end:
-            runs.append(Run(int(gops[begin]), tuple(int(t) for t in targets[begin:end])))
-    return runs
+            seeks.append(Seek(int(gops[begin]), tuple(int(t) for t in targets[begin:end])))
+    return seeks
