@@ -38,10 +38,7 @@ NOT_YET_CLEAN = {
     "clients/python/README.md",
     "deploy/README.md",
     "kernels/README.md",
-    "docs/api.md",
     "docs/attention.md",
-    "docs/ingest.md",
-    "docs/metrics.md",
     "docs/sequence_parallelism.md",
 }
 
