@@ -12,7 +12,7 @@ import pytest
 from prefill.v1 import answer_service_pb2, prefill_service_pb2, video_service_pb2
 
 from prefill_service.api import answer_service
-from prefill_service.attention.quality import Quality
+from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.engine.messages import Stage
 from prefill_service.errors import Reason
 from prefill_service.parallel.baselines.method import Comparison
@@ -59,7 +59,11 @@ def test_the_documentation_lists_every_reason_a_client_can_get() -> None:
     assert {reason.value for reason in Reason} - at_start_only <= listed
 
 
-def test_the_documentation_lists_every_quality() -> None:
+def test_the_documentation_has_the_quality_dial() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    table = re.findall(r"^\| `QUALITY_(\w+)`", text, re.M)
-    assert set(table) == members("QUALITY", prefill_service_pb2.Quality)
+    rows = re.findall(r"^\| `QUALITY_(\w+)`[^|]*\| ([^|]+) \| ([^|]+) \|$", text, re.M)
+    assert {name for name, _, _ in rows} == members("QUALITY", prefill_service_pb2.Quality)
+    for name, epsilon, floor in rows:
+        if name != "CUSTOM":
+            policy = resolve_policy(Quality[name])
+            assert (float(epsilon), float(floor)) == (policy.epsilon, policy.min_kept_mass)

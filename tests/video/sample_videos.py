@@ -1,10 +1,12 @@
-"""Small deterministic videos whose frames say their own number."""
+"""Small deterministic videos whose frames show their own number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -33,43 +35,61 @@ def read_number(frame: np.ndarray) -> int:
     return sum(int(row[b * block + 2 : (b + 1) * block - 2].mean() > 130) << b for b in range(BITS))
 
 
-def make_video(
-    path: Path,
-    codec: str = "libx264",
-    frames: int = 40,
-    *,
-    size: tuple[int, int] = (96, 64),
-    times_ms: Sequence[int] | None = None,
-    options: dict[str, str] | None = None,
-    container_options: dict[str, str] | None = None,
-    rotation: int = 0,
-    shift_ms: int = 0,
-    pix_fmt: str = "yuv420p",
-    container_format: str | None = None,
-) -> Path:
-    """Write frames 0, 1, ... at 10 fps, or at ``times_ms``; ``shift_ms`` moves the timestamps."""
-    times = range(0, 100 * frames, 100) if times_ms is None else times_ms
-    with av.open(str(path), "w", format=container_format, options=container_options or {}) as file:
-        stream = file.add_stream(codec, rate=10, options=H264 if options is None else options)
-        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+@dataclass(frozen=True)
+class Settings:
+    """How a sample is encoded and muxed.
+
+    Attributes:
+        size: width and height, pixels.
+        times_ms: presentation times of the frames; None: 10 frames per second.
+        options: of the encoder; None: those of H264.
+        container_options: of the muxer.
+        rotation: degrees that a player is to turn the frames.
+        shift_ms: moves all timestamps.
+        pix_fmt: FFmpeg's name of the pixel format.
+        container_format: FFmpeg's name of the format; None: by the file's suffix.
+    """
+
+    size: tuple[int, int] = (96, 64)
+    times_ms: Sequence[int] | None = None
+    options: dict[str, str] | None = None
+    container_options: dict[str, str] = field(default_factory=dict)
+    rotation: int = 0
+    shift_ms: int = 0
+    pix_fmt: str = "yuv420p"
+    container_format: str | None = None
+
+
+def make_video(path: Path, codec: str = "libx264", frames: int = 40, **settings: Any) -> Path:
+    """Write frames 0, 1, ...; ``settings`` are those of ``Settings``."""
+    how = Settings(**settings)
+    times = range(0, 100 * frames, 100) if how.times_ms is None else how.times_ms
+    options = H264 if how.options is None else how.options
+    counts_frames = codec in ("mpeg4", "mpeg2video")  # these want the frame rate as time base
+    with av.open(
+        str(path), "w", format=how.container_format, options=how.container_options
+    ) as file:
+        stream = file.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height = how.size
+        stream.pix_fmt = how.pix_fmt
         stream.codec_context.thread_count = 1
-        if codec not in ("mpeg4", "mpeg2video"):  # these want the frame rate as time base
+        if not counts_frames:
             stream.codec_context.time_base = MILLISECONDS
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if how.rotation:
+            stream.set_display_rotation(how.rotation)
 
         def mux(packets: list[av.Packet]) -> None:
             for packet in packets:
-                if shift_ms:
-                    shift = round(Fraction(shift_ms, 1000) / packet.time_base)
-                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                if how.shift_ms:
+                    shift = round(Fraction(how.shift_ms, 1000) / packet.time_base)
+                    packet.pts += shift
+                    packet.dts += shift
                 file.mux(packet)
 
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size), format="rgb24")
-            frame.pts, frame.time_base = time, MILLISECONDS
-            if codec in ("mpeg4", "mpeg2video"):
-                frame.pts, frame.time_base = number, Fraction(1, 10)
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number, *how.size), format="rgb24")
+            frame.pts = number if counts_frames else time
+            frame.time_base = Fraction(1, 10) if counts_frames else MILLISECONDS
             mux(stream.encode(frame))
         mux(stream.encode())
     return path
@@ -82,7 +102,9 @@ def make_audio(path: Path, cover: bool = False) -> Path:
         picture = None
         if cover:
             picture = file.add_stream("mjpeg", rate=1)
-            picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
+            picture.width = 64
+            picture.height = 64
+            picture.pix_fmt = "yuvj420p"
             picture.disposition = av.stream.Disposition.attached_pic
             image = av.VideoFrame.from_ndarray(numbered_frame(0, 64, 64), format="rgb24")
             image.pts = 0
@@ -92,7 +114,8 @@ def make_audio(path: Path, cover: bool = False) -> Path:
             frame = av.AudioFrame.from_ndarray(
                 np.zeros((1, 1000), np.float32), format="fltp", layout="mono"
             )
-            frame.sample_rate, frame.pts = 8000, start
+            frame.sample_rate = 8000
+            frame.pts = start
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path

@@ -70,7 +70,8 @@ def test_child_waits_for_its_reader_in_bounded_memory(big_video: Path) -> None:
 
 def test_close_kills_the_child_and_can_be_repeated(big_video: Path) -> None:
     stream = stream_of(big_video, [0, 119])
-    pid, folder = stream._session.pid, Path(stream._session._folder.name)
+    pid = stream._session.pid
+    folder = Path(stream._session._folder.name)
     assert alive(pid)
     assert not any(folder.iterdir())
     stream.close()

@@ -33,7 +33,8 @@ async def test_import_below_a_root(open_store: OpenStore, tmp_path: Path, video:
 async def test_import_refuses_what_is_not_below_a_root(
     open_store: OpenStore, tmp_path: Path, video: bytes
 ) -> None:
-    root, outside = tmp_path / "in", tmp_path / "outside.mp4"
+    root = tmp_path / "in"
+    outside = tmp_path / "outside.mp4"
     root.mkdir()
     outside.write_bytes(video)
     (root / "link.mp4").symlink_to(outside)

@@ -36,7 +36,8 @@ async def test_ids_that_are_paths_reach_no_files(store: VideoStore, tmp_path: Pa
 
 async def test_pages_are_newest_first_and_complete(store: VideoStore, video: bytes) -> None:
     made = [(await create(store, video)).video_id for _ in range(7)]
-    seen, token = [], ""
+    seen = []
+    token = ""
     while True:
         page, token = await store.list_videos(page_size=3, page_token=token)
         seen += [record.video_id for record in page]

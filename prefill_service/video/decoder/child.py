@@ -62,7 +62,7 @@ def main() -> None:
     try:
         for header, data in _answers(request, payload, descriptors[1], limits):
             write_message(out, header, data)
-    except BrokenPipeError:  # the parent has seen enough
+    except BrokenPipeError:  # the parent has closed the session
         return
     except Exception as error:
         write_message(out, {"type": "error", "error": _to_service(error, limits).to_dict()})

@@ -262,9 +262,9 @@ def _offset(pts: np.ndarray, times: list[int | None]) -> int | None:
 
 def _ascending(times: list[int | None], step: float) -> np.ndarray:
     """[frames] int64, ascending: the decoder's times if they are distinct, else even ones."""
-    known = [time for time in times if time is not None]
-    if len(set(known)) == len(times):
-        return np.array(sorted(known), np.int64)
+    given = [time for time in times if time is not None]
+    if len(set(given)) == len(times):
+        return np.array(sorted(given), np.int64)
     return np.round(np.arange(len(times)) * max(step, 1.0)).astype(np.int64)
 
 

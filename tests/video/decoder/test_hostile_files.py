@@ -117,7 +117,8 @@ def no_frames(folder: Path, samples: dict[str, Path]) -> Path:
 
 def garbage_frames(folder: Path, samples: dict[str, Path]) -> Path:
     data = bytearray(samples["mpeg4_b_frames"].read_bytes())
-    begin, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    begin = data.index(b"mdat") + 4
+    end = data.index(b"moov") - 4
     data[begin:end] = bytes(end - begin)
     return write(folder / "v.mp4", bytes(data))
 
@@ -164,8 +165,18 @@ async def test_indexing_refuses(make, reason, samples: dict[str, Path], tmp_path
 
 
 # Files that a reader must refuse although an index (of another video) says they are fine.
-OPENED_ANYWAY = [text_file, image, playlist_m3u8, playlist_mp4, ffconcat, audio_only, fifo,
-                 folder_itself, empty_file, garbage_frames]  # fmt: skip
+OPENED_ANYWAY = [
+    text_file,
+    image,
+    playlist_m3u8,
+    playlist_mp4,
+    ffconcat,
+    audio_only,
+    fifo,
+    folder_itself,
+    empty_file,
+    garbage_frames,
+]
 
 
 @pytest.mark.parametrize("reader", ["pyav", "opencv"])

@@ -171,7 +171,7 @@ class PyAVReader(FrameReader):
     def _skipping(
         self, packets: Iterable[Packet[VideoStream]], wanted: set[int] | None
     ) -> Iterator[Packet[VideoStream]]:
-        """The packets, the decoder being told before each whether its frame may be left out."""
+        """The packets; before each, the decoder is set to decode its frame or to leave it out."""
         context = self._stream.codec_context
         for packet in packets:
             needed = wanted is None or packet.pts is None or packet.pts in wanted
