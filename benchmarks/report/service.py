@@ -19,6 +19,7 @@ from benchmarks.report.results import (
 from benchmarks.service import targets
 
 _SYSTEMS = {"ours": "service", "ours-1": "service, one rank", "vllm": "vLLM alone"}
+_TIMES = "\N{MULTIPLICATION SIGN}"
 _STAGES = ("decode", "vision", "prefill", "handoff", "vllm")
 
 
@@ -110,7 +111,7 @@ def readme() -> str:
         "`exact`, the same tokens" if same else "`exact`",
         "`balanced`, the default",
         "keys attended",
-        "second question (vLLM)",
+        "second question (vLLM alone)",
     )
     lines = []
     for row in exact:
@@ -252,7 +253,7 @@ def _with_ratio(row: Row | None) -> str:
 
 
 def _times_as_fast(row: Row) -> str:
-    return f"{seconds(row['first_token_s'])} s, {row['speedup_over_vllm']:.1f} x"
+    return f"{seconds(row['first_token_s'])} s ({row['speedup_over_vllm']:.1f}{_TIMES})"
 
 
 def _meets(value: float, aim: str) -> bool:
