@@ -63,7 +63,7 @@ def comparison_kv(
         features = [part for share in shares for part in prefix.features_of(share)]
         rows = _Rows(split, rank, pages, attention)
         try:
-            model.prefill(ids, positions, prefix.video_token_id, features, rows)
+            model.prefill(ids, positions, prefix.video_token_id, features=features, kv=rows)
         except BaseException:
             board.barrier.abort()  # the others would wait for ever
             raise

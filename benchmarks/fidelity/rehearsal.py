@@ -17,7 +17,8 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.models.families.base import VisionFeatures
+from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import Range, Share, deal_patches
 
@@ -104,8 +105,8 @@ def rehearse(
                 share.take(prefix.token_ids),
                 share.take(prefix.position_ids),
                 prefix.video_token_id,
-                prefix.features_of(share),
-                member,
+                features=prefix.features_of(share),
+                kv=member,
             )
     report = combine([member.attention.report() for member in members])
     return Rehearsal([page.permute(1, 2, 0, 3) for page in pages], report)

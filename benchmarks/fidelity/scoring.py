@@ -15,7 +15,8 @@ from benchmarks.fidelity.rehearsal import Prefix, Rehearsal, rehearse
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.models.families.base import VisionFeatures
+from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
 from prefill_service.parallel.baselines.methods import baseline_method
 from tools.needle import checkpoint, sketches, stories, tower, videos

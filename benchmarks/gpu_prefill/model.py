@@ -134,4 +134,6 @@ def run_chunks(
         mine = torch.arange(begin, begin + vision, device=model.device) % FEATURES
         begin += vision
         parts = VisionFeatures(features.embeds[mine], [level[mine] for level in features.deepstack])
-        model.prefill(ids, plan.position_ids[:, start:end], plan.video_token_id, [parts], kv)
+        model.prefill(
+            ids, plan.position_ids[:, start:end], plan.video_token_id, features=[parts], kv=kv
+        )

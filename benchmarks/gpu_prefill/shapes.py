@@ -10,7 +10,7 @@ import numpy as np
 import transformers
 
 from prefill_service.models.checkpoint import Checkpoint
-from prefill_service.models.families.qwen_vl import FAMILIES
+from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.prefix_plan import PrefixPlan
 
 hf: Any = transformers
@@ -129,15 +129,16 @@ class ModelShape:
             patch = np.concatenate([stamp, start, video, end])
             tokens = np.concatenate([system, np.tile(patch, patches)])
         tokens = tokens.astype(np.int32)
-        grid = (patches, 2 * rows, 2 * columns)
-        layout = FAMILIES[self.family].lay_out(tokens, grid, 1.0, self.config(1))
+        fields = {"video_grid_thw": np.array([patches, 2 * rows, 2 * columns])}
+        layout = FAMILIES[self.family].lay_out(tokens, fields, self.config(1))
         return PrefixPlan(
             prefix_id=f"{self.name}-{len(tokens)}", family=self.family, token_ids=tokens,
             position_ids=layout.position_ids, position_delta=layout.position_delta,
-            frame_indices=np.arange(2 * patches), grid_thw=grid,
-            resized_hw=(28 * rows, 28 * columns), patch_ends=layout.patch_ends,
-            placeholder=layout.placeholder, second_per_grid_ts=1.0, system_prompt="",
-            video_token_id=ids["video_token_id"], merge_size=2,
+            frame_indices=np.arange(2 * patches), patch_grid=layout.patch_grid,
+            resized_hw=layout.resized_hw, patch_ends=layout.patch_ends,
+            placeholder=layout.placeholder, vllm_fields=fields, system_prompt="",
+            video_token_id=ids["video_token_id"],
+            num_video_tokens=patches * self.patch_tokens,
         )  # fmt: skip
 
 

@@ -56,8 +56,8 @@ class LocalPrefill:
                 plan.token_ids[start:end],
                 plan.position_ids[:, start:end],
                 plan.video_token_id,
-                [features],
-                self,
+                features=[features],
+                kv=self,
             )
         return self._attention.report().layers
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.models.families.base import VisionFeatures
+from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.selection_units import SelectionUnits
@@ -93,7 +94,7 @@ def encode_video(
     firsts = SelectionUnits.of(plan.patch_ends, chunk_tokens).patches
     starts = [0, *(int(end) for end in plan.patch_ends)]
     preprocess = model.preprocessor(plan)
-    frames_per_patch = preprocess.temporal_patch_size
+    frames_per_patch = preprocess.frames_per_patch
     index_path = folder / "index.npz"
     video.index.save(index_path)
     features = []
@@ -104,8 +105,8 @@ def encode_video(
             for first, end in pairwise(firsts):
                 # The video's last patch may be short of frames; the processor fills it.
                 wanted = len(indices[first * frames_per_patch : end * frames_per_patch])
-                pixels, grid = preprocess([next(frames) for _ in range(wanted)])
-                features.append(model.encode(pixels, grid))
+                pixels = preprocess([next(frames) for _ in range(wanted)])
+                features.append(model.encode(pixels))
     except ServiceError as error:
         raise ServiceError(error.reason, f"{video.path}: {error}", path=video.path) from error
     chunks = tuple((starts[first], starts[end]) for first, end in pairwise(firsts))

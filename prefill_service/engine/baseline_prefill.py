@@ -19,7 +19,7 @@ from prefill_service.engine.shard_map import baseline_split
 from prefill_service.engine.task import StageClock, TaskControl, WorkerContext, checkpoint
 from prefill_service.errors import ServiceError
 from prefill_service.kv.page_store import ShardWriter
-from prefill_service.models.prefill_model import VisionFeatures
+from prefill_service.models.families.base import VisionFeatures
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit
 from prefill_service.parallel.token_layout import Piece, Range, Share
@@ -57,7 +57,7 @@ class BaselinePrefill:
             partial(rank.open_frames, task),
             preprocess,
             plan.frame_indices,
-            preprocess.temporal_patch_size,
+            preprocess.frames_per_patch,
             self._shares,
             self._on_frames,
             self.clock.spans,
@@ -71,7 +71,9 @@ class BaselinePrefill:
         checkpoint(self._rank, self._control, error=error)
         self._start = time.perf_counter()
         ids, positions = self._inputs()
-        self._rank.model.prefill(ids, positions, self._task.plan.video_token_id, features, self)
+        self._rank.model.prefill(
+            ids, positions, self._task.plan.video_token_id, features=features, kv=self
+        )
         self.clock.spans.note(Stage.PREFILL, "all rows", self._start, tokens=len(ids))
         layout = self._rank.kv_layout
         pages = sum(layout.pages_for(rows.stop - rows.start) for rows in self._kept)
@@ -120,18 +122,20 @@ class BaselinePrefill:
             if pixels is None:
                 return [], None
             start = time.perf_counter()
-            features.append(self._rank.model.encode(pixels.pixel_values, pixels.grid_thw))
+            features.append(self._rank.model.encode(pixels))
             self._rank.tick()
             done += share.num_patches
             self.clock.add(Stage.VISION, done, total, start)
         return features, None
 
     def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """[rows] token ids and [3, rows] positions of the rank's rows."""
+        """[rows] token ids and [axes, rows] positions of the rank's rows."""
         plan, split, rank = self._task.plan, self._split, self._rank.group.rank
-        # Text has one position on all three axes.
+        # Text has one position on all axes.
         after = np.arange(split.context_tokens, split.num_tokens) + plan.position_delta
-        positions = np.concatenate([plan.position_ids, np.tile(after, (3, 1))], 1)
+        positions = np.concatenate(
+            [plan.position_ids, np.tile(after, (len(plan.position_ids), 1))], 1
+        )
         index = np.concatenate([np.arange(start, end) for start, end in split.computed(rank)])
         ids, positions = (
             np.concatenate([plan.token_ids, self._question])[index],

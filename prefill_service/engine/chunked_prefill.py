@@ -28,7 +28,7 @@ from prefill_service.errors import ServiceError
 from prefill_service.kv.offload.shape import OffloadReport, OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV, open_working
 from prefill_service.kv.page_store import ShardWriter
-from prefill_service.models.prefill_model import VisionFeatures
+from prefill_service.models.families.base import VisionFeatures
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import ExchangeSetup
 from prefill_service.parallel.exchanges.registry import ExchangeChoice, make_exchange
@@ -112,7 +112,7 @@ class ChunkedPrefill:
             partial(rank.open_frames, task),
             preprocess,
             task.plan.frame_indices,
-            preprocess.temporal_patch_size,
+            preprocess.frames_per_patch,
             self._shares,
             self._on_frames,
             self.clock.spans,
@@ -204,7 +204,7 @@ class ChunkedPrefill:
         if pixels is None:
             return []  # cancelled; the checkpoint that follows tells everybody
         start = time.perf_counter()
-        features = self._rank.model.encode(pixels.pixel_values, pixels.grid_thw)
+        features = self._rank.model.encode(pixels)
         self._rank.tick()
         self._patches_done += share.num_patches
         patches = sum(s.num_patches for s in self._shares)
@@ -216,8 +216,8 @@ class ChunkedPrefill:
             share.take(self._plan.token_ids),
             share.take(self._plan.position_ids),
             self._plan.video_token_id,
-            features,
-            self,
+            features=features,
+            kv=self,
         )
         pages = sum(self._rank.kv_layout.pages_for(p.num_tokens) for p in share.pieces)
         self._writer.seal_pages(self._page, pages)

@@ -6,26 +6,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from prefill_service.engine.spans import SpanBuffer
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.families.base import VisionInput
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.parallel.token_layout import Share
 from prefill_service.video.frame_stream import FrameStream
 
 _POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkPixels:
-    """One share's pixels: pixel_values [patches, patch_dim], grid_thw [1, 3]."""
-
-    pixel_values: Tensor
-    grid_thw: Tensor
 
 
 class FramePrefetcher:
@@ -37,7 +29,7 @@ class FramePrefetcher:
 
     Args:
         open_stream: opens the frame stream on this rank's frame indices.
-        frames_per_patch: the processor's temporal_patch_size.
+        frames_per_patch: frames that one temporal patch takes.
         on_frames: called with frames decoded so far, frames in all, and the seconds spent.
         spans: notes when each chunk's frames were decoded and prepared.
     """
@@ -60,12 +52,12 @@ class FramePrefetcher:
         self._chunks = [
             share.patches(frame_indices, frames_per_patch) for share in shares if share.num_patches
         ]
-        self._queue: queue.Queue[ChunkPixels | BaseException] = queue.Queue(maxsize=1)
+        self._queue: queue.Queue[VisionInput | BaseException] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chunk-feeder", daemon=True)
         self._thread.start()
 
-    def next(self, cancelled: threading.Event) -> ChunkPixels | None:
+    def next(self, cancelled: threading.Event) -> VisionInput | None:
         """The next share's pixels; ``None`` when ``cancelled`` is set first.
 
         Raises:
@@ -113,13 +105,13 @@ class FramePrefetcher:
                         frames.append(self._preprocess.resize(frame))
                         now = time.perf_counter()
                         self._on_frames(done + len(frames), len(indices), seconds + now - start)
-                pixel_values, grid_thw = self._preprocess.patches(frames)
+                pixels = self._preprocess.patches(frames)
                 done += len(frames)
                 self._spans.note("decode", f"chunk {number}", start, frames=len(frames))
                 seconds += time.perf_counter() - start
-                self._put(ChunkPixels(pixel_values, grid_thw))
+                self._put(pixels)
 
-    def _put(self, item: ChunkPixels | BaseException) -> None:
+    def _put(self, item: VisionInput | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=_POLL_S)

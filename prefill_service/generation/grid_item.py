@@ -1,8 +1,8 @@
 """The multimodal part of a request to vLLM: where the video is and its grid, but no pixels.
 
 The item is what vLLM's ``encode_mm_kwargs_item`` would write, made without importing vLLM,
-which costs seconds and is absent where the decoder is given by URL. A test decodes it with
-vLLM's own decoder.
+which costs seconds and is absent where the server is given by URL. A test reads it with
+vLLM's own code.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ def video_features(plan: PrefixPlan) -> dict[str, Any]:
 
 
 def _grid_only_item(plan: PrefixPlan) -> str:
-    """What ``get_mrope_input_positions`` reads, as a base64 ``MultiModalKwargsItem``."""
-    item = {"video_grid_thw": _element(np.array(plan.grid_thw, np.int64))}
-    if plan.second_per_grid_ts is not None:
-        item["second_per_grid_ts"] = _element(np.array(plan.second_per_grid_ts, np.float32))
+    """What vLLM's model computes positions from, as a base64 ``MultiModalKwargsItem``."""
+    item = {name: _element(array) for name, array in plan.vllm_fields.items()}
     return base64.b64encode(msgspec.msgpack.encode(item)).decode("ascii")
 
 

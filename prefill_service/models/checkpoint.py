@@ -9,7 +9,7 @@ from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
-from prefill_service.models.families.qwen_vl import FAMILIES
+from prefill_service.models.family_registry import FAMILIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,12 @@ def open_checkpoint(model: str) -> Checkpoint:
         )
     _require_any(path, model, "tokenizer.json", "vocab.json")
     _require_any(
-        path, model, "processor_config.json", "video_preprocessor_config.json",
+        path,
+        model,
+        "processor_config.json",
+        "video_preprocessor_config.json",
         "preprocessor_config.json",
-    )  # fmt: skip
+    )
     _check_weights(path, model)
     text = config.get("text_config") or config
     heads = int(text["num_attention_heads"])

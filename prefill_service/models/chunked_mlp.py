@@ -17,18 +17,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_MLPS = ("mlp",)
+from prefill_service.models.families.base import ModuleNames
+
 _TILE = 16
-_NORMS = ("input_layernorm", "post_attention_layernorm", "norm1", "norm2")
 
 
-def limit_rows(layers: Any, rows: int) -> None:
-    """Let the MLP and the norms of each decoder layer or vision block take ``rows`` rows at most.
+def limit_rows(layers: Any, rows: int, names: ModuleNames) -> None:
+    """Let the MLP and the norms of each language layer or vision block take ``rows`` rows at most.
 
     Args:
-        layers: the blocks, of any of transformers' classes that name their parts as Llama or
-            Qwen-VL's vision tower does.
+        layers: the blocks.
         rows: at most so many at once.
+        names: of MLPs and norms in them.
 
     Raises:
         ValueError: ``rows`` below 1, or a block without an MLP of a known name.
@@ -36,9 +36,11 @@ def limit_rows(layers: Any, rows: int) -> None:
     if rows < 1:
         raise ValueError(f"{rows} rows at a time; at least 1")
     for number, block in enumerate(layers):
-        if not any(hasattr(block, name) for name in _MLPS):
-            raise ValueError(f"block {number}, a {type(block).__name__}, has no part named {_MLPS}")
-        for name in _MLPS + _NORMS:
+        if not any(hasattr(block, name) for name in names.mlps):
+            raise ValueError(
+                f"block {number}, a {type(block).__name__}, has no part named {names.mlps}"
+            )
+        for name in names.mlps + names.norms:
             part: nn.Module | None = getattr(block, name, None)
             if part is not None:
                 part.forward = partial(_in_pieces, part.forward, rows)

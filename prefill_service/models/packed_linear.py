@@ -1,11 +1,13 @@
 """Linear layers on CPUs: oneDNN products of weights packed once, with the activation fused.
 
-The operator is that of ``kernels.onednn``. It takes a weight in the order its kernel reads, which
-MKL would make anew in every call, and applies bias and activation while the result is in registers.
+The operator is that of ``prefill_kernels.cpu.matmul``. It takes a weight in the order its kernel
+reads, which MKL would make anew in every call, and applies bias and activation while the result is
+in registers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,9 +21,6 @@ _ACTIVATIONS = {
     "GELUActivation": ("gelu", "none"),
 }
 """By class name: (operation, algorithm) as oneDNN's operators name them."""
-
-_ACTIVATED = ("gate_proj", "linear_fc1")
-"""Layers whose result the ``act_fn`` beside them is applied to, and nothing else."""
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -44,7 +43,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, activation: tuple[str, str] = ("none", "")) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         ops: Any = torch.ops.mkldnn
         # A plain attribute: packed tensors can be neither saved nor moved, nor need they be.
         self.weight: Tensor = ops._reorder_linear_weight(linear.weight.detach(), None)
@@ -60,10 +60,13 @@ class PackedLinear(nn.Module):
         return out
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, activated: Collection[str]) -> int:
     """Replace every ``nn.Linear`` in ``model``, on a machine that ``can_pack``.
 
-    Where a block has an ``act_fn`` for one of them, it is fused with it.
+    Args:
+        model: whose layers are replaced in place.
+        activated: names of layers whose result the ``act_fn`` beside them is applied to, and
+            nothing else: the two are fused.
 
     Returns:
         How many were replaced.
@@ -74,7 +77,7 @@ def pack_linears(model: nn.Module) -> int:
             if type(part) is not nn.Linear:
                 continue
             activation = ("none", "")
-            if name in _ACTIVATED:
+            if name in activated:
                 act_fn = type(getattr(module, "act_fn", None)).__name__
                 activation = _ACTIVATIONS.get(act_fn, activation)
                 if activation[0] != "none":

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import BaseVideoProcessor
 from transformers.image_utils import SizeDict
 
+from prefill_service.models.families.base import Family, VisionInput
+
 
 class FramePreprocessor:
     """Runs the family's video processor on part of a video.
@@ -20,18 +22,20 @@ class FramePreprocessor:
     own code. Frames are treated one by one there, so parts equal the whole bit for bit.
 
     Args:
+        family: names what the processor returns.
         video_processor: the checkpoint's.
         resized_hw: from the plan.
     """
 
-    def __init__(self, video_processor: Any, resized_hw: tuple[int, int]) -> None:
+    def __init__(self, family: Family, video_processor: Any, resized_hw: tuple[int, int]) -> None:
+        self._family = family
         self._processor = video_processor
         self._size = SizeDict(height=resized_hw[0], width=resized_hw[1])
 
     @property
-    def temporal_patch_size(self) -> int:
+    def frames_per_patch(self) -> int:
         """Frames of one temporal patch."""
-        return int(self._processor.temporal_patch_size)
+        return self._family.frames_per_patch(self._processor)
 
     def resize(self, frame: np.ndarray) -> Tensor:
         """One frame, small: of a long video only these have to be kept until a chunk is whole.
@@ -48,7 +52,7 @@ class FramePreprocessor:
         )[0]
         return resized
 
-    def patches(self, resized: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def patches(self, resized: Sequence[Tensor]) -> VisionInput:
         """Patches of some consecutive temporal patches.
 
         Args:
@@ -56,16 +60,16 @@ class FramePreprocessor:
                 filled by the processor as at a video's end.
 
         Returns:
-            pixel_values [patches, patch_dim] float32 and grid_thw [1, 3].
+            What ``PrefillModel.encode`` takes, pixels in float32.
         """
-        inputs = self._processor(
+        processed = self._processor(
             [torch.stack(list(resized))],
             do_sample_frames=False,
             do_resize=False,
             return_tensors="pt",
         )
-        return inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        return self._family.vision_input(processed)
 
-    def __call__(self, frames: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Both: patches of frames, each [height, width, 3] uint8."""
+    def __call__(self, frames: Sequence[np.ndarray]) -> VisionInput:
+        """Resize frames, each [height, width, 3] uint8, and make patches of them."""
         return self.patches([self.resize(frame) for frame in frames])

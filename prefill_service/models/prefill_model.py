@@ -7,7 +7,6 @@ attention goes through ``AttentionInterface``, keys and values through a ``Cache
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +14,12 @@ import numpy as np
 from prefill_service.compat import ensure_torchvision
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.chunked_mlp import limit_rows
-from prefill_service.models.families.qwen_vl import FAMILIES
+from prefill_service.models.families.base import VisionFeatures, VisionInput
+from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.packed_linear import can_pack, pack_linears
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.models.vision_attention import VISION_ATTENTION, PatchProduct, varlen_attention
+from prefill_service.models.vision_attention import VISION_ATTENTION, varlen_attention
 
 ensure_torchvision()
 
@@ -40,19 +40,6 @@ class LayerKV(Protocol):
 
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """[q_heads, tokens, head_dim] queries to the attention output of the same shape."""
-
-
-@dataclass(frozen=True, slots=True)
-class VisionFeatures:
-    """What the vision tower made of some temporal patches.
-
-    Attributes:
-        embeds: [vision tokens, hidden].
-        deepstack: per early language layer, [vision tokens, hidden]; empty for Qwen2.5-VL.
-    """
-
-    embeds: Tensor
-    deepstack: list[Tensor]
 
 
 class PrefillModel:
@@ -80,17 +67,17 @@ class PrefillModel:
         AttentionInterface.register(VISION_ATTENTION, varlen_attention)
         model, self._video_processor = self._load()
         self._model: Any = model.to(device).eval()
-        visual = self._model.visual
-        visual.patch_embed.proj = PatchProduct(visual.patch_embed.proj)
-        visual.config._attn_implementation = VISION_ATTENTION
+        names = self._family.modules
+        self._language: Any = self._model.get_submodule(names.language_model)
+        self._family.speed_up(self._model)
         if can_pack(device, dtype):
-            pack_linears(self._model)
+            pack_linears(self._model, names.activated)
         if mlp_chunk_tokens:
-            limit_rows(self._model.language_model.layers, mlp_chunk_tokens)
-            merged = self._model.config.vision_config.spatial_merge_size**2
-            limit_rows(self._model.visual.blocks, mlp_chunk_tokens * merged)
-        self.num_heads = int(self._model.language_model.config.num_attention_heads)
-        self.attention_scale = float(self._model.language_model.layers[0].self_attn.scaling)
+            limit_rows(self._language.layers, mlp_chunk_tokens, names)
+            patches = mlp_chunk_tokens * self._family.patches_per_token(self._model.config)
+            limit_rows(self._model.get_submodule(names.vision_blocks), patches, names)
+        self.num_heads = int(self._language.config.num_attention_heads)
+        self.attention_scale = float(self._language.layers[0].self_attn.scaling)
 
     def _load(self) -> tuple[Any, Any]:
         """transformers' model, attention routed out, and its video processor."""
@@ -102,23 +89,17 @@ class PrefillModel:
 
     def preprocessor(self, plan: PrefixPlan) -> FramePreprocessor:
         """Frames to patches, for this plan's size."""
-        return FramePreprocessor(self._video_processor, plan.resized_hw)
+        return FramePreprocessor(self._family, self._video_processor, plan.resized_hw)
 
     @torch.inference_mode()
-    def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionFeatures:
+    def encode(self, inputs: VisionInput) -> VisionFeatures:
         """Run the vision tower. Temporal patches are independent of each other in it.
 
         Args:
-            pixel_values: [patches, patch_dim].
-            grid_thw: [1, 3].
+            inputs: some temporal patches, as ``FramePreprocessor`` makes them.
         """
-        output = self._model.get_video_features(
-            pixel_values.to(self.device), grid_thw.to(self.device)
-        )
-        deepstack = getattr(output, "deepstack_features", None) or []
-        return VisionFeatures(
-            torch.cat(output.pooler_output), [torch.cat(list(layer)) for layer in deepstack]
-        )
+        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return self._family.encode(self._model, on_device)
 
     @torch.inference_mode()
     def prefill(
@@ -126,6 +107,7 @@ class PrefillModel:
         token_ids: np.ndarray,
         position_ids: np.ndarray,
         video_token_id: int,
+        *,
         features: Sequence[VisionFeatures],
         kv: LayerKV,
     ) -> None:
@@ -136,14 +118,14 @@ class PrefillModel:
 
         Args:
             token_ids: [tokens].
-            position_ids: [3, tokens].
+            position_ids: [axes, tokens].
             video_token_id: marks the vision tokens among them.
             features: their features, in order.
             kv: sink and attention.
         """
         ids = torch.from_numpy(token_ids).to(self.device, torch.long)
         mask = ids == video_token_id
-        language = self._model.language_model
+        language = self._language
         embeds = language.embed_tokens(ids)  # [tokens, hidden]
         deepstack: list[Tensor] = []
         if features:
@@ -153,11 +135,12 @@ class PrefillModel:
         try:
             language(
                 inputs_embeds=embeds[None],
-                position_ids=torch.from_numpy(position_ids).to(self.device)[:, None],
                 past_key_values=_KVBridge(kv, self.checkpoint.num_layers - 1),
                 use_cache=True,
                 layer_kv=kv,
-                **self._family.language_kwargs(mask, deepstack),
+                **self._family.language_kwargs(
+                    torch.from_numpy(position_ids).to(self.device), mask, deepstack
+                ),
             )
         except _PrefixComplete:
             return
@@ -192,7 +175,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    *_mask: Any,
     scaling: float,
     layer_kv: LayerKV,
     **_: Any,

@@ -6,6 +6,7 @@ source of the prompt that vLLM gets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,18 +34,21 @@ class PrefixPlan:
         prefix_id: content-derived id.
         family: ``model_type`` of the checkpoint, e.g. ``"qwen3_vl"``.
         token_ids: [tokens] int32, the prefix up to and including the end of the video.
-        position_ids: [3, tokens] int64, M-RoPE positions (time, height, width) by vLLM's formula.
+        position_ids: [axes, tokens] int64 by vLLM's formula; the axes of M-RoPE are time, height
+            and width, other families have one.
         position_delta: position of the next token minus its index.
         frame_indices: [frames] int64 into the ``VideoIndex``; padded by repeating the last
             frame when the video has fewer frames than one temporal patch.
-        grid_thw: temporal patches, patch rows, patch columns.
+        patch_grid: temporal patches, and patch rows and columns of each.
         resized_hw: pixels of a resized frame.
         patch_ends: [temporal patches] int64; patch ``i`` owns the tokens
             ``[patch_ends[i-1], patch_ends[i])`` (from 0 for the first, so that it also owns the
             text before the video; the last one owns the text after its pixels).
         placeholder: offset and length of the multimodal span as vLLM wants it.
-        second_per_grid_ts: seconds per temporal patch (Qwen2.5-VL), else ``None``.
+        vllm_fields: what vLLM gets of the video instead of its pixels, by the names of its model.
         system_prompt: the system message the chat template was given.
+        video_token_id: id of the tokens that vision features take the place of.
+        num_video_tokens: how many of them there are.
     """
 
     prefix_id: str
@@ -53,22 +57,16 @@ class PrefixPlan:
     position_ids: np.ndarray
     position_delta: int
     frame_indices: np.ndarray
-    grid_thw: tuple[int, int, int]
+    patch_grid: tuple[int, int, int]
     resized_hw: tuple[int, int]
     patch_ends: np.ndarray
     placeholder: tuple[int, int]
-    second_per_grid_ts: float | None
+    vllm_fields: Mapping[str, np.ndarray]
     system_prompt: str
     video_token_id: int
-    merge_size: int
+    num_video_tokens: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the prefix, text included."""
         return len(self.token_ids)
-
-    @property
-    def num_video_tokens(self) -> int:
-        """Vision tokens among them."""
-        t, h, w = self.grid_thw
-        return t * h * w // self.merge_size**2

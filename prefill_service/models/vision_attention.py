@@ -28,7 +28,7 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    *_mask: Any,
     scaling: float,
     cu_seq_lens_q: Tensor,
     **_: Any,

@@ -155,7 +155,7 @@ class Admission:
             video.record.sha256,
             spec.sampling,
             spec.system_prompt,
-            self.profile(spec),
+            attention_key=self.profile(spec),
         )
 
     def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:

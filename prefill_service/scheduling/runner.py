@@ -202,7 +202,7 @@ def _result(
         prefix_tokens=plan.num_tokens,
         video_tokens=plan.num_video_tokens,
         frames=len(plan.frame_indices),
-        grid_thw=plan.grid_thw,
+        grid_thw=plan.patch_grid,
         position_delta=plan.position_delta,
         shards=tuple((run.start_token, run.end_token, run.rank) for run in manifest.runs),
         kv_bytes=kv_bytes,

@@ -55,7 +55,7 @@ async def test_kv_is_exact_where_the_method_is(
     async with running_group(model, tmp_path, ranks, chunk_tokens=70) as harness:
         video = make_video(**VIDEO)
         plan, index = await harness.plan(video, FrameSampling(fps=4.0))
-        text = harness.planner._prefix_text("")
+        text = harness.planner.chat.prefix("")
         inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
         exact = prefix_kv(model, inputs, plan, torch.float64)
 

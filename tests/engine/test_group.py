@@ -48,7 +48,7 @@ async def test_kv_equals_transformers(
         for arguments in VIDEOS:
             video = make_video(**arguments)
             plan, index = await harness.plan(video, FrameSampling(fps=4.0))
-            text = harness.planner._prefix_text("")
+            text = harness.planner.chat.prefix("")
             inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
             exact, theirs = (
                 prefix_kv(model, inputs, plan, dtype) for dtype in (torch.float64, torch.float32)
@@ -89,7 +89,7 @@ async def test_bfloat16_is_as_close_to_float32_as_transformers_is(
         task = harness.task(video, plan)
         await harness.prefill(task)
         ours = harness.read_kv(task)
-        text = harness.planner._prefix_text("")
+        text = harness.planner.chat.prefix("")
         inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
     exact, theirs = (prefix_kv(model, inputs, plan, d) for d in (torch.float32, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
@@ -148,7 +148,7 @@ async def test_progress_per_stage_and_rank(pair: Harness, make_video: Callable[.
     totals = {stage: sum(last[stage, r].total for r in range(2)) for stage in Stage}
     assert totals == {
         Stage.DECODE: len(plan.frame_indices),
-        Stage.VISION: plan.grid_thw[0],
+        Stage.VISION: plan.patch_grid[0],
         Stage.PREFILL: plan.num_tokens,
     }
 

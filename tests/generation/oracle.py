@@ -76,7 +76,7 @@ def _compute(
     processor.video_processor.size = {
         "shortest_edge": sampling.min_pixels, "longest_edge": sampling.max_pixels,
     }  # fmt: skip
-    inputs = processor_inputs(model, video, plan, index, planner._prefix_text(""))
+    inputs = processor_inputs(model, video, plan, index, planner.chat.prefix(""))
     assert inputs["input_ids"][0].tolist() == plan.token_ids.tolist()
     cache = prefix_cache(model, inputs, plan)
     prompts, answers = [], []

@@ -58,7 +58,9 @@ def prefix_cache(
     """transformers' cache of the prefix, with the plan's positions."""
     network, _ = load(model, dtype)
     known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
-    positions = torch.from_numpy(plan.position_ids)[:, None]  # [3, 1, tokens]
+    positions = torch.from_numpy(plan.position_ids)  # [axes, tokens]
+    if len(positions) > 1:
+        positions = positions[:, None]
     return network(**known, position_ids=positions, use_cache=True).past_key_values
 
 

@@ -1,7 +1,7 @@
-"""transformers' own greedy answers over a prefix, with the decoder's positions.
+"""transformers' own greedy answers over a prefix, with vLLM's positions.
 
 ``generate`` itself cannot be used for Qwen2.5-VL: its positions after a long video differ from
-vLLM's (models/positions.py), so decoding goes token by token with the plan's positions. For
+vLLM's (``models.families.mrope``), so decoding goes token by token with the plan's positions. For
 Qwen3-VL the two agree, and a test checks that this loop equals ``generate``.
 """
 
@@ -24,12 +24,14 @@ def greedy(
     """Answer ``prompt``, whose prefix is in ``cache``; ends at the end-of-sequence token."""
     network, _ = load(model, torch.float32)
     cache = copy.deepcopy(cache)
-    tokens, start, answer = prompt[plan.num_tokens :], plan.num_tokens, []
+    tokens = prompt[plan.num_tokens :]
+    start = plan.num_tokens
+    answer: list[int] = []
     while len(answer) < new_tokens:
         positions = torch.arange(start, start + len(tokens)) + plan.position_delta
         output = network(
             input_ids=torch.tensor([tokens]),
-            position_ids=positions.expand(3, 1, -1),
+            position_ids=positions.expand(len(plan.position_ids), 1, -1),
             past_key_values=cache,
             use_cache=True,
         )

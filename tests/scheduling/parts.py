@@ -51,11 +51,12 @@ class Planner:
         video_sha256: str,
         sampling: FrameSampling,
         system_prompt: str,
-        profile: str = "exact",
+        *,
+        attention_key: str = "exact",
     ) -> PrefixPlan:
         tokens = self.estimate_tokens(index, sampling)
         frames = tokens // TOKENS_PER_FRAME
-        key = f"{video_sha256} {sampling} {system_prompt} {profile}"
+        key = f"{video_sha256} {sampling} {system_prompt} {attention_key}"
         return PrefixPlan(
             prefix_id=hashlib.sha256(key.encode()).hexdigest(),
             family="qwen3_vl",
@@ -63,14 +64,14 @@ class Planner:
             position_ids=np.zeros((3, tokens), np.int64),
             position_delta=-3,
             frame_indices=np.arange(frames),
-            grid_thw=(frames // 2, 8, 8),
+            patch_grid=(frames // 2, 8, 8),
             resized_hw=(128, 128),
             patch_ends=np.arange(1, frames // 2 + 1) * 2 * TOKENS_PER_FRAME,
             placeholder=(0, tokens),
-            second_per_grid_ts=None,
+            vllm_fields={},
             system_prompt=system_prompt,
             video_token_id=0,
-            merge_size=2,
+            num_video_tokens=frames // 2 * 16,
         )
 
     def prompt_token_ids(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:

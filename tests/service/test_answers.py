@@ -158,7 +158,7 @@ async def test_vllm_alone_equals_transformers(
         indices = plan.frame_indices.tolist()
         with FrameStream.open(video, tmp_path / "index.npz", indices, VideoConfig()) as stream:
             frames = np.stack(list(stream))
-        text = planner._prefix_text("")
+        text = planner.chat.prefix("")
         max_pixels = SAMPLING[family, size].get("max_pixels")
         inputs = processor_inputs(model, frames, plan, index, text, max_pixels)  # type: ignore[arg-type]
         cache = prefix_cache(model, inputs, plan)
@@ -167,6 +167,6 @@ async def test_vllm_alone_equals_transformers(
             assert prompt == reference.prompt_token_ids
             assert greedy(model, cache, prompt, plan, NEW_TOKENS) == reference.token_ids
         if family == "qwen3_vl":  # positions agree: generate() itself, from the pixels on
-            text = planner._render("", chats()[0], add_generation_prompt=True)
+            text = planner.chat.render("", chats()[0], add_generation_prompt=True)
             inputs = processor_inputs(model, frames, plan, index, text, max_pixels)  # type: ignore[arg-type]
             assert generate(model, inputs, NEW_TOKENS) == references[0].token_ids

@@ -1,1 +1,1 @@
-"""Model families: what differs between them, one module each."""
+"""Model families: one module each, which holds an instance of its ``Family`` as ``FAMILY``."""

@@ -1,119 +1,158 @@
-"""What differs between model families. To add one, write a ``Family`` and list it here.
-
-The model code itself is transformers'; see ``prefill_model``.
-"""
+"""What the families of Qwen-VL have in common."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
 
-from prefill_service.models.mrope import mrope_positions
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.families.base import (
+    Family,
+    ModuleNames,
+    VideoLayout,
+    VisionFeatures,
+    VisionInput,
+)
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.vision_attention import VISION_ATTENTION, PatchProduct
 
-
-@dataclass(frozen=True, slots=True)
-class VideoLayout:
-    """How a family lays a video out in a prompt.
-
-    Attributes:
-        position_ids: [3, tokens] int64.
-        position_delta: next position minus number of tokens.
-        placeholder: offset and length of the span vLLM takes for the video.
-        patch_ends: [temporal patches] int64, see ``PrefixPlan.patch_ends``.
-    """
-
-    position_ids: np.ndarray
-    position_delta: int
-    placeholder: tuple[int, int]
-    patch_ends: np.ndarray
+TIMESTAMP_TOKENS = 12
+"""Estimate of the text beside one temporal patch; too much where there is none."""
 
 
-class Family(ABC):
-    """One model family. Stateless; ``config`` is the checkpoint's transformers config."""
+class QwenVL(Family):
+    """A video is a grid of patches, merged 2 x 2 into tokens, with M-RoPE positions."""
+
+    modules = ModuleNames(
+        vision_blocks="visual.blocks",
+        norms=("input_layernorm", "post_attention_layernorm", "norm1", "norm2"),
+        activated=("gate_proj", "linear_fc1"),
+    )
+
+    @override
+    def frames_per_patch(self, video_processor: Any) -> int:
+        return int(video_processor.temporal_patch_size)
+
+    @override
+    def size_kwargs(self, video_processor: Any, sampling: FrameSampling) -> dict[str, Any]:
+        cap = sampling.cap_pixels_per_frame
+        if cap is None:
+            cap = bool(video_processor.cap_pixels_per_frame)
+        return {"size": _size(video_processor, sampling), "cap_pixels_per_frame": cap}
+
+    @override
+    def pixel_limits(self, video_processor: Any, sampling: FrameSampling) -> Sequence[int]:
+        token = int(video_processor.patch_size * video_processor.merge_size) ** 2
+        longest = _size(video_processor, sampling)["longest_edge"]
+        return range(token, max(token, longest) + 1, token)
+
+    @override
+    def estimate_tokens(
+        self, video_processor: Any, frames: int, frame_hw: tuple[int, int], sampling: FrameSampling
+    ) -> int:
+        patches = video_processor.get_num_of_video_patches(
+            frames, *frame_hw, {"size": _size(video_processor, sampling)}
+        )
+        timestamps = ceil(frames / video_processor.temporal_patch_size) * TIMESTAMP_TOKENS
+        return int(patches // video_processor.merge_size**2 + timestamps)
+
+    @override
+    def video_token_id(self, config: Any) -> int:
+        return int(config.video_token_id)
+
+    @override
+    def vllm_fields(self, processed: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        grid = [int(n) for n in processed["video_grid_thw"][0]]
+        return {"video_grid_thw": np.array(grid, np.int64)}
+
+    @override
+    def lay_out(
+        self, token_ids: np.ndarray, fields: Mapping[str, np.ndarray], config: Any
+    ) -> VideoLayout:
+        t, h, w = (int(n) for n in fields["video_grid_thw"])
+        vision = config.vision_config
+        merge = int(vision.spatial_merge_size)
+        position_ids, position_delta = self.positions(
+            token_ids, fields, (t, h // merge, w // merge), config
+        )
+        placeholder, patch_ends = self.spans(token_ids, t, config)
+        return VideoLayout(
+            position_ids=position_ids,
+            position_delta=position_delta,
+            placeholder=placeholder,
+            patch_ends=patch_ends,
+            patch_grid=(t, h, w),
+            resized_hw=(h * int(vision.patch_size), w * int(vision.patch_size)),
+        )
 
     @abstractmethod
-    def lay_out(
+    def positions(
         self,
         token_ids: np.ndarray,
-        grid_thw: tuple[int, int, int],
-        second_per_grid_ts: float | None,
+        fields: Mapping[str, np.ndarray],
+        merged_thw: tuple[int, int, int],
         config: Any,
-    ) -> VideoLayout:
-        """Positions, placeholder and patch boundaries of a prefix with one video.
+    ) -> tuple[np.ndarray, int]:
+        """Position ids [3, tokens] and delta by vLLM's formula.
 
         Args:
-            token_ids: [tokens], ending with the video's last token.
-            grid_thw: temporal patches, patch rows, patch columns (before merging).
-            second_per_grid_ts: seconds per temporal patch, where the family's processor says so.
-            config: the checkpoint's configuration.
+            merged_thw: temporal patches, and rows and columns of the tokens of each.
         """
 
-    def language_kwargs(self, mask: Any, deepstack: list[Any]) -> dict[str, Any]:
-        """Arguments of the language model beyond embeddings, positions and cache.
+    @abstractmethod
+    def spans(
+        self, token_ids: np.ndarray, patches: int, config: Any
+    ) -> tuple[tuple[int, int], np.ndarray]:
+        """``placeholder`` and ``patch_ends`` of the layout, of so many temporal patches."""
 
-        Args:
-            mask: [tokens] bool, which tokens are vision tokens.
-            deepstack: per early layer, [vision tokens, hidden] features to add.
-        """
-        return {}
+    @override
+    def vision_input(self, processed: Mapping[str, Any]) -> VisionInput:
+        return {name: processed[name] for name in ("pixel_values_videos", "video_grid_thw")}
 
+    @override
+    def patches_per_token(self, config: Any) -> int:
+        return int(config.vision_config.spatial_merge_size) ** 2
 
-class Qwen25VL(Family):
-    """Qwen2.5-VL: one run of vision tokens; time in absolute seconds (arXiv 2502.13923)."""
+    @override
+    def speed_up(self, model: Any) -> None:
+        visual = model.visual
+        visual.patch_embed.proj = PatchProduct(visual.patch_embed.proj)
+        visual.config._attn_implementation = VISION_ATTENTION
 
-    def lay_out(
-        self,
-        token_ids: np.ndarray,
-        grid_thw: tuple[int, int, int],
-        second_per_grid_ts: float | None,
-        config: Any,
-    ) -> VideoLayout:
-        """See ``Family.lay_out``."""
-        t, h, w = _merged(grid_thw, config)
-        # vLLM reads the interval from a float32 tensor; the product must round as there.
-        interval = float(np.float32(1.0 if second_per_grid_ts is None else second_per_grid_ts))
-        t_factor = interval * config.vision_config.tokens_per_second
-        positions, delta = mrope_positions(token_ids, config.video_token_id, (t, h, w), t_factor)
-        first = int(np.flatnonzero(token_ids == config.video_token_id)[0])
-        ends = first + h * w * np.arange(1, t + 1)
-        ends[-1] = len(token_ids)
-        return VideoLayout(positions, delta, (first, t * h * w), ends)
+    @override
+    def encode(self, model: Any, inputs: VisionInput) -> VisionFeatures:
+        output = model.get_video_features(**inputs)
+        deepstack = getattr(output, "deepstack_features", None) or []
+        return VisionFeatures(
+            torch.cat(output.pooler_output), [torch.cat(list(layer)) for layer in deepstack]
+        )
 
-
-class Qwen3VL(Family):
-    """Qwen3-VL: a timestamp before each temporal patch, deepstack features (arXiv 2511.21631)."""
-
-    def lay_out(
-        self,
-        token_ids: np.ndarray,
-        grid_thw: tuple[int, int, int],
-        second_per_grid_ts: float | None,
-        config: Any,
-    ) -> VideoLayout:
-        """See ``Family.lay_out``."""
-        t, h, w = _merged(grid_thw, config)
-        positions, delta = mrope_positions(token_ids, config.video_token_id, (1, h, w), 1.0)
-        start = int(np.flatnonzero(token_ids == config.vision_start_token_id)[0])
-        vision = np.flatnonzero(token_ids == config.video_token_id)
-        # A patch's last vision token is followed by its <|vision_end|>.
-        ends = vision.reshape(t, h * w)[:, -1] + 2
-        ends[-1] = len(token_ids)
-        return VideoLayout(positions, delta, (start, len(token_ids) - start), ends)
-
-    def language_kwargs(self, mask: Any, deepstack: list[Any]) -> dict[str, Any]:
-        """See ``Family.language_kwargs``."""
-        return {"visual_pos_masks": mask[None], "deepstack_visual_embeds": deepstack}
+    @override
+    def language_kwargs(
+        self, position_ids: Tensor, vision_mask: Tensor, deepstack: list[Tensor]
+    ) -> dict[str, Any]:
+        return {"position_ids": position_ids[:, None]}  # [3, 1, tokens]
 
 
-def _merged(grid_thw: tuple[int, int, int], config: Any) -> tuple[int, int, int]:
-    t, h, w = grid_thw
-    merge = config.vision_config.spatial_merge_size
-    return t, h // merge, w // merge
-
-
-FAMILIES: Mapping[str, Family] = {"qwen2_5_vl": Qwen25VL(), "qwen3_vl": Qwen3VL()}
-"""By the checkpoint's ``model_type``."""
+def _size(video_processor: Any, sampling: FrameSampling) -> dict[str, int]:
+    """Bounds on pixels: of the whole video for Qwen3-VL, of a frame for Qwen2.5-VL."""
+    default = video_processor.size
+    shortest = sampling.min_pixels or default["shortest_edge"]
+    longest = sampling.max_pixels or default["longest_edge"]
+    if sampling.max_pixels is not None and sampling.min_pixels is None:
+        shortest = min(shortest, longest)
+    if not 0 < shortest <= longest:
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"min_pixels {shortest} and max_pixels {longest} leave no size",
+            min_pixels=shortest,
+            max_pixels=longest,
+        )
+    return {"shortest_edge": shortest, "longest_edge": longest}

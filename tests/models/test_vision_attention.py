@@ -19,7 +19,7 @@ def test_runs_attend_within_themselves(lengths: list[int]) -> None:
         borders.append(borders[-1] + length)
     # As the tower has them: views of one fused projection.
     q, k, v = torch.randn(tokens, 3, 2, 8, dtype=torch.float64).permute(1, 2, 0, 3)[:, None]
-    got, _ = varlen_attention(None, q, k, v, None, 0.3, torch.tensor(borders))
+    got, _ = varlen_attention(None, q, k, v, None, scaling=0.3, cu_seq_lens_q=torch.tensor(borders))
     assert got.shape == (1, tokens, 2, 8)
     for start, end in pairwise(borders):
         one = slice(start, end)

@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_iter
 
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.chunked_mlp import limit_rows
-from prefill_service.models.prefill_model import PrefillModel, VisionFeatures
+from prefill_service.models.families.base import ModuleNames, VisionFeatures
+from prefill_service.models.prefill_model import PrefillModel
 
 TOKENS = 1100
+NAMES = ModuleNames(vision_blocks="", norms=(), activated=())
 GRID = (4, 16, 16)  # 1,024 patches, 256 tokens
 
 
@@ -76,7 +78,7 @@ def prefill(model: PrefillModel, features: VisionFeatures) -> list[tuple[Tensor,
     ids[100 : 100 + len(features.embeds)] = video_token
     positions = np.tile(np.arange(TOKENS), (3, 1))
     keep = Keep()
-    model.prefill(ids, positions, video_token, [features], keep)
+    model.prefill(ids, positions, video_token, features=[features], kv=keep)
     return keep.kv
 
 
@@ -85,7 +87,12 @@ def encode(model: PrefillModel) -> VisionFeatures:
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(GRID[0] * GRID[1] * GRID[2], width, generator=generator)
-    return model.encode(pixels.to(model.dtype), torch.tensor([GRID]))
+    return model.encode(
+        {
+            "pixel_values_videos": pixels.to(model.dtype),
+            "video_grid_thw": torch.tensor([GRID]),
+        }
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -131,6 +138,6 @@ def test_the_peak_falls(checkpoint: Callable[..., Path], family: str) -> None:
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="0 rows at a time; at least 1"):
-        limit_rows([SimpleNamespace(mlp=nn.Identity())], 0)
+        limit_rows([SimpleNamespace(mlp=nn.Identity())], 0, NAMES)
     with pytest.raises(ValueError, match="block 1, a Linear, has no part named"):
-        limit_rows([SimpleNamespace(mlp=nn.Identity()), nn.Linear(1, 1)], 8)
+        limit_rows([SimpleNamespace(mlp=nn.Identity()), nn.Linear(1, 1)], 8, NAMES)

@@ -13,14 +13,13 @@ import torch
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.prefill_model import PrefillModel
+from prefill_service.models.family_registry import FAMILIES
+from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.video.index import VideoIndex
 from tests.oracles.transformers_forward import processor_inputs
-
-FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
 
 
 def index_of(frames: int, fps: float = 4.0, width: int = 160, height: int = 120) -> VideoIndex:
@@ -49,20 +48,19 @@ def test_plan_equals_the_processor_on_the_whole_video(
     video = np.random.default_rng(frames).integers(
         0, 255, (len(plan.frame_indices), size[1], size[0], 3), dtype=np.uint8
     )
-    text = planner._prefix_text("")
+    text = planner.chat.prefix("")
     whole = processor_inputs(planner.checkpoint.path, video, plan, index, text)
     assert plan.token_ids.tolist() == whole["input_ids"][0].tolist()
-    assert list(plan.grid_thw) == whole["video_grid_thw"][0].tolist()
+    assert list(plan.patch_grid) == whole["video_grid_thw"][0].tolist()
     assert plan.num_video_tokens == int((plan.token_ids == plan.video_token_id).sum())
 
-    preprocess = PrefillModel.preprocessor(
-        SimpleNamespace(_video_processor=planner._video_processor),  # type: ignore[arg-type]
-        plan,
+    preprocess = FramePreprocessor(
+        FAMILIES[family], planner._processor.video_processor, plan.resized_hw
     )
-    parts, step = [], preprocess.temporal_patch_size
+    parts = []
     for share in deal_patches(plan.patch_ends, 1, 100).of_rank(0):
-        pixels, _ = preprocess(list(share.patches(video, step)))
-        parts.append(pixels)
+        pixels = preprocess(list(share.patches(video, preprocess.frames_per_patch)))
+        parts.append(pixels["pixel_values_videos"])
     assert torch.equal(torch.cat(parts), whole["pixel_values_videos"])
 
 
@@ -84,12 +82,10 @@ def vllm_positions(planner: PrefixPlanner, plan, prompt: list[int]):  # type: ig
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Q3
     from vllm.multimodal.inputs import PlaceholderRange
 
-    def element(value: object) -> SimpleNamespace:
-        return SimpleNamespace(data=torch.tensor(value))
+    def element(value: np.ndarray) -> SimpleNamespace:
+        return SimpleNamespace(data=torch.from_numpy(value))
 
-    data = {"video_grid_thw": element(list(plan.grid_thw))}
-    if plan.second_per_grid_ts is not None:
-        data["second_per_grid_ts"] = element(plan.second_per_grid_ts)
+    data = {name: element(array) for name, array in plan.vllm_fields.items()}
     offset, length = plan.placeholder
     feature = SimpleNamespace(
         modality="video", data=data, mm_position=PlaceholderRange(offset=offset, length=length)
@@ -113,8 +109,10 @@ def test_the_prompt_is_the_prefix_and_then_the_chat(
     )
     assert one[: plan.num_tokens] == two[: plan.num_tokens] == plan.token_ids.tolist()
     tokenizer = planner._processor.tokenizer
-    whole = planner._render("Be brief.", [("user", "first question")], add_generation_prompt=True)
-    prefix = planner._prefix_text("Be brief.")
+    whole = planner.chat.render(
+        "Be brief.", [("user", "first question")], add_generation_prompt=True
+    )
+    prefix = planner.chat.prefix("Be brief.")
     assert one[plan.num_tokens :] == tokenizer(whole[len(prefix) :])["input_ids"]
     assert "yes" in tokenizer.decode(two[plan.num_tokens :])
     assert tokenizer.decode(one).endswith("assistant\n")
@@ -126,7 +124,11 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PrefixPlanner], fami
     base = planner.plan(index, "sha", FrameSampling(), "").prefix_id
     assert planner.plan(index, "sha", FrameSampling(), "").prefix_id == base
     for exact in (resolve_policy(Quality.EXACT), resolve_policy(epsilon=0.0, min_kept_mass=0.5)):
-        assert planner.plan(index, "sha", FrameSampling(), "", exact.profile).prefix_id == base
+        assert (
+            planner.plan(index, "sha", FrameSampling(), "", attention_key=exact.profile).prefix_id
+            == base
+        )
+    key = resolve_policy().profile
     others = {
         planner.plan(index, "other", FrameSampling(), "").prefix_id,
         planner.plan(index, "sha", FrameSampling(fps=1.0), "").prefix_id,
@@ -135,7 +137,7 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PrefixPlanner], fami
         PrefixPlanner(planner.checkpoint, "bfloat16")
         .plan(index, "sha", FrameSampling(), "")
         .prefix_id,
-        planner.plan(index, "sha", FrameSampling(), "", resolve_policy().profile).prefix_id,
+        planner.plan(index, "sha", FrameSampling(), "", attention_key=key).prefix_id,
     }
     assert len(others) == 6
     assert base not in others
@@ -181,25 +183,8 @@ def test_chats_that_make_no_sense_are_refused(
     assert caught.value.reason is reason
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_suggested_does_fit(planners: dict[str, PrefixPlanner], family: str) -> None:
-    planner, index = planners[family], index_of(600)
-    full = planner.plan(index, "sha", FrameSampling(), "").num_tokens
-    sentence = planner.suggest_fit(index, FrameSampling(), full // 3)
-    frames = int(sentence.split("num_frames=")[1].split()[0])
-    fitted = planner.plan(index, "sha", FrameSampling(num_frames=frames), "").num_tokens
-    assert full // 6 < fitted <= full // 3 + 20
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_estimate_is_near_the_plan(planners: dict[str, PrefixPlanner], family: str) -> None:
-    planner, index = planners[family], index_of(600)
-    estimate = planner.estimate_tokens(index, FrameSampling(fps=2.0))
-    assert 0.5 < estimate / planner.plan(index, "", FrameSampling(fps=2.0), "").num_tokens < 2
-
-
 def test_an_hour_is_planned_without_decoding(planners: dict[str, PrefixPlanner]) -> None:
     index = index_of(108_000, fps=30.0, width=1280, height=720)
     plan = planners["qwen3_vl"].plan(index, "sha", FrameSampling(num_frames=768), "")
-    assert plan.grid_thw[0] == 384
+    assert plan.patch_grid[0] == 384
     assert plan.frame_indices[-1] == 107_999

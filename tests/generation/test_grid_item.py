@@ -13,7 +13,10 @@ from prefill_service.generation.grid_item import video_features
 from prefill_service.models.prefix_plan import PrefixPlan
 
 
-def make_plan(second_per_grid_ts: float | None) -> PrefixPlan:
+def make_plan(interval: float | None) -> PrefixPlan:
+    fields = {"video_grid_thw": np.array([2, 8, 10])}
+    if interval is not None:
+        fields["second_per_grid_ts"] = np.array(interval, np.float32)
     return PrefixPlan(
         prefix_id="abc",
         family="qwen3_vl",
@@ -21,14 +24,14 @@ def make_plan(second_per_grid_ts: float | None) -> PrefixPlan:
         position_ids=np.zeros((3, 100), np.int64),
         position_delta=-3,
         frame_indices=np.arange(4),
-        grid_thw=(2, 8, 10),
+        patch_grid=(2, 8, 10),
         resized_hw=(128, 160),
         patch_ends=np.array([50, 100]),
         placeholder=(5, 95),
-        second_per_grid_ts=second_per_grid_ts,
+        vllm_fields=fields,
         system_prompt="",
         video_token_id=7,
-        merge_size=2,
+        num_video_tokens=40,
     )
 
 

@@ -1,0 +1,151 @@
+"""Which frames of a video are looked at, and how many would fit: by the processor's own rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from prefill_service.compat import ensure_torchvision
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.families.base import Family
+from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.video.index import VideoIndex
+
+ensure_torchvision()
+
+from transformers.video_utils import VideoMetadata  # noqa: E402
+
+
+class FrameSampler:
+    """Applies a ``FrameSampling`` to videos.
+
+    Args:
+        family: of the checkpoint.
+        video_processor: the checkpoint's.
+
+    Attributes:
+        frames_per_patch: frames that one temporal patch takes.
+    """
+
+    def __init__(self, family: Family, video_processor: Any) -> None:
+        self._family = family
+        self._processor = video_processor
+        self.frames_per_patch = family.frames_per_patch(video_processor)
+
+    def sample(self, index: VideoIndex, sampling: FrameSampling) -> np.ndarray:
+        """Indices of the sampled frames, [frames] int64.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, when the sampling cannot be applied to this video.
+        """
+        _check(sampling, self.frames_per_patch)
+        if index.frame_count < max(2, self.frames_per_patch):  # nothing to choose from
+            indices = np.arange(index.frame_count)
+        else:
+            indices = self._by_processor(index, sampling)
+        # Fewer frames than one temporal patch: the processors refuse, so repeat the last
+        # frame, which is what they do to fill a longer video's last patch.
+        missing = max(0, self.frames_per_patch - len(indices))
+        padded: np.ndarray = np.concatenate([indices, np.repeat(indices[-1:], missing)])
+        return padded.astype(np.int64)
+
+    def size_kwargs(self, sampling: FrameSampling) -> dict[str, Any]:
+        """The processor's arguments for the size of frames.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, when no size is left.
+        """
+        return self._family.size_kwargs(self._processor, sampling)
+
+    def estimate_tokens(self, index: VideoIndex, sampling: FrameSampling) -> int:
+        """About how many tokens the sampled frames make.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, as ``sample`` and ``size_kwargs``.
+        """
+        return self._estimate(index, len(self.sample(index, sampling)), sampling)
+
+    def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
+        """A sentence saying which number of frames or which size would fit ``limit_tokens``.
+
+        It is empty if the sampling cannot be applied at all.
+        """
+        try:
+            frames = len(self.sample(index, sampling))
+        except ServiceError:
+            return ""
+        limits = self._family.pixel_limits(self._processor, sampling)
+
+        def frames_fit(number: int) -> bool:
+            return self._estimate(index, number, sampling) <= limit_tokens
+
+        def pixels_fit(number: int) -> bool:
+            size = replace(sampling, min_pixels=1, max_pixels=limits[number - 1])
+            return self._estimate(index, frames, size) <= limit_tokens
+
+        options = []
+        fitting = _largest(frames_fit, self.frames_per_patch, frames)
+        if fitting:
+            fps = fitting * index.fps / index.frame_count
+            options.append(f"num_frames={fitting} (fps={math.floor(fps * 1000) / 1000:g})")
+        fitting = _largest(pixels_fit, 1, len(limits))
+        if fitting:
+            options.append(f"max_pixels={limits[fitting - 1]}")
+        return f"{' or '.join(options)} would fit" if options else "no sampling of it would fit"
+
+    def _by_processor(self, index: VideoIndex, sampling: FrameSampling) -> np.ndarray:
+        metadata = VideoMetadata(
+            total_num_frames=index.frame_count, fps=index.fps, duration=index.duration_s
+        )
+        processor = self._processor
+        fps = sampling.fps
+        num_frames = sampling.num_frames
+        if fps is num_frames is processor.fps is processor.num_frames is None:
+            fps = self._family.default_fps
+        try:
+            return np.asarray(processor.sample_frames(metadata, num_frames=num_frames, fps=fps))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ServiceError(
+                Reason.INVALID_REQUEST, f"the video cannot be sampled as asked: {error}"
+            ) from error
+
+    def _estimate(self, index: VideoIndex, frames: int, sampling: FrameSampling) -> int:
+        try:
+            return self._family.estimate_tokens(
+                self._processor, frames, (index.height, index.width), sampling
+            )
+        except ValueError:
+            return 1 << 62
+
+
+def _check(sampling: FrameSampling, frames_per_patch: int) -> None:
+    fps = sampling.fps
+    num_frames = sampling.num_frames
+    if fps is not None and num_frames is not None:
+        raise ServiceError(Reason.INVALID_REQUEST, "fps and num_frames exclude each other")
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise ServiceError(Reason.INVALID_REQUEST, f"fps is {fps}, it must be more than 0", fps=fps)
+    if num_frames is not None and num_frames < frames_per_patch:
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"num_frames is {num_frames}; one temporal patch takes {frames_per_patch}",
+            num_frames=num_frames,
+            minimum=frames_per_patch,
+        )
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Largest n in [low, high] with ``fits(n)``, which is monotone; 0 if there is none."""
+    if high < low or not fits(low):
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
