@@ -178,6 +178,14 @@ def test_every_paper_says_what_is_here_and_what_is_not() -> None:
         assert ("**Here**" in section) == ("**Tests**" in section)
 
 
+def test_recipes_are_written_alike() -> None:
+    """Each is a section ``Add a ...`` with numbered steps."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(), flags=re.M)[1:]
+    for section in sections:
+        assert re.match(r"Add an? [\w -]+\n", section)
+        assert re.search(r"^1\. ", section, re.M)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= LONGEST_README
 
