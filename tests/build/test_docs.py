@@ -33,18 +33,11 @@ FORBIDDEN = (
     r"\bhouse\b",
     r"\brooms?\b(?! for\b)",
 )
-# Documents whose prose is not held to the rules yet.
-NOT_YET_CLEAN = {
-    "docs/sequence_parallelism.md",
-}
 
 
 def name_of(path: Path) -> str:
     """The path below the repository's root."""
     return str(path.relative_to(ROOT))
-
-
-CLEAN = [path for path in DOCS if name_of(path) not in NOT_YET_CLEAN]
 
 
 @cache
@@ -100,7 +93,7 @@ def test_anchors_of_links_exist(path: Path) -> None:
         assert anchor in slugs
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=name_of)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_files_named_exist(path: Path) -> None:
     """Full paths, or the last parts of one."""
     named = re.findall(r"`([\w./-]+\.(?:py|proto|json|toml|jsonl))`", written(path))
@@ -190,21 +183,17 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= LONGEST_README
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=name_of)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_lines_are_short(path: Path) -> None:
     assert [line for line in prose(path) if len(line) > LONGEST_LINE] == []
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=name_of)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_sentences_are_short(path: Path) -> None:
     assert [one for one in sentences(path) if len(one.split()) > LONGEST_SENTENCE] == []
 
 
-@pytest.mark.parametrize("path", CLEAN, ids=name_of)
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_present_tense_and_plain_words(path: Path) -> None:
     text = "\n".join(prose(path))
     assert [found for phrase in FORBIDDEN for found in re.findall(phrase, text, re.I)] == []
-
-
-def test_the_list_of_documents_not_yet_clean_is_current() -> None:
-    assert {name_of(path) for path in DOCS} >= NOT_YET_CLEAN
