@@ -30,7 +30,7 @@ import torch
 from benchmarks import tables
 from benchmarks.sp_problem import DENSE, Problem, Run, run_exchanges
 from benchmarks.sp_ranks import Transport, run_ranks, transports
-from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ExchangeKind
 
 COLUMNS = (
     "what", "transport", "ranks", "exchange", "dtype", "error", "limit", "bytes", "formula",
@@ -97,7 +97,7 @@ def check_exchanges(
     ranks: int,
     cases: dict[str, Problem],
     dtypes: Iterable[torch.dtype],
-    kinds: Sequence[ExchangeKind] = tuple(ExchangeKind),
+    kinds: Sequence[ExchangeKind] = EXCHANGES,
 ) -> list[dict[str, Any]]:
     """A row for each case, exchange and precision."""
     jobs = [
@@ -163,7 +163,7 @@ def check_group(
     ranks: int,
     dtype: torch.dtype,
     seconds: float,
-    kinds: Sequence[ExchangeKind] = tuple(ExchangeKind),
+    kinds: Sequence[ExchangeKind] = EXCHANGES,
 ) -> list[dict[str, Any]]:
     """A row for each exchange: the KV of a video on ``ranks`` ranks, and on one."""
     # Not above: spawned ranks import this module, and need none of these.
@@ -181,7 +181,7 @@ def check_group(
             cases = [Case(kind) for kind in exchanges]
             return asyncio.run(prefill_video(model, video, folder, count, cases, device, name, 70))
 
-        [alone] = prefill(1, [ExchangeKind.GATHER])
+        [alone] = prefill(1, [GATHER])
         together = prefill(ranks, kinds)
     rows = []
     for kind, prefix in zip(kinds, together, strict=True):

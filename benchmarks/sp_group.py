@@ -20,7 +20,8 @@ from prefill_service.kv.transport.unix_client import LocalClient
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
-from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
+from prefill_service.parallel.exchanges.catalog import ExchangeKind
+from prefill_service.parallel.exchanges.registry import choose_exchange
 from prefill_service.video.indexer import index_video
 
 NEVER = 1 << 30
@@ -75,7 +76,10 @@ async def prefill_video(
     try:
         for case in cases:
             exchange = choose_exchange(
-                case.kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads
+                case.kind,
+                ranks,
+                q_heads=checkpoint.num_heads,
+                kv_heads=checkpoint.num_kv_heads,
             )
             manifest = Manifest(
                 prefix_id=plan.prefix_id,

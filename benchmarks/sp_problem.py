@@ -12,27 +12,36 @@ from torch import Tensor
 from benchmarks.sp_ranks import TIMEOUT_S
 from prefill_service.attention.report import NEVER
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.cost_model.chunking import chunking_of
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.schemes import Exchange as PlannedExchange
 from prefill_service.cost_model.schemes import Scheme
-from prefill_service.cost_model.traffic import Traffic, traffic
+from prefill_service.cost_model.traffic import traffic
 from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.parallel.chunking import chunking_of
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
+from prefill_service.parallel.exchanges.catalog import (
+    GATHER,
+    MULTI_RING,
+    PASS_Q,
+    RING,
+    ULYSSES,
+    ULYSSES_GATHER,
+    USP,
+    ExchangeKind,
+)
+from prefill_service.parallel.exchanges.cost_terms import Traffic
 from prefill_service.parallel.exchanges.registry import (
     ExchangeChoice,
     choose_exchange,
     make_exchange,
 )
-from prefill_service.parallel.exchanges.registry import ExchangeKind as Kind
 from prefill_service.parallel.mesh import SPMesh, form_meshes
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import ChunkLayout, Share, deal_patches
 
-DENSE = (Kind.GATHER, Kind.RING, Kind.ULYSSES, Kind.USP, Kind.PASS_Q, Kind.MULTI_RING,
-         Kind.ULYSSES_GATHER)  # fmt: skip
+DENSE = (GATHER, RING, ULYSSES, USP, PASS_Q, MULTI_RING,
+         ULYSSES_GATHER)  # fmt: skip
 """Exchanges whose bytes follow from the layout alone, not from what attention selects."""
 SETTINGS = SparseSettings(NEVER)
 
@@ -64,11 +73,11 @@ class Problem:
         """Factor on the scores."""
         return float(self.head_dim**-0.5)
 
-    def choice(self, kind: Kind, ranks: int) -> ExchangeChoice:
+    def choice(self, kind: ExchangeKind, ranks: int) -> ExchangeChoice:
         """The exchange with its mesh."""
-        return choose_exchange(kind, ranks, self.q_heads, self.kv_heads)
+        return choose_exchange(kind, ranks, q_heads=self.q_heads, kv_heads=self.kv_heads)
 
-    def layout(self, kind: Kind, ranks: int) -> ChunkLayout:
+    def layout(self, kind: ExchangeKind, ranks: int) -> ChunkLayout:
         """Which rank has which tokens."""
         return deal_patches(self.patch_ends, ranks, self.chunk, kind.order)
 
@@ -80,7 +89,11 @@ class Problem:
         )  # fmt: skip
 
     def exchange(
-        self, kind: Kind, meshes: Mapping[int, SPMesh], dtype: torch.dtype, device: torch.device
+        self,
+        kind: ExchangeKind,
+        meshes: Mapping[int, SPMesh],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Exchange:
         """The exchange for this prompt, on one rank."""
         ranks = meshes[1].world.size
@@ -111,7 +124,7 @@ class Problem:
             rows.append(scores.masked_fill_(hidden, -torch.inf).softmax(-1) @ v[head // group])
         return torch.stack(rows)
 
-    def predicted(self, kind: Kind, ranks: int, dtype: torch.dtype) -> Traffic:
+    def predicted(self, kind: ExchangeKind, ranks: int, dtype: torch.dtype) -> Traffic:
         """What the planner's formulas say that each rank receives per layer, chunk by chunk.
 
         Of the exchanges in ``DENSE``.
@@ -122,7 +135,7 @@ class Problem:
         )  # fmt: skip
         choice, layout = self.choice(kind, ranks), self.layout(kind, ranks)
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        return traffic(Scheme(PlannedExchange(kind.value), ranks, choice.degree), shape, chunking)
+        return traffic(Scheme(kind, ranks, choice.degree), shape, chunking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +156,7 @@ class Run:
 
 
 def run_exchanges(
-    group: SPGroup, device: torch.device, work: Sequence[tuple[Problem, Kind, torch.dtype]]
+    group: SPGroup, device: torch.device, work: Sequence[tuple[Problem, ExchangeKind, torch.dtype]]
 ) -> list[Run]:
     """Each of them, one after another; for ``run_ranks``."""
     meshes = form_meshes(group, TIMEOUT_S)
@@ -151,7 +164,7 @@ def run_exchanges(
 
 
 def run_exchange(
-    meshes: Mapping[int, SPMesh], problem: Problem, kind: Kind, dtype: torch.dtype,
+    meshes: Mapping[int, SPMesh], problem: Problem, kind: ExchangeKind, dtype: torch.dtype,
     device: torch.device,
 ) -> Run:  # fmt: skip
     """All chunks and layers, on one rank of many that do the same."""

@@ -7,14 +7,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prefill_service.cost_model.chunking import Chunking, deal_tokens
 from prefill_service.cost_model.cost import CostModel
-from prefill_service.cost_model.memory import memory_bytes
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.schemes import Exchange, Scheme
-from prefill_service.cost_model.traffic import summary_bytes, traffic
+from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.parallel.baselines.spava import spava
+from prefill_service.parallel.chunking import Chunking, deal_tokens
+from prefill_service.parallel.exchanges.catalog import (
+    DEMAND,
+    GATHER,
+    PASS_Q,
+    RING,
+    ULYSSES,
+    ULYSSES_GATHER,
+    USP,
+)
+from prefill_service.parallel.exchanges.cost_terms import summary_bytes
 
 CHUNKS = (2048, 4096, 8192, 16384)
 
@@ -144,9 +153,9 @@ def project(
     ranks = machine.ranks
     yield _dense(shape, tokens, machine, given)
     share = -(-tokens // ranks)
-    yield _of_scheme(Scheme(Exchange.RING, ranks), shape, tokens, share, machine, given, "zigzag ")
+    yield _of_scheme(Scheme(RING, ranks), shape, tokens, share, machine, given, "zigzag ")
     if ranks <= shape.q_heads:
-        scheme = Scheme(Exchange.ULYSSES, ranks, ranks)
+        scheme = Scheme(ULYSSES, ranks, ranks)
         yield _of_scheme(scheme, shape, tokens, share, machine, given, "one-chunk ")
     yield spava_projection(shape, tokens, machine, given)
     for scheme, sparse in _ours(shape, machine):
@@ -161,23 +170,23 @@ def project(
 
 def _ours(shape: ModelShape, machine: Machine) -> Iterator[tuple[Scheme, bool]]:
     ranks = machine.ranks
-    yield Scheme(Exchange.GATHER, ranks), False
-    yield Scheme(Exchange.RING, ranks), False
+    yield Scheme(GATHER, ranks), False
+    yield Scheme(RING, ranks), False
     if ranks <= shape.q_heads:
-        yield Scheme(Exchange.ULYSSES, ranks, ranks), False
+        yield Scheme(ULYSSES, ranks, ranks), False
     degree = machine.gpus if machine.nodes > 1 else machine.gpus // 2
-    yield Scheme(Exchange.USP, ranks, degree), False
-    yield Scheme(Exchange.PASS_Q, ranks), False
-    yield Scheme(Exchange.GATHER, ranks), True
-    yield Scheme(Exchange.DEMAND, ranks), True
+    yield Scheme(USP, ranks, degree), False
+    yield Scheme(PASS_Q, ranks), False
+    yield Scheme(GATHER, ranks), True
+    yield Scheme(DEMAND, ranks), True
     if ranks <= shape.kv_heads:  # more would wait
-        yield Scheme(Exchange.ULYSSES, ranks, ranks), True
+        yield Scheme(ULYSSES, ranks, ranks), True
     degree = min(degree, shape.kv_heads)
-    yield Scheme(Exchange.ULYSSES_GATHER, ranks, degree, whole_groups=True), True
+    yield Scheme(ULYSSES_GATHER, ranks, degree), True
 
 
 def _dense(shape: ModelShape, tokens: int, machine: Machine, given: Assumptions) -> Projection:
-    found = _of_scheme(Scheme(Exchange.GATHER, 1), shape, tokens, tokens, machine, given, "")
+    found = _of_scheme(Scheme(GATHER, 1), shape, tokens, tokens, machine, given, "")
     return replace(found, name="dense, 1 GPU")
 
 
@@ -195,10 +204,10 @@ def _of_scheme(
     # Sparse attention's rate is lower: as if it computed more pairs at that of dense attention.
     density = min(1.0, given.density / given.sparse) if sparse else 1.0
     scheme = scheme.at(density)
-    if scheme.exchange is Exchange.DEMAND:
+    if scheme.exchange == DEMAND:
         work, received = _demand(shape, chunking, density, given)
         # Room for all blocks, beside those at home here.
-        memory = memory_bytes(Scheme(Exchange.GATHER, scheme.ranks), shape, chunking)
+        memory = memory_bytes(Scheme(GATHER, scheme.ranks), shape, chunking)
         memory += int(chunking.held[-1].max()) * shape.kv_bytes * shape.attending_layers
     else:
         work = prefill_work(scheme, shape, chunking, density)
@@ -223,14 +232,14 @@ def _over_links(work: Work, scheme: Scheme, machine: Machine) -> Work:
     if machine.nodes == 1 or scheme.ranks == 1:
         return work
     remote, nvlink = machine.remote, machine.network / machine.nvlink
-    match scheme.exchange:
-        case Exchange.GATHER:
+    match scheme.exchange.name:
+        case "gather":
             return replace(work, hidden_bytes=work.hidden_bytes * remote)
-        case Exchange.ULYSSES | Exchange.DEMAND:
+        case "ulysses" | "demand":
             return replace(work, exposed_bytes=work.exposed_bytes * remote)
-        case Exchange.USP:  # the mesh's rows are nodes
+        case "usp":  # the mesh's rows are nodes
             return replace(work, exposed_bytes=work.exposed_bytes * nvlink)
-        case Exchange.ULYSSES_GATHER:  # rows are nodes, or parts of one
+        case "ulysses_gather":  # rows are nodes, or parts of one
             others, elsewhere = scheme.ring - 1, scheme.ring - scheme.ring // machine.nodes
             return replace(
                 work,
@@ -245,7 +254,7 @@ def _demand(
     shape: ModelShape, chunking: Chunking, density: float, given: Assumptions
 ) -> tuple[Work, int]:
     """As ``gather``, but of K and V only what is wanted, once, and all summaries."""
-    scheme = Scheme(Exchange.GATHER, chunking.ranks)
+    scheme = Scheme(GATHER, chunking.ranks)
     gather = prefill_work(scheme, shape, chunking, density)
     share = given.wanted + summary_bytes(shape) / 64 / shape.kv_bytes
     sizes = gather.hidden_bytes * share

@@ -22,11 +22,11 @@ import numpy as np
 from benchmarks import tables
 from benchmarks.sp_group import Case, Prefix, prefill_video
 from prefill_service.attention.quality import Quality, resolve_policy
-from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
 from tools.needle import stories, videos
 
 MODEL = Path(__file__).parents[1] / "assets" / "needle-qwen3-vl"
-KINDS = tuple(kind for kind in ExchangeKind if kind.sparse)
+KINDS = tuple(kind for kind in EXCHANGES if kind.sparse)
 QUALITIES = (Quality.EXACT, Quality.HIGH, Quality.BALANCED, Quality.FAST)
 CHUNK, SPARSE_FROM = 512, 1024
 _TOKENS_PER_PATCH = 15.6  # timestamp included

@@ -15,14 +15,14 @@ import torch
 
 from benchmarks.sp_problem import DENSE, Problem, positions
 from benchmarks.sp_ranks import TIMEOUT_S, Transport, run_ranks
-from prefill_service.cost_model.chunking import chunking_of
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
+from prefill_service.parallel.chunking import chunking_of
 from prefill_service.parallel.comm_stats import moved
-from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.exchanges.catalog import GATHER, ExchangeKind
 from prefill_service.parallel.mesh import SPMesh, form_meshes
 from prefill_service.parallel.process_group import SPGroup
 
@@ -50,7 +50,7 @@ class Measured:
     def scheme(self) -> Scheme:
         """As the planner calls it."""
         degree = _problem(REDUCED, self.tokens, self.chunk).choice(self.kind, self.ranks).degree
-        return Scheme(Exchange(self.kind.value), self.ranks, degree)
+        return Scheme(self.kind, self.ranks, degree)
 
     def work(self) -> Work:
         """By the planner's formulas: [chunks, ranks]."""
@@ -108,7 +108,7 @@ def _run(
     group: SPGroup, device: torch.device, jobs: Sequence[tuple[ExchangeKind, int]], chunk: int
 ) -> list[tuple[int, float]]:
     meshes = form_meshes(group, TIMEOUT_S)
-    _prefill(meshes, ExchangeKind.GATHER, _problem(REDUCED, jobs[0][1], chunk))  # warms up
+    _prefill(meshes, GATHER, _problem(REDUCED, jobs[0][1], chunk))  # warms up
     return [_best(meshes, kind, _problem(REDUCED, tokens, chunk)) for kind, tokens in jobs]
 
 

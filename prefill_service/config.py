@@ -21,23 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """Seconds between two heartbeats of a worker."""
-
-EXCHANGES = (
-    "gather",
-    "ring",
-    "ulysses",
-    "usp",
-    "pass_q",
-    "multi_ring",
-    "demand",
-    "ulysses_gather",
-)
-"""The names of ``parallel.exchanges``, without importing torch."""
 
 AUTO = "auto"
 """Each prefix's exchange is planned; see docs/planner.md."""
@@ -143,7 +132,7 @@ class EngineConfig:
     exchange: str = _opt(
         "gather",
         "How ranks exchange keys; auto: planned for each prefix.",
-        choices=(*EXCHANGES, AUTO),
+        choices=(*(kind.name for kind in EXCHANGES), AUTO),
     )
     ulysses_degree: int = _opt(
         0, "Of usp and ulysses_gather: ranks that share heads; 0: chosen.", low=0

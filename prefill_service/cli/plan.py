@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from prefill_service.cost_model.profile import save_profile
     from prefill_service.cost_model.request import PlanRequest
-    from prefill_service.cost_model.schemes import Exchange, Scheme
     from prefill_service.cost_model.search import plan_prefill
     from prefill_service.cost_model.table import best_of_each, plan_json, table
+    from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
     for option in ("tokens", "ranks", "parallel_links"):
         value = getattr(args, option)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.memory is None:
         assumed.append(f"{memory:g} GiB for K and V on each rank")
     if density < 1:
-        names = ", ".join(one for one in Exchange if Scheme(one, 2).at(density).selects)
+        names = ", ".join(exchange.name for exchange in EXCHANGES if exchange.sparse)
         assumed.append(f"that density with {names}, and dense attention with the others")
     if args.json:
         print(json.dumps(_context(request, cost, assumed) | plan_json(plan), indent=2))

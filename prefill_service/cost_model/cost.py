@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from prefill_service.cost_model.chunking import Floats
 from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.work import Amount, Work
+from prefill_service.parallel.chunking import Floats
 
 
 @dataclass(frozen=True, slots=True)

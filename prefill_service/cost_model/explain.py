@@ -1,15 +1,13 @@
-"""Why a plan is what it is, in words."""
+"""Why a candidate was chosen, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from prefill_service.cost_model.number_format import duration, gibibytes, gigabytes
-from prefill_service.cost_model.passing import queries_move_from
 from prefill_service.cost_model.request import Candidate, PlanRequest
-from prefill_service.cost_model.schemes import Exchange
-
-_CIRCULATING = (Exchange.RING, Exchange.MULTI_RING, Exchange.PASS_Q)
+from prefill_service.cost_model.traffic import queries_move_from
+from prefill_service.parallel.exchanges.catalog import ExchangeKind, MeshForm
 
 
 def explain(request: PlanRequest, chosen: Candidate, fitting: Sequence[Candidate]) -> str:
@@ -19,13 +17,18 @@ def explain(request: PlanRequest, chosen: Candidate, fitting: Sequence[Candidate
         f"Its K/V take {gibibytes(chosen.memory_bytes)} of "
         f"{gibibytes(request.kv_memory_bytes)} per rank."
     )
-    if chosen.scheme.exchange in _CIRCULATING and chosen.scheme.ranks > 1:
+    if _divides_keys(chosen.scheme.exchange) and chosen.scheme.ranks > 1:
         chunk = min(request.tokens, chosen.chunk_tokens * chosen.scheme.ranks)
         start = queries_move_from(request.shape, chunk)
         sentences.append(
             f"A chunk of {chunk:,} queries moves fewer bytes than the keys from {start:,} keys on."
         )
     return " ".join(sentences)
+
+
+def _divides_keys(exchange: ExchangeKind) -> bool:
+    """Whether each rank keeps the keys of its own tokens only, and all their heads."""
+    return exchange.mesh is MeshForm.COLUMN and not exchange.all_tokens
 
 
 def _choice(chosen: Candidate, fitting: Sequence[Candidate]) -> str:

@@ -8,9 +8,9 @@ from itertools import combinations
 
 import numpy as np
 
-from prefill_service.cost_model.chunking import Floats
 from prefill_service.cost_model.cost import COEFFICIENTS, CostModel
 from prefill_service.cost_model.work import Work
+from prefill_service.parallel.chunking import Floats
 
 _ROUNDS = 20
 _PRIOR_WEIGHT = 1e-4

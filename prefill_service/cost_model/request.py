@@ -1,4 +1,4 @@
-"""A question to the planner and its answer."""
+"""What is searched for, the candidates, and the best of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.schemes import Exchange, Scheme
-from prefill_service.cost_model.traffic import TrafficOptions
+from prefill_service.cost_model.schemes import Scheme
+from prefill_service.parallel.exchanges.catalog import EXCHANGES, ExchangeKind
+from prefill_service.parallel.exchanges.cost_terms import TrafficOptions
 
 CHUNK_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -16,7 +17,7 @@ _TILE_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What is to be planned.
+    """A prefix, the ranks and the memory that there are for it, and what may be chosen.
 
     Attributes:
         shape: of the model.
@@ -43,7 +44,7 @@ class PlanRequest:
     density: float = 1.0
     parallel_links: int = 1
     chunk_tokens: Sequence[int] = CHUNK_TOKENS
-    exchanges: Sequence[Exchange] = tuple(Exchange)
+    exchanges: Sequence[ExchangeKind] = EXCHANGES
     demand_share: float | None = None
     min_ranks: int = 1
 

@@ -6,16 +6,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from prefill_service.cost_model.chunking import Chunking, Order, deal_tokens
 from prefill_service.cost_model.cost import CostModel
 from prefill_service.cost_model.explain import explain
-from prefill_service.cost_model.memory import memory_bytes
 from prefill_service.cost_model.number_format import gibibytes
 from prefill_service.cost_model.request import Candidate, Plan, PlanRequest
-from prefill_service.cost_model.schemes import Exchange, Scheme, schemes
-from prefill_service.cost_model.traffic import traffic
+from prefill_service.cost_model.schemes import Scheme, schemes
+from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.chunking import Chunking, deal_tokens
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
+from prefill_service.parallel.token_order import Order
 
 TOLERANCE = 0.02
 """Relative difference that the model's own error makes meaningless."""
@@ -45,14 +46,23 @@ def plan_prefill(request: PlanRequest, cost: CostModel) -> Plan:
 def choose(fitting: Sequence[Candidate]) -> Candidate:
     """The best of candidates that can all be chosen."""
     limit = min(candidate.seconds for candidate in fitting) * (1 + TOLERANCE)
-    order = list(Exchange)
-    return min(
-        (candidate for candidate in fitting if candidate.seconds <= limit),
-        key=lambda c: (
-            c.scheme.ranks, c.scheme.exchange != Exchange.GATHER, c.bytes_received,
-            order.index(c.scheme.exchange), c.seconds, c.scheme.ulysses, c.chunk_tokens,
-        ),
-    )  # fmt: skip
+    order = {exchange: place for place, exchange in enumerate(EXCHANGES)}
+
+    def preference(candidate: Candidate) -> tuple[float, ...]:
+        """Ascending, the best one first."""
+        scheme = candidate.scheme
+        place = order.get(scheme.exchange, len(order))
+        return (
+            scheme.ranks,
+            place > 0,
+            candidate.bytes_received,
+            place,
+            candidate.seconds,
+            scheme.ulysses,
+            candidate.chunk_tokens,
+        )
+
+    return min((one for one in fitting if one.seconds <= limit), key=preference)
 
 
 def degrees(max_ranks: int) -> list[int]:
@@ -74,10 +84,8 @@ def _candidates(request: PlanRequest, cost: CostModel) -> Iterator[Candidate]:
             for size in sizes
             for order in Order
         }
-        for exact in schemes(ranks):
+        for exact in schemes(ranks, request.exchanges):
             scheme = exact.at(request.density)
-            if scheme.exchange not in request.exchanges:
-                continue
             unsuitable = scheme.unsuitable(request.shape, request.density, request.parallel_links)
             if unsuitable:
                 yield Candidate(scheme, sizes[-1], rejected=unsuitable)

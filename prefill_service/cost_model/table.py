@@ -8,6 +8,7 @@ from typing import Any
 
 from prefill_service.cost_model.number_format import duration, gibibytes, gigabytes
 from prefill_service.cost_model.request import Candidate, Plan
+from prefill_service.parallel.exchanges.catalog import ExchangeKind
 
 _HEADER = ("", "exchange", "ranks", "chunk", "seconds", "received/rank", "K/V per rank", "")
 _LEFT_COLUMNS = (0, 1, 7)
@@ -19,9 +20,9 @@ def best_of_each(plan: Plan) -> list[Candidate]:
     Where none can be chosen, the one that was rejected with the least memory, or the one on the
     most ranks if it cannot run at all.
     """
-    best: dict[tuple[str, int], Candidate] = {}
+    best: dict[tuple[ExchangeKind, int], Candidate] = {}
     for candidate in (plan.chosen, *plan.candidates):
-        key = (candidate.scheme.exchange, candidate.scheme.ulysses * _is_usp(candidate))
+        key = (candidate.scheme.exchange, _degree(candidate))
         first = best.setdefault(key, candidate)
         if first.rejected is not None and _tells_more(candidate, first):
             best[key] = candidate
@@ -62,8 +63,9 @@ def _tells_more(candidate: Candidate, first: Candidate) -> bool:
     return candidate.scheme.ranks > first.scheme.ranks
 
 
-def _is_usp(candidate: Candidate) -> bool:
-    return " " in candidate.scheme.label
+def _degree(candidate: Candidate) -> int:
+    """Ranks of a row of the mesh, where that is a choice."""
+    return candidate.scheme.ulysses if candidate.scheme.exchange.two_dimensional else 0
 
 
 def _row(candidate: Candidate, chosen: Candidate) -> Sequence[str]:

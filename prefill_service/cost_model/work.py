@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_service.cost_model.chunking import Chunking, Floats, Ints
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.schemes import Scheme, split_heads
-from prefill_service.cost_model.traffic import DEFAULT_OPTIONS, Stream, TrafficOptions, traffic
+from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.traffic import DEFAULT_OPTIONS, cost_terms
+from prefill_service.parallel.chunking import Chunking, Floats, Ints
+from prefill_service.parallel.exchanges.cost_terms import CostTerms, Stream, TrafficOptions
 
 Amount = float | NDArray[np.float64]
 """One number, or one for each chunk, or for each chunk and rank."""
@@ -65,7 +66,8 @@ def prefill_work(
     Returns:
         Arrays of [chunks, ranks].
     """
-    moved = traffic(scheme, shape, chunking, options)
+    terms = cost_terms(scheme, shape, chunking, options)
+    moved = scheme.exchange.traffic(terms)
     layers = shape.attending_layers
     kept = density if scheme.selects else 1.0
 
@@ -75,7 +77,7 @@ def prefill_work(
     return Work(
         passes=np.full(chunking.tokens.shape, float(shape.layers)),
         linear_flops=_floats(chunking.tokens, shape.linear_flops),
-        attention_flops=_head_pairs(scheme, shape, chunking) * (shape.attention_flops(1) * kept),
+        attention_flops=_head_pairs(terms) * (shape.attention_flops(1) * kept),
         exposed_bytes=bytes_of(moved.exposed),
         exposed_calls=_floats(moved.exposed.calls, layers),
         hidden_bytes=bytes_of(moved.hidden),
@@ -88,8 +90,8 @@ def _floats(values: Ints, factor: float) -> Floats:
     return values.astype(np.float64) * factor
 
 
-def _head_pairs(scheme: Scheme, shape: ModelShape, chunking: Chunking) -> Floats:
+def _head_pairs(terms: CostTerms) -> Floats:
     """[chunks, ranks] pairs times query heads: all of its tokens, or its heads of its row's."""
-    row = chunking.rows(scheme.ulysses).pairs.repeat(scheme.ulysses, 1)
-    q_heads, _ = split_heads(shape, scheme.ulysses, scheme.whole_groups)
-    return row * np.tile(q_heads, scheme.ring)
+    row = terms.chunking.rows(terms.ulysses).pairs.repeat(terms.ulysses, 1)
+    q_heads, _ = terms.heads_of_ranks()
+    return row * q_heads

@@ -20,11 +20,8 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.models.checkpoint import Checkpoint
-from prefill_service.parallel.exchanges.registry import (
-    ExchangeChoice,
-    ExchangeKind,
-    choose_exchange,
-)
+from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, exchange_named
+from prefill_service.parallel.exchanges.registry import ExchangeChoice, choose_exchange
 from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
 
 _DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
@@ -62,13 +59,13 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0
         ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks, or its
             keys cannot be offloaded as configured.
     """
-    name = ExchangeKind.GATHER if engine.exchange == AUTO else engine.exchange
-    kind, wanted = ExchangeKind(name), engine.ulysses_degree
+    kind = GATHER if engine.exchange == AUTO else exchange_named(engine.exchange)
+    wanted = engine.ulysses_degree
     ranks = ranks or engine.ranks
     if ranks < engine.ranks and wanted and ranks % wanted:
         wanted = 0
     if engine.kv_offload == "host" and not kind.offloads:
-        can = " or ".join(repr(str(other)) for other in ExchangeKind if other.offloads)
+        can = " or ".join(repr(str(other)) for other in EXCHANGES if other.offloads)
         raise ServiceError(
             Reason.CONFIG_INVALID,
             f"engine.kv_offload = 'host' is not accepted with engine.exchange = {str(kind)!r}, "
@@ -76,7 +73,13 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0
             name="engine.kv_offload",
         )
     try:
-        return choose_exchange(kind, ranks, checkpoint.num_heads, checkpoint.num_kv_heads, wanted)
+        return choose_exchange(
+            kind,
+            ranks,
+            q_heads=checkpoint.num_heads,
+            kv_heads=checkpoint.num_kv_heads,
+            wanted=wanted,
+        )
     except ValueError as error:
         text = f"engine.exchange = {engine.exchange!r} is not accepted: {error}"
         raise ServiceError(Reason.CONFIG_INVALID, text, name="engine.exchange") from error
@@ -147,7 +150,7 @@ def kv_budget(
         resolve_kv_pool_bytes(engine),
         engine.kv_working_bytes or _device_share(engine.ranks, device),
         offload=engine.kv_offload == "host" and choice.kind.offloads,
-        sharers=choice.sharers(ranks, checkpoint.num_heads, checkpoint.num_kv_heads),
+        kv_shards=choice.kv_shards(ranks, checkpoint.num_heads, checkpoint.num_kv_heads),
     )
 
 

@@ -26,14 +26,14 @@ class KVBudget:
         pool_bytes: pages, over all ranks.
         working_bytes: working set of one rank.
         offload: what exceeds ``working_bytes`` travels (``kv.offload``) and is not refused.
-        sharers: ranks that divide the working set; 1 where each has all of it (``gather``).
+        kv_shards: ranks that divide the working set; 1 where each has all of it (``gather``).
     """
 
     layout: KVLayout
     pool_bytes: int
     working_bytes: int
     offload: bool = False
-    sharers: int = 1
+    kv_shards: int = 1
 
     @property
     def working_layers(self) -> int:
@@ -42,7 +42,7 @@ class KVBudget:
 
     def layer_bytes(self, tokens: int) -> int:
         """Working set of one layer of a prefix on one rank."""
-        return ceil(tokens / self.sharers) * (self.layout.token_bytes // self.layout.num_layers)
+        return ceil(tokens / self.kv_shards) * (self.layout.token_bytes // self.layout.num_layers)
 
     def working_set(self, tokens: int) -> int:
         """Working set of a prefix on one rank, wherever it lies."""
@@ -61,8 +61,8 @@ class KVBudget:
     def fitting_tokens(self) -> int:
         """The longest prefix that fits both bounds (the pool's pages taken as full)."""
         pool = self.pool_bytes // self.layout.token_bytes
-        working = self.least_working_bytes(self.sharers)  # of as many tokens, one on each
-        return min(pool, self.working_bytes // working * self.sharers) if working else pool
+        working = self.least_working_bytes(self.kv_shards)  # of as many tokens, one on each
+        return min(pool, self.working_bytes // working * self.kv_shards) if working else pool
 
     def check(self, tokens: int) -> None:
         """Refuse a prefix that cannot fit.

@@ -1,14 +1,9 @@
-"""Which heads a rank of a Ulysses group computes, and attention over uneven splits of groups."""
+"""Which heads a rank of a Ulysses group computes. Imports no torch: the cost model asks, too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from prefill_service.attention.dense import Partial, attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +16,14 @@ class HeadSplit:
     Attributes:
         q_heads, kv_heads: of the model; the first is a multiple of the second.
         parts: ranks that share them.
-        whole_groups: a KV head stays with all its query heads, which select blocks together. Then
+        whole_kv_heads: a KV head stays with all its query heads, which select blocks together. Then
             nothing is replicated, runs differ by up to a group, and parts may have none.
     """
 
     q_heads: int
     kv_heads: int
     parts: int
-    whole_groups: bool = False
+    whole_kv_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.q_heads % self.kv_heads:
@@ -39,13 +34,13 @@ class HeadSplit:
             )
 
     @property
-    def group(self) -> int:
+    def queries_per_kv(self) -> int:
         """Query heads per KV head."""
         return self.q_heads // self.kv_heads
 
     def queries(self, part: int) -> slice:
         """Query heads of a part."""
-        unit = self.group if self.whole_groups else 1
+        unit = self.queries_per_kv if self.whole_kv_heads else 1
         each, rest = divmod(self.q_heads // unit, self.parts)
         bounds = [unit * (index * each + min(index, rest)) for index in (part, part + 1)]
         return slice(*bounds)
@@ -53,7 +48,7 @@ class HeadSplit:
     def keys(self, part: int) -> slice:
         """KV heads that they read."""
         queries = self.queries(part)
-        return slice(queries.start // self.group, -(-queries.stop // self.group))
+        return slice(queries.start // self.queries_per_kv, -(-queries.stop // self.queries_per_kv))
 
     def runs(self, part: int) -> Iterator[tuple[slice, slice]]:
         """The part cut where the query heads per KV head change.
@@ -61,7 +56,9 @@ class HeadSplit:
         Yields:
             Query heads and KV heads, counted within the part; the first a multiple of the second.
         """
-        queries, keys, group = self.queries(part), self.keys(part), self.group
+        queries = self.queries(part)
+        keys = self.keys(part)
+        group = self.queries_per_kv
         counts = [
             min(queries.stop, (head + 1) * group) - max(queries.start, head * group)
             for head in range(keys.start, keys.stop)
@@ -72,20 +69,3 @@ class HeadSplit:
             size = counts[k] * (more - k)
             yield slice(q, q + size), slice(k, more)
             q, k = q + size, more
-
-    def attend(
-        self, part: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
-    ) -> Partial:
-        """``dense.attend`` of a part's heads.
-
-        Args:
-            q: [the part's query heads, queries, head_dim].
-            k, v: [the part's KV heads, keys, head_dim].
-        """
-        found = [
-            attend(q[queries], k[keys], v[keys], causal=causal, scale=scale)
-            for queries, keys in self.runs(part)
-        ]
-        if len(found) == 1:
-            return found[0]
-        return Partial(torch.cat([p.out for p in found]), torch.cat([p.lse for p in found]))

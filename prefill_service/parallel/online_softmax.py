@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefill_service.attention.dense import Partial, empty_partial, merge
+from prefill_service.attention.dense import Partial, attend, empty_partial, merge
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.token_layout import HeldTokens, Range
 
@@ -64,10 +64,17 @@ class OnlineSoftmax:
 
     def _add(self, index: int, kv: Tensor, causal: bool) -> None:
         k, v = kv.permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
-        found = self._heads.attend(
-            self._part, self._queries[index], k, v, causal=causal, scale=self._scale
-        )
+        q = self._queries[index]
+        parts = [
+            attend(q[queries], k[keys], v[keys], causal=causal, scale=self._scale)
+            for queries, keys in self._heads.runs(self._part)
+        ]
+        found = parts[0] if len(parts) == 1 else _concatenate_heads(parts)
         # In the precision of the log-sum-exp: many parts must not round many times.
         found = Partial(found.out.to(found.lse.dtype), found.lse)
         before = self._partials[index]
         self._partials[index] = found if before is None else merge([before, found])
+
+
+def _concatenate_heads(parts: list[Partial]) -> Partial:
+    return Partial(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))

@@ -19,22 +19,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 
 import numpy as np
 
 from prefill_service.parallel.selection_units import SelectionUnits, patches_per_unit
+from prefill_service.parallel.token_order import Order
 
 Range = tuple[int, int]
 """First token, one past the last."""
-
-
-class Order(StrEnum):
-    """How a chunk's patches are given to the ranks."""
-
-    DEALT = "dealt"
-    ZIGZAG = "zigzag"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,27 +12,27 @@ import logging
 from collections.abc import Callable, Sequence
 
 from prefill_service.attention.quality import AttentionPolicy
-from prefill_service.cost_model.chunking import chunking_of, deal_tokens
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
 from prefill_service.cost_model.history import CostHistory
 from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.request import PlanRequest
-from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.search import plan_prefill
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.engine.resolve import is_sparse
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import ServiceError
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.exchanges.registry import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.chunking import chunking_of, deal_tokens
+from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.scheduling.placement import assumed_seconds
 
 logger = logging.getLogger(__name__)
 
-CONSIDERED = tuple(Exchange(kind.value) for kind in ExchangeKind if kind != ExchangeKind.DEMAND)
-"""``demand`` is left out: how much is in demand is not known before."""
+CONSIDERED = tuple(exchange for exchange in EXCHANGES if exchange.predictable)
 
 
 class ExchangePlanner:
@@ -83,7 +83,7 @@ class ExchangePlanner:
             return ExchangeChoice()
         scheme = found.chosen.scheme
         logger.info("%s for %d tokens: %s", scheme.label, plan.num_tokens, found.reason)
-        return ExchangeChoice(ExchangeKind(scheme.exchange.value), scheme.ulysses)
+        return ExchangeChoice(scheme.exchange, scheme.ulysses)
 
     def seconds(self, tokens: int, ranks: int) -> float:
         """Predicted time of a prefix of so many whole chunks, by ``gather``, all of it attended.
@@ -95,7 +95,7 @@ class ExchangePlanner:
             return assumed_seconds(tokens, ranks)
         chunks = -(-tokens // self._chunk_tokens)
         if (chunks, ranks) not in self._seconds:
-            scheme, size = Scheme(Exchange.GATHER, ranks), self._chunk_tokens
+            scheme, size = Scheme(GATHER, ranks), self._chunk_tokens
             work = prefill_work(scheme, self._shape, deal_tokens(chunks * size, ranks, size))
             self._seconds[chunks, ranks] = self.model.prefill_seconds(work)
         return self._seconds[chunks, ranks]
@@ -122,7 +122,7 @@ class ExchangePlanner:
             is_sparse(plan.num_tokens, choice, policy, begins),
         )  # fmt: skip
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        scheme = Scheme(Exchange(choice.kind.value), ranks, choice.degree).at(density)
+        scheme = Scheme(choice.kind, ranks, choice.degree).at(density)
         model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
         self._seconds.clear()
         logger.info("cost model: %s", model)

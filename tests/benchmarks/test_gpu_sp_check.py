@@ -11,7 +11,7 @@ from benchmarks import gpu_sp_check
 from benchmarks.gpu_sp_check import check_exchanges, check_group, compare
 from benchmarks.sp_problem import Problem, Run
 from benchmarks.sp_ranks import transports
-from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.exchanges.catalog import EXCHANGES, RING
 
 SMALL = Problem(tuple(5 + 9 * (i + 1) for i in range(7)), 20, 4, 2, 16)
 
@@ -20,12 +20,12 @@ def test_every_exchange_through_the_host() -> None:
     transport = transports("cpu")[-1]
     assert transport.staged
     rows = check_exchanges(transport, 2, {"small": SMALL}, [torch.float32, torch.bfloat16])
-    assert len(rows) == 2 * len(ExchangeKind)
+    assert len(rows) == 2 * len(EXCHANGES)
     assert all(row["ok"] for row in rows), rows
 
 
 def test_a_group_of_ranks_computes_what_one_computes() -> None:
-    kinds = [ExchangeKind.RING]
+    kinds = [RING]
     (row,) = check_group("qwen3_vl", "cpu", 2, torch.float32, 1.0, kinds)
     assert row["ok"], row
     assert row["bytes"] > 0
@@ -33,7 +33,7 @@ def test_a_group_of_ranks_computes_what_one_computes() -> None:
 
 @pytest.mark.parametrize("fault", ["nothing", "attention", "nan", "bytes", "tokens"])
 def test_what_is_wrong_is_found(fault: str) -> None:
-    kind, dtype = ExchangeKind.RING, torch.float32
+    kind, dtype = RING, torch.float32
     wanted = torch.stack([SMALL.dense(i, dtype, torch.device("cpu")) for i in range(2)])
     received = (2 * SMALL.predicted(kind, 2, dtype).received).tolist()
     runs = []

@@ -20,7 +20,7 @@ from benchmarks.sp_project import (
 from benchmarks.sp_work import Measured
 from prefill_service.cost_model.cost import ASSUMED
 from prefill_service.cost_model.model_shape import PRESETS
-from prefill_service.parallel.exchanges.registry import ExchangeKind
+from prefill_service.parallel.exchanges.catalog import RING
 
 SHAPE = PRESETS["qwen2.5-vl-7b"]
 
@@ -45,7 +45,7 @@ def test_a_small_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_other_bytes_than_the_formulas_are_seen() -> None:
-    one = Measured(ExchangeKind.RING, 2, 576, 256, (1, 2), (0.1, 0.1))
+    one = Measured(RING, 2, 576, 256, (1, 2), (0.1, 0.1))
     right = replace(one, received=one.predicted_bytes())
     rows = [sp_scaling.check(run, ASSUMED) for run in (one, right)]
     assert [row["bytes"] == row["formula"] for row in rows] == [False, True]

@@ -20,7 +20,13 @@ BASE = {"errors", "config", "compat", "ids"}
 ALLOWED: dict[str, set[str]] = {
     "attention": set(),
     "parallel": {"attention", "models.prefix_plan"},
-    "cost_model": set(),
+    # The catalogue of exchanges, and what their formulas need. None of it imports torch.
+    "cost_model": {
+        "parallel.chunking",
+        "parallel.exchanges.catalog",
+        "parallel.exchanges.cost_terms",
+        "parallel.token_order",
+    },
     "video": set(),
     "kv": {"models.prefix_plan"},
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
@@ -81,6 +87,17 @@ def test_packages_import_downwards_only(name: str) -> None:
 def test_every_package_is_in_the_table() -> None:
     packages = {path.parent.name for path in SERVICE.glob("*/__init__.py")}
     assert packages == {*ALLOWED, "cli"}
+
+
+def test_the_cost_model_imports_no_torch() -> None:
+    """Nor does configuration, which has the names of the exchanges from the same catalogue."""
+    code = (
+        "import sys; import prefill_service.config; print('numpy' in sys.modules)\n"
+        "import prefill_service.cost_model.search, prefill_service.cost_model.table\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_connector_needs_kv_and_vllm_only() -> None:

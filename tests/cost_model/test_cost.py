@@ -12,29 +12,30 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.cost_model.chunking import deal_tokens
 from prefill_service.cost_model.cost import ASSUMED, COEFFICIENTS, CostModel
 from prefill_service.cost_model.device_probe import LINK_BYTES, LINK_TURNS, probe_device, probe_link
 from prefill_service.cost_model.fitting import Observation, fit, nonnegative_least_squares
 from prefill_service.cost_model.history import CostHistory
 from prefill_service.cost_model.model_shape import PRESETS, ModelShape
 from prefill_service.cost_model.profile import load_profile, save_profile
-from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.chunking import deal_tokens
+from prefill_service.parallel.exchanges.catalog import GATHER, RING, ULYSSES, USP, ExchangeKind
 
 SHAPE = PRESETS["qwen3-vl-8b"]
 TRUTH = CostModel(4e-4, 1 / 310e12, 1 / 95e12, 1 / 7e9, 60e-6, "truth")
 
 
-def jobs(count: int, seed: int, *exchanges: Exchange) -> list[Work]:
+def jobs(count: int, seed: int, *exchanges: ExchangeKind) -> list[Work]:
     """Prefills of various lengths, chunks and numbers of ranks."""
     draw = random.Random(seed)
     found = []
     for index in range(count):
         exchange = exchanges[index % len(exchanges)]
         ranks = draw.choice([2, 4, 8])
-        scheme = Scheme(exchange, ranks, ranks if exchange is Exchange.ULYSSES else 1)
+        scheme = Scheme(exchange, ranks, ranks if exchange == ULYSSES else 1)
         tokens = int(10 ** draw.uniform(3, 5.5))
         cut = deal_tokens(tokens, ranks, draw.choice([256, 1024, 8192]), scheme.order)
         found.append(prefill_work(scheme, SHAPE, cut, density=draw.choice([1.0, 0.3])))
@@ -83,16 +84,16 @@ def test_fit_recovers_a_b_c_from_one_ranks_chunks() -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_fit_recovers_all_five_through_the_overlap(seed: int) -> None:
-    works = jobs(60, seed, Exchange.GATHER, Exchange.RING, Exchange.ULYSSES)
+    works = jobs(60, seed, GATHER, RING, ULYSSES)
     exact = fit(timed(works, TRUTH, 0.0), ASSUMED, "fitted")
     assert exact.coefficients() == pytest.approx(TRUTH.coefficients(), rel=2e-3)
     noisy = fit(timed(works, TRUTH, 0.03, seed), ASSUMED, "fitted")
-    assert np.mean(errors(noisy, jobs(20, seed + 50, Exchange.RING, Exchange.USP), TRUTH)) < 0.03
+    assert np.mean(errors(noisy, jobs(20, seed + 50, RING, USP), TRUTH)) < 0.03
 
 
 def test_what_nothing_tells_stays_as_it_was() -> None:
-    works = jobs(20, 5, Exchange.GATHER)
-    alone = [prefill_work(Scheme(Exchange.GATHER, 1), SHAPE, deal_tokens(n, 1, 512))
+    works = jobs(20, 5, GATHER)
+    alone = [prefill_work(Scheme(GATHER, 1), SHAPE, deal_tokens(n, 1, 512))
              for n in (700, 5000, 90_000)]  # fmt: skip
     found = fit(timed(alone, TRUTH, 0.0), ASSUMED, "fitted")
     assert found.coefficients()[3:] == pytest.approx(ASSUMED.coefficients()[3:])
@@ -118,7 +119,7 @@ def test_nonnegative_least_squares_meets_its_conditions() -> None:
 
 
 def test_refinement_converges_to_changed_costs() -> None:
-    kinds = (Exchange.GATHER, Exchange.RING, Exchange.ULYSSES)
+    kinds = (GATHER, RING, ULYSSES)
     history = CostHistory(TRUTH)
     draw = random.Random(2)
     for work in jobs(40, 8, *kinds):
@@ -139,7 +140,7 @@ def test_refinement_converges_to_changed_costs() -> None:
 
 def test_history_is_bounded() -> None:
     history = CostHistory(ASSUMED, capacity=8)
-    for work in jobs(30, 4, Exchange.RING):
+    for work in jobs(30, 4, RING):
         history.add(work, 1.0)
     assert len(history._jobs) == 8
     for arguments, message in (

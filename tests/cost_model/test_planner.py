@@ -12,14 +12,21 @@ import pytest
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.model_shape import PRESETS, ModelShape
 from prefill_service.cost_model.request import PlanRequest
-from prefill_service.cost_model.schemes import Exchange
 from prefill_service.cost_model.search import TOLERANCE, degrees, plan_prefill
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.exchanges.catalog import (
+    DEMAND,
+    EXCHANGES,
+    GATHER,
+    MULTI_RING,
+    PASS_Q,
+    RING,
+)
 from tests.cost_model.simulator import Simulation, prime
 
 SHAPE = ModelShape("test", 3, 16, 24, q_heads=6, kv_heads=2, head_dim=4, bytes_per_element=4)
 CHUNKS = (2, 4, 8, 16, 64)
-PLAIN = [name for name in Exchange if name not in (Exchange.MULTI_RING, Exchange.DEMAND)]
+PLAIN = [name for name in EXCHANGES if name not in (MULTI_RING, DEMAND)]
 
 Found = tuple[str, int, int, int]  # exchange, ranks, Ulysses degree, tokens per chunk and rank
 
@@ -159,7 +166,7 @@ def test_the_plan_fits_and_is_never_beaten_by_a_single_degree() -> None:
 def test_replicated_keys_need_memory_for_all_tokens() -> None:
     """On 4 ranks 1 M tokens of 8 KV heads replicated take 35 layers x 4 KiB each: 133.5 GiB."""
     shape = PRESETS["qwen3-vl-8b"]
-    roomy = PlanRequest(shape, 1_000_000, 4, 134 * 2**30, exchanges=[Exchange.GATHER])
+    roomy = PlanRequest(shape, 1_000_000, 4, 134 * 2**30, exchanges=[GATHER])
     assert plan_prefill(roomy, ASSUMED).chosen.memory_bytes == 1_000_000 * 35 * 4096
     with pytest.raises(ServiceError) as refused:
         plan_prefill(replace(roomy, kv_memory_bytes=133 * 2**30), ASSUMED)
@@ -167,12 +174,12 @@ def test_replicated_keys_need_memory_for_all_tokens() -> None:
     assert "1,000,000 tokens of Qwen3-VL-8B on up to 4 ranks do not fit" in str(refused.value)
     assert "133.5 GiB per rank (gather on 1" in str(refused.value)
     assert "the limit is 133.0 GiB" in str(refused.value)
-    tight = replace(roomy, kv_memory_bytes=133 * 2**30, exchanges=tuple(Exchange))
-    assert plan_prefill(tight, ASSUMED).chosen.scheme.exchange is not Exchange.GATHER
+    tight = replace(roomy, kv_memory_bytes=133 * 2**30, exchanges=EXCHANGES)
+    assert plan_prefill(tight, ASSUMED).chosen.scheme.exchange != GATHER
     gathers = [
         candidate.rejected or ""
         for candidate in plan_prefill(tight, ASSUMED).candidates
-        if candidate.scheme.exchange is Exchange.GATHER
+        if candidate.scheme.exchange == GATHER
     ]
     assert gathers
     assert all(re.search("K/V of 133.5 GiB per rank exceeds 133.0 GiB", text) for text in gathers)
@@ -189,16 +196,16 @@ def test_regimes_have_their_exchange() -> None:
     # Few keys selected: only gather has all of them at hand.
     assert best(density=0.1) == "gather"
     # On a slow link what moves least in small chunks wins.
-    sharded = (Exchange.RING, Exchange.PASS_Q)
+    sharded = (RING, PASS_Q)
     assert best(slow, exchanges=sharded, chunk_tokens=[512]) == "pass_q"
     assert best(slow, exchanges=sharded, chunk_tokens=[50_000]) == "ring"
     # Where linear layers are all that takes time, the simplest is taken, not what moves least.
     linear = replace(ASSUMED, per_attention_flop=0.0, per_byte=0.0, per_call=0.0)
     assert best(linear) == "gather"
     # Of the others, which are equal too, it is what moves least.
-    assert best(linear, exchanges=list(Exchange)[1:]) == "ulysses"
+    assert best(linear, exchanges=EXCHANGES[1:]) == "ulysses"
     # Seven links at once make seven rings of one.
-    rings = (Exchange.RING, Exchange.MULTI_RING)
+    rings = (RING, MULTI_RING)
     assert best(slow, exchanges=rings, parallel_links=7) == "multi_ring"
     assert best(slow, exchanges=rings) == "ring"
 
@@ -210,7 +217,7 @@ def test_no_disjoint_rings_means_a_ring(ranks: int) -> None:
     rejected = [
         candidate.rejected
         for candidate in plan_prefill(request, ASSUMED).candidates
-        if candidate.scheme.exchange is Exchange.MULTI_RING and candidate.scheme.ranks == ranks
+        if candidate.scheme.exchange == MULTI_RING and candidate.scheme.ranks == ranks
     ]
     assert len(rejected) == 1
     assert rejected[0]
@@ -226,7 +233,7 @@ def test_what_cannot_run_says_why() -> None:
     assert "density 1" in (reasons["demand", 2] or "")
     with pytest.raises(ServiceError, match=r"no exchange can run 100 tokens .* demand: density 1"):
         plan_prefill(
-            PlanRequest(shape, 100, 3, 2**30, exchanges=[Exchange.DEMAND]), ASSUMED
+            PlanRequest(shape, 100, 3, 2**30, exchanges=[DEMAND]), ASSUMED
         )  # fmt: skip
 
 

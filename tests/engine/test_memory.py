@@ -18,7 +18,8 @@ from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
-from prefill_service.parallel.exchanges.registry import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.exchanges.catalog import ULYSSES
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from tests.engine.harness import running_group
 
 
@@ -129,24 +130,24 @@ async def test_only_gather_offloads(checkpoint: Callable[..., Path], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("exchange", "ranks", "sharers"),
+    ("exchange", "ranks", "kv_shards"),
     [
         ("gather", 4, 1), ("demand", 4, 1), ("ring", 4, 4), ("ulysses", 2, 2), ("ulysses", 3, 2),
         ("ulysses", 4, 2), ("usp", 4, 4),
     ],
 )  # fmt: skip
 def test_exchanges_that_divide_the_keys_need_a_share(
-    checkpoint: Callable[..., Path], exchange: str, ranks: int, sharers: int
+    checkpoint: Callable[..., Path], exchange: str, ranks: int, kv_shards: int
 ) -> None:
     """Two KV heads: of four ranks that divide heads, two have the same one."""
     opened = open_checkpoint(str(checkpoint("qwen3_vl")))
     engine = EngineConfig(ranks=ranks, exchange=exchange)
-    assert kv_budget(engine, opened, "float32", "cpu").sharers == sharers
+    assert kv_budget(engine, opened, "float32", "cpu").kv_shards == kv_shards
 
 
 def test_the_rank_with_the_most_heads_counts() -> None:
     """Of three ranks the one with query heads 11 to 21 of 32 reads four KV heads of eight."""
-    assert ExchangeChoice(ExchangeKind.ULYSSES, 3).sharers(3, 32, 8) == 2
+    assert ExchangeChoice(ULYSSES, 3).kv_shards(3, 32, 8) == 2
 
 
 def test_defaults_divide_the_memory(checkpoint: Callable[..., Path]) -> None:

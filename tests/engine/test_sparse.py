@@ -14,7 +14,8 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.report import NEVER
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.models.prefix_plan import FrameSampling
-from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
+from prefill_service.parallel.exchanges.catalog import DEMAND, EXCHANGES, GATHER, ExchangeKind
+from prefill_service.parallel.exchanges.registry import choose_exchange
 from tests.engine.harness import Harness, running_group
 
 VIDEO = {"seconds": 20.0, "fps": 10, "width": 160, "height": 120}
@@ -24,13 +25,13 @@ async def prefill(
     harness: Harness,
     video: Path,
     policy: AttentionPolicy,
-    exchange: ExchangeKind = ExchangeKind.GATHER,
+    exchange: ExchangeKind = GATHER,
 ) -> tuple[torch.Tensor, PrefillOutcome]:
     plan, _ = await harness.plan(video, FrameSampling(fps=8.0))
     plan = replace(plan, prefix_id=f"pfx_{policy.profile}_{exchange}")
     model = harness.planner.checkpoint
     ranks = harness.group.everyone.size
-    choice = choose_exchange(exchange, ranks, model.num_heads, model.num_kv_heads)
+    choice = choose_exchange(exchange, ranks, q_heads=model.num_heads, kv_heads=model.num_kv_heads)
     task = harness.task(video, plan, choice, policy=policy)
     outcome = await harness.prefill(task)
     return harness.read_kv(task), outcome
@@ -50,9 +51,9 @@ async def test_any_number_of_ranks_selects_the_same(
         async with running_group(
             model, folder, ranks, chunk_tokens=540, sparse_from_tokens=400
         ) as harness:
-            for exchange in filter(lambda kind: kind.sparse, ExchangeKind):
+            for exchange in filter(lambda kind: kind.sparse, EXCHANGES):
                 found[ranks, exchange] = await prefill(harness, video, policy, exchange)
-    expected, alone = found[1, ExchangeKind.GATHER]
+    expected, alone = found[1, GATHER]
     assert alone.attention.density < 1
     for (ranks, exchange), (kv, outcome) in found.items():
         assert error(kv, expected) < 1e-5
@@ -62,7 +63,7 @@ async def test_any_number_of_ranks_selects_the_same(
             assert ours.tiles_redone == theirs.tiles_redone
             assert ours.kept_mass.count == theirs.kept_mass.count
             assert ours.head_mass == pytest.approx(theirs.head_mass, rel=1e-3)
-        if exchange is not ExchangeKind.DEMAND:  # which does not know where clustered keys are from
+        if exchange != DEMAND:  # which does not know where clustered keys are from
             assert outcome.attention.block_map == alone.attention.block_map
             mass = outcome.attention.patch_mass
             assert mass == pytest.approx(alone.attention.patch_mass, rel=1e-3)
@@ -108,9 +109,7 @@ async def test_kv_follows_epsilon(
             assert report.block_map is not None
             assert report.imbalance == 1 if ranks == 1 else 1 < report.imbalance < 1.5
             # Fetching only what was selected changes nothing but what travels.
-            same, demand = await prefill(
-                harness, video, resolve_policy(epsilon=epsilon), ExchangeKind.DEMAND
-            )
+            same, demand = await prefill(harness, video, resolve_policy(epsilon=epsilon), DEMAND)
             assert error(same, got) < 1e-5
             assert demand.attention.density == pytest.approx(report.density, abs=2e-3)
             for layer, other in zip(report.layers, demand.attention.layers, strict=True):
@@ -122,7 +121,7 @@ async def test_kv_follows_epsilon(
 
         # Layer 0's keys are computed before any attention; the rest has been approximated.
         assert torch.equal(got[0], exact[0])
-        same, _ = await prefill(harness, video, resolve_policy(Quality.EXACT), ExchangeKind.DEMAND)
+        same, _ = await prefill(harness, video, resolve_policy(Quality.EXACT), DEMAND)
         assert error(same, exact) < 1e-6
         again, _ = await prefill(harness, video, resolve_policy(Quality.EXACT, min_kept_mass=0.5))
         assert torch.equal(again, exact)  # bit for bit, after sparse ones in the same process

@@ -44,6 +44,6 @@ def test_what_all_ranks_cannot_have_is_refused_though_a_team_could() -> None:
 def test_a_smaller_team_divides_the_keys_among_fewer() -> None:
     engine = EngineConfig(ranks=4, exchange="ring", kv_working_bytes=1 << 20)
     sets = {size: kv_budget(engine, MODEL, "float32", "cpu", ranks=size) for size in (1, 2, 4)}
-    assert {size: budget.sharers for size, budget in sets.items()} == {1: 1, 2: 2, 4: 4}
+    assert {size: budget.kv_shards for size, budget in sets.items()} == {1: 1, 2: 2, 4: 4}
     assert sets[1].working_set(400) == 4 * sets[4].working_set(400)
     assert {budget.working_bytes for budget in sets.values()} == {1 << 20}

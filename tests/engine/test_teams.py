@@ -20,14 +20,15 @@ from prefill_service.engine.messages import PrefillTask, Stage
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange
+from prefill_service.parallel.exchanges.catalog import DEMAND, EXCHANGES, GATHER, USP, ExchangeKind
+from prefill_service.parallel.exchanges.registry import choose_exchange
 from prefill_service.parallel.subgroups import Subgroup
 from tests.engine.harness import Harness, running_group
 
 EVERYONE, FIRST, SECOND, LAST = Subgroup(0, 4), Subgroup(0, 2), Subgroup(2, 2), Subgroup(3, 1)
 HEADS, KV_HEADS = 4, 2
 SHORT, LONG = "short", "long"
-KINDS = list(ExchangeKind)
+KINDS = EXCHANGES
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -47,11 +48,9 @@ class Four:
             self.outcomes[name] = await self.harness.prefill(task)
             self.alone[name] = self.kv(task)
 
-    def task(
-        self, name: str, team: Subgroup, kind: ExchangeKind = ExchangeKind.GATHER
-    ) -> PrefillTask:
+    def task(self, name: str, team: Subgroup, kind: ExchangeKind = GATHER) -> PrefillTask:
         """A task with pages of its own, however many compute the same video."""
-        exchange = choose_exchange(kind, team.size, HEADS, KV_HEADS)
+        exchange = choose_exchange(kind, team.size, q_heads=HEADS, kv_heads=KV_HEADS)
         task = self.harness.task(self.videos[name], self.plans[name], exchange, team=team)
         plan = replace(task.plan, prefix_id=f"{name}-{task.job_id}")
         return replace(task, plan=plan, manifest=replace(task.manifest, prefix_id=plan.prefix_id))
@@ -114,9 +113,9 @@ async def test_side_by_side(four: Four) -> None:
 @pytest.mark.parametrize(
     ("kind", "team"),
     [
-        (ExchangeKind.GATHER, EVERYONE),
-        (ExchangeKind.USP, SECOND),
-        (ExchangeKind.DEMAND, LAST),
+        (GATHER, EVERYONE),
+        (USP, SECOND),
+        (DEMAND, LAST),
     ],
 )
 async def test_a_short_one_overtakes(four: Four, kind: ExchangeKind, team: Subgroup) -> None:

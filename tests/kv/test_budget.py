@@ -18,7 +18,7 @@ ROOMY = KVBudget(LAYOUT, pool_bytes=1 << 40, working_bytes=1 << 40)
 def test_the_last_layer_needs_no_working_set() -> None:
     assert ROOMY.layer_bytes(100) == 100 * ROW
     assert ROOMY.working_set(100) == 400 * ROW
-    assert replace(ROOMY, sharers=3).working_set(100) == 4 * 34 * ROW
+    assert replace(ROOMY, kv_shards=3).working_set(100) == 4 * 34 * ROW
     assert replace(ROOMY, offload=True).least_working_bytes(100) == 200 * ROW
 
 
@@ -28,7 +28,7 @@ def test_the_last_layer_needs_no_working_set() -> None:
         (replace(ROOMY, working_bytes=400 * ROW), 100),
         (replace(ROOMY, working_bytes=404 * ROW - 1), 100),
         (replace(ROOMY, working_bytes=400 * ROW, offload=True), 200),
-        (replace(ROOMY, working_bytes=400 * ROW, sharers=3), 300),
+        (replace(ROOMY, working_bytes=400 * ROW, kv_shards=3), 300),
         (replace(ROOMY, pool_bytes=500 * ROW), 100),
         (replace(ROOMY, pool_bytes=500 * ROW, working_bytes=40 * ROW), 10),
         (KVBudget(replace(LAYOUT, num_layers=1), 70 * ROW, 1), 70),  # nothing is attended to

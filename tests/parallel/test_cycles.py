@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefill_service.parallel.exchanges.cycles import hamiltonian_cycles
+from prefill_service.parallel.exchanges.ring import hamiltonian_cycles
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 7, 8, 9, 11, 15])

@@ -15,8 +15,18 @@ from prefill_service.attention.settings import SparseSettings
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.base import ExchangeSetup
-from prefill_service.parallel.exchanges.registry import (
+from prefill_service.parallel.exchanges.catalog import (
+    DEMAND,
+    EXCHANGES,
+    GATHER,
+    MULTI_RING,
+    ULYSSES,
+    ULYSSES_GATHER,
+    USP,
     ExchangeKind,
+    exchange_named,
+)
+from prefill_service.parallel.exchanges.registry import (
     choose_exchange,
     make_exchange,
     ulysses_degree,
@@ -102,7 +112,9 @@ class Wire:
 
 
 def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: Case) -> Any:
-    choice = choose_exchange(kind, group.size, case.q_heads, case.kv_heads, case.degree)
+    choice = choose_exchange(
+        kind, group.size, q_heads=case.q_heads, kv_heads=case.kv_heads, wanted=case.degree
+    )
     layout = deal_patches(case.ends, group.size, case.chunk, kind.order)
     shape = AttentionShape(
         LAYERS, case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
@@ -132,17 +144,17 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
 
 def run_rank(group: SPGroup, cases: list[tuple[str, Case]]) -> list[Any]:
     meshes = form_meshes(group, TIMEOUT_S)
-    return [run_case(group, meshes, ExchangeKind(kind), case) for kind, case in cases]
+    return [run_case(group, meshes, exchange_named(kind), case) for kind, case in cases]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_equals_dense_attention(size: int, tmp_path: Path) -> None:
-    kinds = list(ExchangeKind) if size < 5 else [ExchangeKind.MULTI_RING, ExchangeKind.GATHER]
+    kinds = EXCHANGES if size < 5 else [MULTI_RING, GATHER]
     cases = [
-        (kind.value, case)
+        (kind.name, case)
         for kind in kinds
         for case in CASES.values()
-        if kind is not ExchangeKind.ULYSSES or size <= case.q_heads
+        if kind != ULYSSES or size <= case.q_heads
     ]
     results = run_ranks(run_rank, size, tmp_path, cases)
     for index, (kind, case) in enumerate(cases):
@@ -159,27 +171,27 @@ def published_bytes(kind: ExchangeKind, ranks: int, degree: int, case: Case) -> 
     """What one rank receives per layer, by the formulas of the papers (even shares, one chunk)."""
     tokens, h_q, h_kv, d, e = case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, 8
     ring = ranks // degree
-    match kind:
-        case ExchangeKind.GATHER | ExchangeKind.RING | ExchangeKind.MULTI_RING:
+    match kind.name:
+        case "gather" | "ring" | "multi_ring":
             return 2 * h_kv * d * e * tokens * (ranks - 1) // ranks
-        case ExchangeKind.ULYSSES:
+        case "ulysses":
             return (2 * h_q + 2 * h_kv) * d * e * tokens * (ranks - 1) // ranks**2
-        case ExchangeKind.USP | ExchangeKind.ULYSSES_GATHER:
+        case "usp" | "ulysses_gather":
             heads = (2 * h_q + 2 * h_kv) * d * e * (tokens // ranks) * (degree - 1) // degree
             return heads + 2 * h_kv * d * e * tokens * (ring - 1) // ranks
-        case ExchangeKind.PASS_Q:
+        case "pass_q":
             return h_q * (2 * d + 1) * e * tokens * (ranks - 1) // ranks
-        case ExchangeKind.DEMAND:
+        case "demand":
             raise AssertionError("demand's bytes depend on what is selected")
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_rank_receives_what_the_papers_say(size: int, tmp_path: Path) -> None:
     # What demand moves depends on what is selected: see test_sparse.py.
-    kinds = [kind for kind in ExchangeKind if kind is not ExchangeKind.DEMAND]
-    results = run_ranks(run_rank, size, tmp_path, [(kind.value, EVEN) for kind in kinds])
+    kinds = [kind for kind in EXCHANGES if kind != DEMAND]
+    results = run_ranks(run_rank, size, tmp_path, [(kind.name, EVEN) for kind in kinds])
     for index, kind in enumerate(kinds):
-        degree = ulysses_degree(kind, size, EVEN.q_heads, EVEN.kv_heads)
+        degree = ulysses_degree(kind, size, q_heads=EVEN.q_heads, kv_heads=EVEN.kv_heads)
         assert not kind.two_dimensional or degree == 2
         expected = LAYERS * published_bytes(kind, size, degree, EVEN)
         assert [result[index]["wire"] for result in results] == [expected] * size, kind
@@ -189,8 +201,8 @@ def test_chunks_move_the_past_again_only_in_rings(tmp_path: Path) -> None:
     """Ulysses, gather and both move a token once; a ring all that its ranks hold, every time."""
     ends = tuple(30 * (i + 1) for i in range(8))
     cases = [
-        (kind.value, Case(ends, 60, 4, 1)) for kind in ("gather", "ulysses", "ring", "pass_q")
-        for kind in [ExchangeKind(kind)]
+        (kind.name, Case(ends, 60, 4, 1)) for kind in ("gather", "ulysses", "ring", "pass_q")
+        for kind in [exchange_named(kind)]
     ]  # two chunks of two patches a rank  # fmt: skip
     results = run_ranks(run_rank, 2, tmp_path, cases)
     gather, ulysses, ring, pass_q = (
@@ -214,16 +226,22 @@ def test_ulysses_shares_kv_heads_where_ranks_outnumber_them(tmp_path: Path) -> N
 
 def test_a_degree_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="degree of 3 does not divide 4 ranks"):
-        ulysses_degree(ExchangeKind.USP, 4, 8, 8, wanted=3)
+        ulysses_degree(USP, 4, q_heads=8, kv_heads=8, wanted=3)
     with pytest.raises(ValueError, match="degree of 4 exceeds the model's 2 query heads"):
-        ulysses_degree(ExchangeKind.ULYSSES, 4, 2, 2)
+        ulysses_degree(ULYSSES, 4, q_heads=2, kv_heads=2)
     with pytest.raises(ValueError, match="degree of 4 exceeds the model's 2 query heads"):
-        ulysses_degree(ExchangeKind.USP, 4, 2, 2, wanted=4)
+        ulysses_degree(USP, 4, q_heads=2, kv_heads=2, wanted=4)
     with pytest.raises(ValueError, match="degree of 4 exceeds the model's 2 KV heads"):
-        ulysses_degree(ExchangeKind.ULYSSES_GATHER, 4, 8, 2, wanted=4)
-    for kind, heads in ((ExchangeKind.USP, (8, 1)), (ExchangeKind.ULYSSES_GATHER, (8, 8))):
-        assert ulysses_degree(kind, 3, *heads) == 3
-        assert ulysses_degree(kind, 6, *heads) == 3
-    for kind, heads in ((ExchangeKind.USP, (2, 1)), (ExchangeKind.ULYSSES_GATHER, (8, 2))):
-        assert ulysses_degree(kind, 6, *heads) == 2
-        assert ulysses_degree(kind, 5, *heads) == 1
+        ulysses_degree(ULYSSES_GATHER, 4, q_heads=8, kv_heads=2, wanted=4)
+    for kind, heads in (
+        (USP, {"q_heads": 8, "kv_heads": 1}),
+        (ULYSSES_GATHER, {"q_heads": 8, "kv_heads": 8}),
+    ):
+        assert ulysses_degree(kind, 3, **heads) == 3
+        assert ulysses_degree(kind, 6, **heads) == 3
+    for kind, heads in (
+        (USP, {"q_heads": 2, "kv_heads": 1}),
+        (ULYSSES_GATHER, {"q_heads": 8, "kv_heads": 2}),
+    ):
+        assert ulysses_degree(kind, 6, **heads) == 2
+        assert ulysses_degree(kind, 5, **heads) == 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.parallel.token_layout import HeldTokens, Order, Share, deal_patches, join
+from prefill_service.parallel.token_layout import HeldTokens, Share, deal_patches, join
+from prefill_service.parallel.token_order import Order
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -24,9 +24,10 @@ from prefill_service.kv.offload.shape import OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
+from prefill_service.parallel.exchanges.catalog import exchange_named
 from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
 from prefill_service.parallel.exchanges.gather import GatherExchange
-from prefill_service.parallel.exchanges.registry import ExchangeKind, choose_exchange, make_exchange
+from prefill_service.parallel.exchanges.registry import choose_exchange, make_exchange
 from prefill_service.parallel.load_balance import Balancing, make_balancer
 from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.process_group import SPGroup
@@ -188,7 +189,9 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         exchange = GatherExchange(group, shape, offloaded(shape, folder))
     elif kind in ("ulysses", "ulysses_gather"):
         meshes = form_meshes(group, TIMEOUT_S)
-        choice = choose_exchange(ExchangeKind(kind), group.size, case.q_heads, case.kv_heads)
+        choice = choose_exchange(
+            exchange_named(kind), group.size, q_heads=case.q_heads, kv_heads=case.kv_heads
+        )
         sparse = is_sparse(shape.num_tokens, choice, case.policy, case.from_tokens)
         setup = ExchangeSetup(
             mesh=meshes[choice.degree],

@@ -15,15 +15,23 @@ from prefill.v1 import prefill_service_pb2 as pb
 
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
-from prefill_service.cost_model.chunking import chunking_of
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.cost_model.model_shape import PRESETS
-from prefill_service.cost_model.schemes import Exchange, Scheme
+from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.exchanges.registry import ExchangeChoice, ExchangeKind
+from prefill_service.parallel.chunking import chunking_of
+from prefill_service.parallel.exchanges.catalog import (
+    DEMAND,
+    GATHER,
+    ULYSSES,
+    ULYSSES_GATHER,
+    USP,
+    ExchangeKind,
+)
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.scheduling.placement import assumed_seconds
@@ -64,13 +72,13 @@ def outcome(seconds: float, density: float = 1.0) -> PrefillOutcome:
 def test_the_regimes() -> None:
     """Chunks: a ring moves the past again with each; what is replicated needs room."""
     slow = planner(1e9).choose(prefix(262_144), EXACT, RANKS)
-    assert slow.kind in (ExchangeKind.GATHER, ExchangeKind.ULYSSES)  # the fewest bytes
+    assert slow.kind in (GATHER, ULYSSES)  # the fewest bytes
     alike = planner(1e13, chunk=512).choose(prefix(131_072), EXACT, RANKS)
-    assert alike.kind is ExchangeKind.GATHER  # no exchange is faster by more than the tolerance
+    assert alike.kind == GATHER  # no exchange is faster by more than the tolerance
     gather_takes = 262_144 * SHAPE.kv_bytes * SHAPE.attending_layers
     tight = planner(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT, RANKS)
-    assert tight.kind is not ExchangeKind.GATHER
-    assert tight.kind is not ExchangeKind.DEMAND
+    assert tight.kind != GATHER
+    assert tight.kind != DEMAND
 
 
 def test_where_nothing_fits_it_is_gather(caplog: pytest.LogCaptureFixture) -> None:
@@ -87,11 +95,9 @@ def test_sparse_attention_keeps_what_selects(chunk: int) -> None:
     assert before == chooser.choose(plan, EXACT, RANKS)
     chooser.learn(plan, BALANCED, ExchangeChoice(), outcome(20.0, density=0.1), RANKS)
     # Dealt shares of large chunks are uneven; shares of the heads are not.
-    wanted = ExchangeKind.GATHER if chunk == 2048 else ExchangeKind.ULYSSES
+    wanted = GATHER if chunk == 2048 else ULYSSES
     assert chooser.choose(plan, BALANCED, RANKS).kind is wanted
-    assert chooser.choose(plan, EXACT, RANKS).kind is (
-        ExchangeKind.GATHER if chunk == 2048 else before.kind
-    )
+    assert chooser.choose(plan, EXACT, RANKS).kind is (GATHER if chunk == 2048 else before.kind)
 
 
 def test_jobs_refine_the_model() -> None:
@@ -108,13 +114,13 @@ def test_jobs_refine_the_model() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [ExchangeKind.ULYSSES, ExchangeKind.ULYSSES_GATHER])
+@pytest.mark.parametrize("kind", [ULYSSES, ULYSSES_GATHER])
 def test_a_job_that_took_what_was_predicted_changes_nothing(kind: ExchangeKind) -> None:
     """Sparse, on a mesh whose three ranks of a row have 12, 12 and 8 of 32 query heads."""
     chooser, plan, density = planner(350e9), prefix(65_536), 0.1
     layout = deal_patches(plan.patch_ends, 3, 4096, whole_units=True)
     chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-    scheme = Scheme(Exchange(kind.value), 3, 3, whole_groups=True)
+    scheme = Scheme(kind, 3, 3, sparse=True)
     before = chooser.model
     seconds = before.prefill_seconds(prefill_work(scheme, SHAPE, chunking, density))
     for _ in range(4):
@@ -138,7 +144,7 @@ class Recorder(ExchangePlanner):
 
     def choose(self, plan: PrefixPlan, policy: Any, ranks: int) -> ExchangeChoice:
         super().choose(plan, policy, ranks)
-        return ExchangeChoice(ExchangeKind.USP, 2)
+        return ExchangeChoice(USP, 2)
 
     def learn(
         self, plan: Any, policy: Any, choice: ExchangeChoice, outcome: Any, ranks: int
@@ -154,8 +160,8 @@ async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_pa
         (*_, job) = await s.ended((await s.create(8)).job_id)
         assert job.state == pb.JOB_STATE_SUCCEEDED
         assert job.result.communication.exchange == "usp 2"
-        assert s.group.tasks[-1].exchange == ExchangeChoice(ExchangeKind.USP, 2)
-        assert chooser.learned == [ExchangeChoice(ExchangeKind.USP, 2)]
+        assert s.group.tasks[-1].exchange == ExchangeChoice(USP, 2)
+        assert chooser.learned == [ExchangeChoice(USP, 2)]
         assert chooser.model.provenance == "probe of the ranks; refined by 1 job"
 
 

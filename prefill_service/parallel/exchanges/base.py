@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -48,6 +48,10 @@ class Exchange(Protocol):
     All ranks make the same calls in the same order, also those without a share of a chunk: what
     one sends another waits for.
     """
+
+    @classmethod
+    def build(cls, setup: ExchangeSetup) -> Self:
+        """The exchange for one prompt."""
 
     @property
     def local_kv_heads(self) -> slice | None:

@@ -8,6 +8,8 @@ A rank starts on the keys it has (past chunks, its own tokens) while the others'
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -56,8 +58,8 @@ class GatherExchange(Exchange):
         self._chunk = (0, 0)
 
     @classmethod
-    def build(cls, setup: ExchangeSetup) -> GatherExchange:
-        """The exchange for one prompt."""
+    @override
+    def build(cls, setup: ExchangeSetup) -> Self:
         group, shape = setup.mesh.world, setup.shape
         balancer = make_balancer(group, shape, setup.settings, setup.units, setup.balancing)
         return cls(group, shape, setup.buffers, balancer)

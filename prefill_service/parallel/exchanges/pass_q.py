@@ -8,13 +8,15 @@ log-sum-exp has 4 bytes at least, also where e is 2.)
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.parallel.attention_shape import AttentionShape
-from prefill_service.parallel.exchanges.base import Exchange
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.online_softmax import OnlineSoftmax
 from prefill_service.parallel.process_group import SPGroup, Transfer
@@ -42,6 +44,11 @@ class PassQExchange(Exchange):
             torch.empty(size, dtype=shape.dtype, device=shape.device)
             for _ in range(shape.num_layers)
         ]
+
+    @classmethod
+    @override
+    def build(cls, setup: ExchangeSetup) -> Self:
+        return cls(setup.mesh.world, setup.layout, setup.shape)
 
     @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:

@@ -1,59 +1,43 @@
-"""The exchanges by name, and what each needs."""
+"""An exchange for a number of ranks and a model, chosen by name and built by what the name says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from importlib import import_module
 
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
-from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
-from prefill_service.parallel.exchanges.gather import GatherExchange
-from prefill_service.parallel.exchanges.pass_q import PassQExchange
-from prefill_service.parallel.exchanges.ring import disjoint_rings, one_ring
-from prefill_service.parallel.exchanges.ulysses_gather import UlyssesGatherExchange
-from prefill_service.parallel.exchanges.usp import UspExchange
+from prefill_service.parallel.exchanges.catalog import GATHER, ExchangeKind, MeshForm
 from prefill_service.parallel.head_partition import HeadSplit
-from prefill_service.parallel.token_layout import Order
 
 
-class ExchangeKind(StrEnum):
-    """How queries meet the keys and values of other ranks; all are exact."""
+@dataclass(frozen=True, slots=True)
+class ExchangeChoice:
+    """One exchange on one mesh.
 
-    GATHER = "gather"
-    RING = "ring"
-    ULYSSES = "ulysses"
-    USP = "usp"
-    PASS_Q = "pass_q"
-    MULTI_RING = "multi_ring"
-    DEMAND = "demand"
-    ULYSSES_GATHER = "ulysses_gather"
+    Attributes:
+        degree: ranks of a row of the mesh (``ulysses_degree``).
+    """
 
-    @property
-    def order(self) -> Order:
-        """The layout that keeps its causal work even."""
-        return Order.DEALT if self.sparse else Order.ZIGZAG
+    kind: ExchangeKind = GATHER
+    degree: int = 1
 
-    @property
-    def sparse(self) -> bool:
-        """Selected blocks can be attended to; the others compute every prefix exactly."""
-        circulates = (
-            ExchangeKind.RING, ExchangeKind.USP, ExchangeKind.PASS_Q, ExchangeKind.MULTI_RING
-        )  # fmt: skip
-        return self not in circulates
+    def kv_shards(self, ranks: int, q_heads: int, kv_heads: int) -> int:
+        """Ranks that divide K and V among them; 1: each has room for all.
 
-    @property
-    def two_dimensional(self) -> bool:
-        """The mesh's rows can be of several lengths."""
-        return self in (ExchangeKind.USP, ExchangeKind.ULYSSES_GATHER)
+        Of heads that they cannot divide evenly, the rank with the most counts.
+        """
+        split = HeadSplit(q_heads, kv_heads, self.degree, self.kind.whole_kv_heads)
+        most = max(len(range(kv_heads)[split.keys(part)]) for part in range(self.degree))
+        rows = 1 if self.kind.all_tokens else ranks // self.degree
+        return rows * (kv_heads // most)
 
-    @property
-    def offloads(self) -> bool:
-        """Its buffers can be elsewhere (``KVBuffers``)."""
-        return self is ExchangeKind.GATHER
+    def __str__(self) -> str:
+        """Name, and the mesh's row where it is a choice."""
+        return f"{self.kind} {self.degree}" if self.kind.two_dimensional else str(self.kind)
 
 
 def ulysses_degree(
-    kind: ExchangeKind, ranks: int, q_heads: int, kv_heads: int, wanted: int = 0
+    kind: ExchangeKind, ranks: int, *, q_heads: int, kv_heads: int, wanted: int = 0
 ) -> int:
     """Ranks of a row of the mesh.
 
@@ -65,11 +49,10 @@ def ulysses_degree(
         ValueError: a degree that does not divide the ranks, or exceeds the query heads (the KV
             heads, where these are not divided further).
     """
-    whole = kind is ExchangeKind.ULYSSES_GATHER
-    heads, what = (kv_heads, "KV heads") if whole else (q_heads, "query heads")
-    if kind is ExchangeKind.ULYSSES:
+    heads, what = (kv_heads, "KV heads") if kind.whole_kv_heads else (q_heads, "query heads")
+    if kind.mesh is MeshForm.ROW:
         degree = ranks
-    elif not kind.two_dimensional:
+    elif kind.mesh is MeshForm.COLUMN:
         degree = 1
     elif wanted:
         degree = wanted
@@ -83,56 +66,17 @@ def ulysses_degree(
     return degree
 
 
-@dataclass(frozen=True, slots=True)
-class ExchangeChoice:
-    """One exchange on one mesh.
-
-    Attributes:
-        degree: ranks of a row of the mesh (``ulysses_degree``).
-    """
-
-    kind: ExchangeKind = ExchangeKind.GATHER
-    degree: int = 1
-
-    def sharers(self, ranks: int, q_heads: int, kv_heads: int) -> int:
-        """Ranks that divide K and V among them; 1: each has room for all.
-
-        Of heads that they cannot divide evenly, the rank with the most counts.
-        """
-        if self.kind in (ExchangeKind.GATHER, ExchangeKind.DEMAND):
-            return 1
-        whole = self.kind is ExchangeKind.ULYSSES_GATHER
-        split = HeadSplit(q_heads, kv_heads, self.degree, whole)
-        most = max(len(range(kv_heads)[split.keys(part)]) for part in range(self.degree))
-        return (1 if whole else ranks // self.degree) * (kv_heads // most)
-
-    def __str__(self) -> str:
-        """Name, and the mesh's row where it is a choice."""
-        return f"{self.kind} {self.degree}" if self.kind.two_dimensional else self.kind
-
-
 def choose_exchange(
-    kind: ExchangeKind, ranks: int, q_heads: int, kv_heads: int, wanted: int = 0
+    kind: ExchangeKind, ranks: int, *, q_heads: int, kv_heads: int, wanted: int = 0
 ) -> ExchangeChoice:
     """An exchange with its degree; arguments and errors of ``ulysses_degree``."""
-    return ExchangeChoice(kind, ulysses_degree(kind, ranks, q_heads, kv_heads, wanted))
+    degree = ulysses_degree(kind, ranks, q_heads=q_heads, kv_heads=kv_heads, wanted=wanted)
+    return ExchangeChoice(kind, degree)
 
 
 def make_exchange(kind: ExchangeKind, setup: ExchangeSetup) -> Exchange:
-    """An exchange for one prompt."""
-    mesh, layout, shape = setup.mesh, setup.layout, setup.shape
-    match kind:
-        case ExchangeKind.GATHER:
-            return GatherExchange.build(setup)
-        case ExchangeKind.DEMAND:
-            return DemandExchange(mesh.world, layout, shape, setup.settings.segments)
-        case ExchangeKind.PASS_Q:
-            return PassQExchange(mesh.world, layout, shape)
-        case ExchangeKind.MULTI_RING:
-            return UspExchange(mesh, layout, shape, disjoint_rings)
-        case ExchangeKind.ULYSSES_GATHER:
-            return UlyssesGatherExchange(mesh, shape)
-        case ExchangeKind.ULYSSES if setup.selects:
-            return UlyssesGatherExchange(mesh, shape)  # its one row, and heads cut as that needs
-        case _:
-            return UspExchange(mesh, layout, shape, one_ring)
+    """The exchange for one prompt, on a mesh of its degree."""
+    name = (setup.selects and kind.sparse_implementation) or kind.implementation
+    module, _, attribute = name.partition(":")
+    implementation: type[Exchange] = getattr(import_module(module), attribute)
+    return implementation.build(setup)

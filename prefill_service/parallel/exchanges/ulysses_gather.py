@@ -12,13 +12,14 @@ Bytes received per rank and layer of N tokens, in any number of chunks, with eve
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.parallel.attention_shape import AttentionShape
-from prefill_service.parallel.exchanges.base import Exchange
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.mesh import SPMesh
@@ -42,7 +43,7 @@ class UlyssesGatherExchange(Exchange):
     """
 
     def __init__(self, mesh: SPMesh, shape: AttentionShape) -> None:
-        split = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_groups=True)
+        split = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_kv_heads=True)
         self._columns = mesh.ring
         self._row = UlyssesRow(mesh, split)
         queries, keys = split.queries(mesh.ulysses.rank), self._row.kv_heads
@@ -51,6 +52,11 @@ class UlyssesGatherExchange(Exchange):
         )
         # The column's part: K and V, and queries, of this rank's heads.
         self._column = GatherExchange(mesh.ring, self._shape)
+
+    @classmethod
+    @override
+    def build(cls, setup: ExchangeSetup) -> Self:
+        return cls(setup.mesh, setup.shape)
 
     @property
     @override

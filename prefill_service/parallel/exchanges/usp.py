@@ -15,14 +15,15 @@ Bytes received per rank and layer with one chunk of N tokens, even shares and he
 from __future__ import annotations
 
 from itertools import chain
+from typing import Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.parallel.attention_shape import AttentionShape
-from prefill_service.parallel.exchanges.base import Exchange
-from prefill_service.parallel.exchanges.ring import Circulate
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
+from prefill_service.parallel.exchanges.ring import Cycle, circulate, hamiltonian_cycles
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.online_softmax import OnlineSoftmax
@@ -38,16 +39,13 @@ class UspExchange(Exchange):
         mesh: the ranks.
         layout: of the whole prompt.
         shape: of the model's attention.
-        circulate: how K and V go round a column.
 
     Raises:
         ValueError: the Ulysses degree exceeds the query heads.
     """
 
-    def __init__(
-        self, mesh: SPMesh, layout: ChunkLayout, shape: AttentionShape, circulate: Circulate
-    ) -> None:
-        self._mesh, self._circulate = mesh, circulate
+    def __init__(self, mesh: SPMesh, layout: ChunkLayout, shape: AttentionShape) -> None:
+        self._mesh = mesh
         self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size)
         self._row = UlyssesRow(mesh, self._heads)
         self._held = HeldTokens(mesh.ring.size)
@@ -64,6 +62,15 @@ class UspExchange(Exchange):
         ]
         self._device = shape.device
         self._scale = shape.scale
+
+    @classmethod
+    @override
+    def build(cls, setup: ExchangeSetup) -> Self:
+        return cls(setup.mesh, setup.layout, setup.shape)
+
+    def cycles(self) -> list[Cycle]:
+        """The rings of a column, round which K and V go."""
+        return [list(range(self._mesh.ring.size))]
 
     @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
@@ -90,7 +97,7 @@ class UspExchange(Exchange):
         queries = OnlineSoftmax(self._row.to_heads(q), self._ranges, self._heads, part, self._scale)
         own = self._kv[layer][: self._held.rows(ring.rank)]
         rows = [self._held.rows(member) for member in range(ring.size)]
-        for arrived in self._circulate(ring, own, rows):
+        for arrived in circulate(ring, own, rows, self.cycles()):
             queries.meet(arrived.kv, arrived.first, self._held, arrived.member)
             if arrived.member == ring.rank:
                 queries.meet_own(own, self._held, ring.rank)
@@ -104,3 +111,12 @@ class UspExchange(Exchange):
     @override
     def finish(self) -> None:
         pass  # every transfer is waited for in the layer that started it
+
+
+class MultiRingExchange(UspExchange):
+    """The same with edge-disjoint rings in a column, where they are known, at once."""
+
+    @override
+    def cycles(self) -> list[Cycle]:
+        ranks = self._mesh.ring.size
+        return hamiltonian_cycles(ranks) if ranks > 1 else [[0]]

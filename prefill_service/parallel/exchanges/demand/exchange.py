@@ -15,6 +15,7 @@ Exact attention fetches all blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from prefill_service.attention.sparse.summaries import BlockSummaries
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.verification import Certificate, SampledRows
 from prefill_service.parallel.attention_shape import AttentionShape
-from prefill_service.parallel.exchanges.base import Exchange
+from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 from prefill_service.parallel.exchanges.demand.remote_verification import (
@@ -92,6 +93,11 @@ class DemandExchange(Exchange, KeySource):
         self._witnesses = VerificationServer(shape)
         self._states: dict[int, LayerState] = {}
         self._told = [_Told() for _ in range(shape.num_layers)]
+
+    @classmethod
+    @override
+    def build(cls, setup: ExchangeSetup) -> Self:
+        return cls(setup.mesh.world, setup.layout, setup.shape, setup.settings.segments)
 
     @property
     def _room(self) -> Tensor:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefill_service.parallel.token_order import Order
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-
-class Order(StrEnum):
-    """How a chunk's tokens are given to the ranks: one run each, or two that balance."""
-
-    DEALT = "dealt"
-    ZIGZAG = "zigzag"
 
 
 @dataclass(frozen=True, slots=True)
