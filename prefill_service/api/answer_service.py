@@ -8,10 +8,11 @@ from contextlib import aclosing
 import grpc
 from prefill.v1 import answer_service_pb2 as pb
 from prefill.v1 import answer_service_pb2_grpc
+from typing_extensions import override
 
-from prefill_service.api.call_context import Context
 from prefill_service.api.optional_fields import optional_field
 from prefill_service.api.prefill_service import job_to_proto, spec_from_proto
+from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import Sampling
@@ -27,7 +28,7 @@ from prefill_service.scheduling.answers import (
 _ROLES = {pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
 
-class AnswerServicer(answer_service_pb2_grpc.AnswerServiceServicer):
+class AnswerServicer(answer_service_pb2_grpc.AnswerServiceServicer, Servicer):
     """Questions and their answers over gRPC."""
 
     service_name = pb.DESCRIPTOR.services_by_name["AnswerService"].full_name
@@ -35,8 +36,8 @@ class AnswerServicer(answer_service_pb2_grpc.AnswerServiceServicer):
     def __init__(self, answers: Answers) -> None:
         self._answers = answers
 
+    @override
     def register_handlers(self, server: grpc.aio.Server) -> None:
-        """Have ``server`` answer the service's calls."""
         answer_service_pb2_grpc.add_AnswerServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def Ask(self, request: pb.AskRequest, context: Context) -> AsyncIterator[pb.AskResponse]:

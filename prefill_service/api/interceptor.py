@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from prefill_service.api.call_context import Context
+from prefill_service.api.servicer import Context
 from prefill_service.api.status import abort
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics

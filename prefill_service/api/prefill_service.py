@@ -8,6 +8,7 @@ from contextlib import aclosing
 import grpc
 from prefill.v1 import prefill_service_pb2 as pb
 from prefill.v1 import prefill_service_pb2_grpc
+from typing_extensions import override
 
 from prefill_service.api.attention_messages import (
     attention_to_proto,
@@ -17,8 +18,8 @@ from prefill_service.api.attention_messages import (
     policy_from_proto,
     policy_to_proto,
 )
-from prefill_service.api.call_context import Context
 from prefill_service.api.optional_fields import optional_field
+from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.engine.messages import Progress
 from prefill_service.errors import Reason, ServiceError
@@ -32,7 +33,7 @@ _PAGE_BYTES = 2 << 20
 """A page ends early beyond this: clients accept messages of 4 MiB."""
 
 
-class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
+class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer):
     """Prefill jobs over gRPC."""
 
     service_name = pb.DESCRIPTOR.services_by_name["PrefillService"].full_name
@@ -40,8 +41,8 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
+    @override
     def register_handlers(self, server: grpc.aio.Server) -> None:
-        """Have ``server`` answer the service's calls."""
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def CreatePrefillJob(

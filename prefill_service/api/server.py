@@ -6,9 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from prefill_service.api.interceptor import CallInterceptor
 from prefill_service.api.security import read_token, server_credentials
+from prefill_service.api.servicer import ServedService
 from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
@@ -39,32 +38,6 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
-
-
-class Servicer(Protocol):
-    """The handlers of one gRPC service."""
-
-    @property
-    def service_name(self) -> str:
-        """Full name of the service, as in its proto."""
-        ...
-
-    def register_handlers(self, server: grpc.aio.Server) -> None:
-        """Have ``server`` answer the service's calls with these handlers."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedService:
-    """One service, and when it is ready.
-
-    Attributes:
-        servicer: its handlers.
-        is_ready: whether calls can succeed now; asked four times a second, for the health service.
-    """
-
-    servicer: Servicer
-    is_ready: Callable[[], bool] = lambda: True
 
 
 class ApiServer:

@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 
-from prefill_service.api.call_context import Context
+from prefill_service.api.servicer import Context
 from prefill_service.errors import ERROR_DOMAIN, Reason, ServiceError
 
 _RETRY_SECONDS = {

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import grpc
 from prefill.v1 import video_service_pb2 as pb
 from prefill.v1 import video_service_pb2_grpc
+from typing_extensions import override
 
-from prefill_service.api.call_context import Context
+from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MAX_CHUNK_BYTES = 1 << 20
 
 
-class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
+class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
     """Stored videos over gRPC."""
 
     service_name = pb.DESCRIPTOR.services_by_name["VideoService"].full_name
@@ -30,8 +31,8 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer):
         self._videos = videos
         self._metrics = metrics
 
+    @override
     def register_handlers(self, server: grpc.aio.Server) -> None:
-        """Have ``server`` answer the service's calls."""
         video_service_pb2_grpc.add_VideoServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def CreateUpload(

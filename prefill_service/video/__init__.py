@@ -1,1 +1,1 @@
-"""Videos: storage, probing in a sandbox, decoding of chosen frames."""
+"""Videos: storage, indexing in a sandbox, decoding of chosen frames."""

@@ -11,7 +11,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from google.protobuf.descriptor_pool import Default
 from google.protobuf.message_factory import GetMessageClass
 
-from prefill_service.api.call_context import Context
+from prefill_service.api.servicer import Context
 from tests.api.conformance import CHECKS, RpcCase, connected
 
 
