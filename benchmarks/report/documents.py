@@ -65,6 +65,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "selection": quality.selection_mixture,
     "selection-trained": quality.selection_trained,
     "attention-cpu": quality.attention_cpu,
+    "exchanges": parallel.exchanges,
     "bytes-by-exchange": parallel.bytes_by_exchange,
     "load-balance": parallel.balance,
     "formulas-checked": parallel.checked,

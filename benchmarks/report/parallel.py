@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from benchmarks import tables
 from benchmarks.report.results import content, one, rows, seconds
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
-_EXCHANGES = ("gather", "ulysses", "ulysses_gather", "demand")
+_COMPARED = ("gather", "ulysses", "ulysses_gather", "demand")
 _SHOWN = ("zigzag ring", "Spava", "ours: gather, sparse", "ours: demand, sparse")
+
+
+def exchanges() -> str:
+    """Every exchange, from the catalogue: what it moves and keeps, who published it."""
+    header = (
+        "exchange",
+        "what moves",
+        "bytes, one chunk",
+        "in more chunks",
+        "K and V on a rank",
+        "sparse",
+        "published",
+    )
+    return tables.markdown(
+        header,
+        [
+            [
+                f"`{kind.name}`",
+                kind.description,
+                kind.bytes_received,
+                kind.more_chunks,
+                kind.keeps,
+                "yes" if kind.sparse else "",
+                kind.paper,
+            ]
+            for kind in EXCHANGES
+        ],
+    )
 
 
 def bytes_by_exchange() -> str:
@@ -14,12 +43,12 @@ def bytes_by_exchange() -> str:
     found = rows("sp-sparse")
     lines = []
     for quality in dict.fromkeys(row["quality"] for row in found):
-        cells = {name: one(found, quality=quality, exchange=name) for name in _EXCHANGES}
+        cells = {name: one(found, quality=quality, exchange=name) for name in _COMPARED}
         gather = cells["gather"]
         assert gather is not None
         received = [f"{row['mb']:.1f}" if row else "" for row in cells.values()]
         lines.append([f"`{quality}`", f"{gather['density']:.2f}", *received])
-    header = ("quality", "density", *(f"`{name}`, MB" for name in _EXCHANGES))
+    header = ("quality", "density", *(f"`{name}`, MB" for name in _COMPARED))
     return tables.markdown(header, lines)
 
 
