@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefill_service.api.answer_service import AnswerServicer
+from prefill_service.api.grpc_server import ApiServer
 from prefill_service.api.metrics_server import MetricsServer
 from prefill_service.api.prefill_service import PrefillServicer
-from prefill_service.api.server import ApiServer
 from prefill_service.api.servicer import ServedService
 from prefill_service.api.video_service import VideoServicer
 from prefill_service.config import AUTO, ServiceConfig

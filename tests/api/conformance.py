@@ -16,7 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from prefill_service.api.server import ApiServer
+from prefill_service.api.grpc_server import ApiServer
 from prefill_service.api.servicer import ServedService, Servicer
 from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError

@@ -17,8 +17,8 @@ from prefill_client import InvalidVideoError, NotFoundError, RetryPolicy, VideoS
 
 pytest.importorskip("prefill_service.video.store", reason="the server is not installed")
 
+from prefill_service.api.grpc_server import OPTIONS
 from prefill_service.api.interceptor import CallInterceptor
-from prefill_service.api.server import OPTIONS
 from prefill_service.api.video_service import VideoServicer
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.scheduling.metrics import Metrics
