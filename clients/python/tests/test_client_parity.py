@@ -43,7 +43,8 @@ def test_the_same_signature_and_documentation(
     other = inspect.getattr_static(asynchronous, name)
     assert isinstance(one, property) == isinstance(other, property)
     if isinstance(one, property):
-        one, other = one.fget, other.fget
+        one = one.fget
+        other = other.fget
     assert str(inspect.signature(one)) == blocking_form(str(inspect.signature(other)))
     assert one.__doc__ == (other.__doc__ and blocking_form(other.__doc__))
 
