@@ -84,6 +84,19 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert [target for target in local if not (path.parent / target).exists()] == []
 
 
+def test_every_document_is_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        path = waiting.pop()
+        reached.add(path)
+        linked = {
+            (path.parent / target).resolve()
+            for target in re.findall(r"\]\(([^):#]+\.md)", path.read_text())
+        }
+        waiting += linked - reached
+    assert {name_of(path) for path in {*DOCS} - reached} == set()
+
+
 @pytest.mark.parametrize("path", DOCS, ids=name_of)
 def test_anchors_of_links_exist(path: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^):#]*)#([^)]+)\)", path.read_text()):
