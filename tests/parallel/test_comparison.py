@@ -38,8 +38,8 @@ from tests.parallel.comparison_cases import (
     rows_of,
     visible,
 )  # fmt: skip
+from tests.parallel.conformance import Wire
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_exchanges import Wire
 
 
 def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

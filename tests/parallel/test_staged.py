@@ -13,8 +13,8 @@ from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, ExchangeKind
 from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.process_group import SPGroup
+from tests.parallel.conformance import CASES, dense, run_case
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
-from tests.parallel.test_exchanges import CASES, dense, run_case
 
 
 def staged_exchanges(group: SPGroup, kinds: list[ExchangeKind], name: str) -> list[Any]:
