@@ -16,7 +16,7 @@ from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
-from prefill_service.kv.transport.unix_client import LocalClient
+from prefill_service.kv.page_client import PageClient
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
@@ -110,7 +110,7 @@ def _read(manifest: Manifest) -> Tensor:
     layout, tokens = manifest.layout, manifest.num_tokens
     shape = (layout.num_layers, 2, tokens, layout.num_kv_heads, layout.head_dim)
     kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
-    with LocalClient(manifest, "lease", 60.0) as client:
+    with PageClient(manifest, "lease", 60.0) as client:
         for batch in client.fetch(0, tokens):
             for page, data in zip(batch.pages, batch.data, strict=True):
                 place = slice(page.start_token, page.start_token + page.num_tokens)

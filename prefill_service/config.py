@@ -159,6 +159,7 @@ class EngineConfig:
     )
     head_budgets: str = _opt("", "Profile of `calibrate`: how heads share the sparse budget.")
     kv_pool_bytes: int = _opt(0, "KV bytes kept for hand-off; 0: a quarter of the memory.", low=0)
+    kv_transport: str = _opt("unix", "How vLLM gets KV pages from the ranks; unix: on one host.")
     kv_working_bytes: int = _opt(
         0, "KV bytes a rank computes with; 0: its part of a quarter of the device.", low=0
     )

@@ -19,7 +19,8 @@ from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.kv.manifest import KVLayout
-from prefill_service.kv.page_store import ShardStore, ShardWriter
+from prefill_service.kv.page_store import ShardStore
+from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.gather import GatherExchange
@@ -245,4 +246,4 @@ def _writer(model: RandomModel, plan: PrefixPlan, chunks: list[tuple[int, int]])
         checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim, name, PAGE_TOKENS
     )
     pages = sum(layout.pages_for(end - start) for start, end in chunks)
-    return ShardStore(layout).create(plan.prefix_id, 0, pages)
+    return ShardStore(layout).create_pages(plan.prefix_id, 0, pages)

@@ -18,7 +18,7 @@ from prefill_service.engine.messages import PrefillTask, Progress, Stage
 from prefill_service.engine.shard_map import baseline_split
 from prefill_service.engine.task import StageClock, TaskControl, WorkerContext, checkpoint
 from prefill_service.errors import ServiceError
-from prefill_service.kv.page_store import ShardWriter
+from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit

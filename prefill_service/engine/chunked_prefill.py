@@ -27,7 +27,7 @@ from prefill_service.engine.task import (
 from prefill_service.errors import ServiceError
 from prefill_service.kv.offload.shape import OffloadReport, OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV, open_working
-from prefill_service.kv.page_store import ShardWriter
+from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import ExchangeSetup

@@ -99,7 +99,7 @@ class PrefillExecutor:
                 device=device,
                 threads=resolve_threads(engine),
                 init_method=rendezvous,
-                socket_path=str(runtime_dir / f"g{generation}r{rank}.sock"),
+                runtime_dir=str(runtime_dir),
             )
 
         self._ranks = WorkerSupervisor(

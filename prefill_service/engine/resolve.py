@@ -40,7 +40,7 @@ class WorkerSpec:
     device: str
     threads: int
     init_method: str
-    socket_path: str
+    runtime_dir: str
 
 
 def chunk_tokens(engine: EngineConfig, device: str) -> int:

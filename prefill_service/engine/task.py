@@ -22,7 +22,8 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.offload.shape import OffloadReport
-from prefill_service.kv.page_store import ShardStore, ShardWriter
+from prefill_service.kv.page_store import ShardStore
+from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.mesh import SPMesh
@@ -189,7 +190,7 @@ def _run_task(
     # A rank without any share (fewer patches than ranks) holds one unused page.
     pages = max(1, pages_of_rank(manifest.runs, rank.number, rank.kv_layout))
     try:
-        writer = rank.store.create(manifest.prefix_id, manifest.generation, pages)
+        writer = rank.store.create_pages(manifest.prefix_id, manifest.generation, pages)
     except ServiceError as error:
         checkpoint(rank, control, error=error)  # the others' first one, wherever they get to it
         raise  # not reached: a checkpoint with an error raises on every rank
@@ -199,7 +200,7 @@ def _run_task(
         run.execute()
     except TaskAborted as aborted:
         writer.fail(aborted.error or ServiceError(Reason.PREFILL_FAILED, "the prefill was stopped"))
-        rank.store.drop(manifest.prefix_id)
+        rank.store.drop_prefix(manifest.prefix_id)
         raise
     finally:
         if run is not None:

@@ -40,7 +40,7 @@ from prefill_service.engine.startup_probe import model_shape, probe_ranks
 from prefill_service.engine.task import Status, TaskAborted, TaskControl, WorkerContext, run_task
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_store import ShardStore
-from prefill_service.kv.transport.unix_server import PageServer
+from prefill_service.kv.transport_registry import find_transport
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.mesh import form_subgroup_meshes
 from prefill_service.parallel.process_group import form_group
@@ -73,13 +73,15 @@ class Worker:
         context = next(iter(contexts.values()))
         self._store = context.store
         context.decoders.start()
-        server = PageServer(context.store, Path(self._spec.socket_path))
+        name = f"g{self._spec.generation}r{self._spec.rank}"
+        transport = find_transport(self._spec.engine.kv_transport)
+        server = transport.serve(context.store, Path(self._spec.runtime_dir), name)
+        server.start()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        endpoint = f"unix:{self._spec.socket_path}"
         device = str(context.model.device)
         sparse_from = context.sparse.from_tokens
-        self._send(msg.Ready(self._spec.rank, endpoint, device, sparse_from, self._observed))
+        self._send(msg.Ready(self._spec.rank, server.endpoint, device, sparse_from, self._observed))
         self._serving = True
         try:
             self._serve()
@@ -151,7 +153,7 @@ class Worker:
             store=ShardStore(layout, spec.generation),
             kv_layout=layout,
             budget=budget,
-            runtime_dir=Path(spec.socket_path).parent,
+            runtime_dir=Path(spec.runtime_dir),
             video=spec.video,
             decoders=DecoderPool(spec.video.spare_decoders),
             chunk_tokens=chunk,
@@ -221,11 +223,11 @@ class Worker:
             case msg.Resume():
                 self._inbox.put(message)
             case msg.Grant(prefix_id, lease_id, ttl_s):
-                self._store.grant(prefix_id, lease_id, ttl_s)
+                self._store.grant_lease(prefix_id, lease_id, ttl_s)
             case msg.Release(prefix_id, lease_id):
-                self._store.release(prefix_id, lease_id)
+                self._store.release_lease(prefix_id, lease_id)
             case msg.Drop(prefix_id):
-                self._store.drop(prefix_id)
+                self._store.drop_prefix(prefix_id)
             case msg.Shutdown():
                 for control in list(self._controls.values()):
                     control.cancelled.set()

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from prefill_service.engine import messages as msg
 from prefill_service.engine.resolve import WorkerSpec
@@ -140,7 +139,7 @@ def _environment(spec: WorkerSpec) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         # What a killed rank leaves behind is removed with the service's runtime directory.
-        "TMPDIR": str(Path(spec.socket_path).parent),
+        "TMPDIR": spec.runtime_dir,
     }
 
 

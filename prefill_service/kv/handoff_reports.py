@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from prefill_service.kv.handoff import MAX_LINE_BYTES, HandoffReport
-from prefill_service.kv.transport.sockets import bind_unix, encode_line, unix_path
+from prefill_service.kv.transport.sockets import bind_unix, encode_line, unix_address, unix_path
 
 logger = logging.getLogger("prefill_service.kv")
 
@@ -41,7 +41,7 @@ class ReportServer:
     @property
     def address(self) -> str:
         """``report_to`` of the hand-off parameters."""
-        return f"unix:{self._path}"
+        return unix_address(self._path)
 
     async def start(self) -> None:
         """Listen.
@@ -51,7 +51,7 @@ class ReportServer:
         """
         listener = bind_unix(self._path)
         self._server = await asyncio.start_unix_server(
-            self._take, sock=listener, limit=MAX_LINE_BYTES
+            self._receive, sock=listener, limit=MAX_LINE_BYTES
         )
 
     async def stop(self) -> None:
@@ -73,7 +73,7 @@ class ReportServer:
                 self._waiting.pop(lease_id, None)
         return self._reports.get(lease_id)
 
-    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             line = await asyncio.wait_for(reader.readline(), _READ_SECONDS)
             report = HandoffReport(**json.loads(line))

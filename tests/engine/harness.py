@@ -17,7 +17,7 @@ from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
-from prefill_service.kv.transport.unix_client import LocalClient
+from prefill_service.kv.page_client import PageClient
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
@@ -89,7 +89,7 @@ class Harness:
         layout, plan = self.group.layout, task.plan
         shape = (layout.num_layers, 2, plan.num_tokens, layout.num_kv_heads, layout.head_dim)
         kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
-        with LocalClient(task.manifest, "lease", 30.0) as client:
+        with PageClient(task.manifest, "lease", 30.0) as client:
             for batch in client.fetch(0, plan.num_tokens):
                 for page, data in zip(batch.pages, batch.data, strict=True):
                     end = page.start_token + page.num_tokens

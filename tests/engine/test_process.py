@@ -23,7 +23,7 @@ def spec(folder: Path) -> WorkerSpec:
     checkpoint = Checkpoint(folder, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
     return WorkerSpec(
         rank=7, generation=0, engine=EngineConfig(), video=VideoConfig(), checkpoint=checkpoint,
-        dtype="float32", device="cpu", threads=1, init_method="", socket_path=str(folder / "r"),
+        dtype="float32", device="cpu", threads=1, init_method="", runtime_dir=str(folder),
     )  # fmt: skip
 
 

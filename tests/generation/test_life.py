@@ -62,7 +62,7 @@ async def test_preemption_death_and_restart(
                 )  # fmt: skip
                 publish(manifest, ranks, case.kv, "lease")
                 for rank in ranks:
-                    rank.store("grant", name, "lease", 600)
+                    rank.store("grant_lease", name, "lease", 600)
                 handoffs.append(HandoffParams(manifest, "lease", ""))
 
             alone = await ask(decoder, case, handoffs[0], "alone", 700)

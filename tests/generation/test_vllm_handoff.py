@@ -163,7 +163,7 @@ async def test_answers_equal_transformers_and_the_second_moves_less_than_a_block
         manifest = b.manifest(count, chunk)
         await b.publish(manifest, "first")
         for rank in b.ranks:
-            rank.store("grant", manifest.prefix_id, "second", 60)
+            rank.store("grant_lease", manifest.prefix_id, "second", 60)
 
         tokens, events = await b.ask(b.request(manifest, 0, "first"))
         assert tokens == b.case.answers[0]
@@ -216,7 +216,7 @@ async def test_asked_while_the_prefix_is_being_computed(bench: Callable[..., Any
     async with bench() as b:
         manifest = b.manifest(3, 40)
         for rank in b.ranks:  # the lease announces it; nothing is created yet
-            rank.store("grant", manifest.prefix_id, "lease", 60)
+            rank.store("grant_lease", manifest.prefix_id, "lease", 60)
         asking = asyncio.create_task(b.ask(b.request(manifest, 0, "lease")))
         await asyncio.sleep(0.5)
         await asyncio.to_thread(create, manifest, b.ranks, "lease")
@@ -261,7 +261,7 @@ async def test_fault_of_the_source_fails_that_request_alone(
             b.ranks[1].writer(manifest.prefix_id, "corrupt", 0, 123)
         elif fault == "expired":
             for rank in b.ranks:
-                rank.store("release", manifest.prefix_id, lease)
+                rank.store("release_lease", manifest.prefix_id, lease)
         elif fault == "stale":
             manifest = replace(manifest, generation=GENERATION - 1)
         elif fault == "dead":
@@ -382,7 +382,7 @@ async def test_abort_during_the_load(bench: Callable[..., Any]) -> None:
         for run in manifest.runs[1:]:
             publish_run(manifest, run, b.ranks, b.case.kv)
         for rank in b.ranks:
-            rank.store("grant", manifest.prefix_id, "again", 60)
+            rank.store("grant_lease", manifest.prefix_id, "again", 60)
         tokens, _ = await b.ask(b.request(manifest, 0, "again"))
         assert tokens == b.case.answers[0]
         await b.assert_right(1)

@@ -1,4 +1,4 @@
-"""A real rank process for tests: a ShardStore and a PageServer, driven over a pipe."""
+"""A real worker process for tests: a ShardStore and a PageServer, driven over a pipe."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,43 @@ from torch import Tensor
 
 from prefill_service.errors import ServiceError
 from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun, hash_token_ids
-from prefill_service.kv.page_store import ShardStore, ShardWriter
-from prefill_service.kv.transport.unix_server import PageServer
+from prefill_service.kv.page_store import ShardStore
+from prefill_service.kv.page_writer import ShardWriter
+from prefill_service.kv.transport.base import Transport
+from prefill_service.kv.transport.unix import UnixTransport
 
 GENERATION = 7
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
 
 
-def _main(pipe: Connection, layout: KVLayout, path: Path, generation: int) -> None:
+@dataclass(frozen=True)
+class Serving:
+    """How a worker process serves its pages; the name is another for each of them."""
+
+    layout: KVLayout
+    folder: Path
+    name: str
+    generation: int = GENERATION
+    transport: Transport = field(default_factory=UnixTransport)
+
+
+def _main(pipe: Connection, serving: Serving) -> None:
     torch.set_num_threads(1)
-    store = ShardStore(layout, generation)
-    server = PageServer(store, path)
+    store = ShardStore(serving.layout, serving.generation)
+    server = serving.transport.serve(store, serving.folder, serving.name)
+    server.start()
     writers: dict[str, ShardWriter] = {}
     pipe.send(server.endpoint)
     while (call := pipe.recv()) is not None:
         target, name, args = call
         try:
-            if name == "create":
-                writers[args[0]] = store.create(*args)
+            if name == "create_pages":
+                writers[args[0]] = store.create_pages(*args)
                 result = None
             elif name == "corrupt":
                 # What a stray write would do: one bit, after the checksum was taken.
                 page, offset = args
-                raw = writers[target]._segment.pages[page].view(torch.uint8).view(-1)
+                raw = writers[target]._file.pages[page].view(torch.uint8).view(-1)
                 raw[offset] ^= 1
                 result = None
             elif name == "bytes_used":
@@ -56,14 +71,10 @@ def _main(pipe: Connection, layout: KVLayout, path: Path, generation: int) -> No
 class WorkerProcess:
     """Its methods are those of ``ShardStore`` and, with a prefix id first, ``ShardWriter``."""
 
-    def __init__(
-        self, layout: KVLayout, path: Path, generation: int = GENERATION, delay: float = 0
-    ) -> None:
+    def __init__(self, serving: Serving) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_main, args=(theirs, layout, path, generation), daemon=True
-        )
+        self.process = context.Process(target=_main, args=(theirs, serving), daemon=True)
         self.process.start()
         theirs.close()
         self.endpoint: str = self._pipe.recv()
@@ -95,9 +106,10 @@ class WorkerProcess:
 
 @contextmanager
 def rank_processes(
-    layout: KVLayout, count: int, folder: Path, generation: int = GENERATION
+    layout: KVLayout, count: int, folder: Path, transport: Transport | None = None
 ) -> Iterator[list[WorkerProcess]]:
-    ranks = [WorkerProcess(layout, folder / f"r{i}.sock", generation) for i in range(count)]
+    how = Serving(layout, folder, "", transport=transport or UnixTransport())
+    ranks = [WorkerProcess(replace(how, name=f"r{i}")) for i in range(count)]
     try:
         yield ranks
     finally:
@@ -144,8 +156,10 @@ def create(
     """Create the prefix on all ranks, under one lease."""
     for i, rank in enumerate(ranks):
         if pages_on(manifest, i):
-            rank.store("create", manifest.prefix_id, manifest.generation, pages_on(manifest, i))
-            rank.store("grant", manifest.prefix_id, lease_id, ttl_s)
+            rank.store(
+                "create_pages", manifest.prefix_id, manifest.generation, pages_on(manifest, i)
+            )
+            rank.store("grant_lease", manifest.prefix_id, lease_id, ttl_s)
 
 
 def publish_run(manifest: Manifest, run: ShardRun, ranks: list[WorkerProcess], kv: Tensor) -> None:

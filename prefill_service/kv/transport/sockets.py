@@ -1,4 +1,4 @@
-"""Unix stream sockets and JSON lines, shared by both ends of ``kv.protocol``."""
+"""Unix stream sockets and JSON lines, shared by both ends of ``kv.handoff``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import MAX_LINE_BYTES
 
 _MAX_PATH_BYTES = 107  # sun_path, without its final zero
+
+
+def unix_address(path: Path) -> str:
+    """Address of a socket, as ``unix_path`` reads it."""
+    return f"unix:{path}"
 
 
 def unix_path(address: str) -> str:

@@ -1,4 +1,4 @@
-"""Serves a rank's pages to consumers on the same host (``kv.protocol``)."""
+"""Serves a rank's pages to readers on the same host (``kv.handoff``)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.page_store import Segment, ShardStore
-from prefill_service.kv.transport.sockets import LineReader, bind_unix, encode_line
+from prefill_service.kv.page_file import PageFile
+from prefill_service.kv.page_store import ShardStore
+from prefill_service.kv.transport.base import PageServer
+from prefill_service.kv.transport.sockets import LineReader, bind_unix, encode_line, unix_address
 
 logger = logging.getLogger("prefill_service.kv")
 
@@ -21,39 +25,43 @@ _IDLE_SECONDS = 600.0
 """A consumer that asks for nothing this long is disconnected."""
 
 
-class PageServer:
-    """Threads in the rank process that answer consumers on a Unix socket.
+class UnixPageServer(PageServer):
+    """Threads in the worker that answer readers on a Unix socket.
 
-    An open connection does not renew a lease; the service does (``ShardStore.grant``).
-    The socket file is the owner's alone (0600), replaces a stale one, and goes with
-    ``close``.
+    The socket file is the owner's alone (0600), replaces a stale one, and goes with ``close``.
 
     Args:
         store: the rank's pages.
         path: where to listen.
-
-    Raises:
-        ServiceError: CONFIG_INVALID if the path cannot be bound.
     """
 
     def __init__(self, store: ShardStore, path: Path) -> None:
         self._store = store
         self._path = path
-        self._server = bind_unix(path)
-        self._server.listen(64)
+        self._server: socket.socket | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
-        threading.Thread(target=self._accept, name="kv-page-server", daemon=True).start()
 
     @property
+    @override
     def endpoint(self) -> str:
-        """Address for the manifest."""
-        return f"unix:{self._path}"
+        return unix_address(self._path)
 
+    @override
+    def start(self) -> None:
+        server = bind_unix(self._path)
+        server.listen(64)
+        self._server = server
+        threading.Thread(
+            target=self._accept, args=(server,), name="kv-page-server", daemon=True
+        ).start()
+
+    @override
     def close(self) -> None:
-        """Stop listening, end all connections, remove the socket file."""
         self._closing.set()
+        if self._server is None:
+            return
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._server.close()
@@ -63,10 +71,10 @@ class PageServer:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
+    def _accept(self, server: socket.socket) -> None:
         while not self._closing.is_set():
             try:
-                connection, _ = self._server.accept()
+                connection, _ = server.accept()
             except OSError as error:
                 if not self._closing.is_set():
                     # Out of descriptors, most likely: the pending consumer has to wait.
@@ -100,7 +108,7 @@ class _Session:
         self._store = store
         self._connection = connection
         self._closing = closing
-        self._segment: Segment | None = None
+        self._file: PageFile | None = None
         self._lease_id = ""
 
     def run(self) -> None:
@@ -118,22 +126,22 @@ class _Session:
     def _answer(self, message: dict[str, Any]) -> None:
         if message["op"] == "open":
             self._lease_id = str(message["lease_id"])
-            self._segment, fd = self._store.open(
+            self._file, fd = self._store.open_prefix(
                 str(message["prefix_id"]), int(message["generation"]), self._lease_id, self._wanted
             )
             try:
-                line = encode_line({"ok": True, "segment_bytes": self._segment.num_bytes})
+                line = encode_line({"ok": True, "segment_bytes": self._file.num_bytes})
                 sent = socket.send_fds(self._connection, [line], [fd])
                 self._connection.sendall(line[sent:])
             finally:
                 os.close(fd)
-        elif message["op"] == "pages" and self._segment is not None:
+        elif message["op"] == "pages" and self._file is not None:
             checksums = self._store.wait_sealed(
-                self._segment,
+                self._file,
                 self._lease_id,
-                int(message["first"]),
-                int(message["count"]),
-                self._wanted,
+                first=int(message["first"]),
+                count=int(message["count"]),
+                wanted=self._wanted,
             )
             self._connection.sendall(encode_line({"ok": True, "checksums": checksums}))
         else:

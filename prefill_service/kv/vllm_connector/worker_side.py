@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import HandoffReport
 from prefill_service.kv.handoff_reports import send_report
-from prefill_service.kv.transport.unix_client import LocalClient, PageBatch
+from prefill_service.kv.page_client import PageBatch, PageClient
 from prefill_service.kv.vllm_connector.scheduler_side import Load, LoadMetadata
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class _LoadThread(threading.Thread):
         super().__init__(name=f"kv-load-{load.request_id}", daemon=True)
         self._side = side
         self._load = load
-        self._client = None if load.manifest is None else LocalClient(load.manifest, load.lease_id)
+        self._client = None if load.manifest is None else PageClient(load.manifest, load.lease_id)
         self._stream = side.stream()
         self._bytes = 0
 

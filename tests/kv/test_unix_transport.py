@@ -1,4 +1,4 @@
-"""The rank's side of the hand-off: its pages' memory, its socket, and what its writer refuses."""
+"""The Unix transport: its shared memory and its socket; and what a rank's writer refuses."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ import torch
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import Manifest
+from prefill_service.kv.page_client import PageClient
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport.sockets import LineReader, encode_line
-from prefill_service.kv.transport.unix_client import LocalClient
-from prefill_service.kv.transport.unix_server import PageServer
+from prefill_service.kv.transport.unix_server import UnixPageServer
 from tests.kv.rank_process import GENERATION, LAYOUT, deal, make_manifest, random_kv
 
 
 def test_dropped_prefix_is_freed_once_nobody_maps_it(tmp_path: Path) -> None:
     layout = replace(LAYOUT, page_tokens=1024)  # 256 KiB a page
     store = ShardStore(layout, GENERATION)
-    server = PageServer(store, tmp_path / "r.sock")
+    server = UnixPageServer(store, tmp_path / "r.sock")
+    server.start()
     kv = random_kv(layout, 64 * 1024)
     manifest = make_manifest(layout, deal(64 * 1024, 1, 64 * 1024, layout), [server.endpoint])
     before = _shared_memory()
     publish_but_one(store, manifest, kv)
     size = 64 * layout.page_bytes
     assert store.bytes_used == size
-    client = LocalClient(manifest, "lease", timeout_s=20)
+    client = PageClient(manifest, "lease", timeout_s=20)
     pages = client.fetch()
     next(pages)  # mapped now; the last page is yet to come, so that the client asks for more
-    store.drop("prefix")
+    store.drop_prefix("prefix")
     assert store.bytes_used == 0
     with pytest.raises(ServiceError) as caught:
         list(pages)
@@ -52,8 +53,8 @@ def publish_but_one(store: ShardStore, manifest: Manifest, kv: torch.Tensor) -> 
     """All pages written, all but the last sealed."""
     (run,) = manifest.runs
     pages = manifest.layout.pages_for(run.end_token)
-    writer = store.create(manifest.prefix_id, manifest.generation, pages)
-    store.grant(manifest.prefix_id, "lease", 30)
+    writer = store.create_pages(manifest.prefix_id, manifest.generation, pages)
+    store.grant_lease(manifest.prefix_id, "lease", 30)
     for layer in range(manifest.layout.num_layers):
         writer.write(layer, 0, kv[layer, 0], kv[layer, 1])
     writer.seal_pages(0, pages - 1)
@@ -66,11 +67,12 @@ def _shared_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_consumer_can_only_read_the_segment(tmp_path: Path) -> None:
+def test_a_reader_cannot_change_the_pages(tmp_path: Path) -> None:
     store = ShardStore(LAYOUT, GENERATION)
-    server = PageServer(store, tmp_path / "r.sock")
-    store.create("prefix", GENERATION, 2)
-    store.grant("prefix", "lease", 30)
+    server = UnixPageServer(store, tmp_path / "r.sock")
+    server.start()
+    store.create_pages("prefix", GENERATION, 2)
+    store.grant_lease("prefix", "lease", 30)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(tmp_path / "r.sock"))
         reader = LineReader(connection)
@@ -93,7 +95,8 @@ def test_socket_is_private_replaces_a_stale_one_and_goes_on_close(tmp_path: Path
     path = tmp_path / "r.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    server = PageServer(ShardStore(LAYOUT), path)
+    server = UnixPageServer(ShardStore(LAYOUT), path)
+    server.start()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     server.close()
     assert not path.exists()
@@ -103,21 +106,22 @@ def test_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "r.sock"
     path.write_text("precious")
     with pytest.raises(ServiceError) as caught:
-        PageServer(ShardStore(LAYOUT), path)
+        UnixPageServer(ShardStore(LAYOUT), path).start()
     assert caught.value.reason == Reason.CONFIG_INVALID
     assert path.read_text() == "precious"
 
 
 def test_path_too_long_for_a_socket(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="at most 107"):
-        PageServer(ShardStore(LAYOUT), tmp_path / ("x" * 120))
+        UnixPageServer(ShardStore(LAYOUT), tmp_path / ("x" * 120)).start()
 
 
 @pytest.mark.parametrize(
     "line", [b"{}\n", b"nonsense\n", b'{"op": "pages", "first": 0, "count": 1}\n', b"[]\n"]
 )
 def test_malformed_message_is_refused(tmp_path: Path, line: bytes) -> None:
-    server = PageServer(ShardStore(LAYOUT), tmp_path / "r.sock")
+    server = UnixPageServer(ShardStore(LAYOUT), tmp_path / "r.sock")
+    server.start()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(tmp_path / "r.sock"))
         connection.sendall(line)
@@ -128,7 +132,7 @@ def test_malformed_message_is_refused(tmp_path: Path, line: bytes) -> None:
 
 
 def test_writer_refuses_what_does_not_fit() -> None:
-    writer = ShardStore(LAYOUT).create("prefix", 0, 3)
+    writer = ShardStore(LAYOUT).create_pages("prefix", 0, 3)
     good = torch.zeros(5, 2, 8)
     writer.write(0, 0, good, good)
     with pytest.raises(ServiceError, match=r"\(5, 2, 7\)"):
@@ -146,7 +150,7 @@ def test_writer_refuses_what_does_not_fit() -> None:
         writer.seal_pages(2, 1)
 
 
-def test_segment_larger_than_memory_is_refused() -> None:
+def test_pages_larger_than_memory_is_refused() -> None:
     with pytest.raises(ServiceError) as caught:
-        ShardStore(LAYOUT).create("prefix", 0, 1 << 50)
+        ShardStore(LAYOUT).create_pages("prefix", 0, 1 << 50)
     assert caught.value.reason == Reason.KV_POOL_FULL

@@ -1,4 +1,4 @@
-"""Pages from rank processes to a consumer: the whole local transport, and its faults."""
+"""What every transport must satisfy: pages from worker processes to a reader, and its faults."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import Manifest
+from prefill_service.kv.page_client import PageClient
 from prefill_service.kv.page_store import ShardStore
-from prefill_service.kv.transport.unix_client import LocalClient
-from prefill_service.kv.transport.unix_server import PageServer
+from prefill_service.kv.transport.base import Transport
+from prefill_service.kv.transport_registry import TRANSPORTS, find_transport, transport_of
 from tests.kv.rank_process import (
     GENERATION,
     LAYOUT,
@@ -28,11 +29,22 @@ from tests.kv.rank_process import (
     random_kv,
     rank_processes,
 )
+from tests.kv.toy_transport import ToyTransport
+
+
+@pytest.fixture(scope="module", params=[*TRANSPORTS, ToyTransport.scheme])
+def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == ToyTransport.scheme:
+            patch.setitem(TRANSPORTS, ToyTransport.scheme, ToyTransport())
+        yield TRANSPORTS[request.param]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[WorkerProcess]]:
-    with rank_processes(LAYOUT, 3, tmp_path_factory.mktemp("kv")) as processes:
+def ranks(
+    transport: Transport, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[WorkerProcess]]:
+    with rank_processes(LAYOUT, 3, tmp_path_factory.mktemp("kv"), transport) as processes:
         yield processes
 
 
@@ -43,14 +55,14 @@ def manifest(ranks: list[WorkerProcess], request: pytest.FixtureRequest) -> Iter
     endpoints = [rank.endpoint for rank in ranks]
     yield make_manifest(LAYOUT, runs, endpoints, prefix_id=request.node.name)
     for rank in ranks:
-        rank.store("drop", request.node.name)
+        rank.store("drop_prefix", request.node.name)
 
 
 def fetch_tokens(manifest: Manifest, lease: str, start: int = 0, end: int = -1) -> torch.Tensor:
     """[layers, 2, tokens, heads, head_dim] of the pages, joined."""
     end = manifest.num_tokens if end < 0 else end
     parts = []
-    with LocalClient(manifest, lease, timeout_s=20) as client:
+    with PageClient(manifest, lease, timeout_s=20) as client:
         for batch in client.fetch(start, end):
             size = manifest.layout.page_tokens
             for i, page in enumerate(batch.pages):  # no gap within a batch
@@ -69,14 +81,17 @@ def error_of(manifest: Manifest, lease: str = "lease") -> ServiceError:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("page_tokens", [1, 4, 64])
-def test_every_token_arrives_in_order(tmp_path: Path, dtype: str, page_tokens: int) -> None:
+def test_every_token_arrives_in_order(
+    transport: Transport, tmp_path: Path, dtype: str, page_tokens: int
+) -> None:
     layout = replace(LAYOUT, dtype=dtype, page_tokens=page_tokens)
     store = ShardStore(layout, GENERATION)
-    server = PageServer(store, tmp_path / "r.sock")
+    server = transport.serve(store, tmp_path, "r")
+    server.start()
     kv = random_kv(layout, 45)
     manifest = make_manifest(layout, deal(45, 1, 10, layout), [server.endpoint])
-    writer = store.create("prefix", GENERATION, manifest.runs[-1].first_page + 5)
-    store.grant("prefix", "lease", 30)
+    writer = store.create_pages("prefix", GENERATION, manifest.runs[-1].first_page + 5)
+    store.grant_lease("prefix", "lease", 30)
     for run in manifest.runs:
         for layer in range(layout.num_layers):
             part = kv[layer, :, run.start_token : run.end_token]
@@ -100,7 +115,7 @@ def test_early_pages_are_used_while_later_ones_are_computed(
     kv = random_kv(LAYOUT, 45)
     create(manifest, ranks, "lease")
     publish_run(manifest, manifest.runs[0], ranks, kv)
-    with LocalClient(manifest, "lease", timeout_s=20) as client:
+    with PageClient(manifest, "lease", timeout_s=20) as client:
         batches = client.fetch()
         first = next(batches)  # all of run 0
         assert [page.start_token for page in first.pages] == [0, 4, 8]
@@ -119,7 +134,7 @@ def test_early_pages_are_used_while_later_ones_are_computed(
 
 def test_lease_may_come_before_the_prefix(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     for rank in ranks:
-        rank.store("grant", manifest.prefix_id, "lease", 20)
+        rank.store("grant_lease", manifest.prefix_id, "lease", 20)
     result: list[torch.Tensor] = []
     reader = threading.Thread(target=lambda: result.append(fetch_tokens(manifest, "lease")))
     reader.start()
@@ -175,9 +190,9 @@ def test_renewed_lease_lives_on(ranks: list[WorkerProcess], manifest: Manifest) 
     for _ in range(5):
         time.sleep(0.2)
         for rank in ranks:
-            rank.store("grant", manifest.prefix_id, "lease", 0.5)
+            rank.store("grant_lease", manifest.prefix_id, "lease", 0.5)
     for rank in ranks:
-        rank.store("grant", manifest.prefix_id, "lease", 20)
+        rank.store("grant_lease", manifest.prefix_id, "lease", 20)
     for run in manifest.runs:
         publish_run(manifest, run, ranks, kv)
     reader.join(10)
@@ -196,13 +211,13 @@ def test_waiting_reader_is_told_at_once(
     rank, prefix_id = ranks[0], manifest.prefix_id
     begin = time.monotonic()
     if how == "release":
-        rank.store("release", prefix_id, "lease")
+        rank.store("release_lease", prefix_id, "lease")
     elif how == "drop":
-        rank.store("drop", prefix_id)
+        rank.store("drop_prefix", prefix_id)
     elif how == "fail":
         rank.writer(prefix_id, "fail", ServiceError(Reason.RANK_DIED, "rank 2 died", rank=2))
     else:
-        rank.store("create", prefix_id, GENERATION + 1, 8)
+        rank.store("create_pages", prefix_id, GENERATION + 1, 8)
     reader.join(10)
     assert time.monotonic() - begin < 2
     expected = {
@@ -227,12 +242,12 @@ def test_flipped_byte_names_page_rank_and_checksums(
     assert error.metadata["expected"] in error.message
 
 
-def test_source_killed_in_mid_transfer(tmp_path: Path) -> None:
-    with rank_processes(LAYOUT, 2, tmp_path) as processes:
+def test_source_killed_in_mid_transfer(transport: Transport, tmp_path: Path) -> None:
+    with rank_processes(LAYOUT, 2, tmp_path, transport) as processes:
         manifest = make_manifest(LAYOUT, deal(45, 2, 10, LAYOUT), [r.endpoint for r in processes])
         create(manifest, processes, "lease")
         publish_run(manifest, manifest.runs[0], processes, random_kv(LAYOUT, 45))
-        with LocalClient(manifest, "lease", timeout_s=20) as client:
+        with PageClient(manifest, "lease", timeout_s=20) as client:
             pages = client.fetch()
             next(pages)
             processes[1].kill()
@@ -240,7 +255,7 @@ def test_source_killed_in_mid_transfer(tmp_path: Path) -> None:
                 list(pages)
         assert caught.value.reason == Reason.HANDOFF_FAILED
         assert caught.value.metadata["rank"] == "1"
-        # Its socket file is still there, and nobody listens.
+        # What it listened at may still be there, but nobody answers.
         error = error_of(manifest)
         assert error.reason == Reason.HANDOFF_FAILED
         assert "rank 1 cannot be reached" in error.message
@@ -248,7 +263,7 @@ def test_source_killed_in_mid_transfer(tmp_path: Path) -> None:
 
 def test_silent_source_times_out(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease")
-    client = LocalClient(manifest, "lease", timeout_s=0.3)
+    client = PageClient(manifest, "lease", timeout_s=0.3)
     with pytest.raises(ServiceError) as caught:
         list(client.fetch())
     assert caught.value.reason == Reason.HANDOFF_FAILED
@@ -257,7 +272,7 @@ def test_silent_source_times_out(ranks: list[WorkerProcess], manifest: Manifest)
 
 def test_cancel_from_another_thread(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease")
-    client = LocalClient(manifest, "lease", timeout_s=20)
+    client = PageClient(manifest, "lease", timeout_s=20)
     threading.Timer(0.2, client.cancel).start()
     begin = time.monotonic()
     with pytest.raises(ServiceError) as caught:
@@ -266,3 +281,28 @@ def test_cancel_from_another_thread(ranks: list[WorkerProcess], manifest: Manife
     assert time.monotonic() - begin < 2
     with pytest.raises(ServiceError, match="cancelled"):
         list(client.fetch())
+
+
+def test_an_endpoint_names_its_transport(transport: Transport, manifest: Manifest) -> None:
+    assert find_transport(transport.scheme) is transport
+    for endpoint in (*manifest.endpoints, transport.example):
+        assert endpoint.startswith(f"{transport.scheme}:")
+        assert transport_of(endpoint) is transport
+
+
+def test_a_scheme_that_is_not_known_is_refused(manifest: Manifest) -> None:
+    error = error_of(replace(manifest, endpoints=("carrier-pigeon:7",) * 3))
+    assert error.reason == Reason.HANDOFF_FAILED
+    assert "expected unix:/path" in error.message
+    with pytest.raises(ServiceError, match="expected unix") as caught:
+        find_transport("carrier-pigeon")
+    assert caught.value.reason == Reason.CONFIG_INVALID
+
+
+def test_fewer_pages_than_the_manifest_says_are_refused(
+    ranks: list[WorkerProcess], manifest: Manifest
+) -> None:
+    for rank in ranks:
+        rank.store("create_pages", manifest.prefix_id, manifest.generation, 1)
+        rank.store("grant_lease", manifest.prefix_id, "lease", 20)
+    assert error_of(manifest).reason == Reason.KV_MISMATCH
