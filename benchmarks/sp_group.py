@@ -1,4 +1,4 @@
-"""A rank group outside the service: the KV of a video's prefix, read back from the ranks."""
+"""An executor outside the service: the KV of a video's prefix, read back from the ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a group computed: KV [layers, 2, tokens, kv_heads, head_dim] on the host, and how."""
+    """What ranks computed: KV [layers, 2, tokens, kv_heads, head_dim] on the host, and how."""
 
     kv: Tensor
     outcome: PrefillOutcome
@@ -55,7 +55,7 @@ async def prefill_video(
     sparse_from_tokens: int = NEVER,
     fps: float = 4.0,
 ) -> list[Prefix]:
-    """One prefill per case, by a group that starts, computes and leaves.
+    """One prefill per case, by an executor that starts, computes and leaves.
 
     Args:
         folder: for the index and sockets; short, since Unix socket paths are.
@@ -70,9 +70,11 @@ async def prefill_video(
     index = await index_video(video, VideoConfig())
     index.save(folder / "index.npz")
     plan = PrefixPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=fps), "")
-    group = PrefillExecutor(config, VideoConfig(), checkpoint, dtype, device, folder)
+    executor = PrefillExecutor(
+        config, VideoConfig(), checkpoint, dtype, device=device, runtime_dir=folder
+    )
     found = []
-    await group.start()
+    await executor.supervisor.start()
     try:
         for case in cases:
             exchange = choose_exchange(
@@ -81,28 +83,38 @@ async def prefill_video(
                 q_heads=checkpoint.num_heads,
                 kv_heads=checkpoint.num_kv_heads,
             )
+            whole_units = executor.has_whole_units(plan, exchange, case.policy)
             manifest = Manifest(
                 prefix_id=plan.prefix_id,
                 engine_id="benchmark",
-                generation=group.generation,
+                generation=executor.supervisor.generation,
                 model_fingerprint=checkpoint.fingerprint,
-                layout=group.layout,
+                layout=executor.kv_layout,
                 num_tokens=plan.num_tokens,
-                runs=group.shard_map(plan, exchange, policy=case.policy),
-                endpoints=group.endpoints,
+                runs=executor.shard_map(
+                    plan, exchange, executor.all_ranks, whole_units=whole_units
+                ),
+                endpoints=executor.supervisor.endpoints,
                 token_ids_hash=hash_token_ids(plan.token_ids),
                 position_delta=plan.position_delta,
             )
             task = PrefillTask(
-                f"job_{uuid.uuid4().hex}", plan, manifest, str(video), str(folder / "index.npz"),
-                group.everyone, case.policy, exchange,
-            )  # fmt: skip
-            group.grant(plan.prefix_id, "lease", 600.0)
-            outcome = await group.prefill(task, lambda progress: None)
+                job_id=f"job_{uuid.uuid4().hex}",
+                plan=plan,
+                manifest=manifest,
+                video_path=str(video),
+                index_path=str(folder / "index.npz"),
+                subgroup=executor.all_ranks,
+                policy=case.policy,
+                exchange=exchange,
+                whole_units=whole_units,
+            )
+            executor.grant_lease(plan.prefix_id, "lease", 600.0)
+            outcome = await executor.prefill(task, lambda progress: None)
             found.append(Prefix(_read(manifest), outcome))
-            group.drop(plan.prefix_id)
+            executor.drop_prefix(plan.prefix_id)
     finally:
-        await group.stop()
+        await executor.supervisor.stop()
     return found
 
 

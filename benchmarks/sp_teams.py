@@ -24,7 +24,8 @@ from pathlib import Path
 
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.executor import PrefillExecutor
-from prefill_service.engine.messages import PrefillTask, Progress, Stage
+from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.engine.spans import Stage
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
@@ -64,22 +65,30 @@ class Work:
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id="benchmark",
-            generation=group.generation,
+            generation=group.supervisor.generation,
             model_fingerprint=self.planner.checkpoint.fingerprint,
-            layout=group.layout,
+            layout=group.kv_layout,
             num_tokens=plan.num_tokens,
-            runs=group.shard_map(plan, team=team),
-            endpoints=group.endpoints,
+            runs=group.shard_map(plan, group.exchange_of(team), team),
+            endpoints=group.supervisor.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
         )
-        return PrefillTask(job_id, plan, manifest, str(self.video), str(self.index), team)
+        return PrefillTask(
+            job_id=job_id,
+            plan=plan,
+            manifest=manifest,
+            video_path=str(self.video),
+            index_path=str(self.index),
+            subgroup=team,
+            exchange=group.exchange_of(team),
+        )
 
     async def run(self, task: PrefillTask, over: str = "") -> float:
         """Seconds from now to its end."""
         start = time.perf_counter()
         await self.group.prefill(task, lambda progress: None, over)
-        self.group.drop(task.plan.prefix_id)
+        self.group.drop_prefix(task.plan.prefix_id)
         return time.perf_counter() - start
 
     async def several(self, frames: int, team: Subgroup, count: int) -> None:
@@ -89,7 +98,7 @@ class Work:
 
     async def side_by_side(self, frames: int, count: int) -> None:
         """So many on each rank at the same time."""
-        alone = [team for team in self.group.teams if team.size == 1]
+        alone = [team for team in self.group.subgroups if team.size == 1]
         await asyncio.gather(*(self.several(frames, team, count) for team in alone))
 
     async def behind(self, long: int, short: int, overtake: bool) -> tuple[float, float]:
@@ -100,13 +109,13 @@ class Work:
             if progress.stage is Stage.PREFILL:
                 begun.set()
 
-        outer, start = self.task(long, self.group.everyone), time.perf_counter()
+        outer, start = self.task(long, self.group.all_ranks), time.perf_counter()
         job = asyncio.create_task(self.group.prefill(outer, on_progress))
         await begun.wait()
-        inner = self.task(short, self.group.everyone)
+        inner = self.task(short, self.group.all_ranks)
         seconds = await self.run(inner, outer.job_id if overtake else "")
         await job
-        self.group.drop(outer.plan.prefix_id)
+        self.group.drop_prefix(outer.plan.prefix_id)
         return seconds, time.perf_counter() - start
 
 
@@ -120,18 +129,20 @@ async def measure(ranks: int, rounds: int, folder: Path) -> None:
         model=str(model), ranks=ranks, device="cpu", threads_per_rank=1, sparse_from_tokens=NEVER,
         heartbeat_timeout_s=120.0,
     )  # fmt: skip
-    group = PrefillExecutor(config, VideoConfig(), checkpoint, "float32", "cpu", folder / "run")
-    await group.start()
+    group = PrefillExecutor(
+        config, VideoConfig(), checkpoint, "float32", device="cpu", runtime_dir=folder / "run"
+    )
+    await group.supervisor.start()
     try:
         work = Work(group, PrefixPlanner(checkpoint, "float32"), video, folder / "index.npz")
         short, long = await work.plan(4), await work.plan(256)
         print(f"{ranks} ranks; prefixes of {short.num_tokens} and {long.num_tokens} tokens")
-        await work.several(4, group.everyone, 2)
+        await work.several(4, group.all_ranks, 2)
         await work.side_by_side(4, 1)
         gains, waits, later = [], [], []
         for number in range(1, rounds + 1):
             start = time.perf_counter()
-            await work.several(4, group.everyone, EACH * ranks)
+            await work.several(4, group.all_ranks, EACH * ranks)
             in_turn = time.perf_counter() - start
             start = time.perf_counter()
             await work.side_by_side(4, EACH)
@@ -155,7 +166,7 @@ async def measure(ranks: int, rounds: int, folder: Path) -> None:
             f"on {os.cpu_count()} cores"
         )
     finally:
-        await group.stop()
+        await group.supervisor.stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

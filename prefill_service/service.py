@@ -33,6 +33,7 @@ from prefill_service.video.store import VideoStore
 if TYPE_CHECKING:
     from prefill_service.attention.head_budgets import HeadBudgetProfile
     from prefill_service.engine.executor import PrefillExecutor
+    from prefill_service.engine.supervisor import WorkerSupervisor
     from prefill_service.generation.server import GenerationServer
     from prefill_service.kv.budget import KVBudget
     from prefill_service.models.prefix_planner import PrefixPlanner
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 600.0
-REMOTE_DECODER_WAIT_S = 30.0
+REMOTE_VLLM_WAIT_S = 30.0
 """How long an answer waits for a vLLM that is not ours to restart."""
 
 _LONGEST_RUNTIME_DIR = 60
@@ -49,27 +50,27 @@ _LONGEST_RUNTIME_DIR = 60
 
 
 @dataclass(slots=True)
-class Parts:
+class Components:
     """What does the work behind the API."""
 
     planner: PrefixPlanner
-    group: PrefillExecutor
-    decoder: GenerationServer
+    executor: PrefillExecutor
+    generation: GenerationServer
     submit_early: bool = True
     budgets: HeadBudgetProfile | None = None
     memory: KVBudget | None = None
     exchanges: ExchangePlanner | None = None
 
 
-def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Parts:
-    """Make the real parts; blocking, loads torch and transformers but no weights.
+def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Components:
+    """Make the real components; blocking, loads torch and transformers but no weights.
 
     Raises:
         ServiceError: MODEL_INVALID, CONFIG_INVALID.
     """
     from prefill_service.attention.head_budgets import load_profile
     from prefill_service.engine.executor import PrefillExecutor
-    from prefill_service.engine.resolve import chunk_tokens, kv_budget
+    from prefill_service.engine.resolve import kv_budget
     from prefill_service.engine.startup_probe import model_shape
     from prefill_service.generation.server import GenerationServer
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
@@ -82,20 +83,25 @@ def build_parts(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Par
     dtype = resolve_dtype(engine.dtype, checkpoint, device)
     budgets = None
     if engine.head_budgets:
-        layers, heads = checkpoint.num_layers - 1, checkpoint.num_kv_heads
         path = Path(engine.head_budgets).expanduser()
-        budgets = load_profile(path, checkpoint.fingerprint, layers, heads)
-    group = PrefillExecutor(engine, config.video, checkpoint, dtype, device, runtime_dir)
-    memory, exchanges = kv_budget(engine, checkpoint, dtype, device), None
+        layers = checkpoint.num_layers - 1  # the last one does not attend
+        budgets = load_profile(path, checkpoint.fingerprint, layers, checkpoint.num_kv_heads)
+    executor = PrefillExecutor(
+        engine, config.video, checkpoint, dtype, device=device, runtime_dir=runtime_dir
+    )
+    memory = kv_budget(engine, checkpoint, dtype, device=device)
+    exchanges = None
     if engine.exchange == AUTO:
         exchanges = ExchangePlanner(
-            model_shape(checkpoint, dtype), chunk_tokens(engine, device),
-            memory.working_bytes, lambda: group.observed,
-        )  # fmt: skip
-    return Parts(
-        PrefixPlanner(checkpoint, dtype),
-        group,
-        GenerationServer(config.vllm, str(checkpoint.path), dtype, data_dir),
+            model_shape(checkpoint, dtype),
+            executor.chunk_tokens,
+            memory.working_bytes,
+            lambda: executor.supervisor.observed,
+        )
+    return Components(
+        planner=PrefixPlanner(checkpoint, dtype),
+        executor=executor,
+        generation=GenerationServer(config.vllm, str(checkpoint.path), dtype, data_dir),
         submit_early=device != "cpu",
         budgets=budgets,
         memory=memory,
@@ -108,13 +114,17 @@ class Service:
 
     Args:
         config: validated configuration.
-        build: makes the parts; tests give their own.
+        build: makes the components; tests give their own.
+
+    Attributes:
+        started: set once everything is ready.
+        port, metrics_port: where it listens, 0 before.
     """
 
     def __init__(
         self,
         config: ServiceConfig,
-        build: Callable[[ServiceConfig, Path, Path], Parts] = build_parts,
+        build: Callable[[ServiceConfig, Path, Path], Components] = build_components,
     ) -> None:
         self._config = config
         self._build = build
@@ -175,35 +185,49 @@ class Service:
         stack.push_async_callback(videos.close)
         runtime_dir = _make_runtime_dir()
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
-        parts = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
+        components = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
+        executor = components.executor
+        generation = components.generation
         store = JobStore(data_dir / "jobs.db")
         stack.callback(store.close)
         reports = ReportServer(runtime_dir / "reports.sock")
         await reports.start()
         stack.push_async_callback(reports.stop)
-        planning = Admission(
+        admission = Admission(
             videos,
-            parts.planner,
-            lambda: parts.decoder.max_model_len or config.vllm.max_model_len,
-            parts.budgets,
-            parts.memory,
-            config.engine.ranks,
+            components.planner,
+            lambda: generation.max_model_len or config.vllm.max_model_len,
+            budgets=components.budgets,
+            memory=components.memory,
+            ranks=config.engine.ranks,
         )
-        stack.callback(planning.close)
+        stack.callback(admission.close)
         metrics = Metrics()
         scheduler = self._scheduler = Scheduler(
-            store, videos, planning, parts.group, uuid.uuid4().hex, config.engine, metrics,
-            parts.exchanges,
-        )  # fmt: skip
-        wait_s = REMOTE_DECODER_WAIT_S if config.vllm.url else config.vllm.start_timeout_s
+            store,
+            videos,
+            admission,
+            executor,
+            config=config.engine,
+            engine_id=uuid.uuid4().hex,
+            metrics=metrics,
+            exchanges=components.exchanges,
+        )
+        wait_s = REMOTE_VLLM_WAIT_S if config.vllm.url else config.vllm.start_timeout_s
         answers = Answers(
-            planning, scheduler, parts.decoder, reports, wait_s, parts.submit_early, metrics
+            admission,
+            scheduler,
+            generation,
+            reports,
+            vllm_wait_s=wait_s,
+            submit_early=components.submit_early,
+            metrics=metrics,
         )
         services = [
             ServedService(VideoServicer(videos, metrics)),
-            ServedService(PrefillServicer(scheduler), lambda: parts.group.ready),
+            ServedService(PrefillServicer(scheduler), lambda: executor.supervisor.ready),
             ServedService(
-                AnswerServicer(answers), lambda: parts.group.ready and parts.decoder.ready
+                AnswerServicer(answers), lambda: executor.supervisor.ready and generation.ready
             ),
         ]
         server = self._server = ApiServer(config.server, services, metrics)
@@ -212,27 +236,27 @@ class Service:
             exporter = MetricsServer(config.server.metrics_address, metrics.registry)
             self.metrics_port = await exporter.start()
             stack.push_async_callback(exporter.stop)
-        stack.push_async_callback(_stop_both, parts)
+        stack.push_async_callback(_stop_both, executor.supervisor, generation)
         scheduler.recover()
         stack.push_async_callback(scheduler.stop)
         await server.start()
         stack.push_async_callback(server.stop)
         sweeper = asyncio.create_task(_sweep(videos), name="sweeper")
         stack.callback(sweeper.cancel)
-        await _start_both(parts)
+        await _start_both(executor.supervisor, generation)
         scheduler.start()
         await server.update_health()
         tls = "TLS" if config.server.tls_cert else "plaintext"
         return (
             f"serving on {config.server.host}:{self.port} ({tls}): model {config.engine.model}, "
             f"{config.engine.ranks} ranks, vLLM {config.vllm.url or 'embedded'}, "
-            f"context {planning.limit} tokens"
+            f"context {admission.limit} tokens"
         )
 
 
-async def _start_both(parts: Parts) -> None:
-    """Start group and decoder at the same time; the first failure ends both starts."""
-    tasks = [asyncio.create_task(part.start()) for part in (parts.group, parts.decoder)]
+async def _start_both(supervisor: WorkerSupervisor, generation: GenerationServer) -> None:
+    """Start workers and vLLM at the same time; the first failure ends both starts."""
+    tasks = [asyncio.create_task(one.start()) for one in (supervisor, generation)]
     try:
         await asyncio.gather(*tasks)
     finally:
@@ -241,8 +265,8 @@ async def _start_both(parts: Parts) -> None:
         await asyncio.wait(tasks)
 
 
-async def _stop_both(parts: Parts) -> None:
-    results = await asyncio.gather(parts.group.stop(), parts.decoder.stop(), return_exceptions=True)
+async def _stop_both(supervisor: WorkerSupervisor, generation: GenerationServer) -> None:
+    results = await asyncio.gather(supervisor.stop(), generation.stop(), return_exceptions=True)
     for error in results:
         if isinstance(error, BaseException):
             logger.error("unclean stop", exc_info=error)

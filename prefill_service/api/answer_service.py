@@ -16,14 +16,14 @@ from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import Sampling
-from prefill_service.scheduling.answers import (
+from prefill_service.scheduling.answer_events import (
     AnswerDelta,
     AnswerEvent,
     AnswerFinal,
     AnswerProgress,
-    Answers,
     Question,
 )
+from prefill_service.scheduling.answers import Answers
 
 _ROLES = {pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 

@@ -221,7 +221,7 @@ class _Call:
     def _log(self, code: str, text: str = "") -> None:
         if self._ours:
             method = self._method.removeprefix(_OURS)
-            self._owner.metrics.call_ended(method, code)
+            self._owner.metrics.record_call(method, code)
             ids = "".join(f" {name}={ascii(value[:64])[1:-1]}" for name, value in self._ids.items())
             elapsed_s = time.monotonic() - self._started
             text = f": {text}" if text else ""

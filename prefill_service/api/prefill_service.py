@@ -49,20 +49,20 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer)
         self, request: pb.CreatePrefillJobRequest, context: Context
     ) -> pb.CreatePrefillJobResponse:
         """Queue a prefill, or find the job that has it."""
-        job = await self._scheduler.create(spec_from_proto(request.spec), request.request_id)
+        job = await self._scheduler.create_job(spec_from_proto(request.spec), request.request_id)
         return pb.CreatePrefillJobResponse(job=job_to_proto(job))
 
     async def GetPrefillJob(
         self, request: pb.GetPrefillJobRequest, context: Context
     ) -> pb.GetPrefillJobResponse:
         """A job, with its whole result."""
-        return pb.GetPrefillJobResponse(job=job_to_proto(self._scheduler.jobs.get(request.job_id)))
+        return pb.GetPrefillJobResponse(job=job_to_proto(self._scheduler.get_job(request.job_id)))
 
     async def ListPrefillJobs(
         self, request: pb.ListPrefillJobsRequest, context: Context
     ) -> pb.ListPrefillJobsResponse:
         """Jobs, newest first, without the JSON texts of their results."""
-        rows, more = self._scheduler.jobs.page(request.page_size, request.page_token)
+        rows, more = self._scheduler.list_jobs(request.page_size, request.page_token)
         response = pb.ListPrefillJobsResponse()
         size = 0
         for number, (token, job) in enumerate(rows, start=1):
@@ -79,14 +79,14 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer)
         self, request: pb.CancelPrefillJobRequest, context: Context
     ) -> pb.CancelPrefillJobResponse:
         """Stop a job; answers when the ranks have."""
-        job = await self._scheduler.cancel(request.job_id)
+        job = await self._scheduler.cancel_job(request.job_id)
         return pb.CancelPrefillJobResponse(job=job_to_proto(job))
 
     async def WatchPrefillJob(
         self, request: pb.WatchPrefillJobRequest, context: Context
     ) -> AsyncIterator[pb.WatchPrefillJobResponse]:
         """Stream the job as it is and at each change, until it ends."""
-        async with aclosing(self._scheduler.watch(request.job_id)) as jobs:
+        async with aclosing(self._scheduler.watch_job(request.job_id)) as jobs:
             async for job in jobs:
                 yield pb.WatchPrefillJobResponse(job=job_to_proto(job))
 
@@ -94,13 +94,13 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer)
         self, request: pb.InspectPrefillJobRequest, context: Context
     ) -> pb.InspectPrefillJobResponse:
         """A job's attention report, with its block map and the mass of each patch."""
-        return inspection_to_proto(*self._scheduler.jobs.inspect(request.job_id))
+        return inspection_to_proto(*self._scheduler.inspect_job(request.job_id))
 
     async def TracePrefillJob(
         self, request: pb.TracePrefillJobRequest, context: Context
     ) -> AsyncIterator[pb.TracePrefillJobResponse]:
         """Stream a job's trace as JSON text, in pieces."""
-        trace = self._scheduler.jobs.trace(request.job_id)
+        trace = self._scheduler.trace_job(request.job_id)
         for start in range(0, len(trace), _PIECE_BYTES):
             yield pb.TracePrefillJobResponse(data=trace[start : start + _PIECE_BYTES])
 

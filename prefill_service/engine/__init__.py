@@ -1,1 +1,1 @@
-"""The rank group: processes, the chunk pipeline, and the front end's view of them."""
+"""Prefill on several ranks: the workers, what each computes, and the front end's handle on them."""

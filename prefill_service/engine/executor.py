@@ -1,4 +1,4 @@
-"""The front end's view of the rank group: teams of its ranks compute prefixes side by side."""
+"""The front end's handle on all workers: subgroups of their ranks compute prefixes side by side."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from pathlib import Path
 
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.config import EngineConfig, VideoConfig, resolve_threads
-from prefill_service.cost_model.fitting import Observation
 from prefill_service.engine import messages as msg
 from prefill_service.engine.preemption import Allocation, RankAllocator
 from prefill_service.engine.resolve import (
-    WorkerSpec,
-    chunk_layout,
     chunk_tokens,
     exchange_choice,
     is_sparse,
     kv_budget,
     kv_layout,
 )
-from prefill_service.engine.shard_map import baseline_runs, baseline_split, shard_runs
+from prefill_service.engine.shard_map import (
+    baseline_runs,
+    baseline_split,
+    shard_runs,
+    token_layout,
+)
 from prefill_service.engine.supervisor import WorkerSupervisor
 from prefill_service.engine.task_state import PrefillOutcome, TaskState
 from prefill_service.errors import Reason, ServiceError
@@ -35,13 +37,13 @@ from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 
-logger = logging.getLogger("prefill_service.group")
+logger = logging.getLogger("prefill_service.executor")
 
 _CANCEL_GRACE_S = 30.0
 
 
 class PrefillExecutor:
-    """R rank processes, whose teams compute one task each at a time, and a second in its pause.
+    """R workers. Each subgroup of their ranks computes one task at a time, or a second in a pause.
 
     Args:
         engine, video: configuration.
@@ -49,10 +51,11 @@ class PrefillExecutor:
         runtime_dir: for sockets and rendezvous; short, since Unix socket paths are.
 
     Attributes:
-        layout: of a KV page.
+        supervisor: starts, watches and restarts the workers.
+        kv_layout: of a KV page.
         chunk_tokens: tokens per chunk and rank.
-        teams, everyone: that may compute a prefix, and the one of all ranks.
-        on_lost: called with the generation that was lost with a rank; a new one then starts.
+        subgroups: those that may compute a prefix, the largest first.
+        all_ranks: the subgroup of all ranks.
 
     Raises:
         ServiceError: CONFIG_INVALID, an exchange that this model's heads do not allow.
@@ -64,32 +67,30 @@ class PrefillExecutor:
         video: VideoConfig,
         checkpoint: Checkpoint,
         dtype: str,
+        *,
         device: str,
         runtime_dir: Path,
     ) -> None:
-        self._engine = engine
-        self._device = device
-        self._checkpoint = checkpoint
-        self.layout = kv_layout(checkpoint, dtype, engine)
+        self.kv_layout = kv_layout(checkpoint, dtype, engine)
         self.chunk_tokens = chunk_tokens(engine, device)
-        self.teams = form_subgroups(engine.ranks, engine.elastic)
-        self.everyone = self.teams[0]
+        self.subgroups = form_subgroups(engine.ranks, engine.elastic)
+        self.all_ranks = self.subgroups[0]
         self._exchanges = {
-            team.size: exchange_choice(checkpoint, engine, team.size) for team in self.teams
+            subgroup.size: exchange_choice(checkpoint, engine, subgroup.size)
+            for subgroup in self.subgroups
         }
-        self.on_lost: Callable[[int], None] | None = None
         self._tasks: dict[str, TaskState] = {}
-        self._turns = RankAllocator(
-            self._tell(msg.Pause),
-            self._tell(msg.Resume),
-            lambda *both: self.fit_together(*((turn.tokens, turn.team) for turn in both)),
+        self._allocator = RankAllocator(
+            lambda allocation: self._send(msg.PauseTask(allocation.job_id), allocation.subgroup),
+            lambda allocation: self._send(msg.ResumeTask(allocation.job_id), allocation.subgroup),
+            lambda *pair: self.fit_together(*((one.tokens, one.subgroup) for one in pair)),
         )
         self._budget: Callable[[int], KVBudget] = cache(
-            lambda ranks: kv_budget(engine, checkpoint, dtype, device, ranks=ranks)
+            lambda ranks: kv_budget(engine, checkpoint, dtype, device=device, ranks=ranks)
         )
 
-        def spec(rank: int, generation: int, rendezvous: str) -> WorkerSpec:
-            return WorkerSpec(
+        def make_spec(rank: int, generation: int, rendezvous: str) -> msg.WorkerSpec:
+            return msg.WorkerSpec(
                 rank=rank,
                 generation=generation,
                 engine=engine,
@@ -102,199 +103,182 @@ class PrefillExecutor:
                 runtime_dir=str(runtime_dir),
             )
 
-        self._ranks = WorkerSupervisor(
-            engine, spec, runtime_dir, self._on_message, self._on_loss, self._jobs_of
+        self.supervisor = WorkerSupervisor(
+            engine,
+            make_spec,
+            runtime_dir,
+            on_message=self._on_message,
+            jobs_of=self._jobs_of,
         )
-
-    # ---- life ------------------------------------------------------------------------------
-
-    @property
-    def generation(self) -> int:
-        """How often the ranks have been lost."""
-        return self._ranks.generation
-
-    @property
-    def ready(self) -> bool:
-        """True while all ranks are up."""
-        return self._ranks.ready
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids by rank."""
-        return self._ranks.pids
-
-    @property
-    def endpoints(self) -> tuple[str, ...]:
-        """By rank, where its pages are served; of ranks that are up."""
-        return self._ranks.endpoints
-
-    @property
-    def observed(self) -> tuple[Observation, ...]:
-        """Of a group that is ready: what rank 0 measured at start, if exchanges are planned."""
-        return self._ranks.observed
-
-    async def start(self) -> None:
-        """Spawn the ranks and wait until all are ready.
-
-        Raises:
-            ServiceError: what a rank failed with, or RANK_STALLED after ``start_timeout_s``.
-        """
-        await self._ranks.start()
-
-    async def stop(self) -> None:
-        """Ask the ranks to leave, kill those that do not. Idempotent."""
-        await self._ranks.stop()
-
-    async def wait_ready(self) -> None:
-        """Wait through a (re)start.
-
-        Raises:
-            ServiceError: the group cannot start, or takes longer than ``start_timeout_s``.
-        """
-        await self._ranks.wait_ready()
+        self.supervisor.add_loss_listener(self._fail_tasks)
 
     # ---- before a task ---------------------------------------------------------------------
 
-    @property
-    def exchange(self) -> ExchangeChoice:
-        """The configured one, of all ranks."""
-        return self.exchange_of(self.everyone)
+    def exchange_of(self, subgroup: Subgroup) -> ExchangeChoice:
+        """The configured exchange, on the mesh that it has in this subgroup."""
+        return self._exchanges[subgroup.size]
 
-    def exchange_of(self, team: Subgroup) -> ExchangeChoice:
-        """The configured one, on the mesh that it has in this team."""
-        return self._exchanges[team.size]
+    def has_whole_units(
+        self, plan: PrefixPlan, exchange: ExchangeChoice, policy: AttentionPolicy
+    ) -> bool:
+        """Whether ranks get whole selection units of a prefix, because its attention is sparse.
+
+        The workers must be ready: they measure from which length on it is.
+        """
+        return is_sparse(plan.num_tokens, exchange, policy, self.supervisor.sparse_from_tokens)
 
     def shard_map(
         self,
         plan: PrefixPlan,
-        exchange: ExchangeChoice | None = None,
-        comparison: msg.BaselineTask | None = None,
-        team: Subgroup | None = None,
-        policy: AttentionPolicy | None = None,
+        exchange: ExchangeChoice,
+        subgroup: Subgroup,
+        *,
+        whole_units: bool = False,
     ) -> tuple[ShardRun, ...]:
-        """Which rank will hold which tokens of ``plan``; of a group that is ready.
-
-        Args:
-            exchange: the configured one by default.
-            team: all ranks by default.
-            policy: exact by default.
-        """
-        team = team or self.everyone
-        if comparison is not None:
-            return baseline_runs(baseline_split(plan, comparison, team.size), self.layout, team)
-        choice = exchange or self.exchange_of(team)
-        sparse = policy is not None and is_sparse(
-            plan.num_tokens, choice, policy, self._ranks.sparse_from_tokens
+        """Which rank will hold which tokens of ``plan``."""
+        layout = token_layout(
+            plan,
+            subgroup.size,
+            self.chunk_tokens,
+            exchange=exchange,
+            whole_units=whole_units,
         )
-        layout = chunk_layout(
-            plan.patch_ends, self._engine, self._device, choice, team.size, sparse
-        )
-        return shard_runs(layout, self.layout, team)
+        return shard_runs(layout, self.kv_layout, subgroup)
 
-    def fits(self, tokens: int, team: Subgroup) -> bool:
-        """Whether the team's ranks can have the working KV of a prefix."""
-        return tokens <= self._budget(team.size).fitting_tokens
+    def baseline_shard_map(
+        self, plan: PrefixPlan, baseline: msg.BaselineTask, subgroup: Subgroup
+    ) -> tuple[ShardRun, ...]:
+        """Which rank will hold which tokens of ``plan``, computed by a published method."""
+        split = baseline_split(plan, baseline, subgroup.size)
+        return baseline_runs(split, self.kv_layout, subgroup)
 
-    def fit_together(self, paused: tuple[int, Subgroup], inside: tuple[int, Subgroup]) -> bool:
-        """Whether ranks can have that of two tasks (tokens, team) at once, nothing offloaded."""
-        needed = [self._budget(team.size).working_set(tokens) for tokens, team in (paused, inside)]
-        return sum(needed) <= self._budget(self.everyone.size).working_bytes
+    def fits(self, tokens: int, subgroup: Subgroup) -> bool:
+        """Whether the subgroup's ranks can have the KV buffers of a prefix."""
+        return tokens <= self._budget(subgroup.size).fitting_tokens
+
+    def fit_together(
+        self, preempted: tuple[int, Subgroup], preempting: tuple[int, Subgroup]
+    ) -> bool:
+        """Whether ranks can have those of two tasks (tokens, subgroup) at once, none offloaded."""
+        needed = [
+            self._budget(subgroup.size).working_set(tokens)
+            for tokens, subgroup in (preempted, preempting)
+        ]
+        return sum(needed) <= self._budget(self.all_ranks.size).working_bytes
 
     # ---- work ------------------------------------------------------------------------------
 
     async def prefill(
-        self, task: msg.PrefillTask, on_progress: Callable[[msg.Progress], None], over: str = ""
+        self,
+        task: msg.PrefillTask,
+        on_progress: Callable[[msg.Progress], None],
+        preempts: str = "",
     ) -> PrefillOutcome:
         """Compute a task; waits for its ranks. Cancelling the caller stops the ranks' work.
 
         Args:
-            over: id of a job that is to be paused at its next chunk for this one, if it is at work
+            preempts: id of a job that is to be paused at its next chunk for this one, if it runs
                 on all of its ranks, has a next chunk, and both fit together.
 
         Raises:
-            ServiceError: the task's own error; RANK_DIED or RANK_STALLED when the group went
-                down with it; STALE_GENERATION if the manifest names an earlier group.
+            ServiceError: the task's own error; RANK_DIED or RANK_STALLED when the workers went
+                down with it; STALE_GENERATION if the manifest names an earlier generation.
         """
-        tokens, pausable = task.plan.num_tokens, task.comparison is None  # which has no chunks
-        async with self._turns.take(task.job_id, task.team, tokens, over, pausable) as turn:
-            await self.wait_ready()
-            if task.manifest.generation != self.generation:
-                raise ServiceError(
-                    Reason.STALE_GENERATION,
-                    f"the manifest names generation {task.manifest.generation}, "
-                    f"the ranks are at {self.generation}",
-                    generation=self.generation,
-                )
+        acquired = self._allocator.acquire(
+            task.job_id,
+            task.subgroup,
+            tokens=task.plan.num_tokens,
+            preempts=preempts,
+            preemptible=task.baseline is None,  # a baseline has no chunks
+        )
+        async with acquired as allocation:
+            await self.supervisor.wait_ready()
+            self._check_generation(task.manifest.generation)
             start = time.perf_counter()
             future = asyncio.get_running_loop().create_future()
-            running = TaskState(task.job_id, task.team, on_progress, future)
-            self._tasks[task.job_id] = running
+            state = TaskState(task.job_id, task.subgroup, on_progress, future)
+            self._tasks[task.job_id] = state
             try:
-                self._ranks.send(msg.Run(task), task.team.members)
-                self._turns.begun(turn)
-                await self._await_or_cancel(running, turn)
+                self._send(msg.StartTask(task), task.subgroup)
+                self._allocator.mark_started(allocation)
+                await self._await_or_cancel(state, allocation)
             finally:
                 del self._tasks[task.job_id]
-            return running.outcome(time.perf_counter() - start, turn.paused_s)
+            return state.outcome(time.perf_counter() - start, allocation.paused_s)
 
-    async def _await_or_cancel(self, running: TaskState, turn: Allocation) -> None:
+    def _check_generation(self, generation: int) -> None:
+        current = self.supervisor.generation
+        if generation != current:
+            raise ServiceError(
+                Reason.STALE_GENERATION,
+                f"the manifest names generation {generation}, the ranks are at {current}",
+                generation=current,
+            )
+
+    async def _await_or_cancel(self, state: TaskState, allocation: Allocation) -> None:
         try:
-            await asyncio.shield(running.future)
+            await asyncio.shield(state.future)
         except asyncio.CancelledError:
-            self._ranks.send(msg.Cancel(running.job_id), running.team.members)
-            self._turns.ending(turn)
-            # A paused task stops when the one inside, whose ranks are watched, has ended.
-            inside = turn.paused
-            while not await running.settled(_CANCEL_GRACE_S):
-                if not inside:
-                    self._ranks.lose(running.not_stopped(_CANCEL_GRACE_S))
+            self._send(msg.CancelTask(state.job_id), state.subgroup)
+            self._allocator.mark_stopping(allocation)
+            # A paused task stops when the one that preempts it, whose ranks are watched, has ended.
+            paused = allocation.paused
+            while not await state.settled(_CANCEL_GRACE_S):
+                if not paused:
+                    self.supervisor.declare_lost(state.not_stopped(_CANCEL_GRACE_S))
                     break
-                inside = turn.paused
-            if running.future.done():  # not where the group is being stopped anyway
+                paused = allocation.paused
+            if state.future.done():  # it is not where all workers are being stopped anyway
                 with contextlib.suppress(ServiceError):
-                    running.future.result()
+                    state.future.result()
             raise
 
-    def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
+    def grant_lease(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         """Create or renew a lease on every rank."""
-        self._ranks.send(msg.Grant(prefix_id, lease_id, ttl_s))
+        self.supervisor.send(msg.GrantLease(prefix_id, lease_id, ttl_s))
 
-    def release(self, prefix_id: str, lease_id: str) -> None:
+    def release_lease(self, prefix_id: str, lease_id: str) -> None:
         """End a lease on every rank."""
-        self._ranks.send(msg.Release(prefix_id, lease_id))
+        self.supervisor.send(msg.ReleaseLease(prefix_id, lease_id))
 
-    def drop(self, prefix_id: str) -> None:
+    def drop_prefix(self, prefix_id: str) -> None:
         """Free a prefix's pages on every rank."""
-        self._ranks.send(msg.Drop(prefix_id))
+        self.supervisor.send(msg.DropPrefix(prefix_id))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no task runs or waits for ranks."""
+        return not self._tasks and self._allocator.idle
+
+    @property
+    def running(self) -> dict[str, Subgroup]:
+        """Ids of the jobs that were sent to ranks, and their subgroups."""
+        return {job_id: state.subgroup for job_id, state in self._tasks.items()}
 
     # ---- events ----------------------------------------------------------------------------
 
-    def _tell(self, message: type[msg.Pause] | type[msg.Resume]) -> Callable[[Allocation], None]:
-        def tell(turn: Allocation) -> None:
-            logger.info("%s: %s", turn.job_id, message.__name__.lower())
-            self._ranks.send(message(turn.job_id), turn.team.members)
-
-        return tell
+    def _send(self, message: object, subgroup: Subgroup) -> None:
+        if isinstance(message, msg.PauseTask | msg.ResumeTask):
+            logger.info("%s: %s", message.job_id, type(message).__name__)
+        self.supervisor.send(message, subgroup.members)
 
     def _on_message(self, message: object) -> None:
         match message:
-            case msg.Progress(job_id=job_id) if running := self._tasks.get(job_id):
-                running.on_progress(message)
-            case msg.Paused(job_id, rank):
-                self._turns.said_paused(job_id, rank)
-            case msg.RankDone(job_id=job_id, rank=rank) if running := self._tasks.get(job_id):
-                running.done[rank] = message
-                running.settle()
-            case msg.RankFailed(job_id, rank, error) if running := self._tasks.get(job_id):
-                running.failed[rank] = ServiceError.from_dict(error)
-                running.settle()
+            case msg.Progress(job_id=job_id) if state := self._tasks.get(job_id):
+                state.on_progress(message)
+            case msg.TaskPaused(job_id, rank):
+                self._allocator.confirm_paused(job_id, rank)
+            case msg.RankDone(job_id=job_id, rank=rank) if state := self._tasks.get(job_id):
+                state.done[rank] = message
+                state.settle()
+            case msg.RankFailed(job_id, rank, error) if state := self._tasks.get(job_id):
+                state.failed[rank] = ServiceError.from_dict(error)
+                state.settle()
 
-    def _on_loss(self, generation: int, error: ServiceError) -> None:
-        for running in self._tasks.values():
-            if not running.future.done():
-                running.future.set_exception(error)
-        if self.on_lost is not None:
-            self.on_lost(generation)
+    def _fail_tasks(self, generation: int, error: ServiceError) -> None:
+        for state in self._tasks.values():
+            if not state.future.done():
+                state.future.set_exception(error)
 
     def _jobs_of(self, rank: int) -> list[str]:
-        return [job for job, running in self._tasks.items() if rank in running.team.members]
+        return [job for job, state in self._tasks.items() if rank in state.subgroup.members]

@@ -21,7 +21,7 @@ _POLL_S = 0.1
 
 
 class FramePrefetcher:
-    """A thread that turns this rank's frames into patches, one chunk ahead.
+    """Turns this rank's frames into patches in a thread, one chunk ahead.
 
     Host memory is bounded by three chunks of resized frames: the one being computed, the one
     waiting, the one being assembled. Of frames as they were decoded there is one at a time; the
@@ -40,6 +40,7 @@ class FramePrefetcher:
         preprocess: FramePreprocessor,
         frame_indices: np.ndarray,
         frames_per_patch: int,
+        *,
         shares: Sequence[Share],
         on_frames: Callable[[int, int, float], None],
         spans: SpanBuffer | None = None,
@@ -54,7 +55,10 @@ class FramePrefetcher:
         ]
         self._queue: queue.Queue[VisionInput | BaseException] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="chunk-feeder", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="frame-prefetcher", daemon=True)
+
+    def start(self) -> None:
+        """Start to decode."""
         self._thread.start()
 
     def next(self, cancelled: threading.Event) -> VisionInput | None:
@@ -78,9 +82,10 @@ class FramePrefetcher:
         return None
 
     def close(self) -> None:
-        """Stop the thread and the decoder."""
+        """Stop the thread and the decoder, if they were started."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -91,7 +96,8 @@ class FramePrefetcher:
     def _produce(self) -> None:
         if not self._chunks:
             return
-        done, seconds = 0, 0.0
+        done = 0
+        seconds = 0.0
         indices = np.concatenate(self._chunks).tolist()
         with self._open_stream(indices) as stream:
             for number, chunk in enumerate(self._chunks):

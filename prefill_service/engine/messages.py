@@ -1,16 +1,17 @@
-"""What the front end and the rank processes say to each other (pickled over a pipe)."""
+"""What the front end and the workers send to each other, pickled over a pipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import RankAttention
+from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.cost_model.fitting import Observation
-from prefill_service.engine.spans import Span
+from prefill_service.engine.spans import Span, Stage
 from prefill_service.kv.manifest import Manifest
 from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.baselines.method import BaselineMethod
 from prefill_service.parallel.comm_stats import CollectiveUse
@@ -18,33 +19,48 @@ from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
 
 
-class Stage(StrEnum):
-    """Stages of the chunk pipeline (``prefill.v1.Stage``)."""
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One rank of one generation of the workers: the first message that a worker gets.
 
-    DECODE = "decode"
-    VISION = "vision"
-    PREFILL = "prefill"
+    Attributes:
+        init_method: torch's rendezvous.
+        runtime_dir: for sockets and files; short, since Unix socket paths are.
+    """
+
+    rank: int
+    generation: int
+    engine: EngineConfig
+    video: VideoConfig
+    checkpoint: Checkpoint
+    dtype: str
+    device: str
+    threads: int
+    init_method: str
+    runtime_dir: str
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineTask:
-    """How to compute a prefix by a published method instead (``parallel.comparison``).
+    """How to compute a prefix by a published method instead (``parallel.baselines``).
 
     Attributes:
-        mode: the method with its lengths.
+        method: the method with its lengths.
         question_ids: tokens after the prefix, which the method consults. Their KV is not kept.
     """
 
-    mode: BaselineMethod
+    method: BaselineMethod
     question_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTask:
-    """One prefix to compute; with a ``comparison``, policy and exchange have no part in it.
+    """One prefix to compute; a ``baseline`` uses neither the policy nor the exchange.
 
     Attributes:
-        team: the ranks that compute it, and whose pages the manifest names.
+        subgroup: the ranks that compute it, and whose pages the manifest names.
+        whole_units: whether ranks get whole selection units of a chunk; with the plan, the
+            subgroup and the exchange it determines the token layout (``shard_map.token_layout``).
     """
 
     job_id: str
@@ -52,45 +68,46 @@ class PrefillTask:
     manifest: Manifest
     video_path: str
     index_path: str
-    team: Subgroup
+    subgroup: Subgroup
     policy: AttentionPolicy = field(default_factory=lambda: resolve_policy(Quality.EXACT))
     exchange: ExchangeChoice = field(default_factory=ExchangeChoice)
-    comparison: BaselineTask | None = None
+    whole_units: bool = False
+    baseline: BaselineTask | None = None
 
 
-# ---- front end to rank ------------------------------------------------------------------
+# ---- front end to worker ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Start a task. Its team's ranks get it, when none of them has another that goes on."""
+class StartTask:
+    """Start a task. The ranks of its subgroup get it when each of them is free or paused."""
 
     task: PrefillTask
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class CancelTask:
     """Stop a task at the next synchronisation point."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class PauseTask:
     """Interrupt a task at the next chunk, if it has one, so that others can run meanwhile."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
-    """Go on with a paused task. Sent once all of its ranks have said ``Paused``."""
+class ResumeTask:
+    """Go on with a paused task. Sent once all of its ranks have said ``TaskPaused``."""
 
     job_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class GrantLease:
     """Create or renew a lease on a prefix's pages for ``ttl_s`` seconds from now."""
 
     prefix_id: str
@@ -99,7 +116,7 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseLease:
     """End a lease."""
 
     prefix_id: str
@@ -107,7 +124,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class DropPrefix:
     """Free a prefix's pages."""
 
     prefix_id: str
@@ -115,19 +132,20 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Leave."""
+    """Cancel all tasks and exit."""
 
 
-# ---- rank to front end ------------------------------------------------------------------
+# ---- worker to front end ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """The model is loaded and the group has formed.
+class WorkerReady:
+    """The model is loaded and the process group has formed.
 
     Attributes:
-        sparse_from_tokens: prompts of so many tokens are sparse; all ranks say the same.
-        observed: what a probe measured, where exchanges are planned.
+        endpoint: where the worker serves its pages.
+        sparse_from_tokens: prompts of at least this many tokens are sparse; the same on all ranks.
+        observed: what the start-up probe measured, where exchanges are planned.
     """
 
     rank: int
@@ -139,10 +157,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent every second; ``ticks`` grows with every unit of work (layer, frame)."""
+    """Sent every second; ``units_done`` grows with every unit of work (layer, frame)."""
 
     rank: int
-    ticks: int
+    units_done: int
     busy: bool
 
 
@@ -159,8 +177,8 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Paused:
-    """A task is interrupted on this rank, which can run others until ``Resume``."""
+class TaskPaused:
+    """A task is interrupted on this rank, which can run others until ``ResumeTask``."""
 
     job_id: str
     rank: int
@@ -168,7 +186,7 @@ class Paused:
 
 @dataclass(frozen=True, slots=True)
 class RankDone:
-    """A rank finished its part of a task."""
+    """A task has succeeded on this rank."""
 
     job_id: str
     rank: int
@@ -181,7 +199,7 @@ class RankDone:
 
 @dataclass(frozen=True, slots=True)
 class RankFailed:
-    """A task ended on this rank with an error; the group lives on."""
+    """A task ended on this rank with an error; the worker lives on."""
 
     job_id: str
     rank: int
@@ -189,8 +207,8 @@ class RankFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class RankCrashed:
-    """The rank cannot go on; it leaves after this."""
+class WorkerCrashed:
+    """The worker cannot go on; it exits after this."""
 
     rank: int
     error: dict[str, object]

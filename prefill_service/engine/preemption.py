@@ -1,9 +1,9 @@
-"""Which task may use which ranks when, and when one is paused for another.
+"""Which task has which ranks when, and when one is paused for another.
 
-The ranks do as they are told and cannot know whom they keep waiting; here it is known. A rank has
-at most one task that goes on. A task begins when all of its team's ranks are free, or when the only
-other task on them is paused, so that whoever waits in a collective waits for ranks that are in the
-same task, and nothing can be waited for in a circle.
+The workers do what they are sent and cannot know whom they keep waiting; this module knows. A rank
+has at most one task that is not paused. A task starts when all ranks of its subgroup are free, or
+when the only other task on them is paused. A rank that waits in a collective therefore waits for
+ranks that are in the same task, and no two tasks can wait for each other.
 """
 
 from __future__ import annotations
@@ -19,135 +19,170 @@ from prefill_service.parallel.subgroups import Subgroup
 
 
 class AllocationState(Enum):
-    """Of a task that has its ranks."""
+    """How far a task that has its ranks is."""
 
     GRANTED = auto()
-    """They have not been told of it, and would not know what to pause."""
+    """The ranks have not been sent the task yet, so that they could not pause it."""
     RUNNING = auto()
     PAUSING = auto()
-    """Told to pause; it may end without."""
+    """The ranks have been asked to pause the task; it may end before they do."""
     PAUSED = auto()
 
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """One task's right to its team's ranks.
+    """One task's right to the ranks of its subgroup.
 
     Attributes:
-        tokens: of its prefix.
-        over: id of the task that is to be paused for this one, if it has to wait for no other.
-        pausable: whether this one may be paused.
-        inside: the paused task whose ranks it has.
-        paused_s: seconds that it was paused.
+        tokens: of the prefix that the task computes.
+        preempts: id of the task to pause for this one, where that spares it waiting.
+        preemptible: whether this task may itself be paused.
+        preempted: the paused task whose ranks this one has.
+        paused_s: seconds for which this task was paused.
     """
 
     job_id: str
-    team: Subgroup
+    subgroup: Subgroup
     tokens: int = 0
-    over: str = ""
-    pausable: bool = True
-    inside: Allocation | None = None
+    preempts: str = ""
+    preemptible: bool = True
+    preempted: Allocation | None = None
     state: AllocationState = AllocationState.GRANTED
     paused_s: float = 0.0
-    _said: set[int] = field(default_factory=set)
-    _since: float = 0.0
+    _confirmed: set[int] = field(default_factory=set)
+    _paused_at: float = 0.0
     _granted: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def paused(self) -> bool:
-        """Its ranks are, all of them, free for others."""
+        """Whether all of its ranks are free for others."""
         return self.state is AllocationState.PAUSED
 
 
 class RankAllocator:
-    """Grants turns: first come, first served among tasks that want the same ranks.
+    """Allocates ranks: first come, first served among tasks that want the same ones.
 
-    A task that is to run inside another's pause does not wait for those that wait for the other's
-    end. One that runs so is not paused itself.
+    A task that preempts another does not queue behind those that wait for the other's end. A task
+    that runs in another's pause is not paused itself.
 
     Args:
-        pause: tells a task's ranks to pause; each of them says so (``said_paused``), unless the
-            task ends first.
-        resume: tells a paused task's ranks to go on.
-        fit: whether ranks have room for a paused task and another one inside.
+        pause: asks a task's ranks to pause it. Each of them confirms (``confirm_paused``), unless
+            the task ends first.
+        resume: lets a paused task's ranks go on.
+        fit: whether the ranks have memory for a preempted task and the one that preempts it.
     """
 
     def __init__(
         self,
         pause: Callable[[Allocation], None],
         resume: Callable[[Allocation], None],
-        fit: Callable[[Allocation, Allocation], bool] = lambda paused, inside: True,
+        fit: Callable[[Allocation, Allocation], bool] = lambda preempted, preempting: True,
     ) -> None:
-        self._pause, self._resume, self._fit = pause, resume, fit
-        self._running: list[Allocation] = []
+        self._pause = pause
+        self._resume = resume
+        self._fit = fit
+        self._allocated: list[Allocation] = []
         self._waiting: list[Allocation] = []
 
+    @property
+    def allocated(self) -> tuple[Allocation, ...]:
+        """The tasks that have their ranks, paused ones included."""
+        return tuple(self._allocated)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no task has ranks or waits for some."""
+        return not self._allocated and not self._waiting
+
     @asynccontextmanager
-    async def take(
-        self, job_id: str, team: Subgroup, tokens: int = 0, over: str = "", pausable: bool = True
+    async def acquire(
+        self,
+        job_id: str,
+        subgroup: Subgroup,
+        *,
+        tokens: int = 0,
+        preempts: str = "",
+        preemptible: bool = True,
     ) -> AsyncIterator[Allocation]:
-        """Wait for a turn; it ends with the context. ``begun`` follows once the ranks know."""
-        turn = Allocation(job_id, team, tokens, over, pausable)
-        self._waiting.append(turn)
+        """Wait for the subgroup's ranks; they are freed with the context.
+
+        The caller sends the task to the ranks and then calls ``mark_started``.
+        """
+        allocation = Allocation(
+            job_id, subgroup, tokens=tokens, preempts=preempts, preemptible=preemptible
+        )
+        self._waiting.append(allocation)
         try:
             self._advance()
-            await turn._granted.wait()
-            yield turn
+            await allocation._granted.wait()
+            yield allocation
         finally:
-            (self._running if turn in self._running else self._waiting).remove(turn)
+            queue = self._allocated if allocation in self._allocated else self._waiting
+            queue.remove(allocation)
             self._advance()
 
-    def begun(self, turn: Allocation) -> None:
-        """The task's ranks have been told to run it: from now on they can be told to pause it."""
-        turn.state = AllocationState.RUNNING
+    def mark_started(self, allocation: Allocation) -> None:
+        """Note that the ranks were sent the task: from now on they can be asked to pause it."""
+        allocation.state = AllocationState.RUNNING
         self._advance()
 
-    def said_paused(self, job_id: str, rank: int) -> None:
-        """A rank has paused the task."""
-        for turn in self._running:
-            if turn.job_id == job_id and turn.state is AllocationState.PAUSING:
-                turn._said.add(rank)
-                if len(turn._said) == turn.team.size:
-                    turn.state, turn._since = AllocationState.PAUSED, time.monotonic()
-                    turn._said.clear()
+    def confirm_paused(self, job_id: str, rank: int) -> None:
+        """Note that a rank has paused the task."""
+        for allocation in self._allocated:
+            if allocation.job_id == job_id and allocation.state is AllocationState.PAUSING:
+                allocation._confirmed.add(rank)
+                if len(allocation._confirmed) == allocation.subgroup.size:
+                    allocation.state = AllocationState.PAUSED
+                    allocation._paused_at = time.monotonic()
+                    allocation._confirmed.clear()
                     self._advance()
 
-    def ending(self, turn: Allocation) -> None:
-        """The task is being stopped: nothing more runs inside it, so that it soon goes on to."""
-        turn.pausable = False
+    def mark_stopping(self, allocation: Allocation) -> None:
+        """Note that the task is being stopped: nothing more preempts it, so it ends soon."""
+        allocation.preemptible = False
         self._advance()
 
     def _advance(self) -> None:
-        """Start what can start, pause what has to be, resume what need not be paused any more."""
-        before: list[Allocation] = []
-        for turn in list(self._waiting):
-            outer = self._outer(turn)
-            if outer is not None and outer.state is AllocationState.RUNNING:
-                outer.state = AllocationState.PAUSING
-                self._pause(outer)
-            if self._free(turn, outer, before):
-                self._waiting.remove(turn)
-                self._running.append(turn)
-                turn.inside = outer
-                turn._granted.set()
+        """Start what can start, pause what has to be paused, resume what nothing preempts."""
+        blocked: list[Allocation] = []
+        for allocation in list(self._waiting):
+            preempted = self._find_preempted(allocation)
+            if preempted is not None and preempted.state is AllocationState.RUNNING:
+                preempted.state = AllocationState.PAUSING
+                self._pause(preempted)
+            if self._can_start(allocation, preempted, blocked):
+                self._waiting.remove(allocation)
+                self._allocated.append(allocation)
+                allocation.preempted = preempted
+                allocation._granted.set()
             else:
-                before.append(turn)
-        for turn in self._running:
-            if turn.paused and not any(other.inside is turn for other in self._running):
-                turn.state = AllocationState.RUNNING
-                turn.paused_s += time.monotonic() - turn._since
-                self._resume(turn)
+                blocked.append(allocation)
+        for allocation in self._allocated:
+            if allocation.paused and not self._is_preempted(allocation):
+                allocation.state = AllocationState.RUNNING
+                allocation.paused_s += time.monotonic() - allocation._paused_at
+                self._resume(allocation)
 
-    def _outer(self, turn: Allocation) -> Allocation | None:
-        """The task to pause for this one, if there is one to be paused."""
-        for other in self._running:
-            if other.job_id == turn.over and other.pausable and other.inside is None:
-                suits = other.team.contains(turn.team) and self._fit(other, turn)
-                return other if suits else None
+    def _is_preempted(self, allocation: Allocation) -> bool:
+        return any(other.preempted is allocation for other in self._allocated)
+
+    def _find_preempted(self, allocation: Allocation) -> Allocation | None:
+        """The task to pause for this one, if it is there and can be paused."""
+        for other in self._allocated:
+            if (
+                other.job_id == allocation.preempts
+                and other.preemptible
+                and other.preempted is None
+            ):
+                suits = other.subgroup.contains(allocation.subgroup)
+                return other if suits and self._fit(other, allocation) else None
         return None
 
-    def _free(self, turn: Allocation, outer: Allocation | None, before: list[Allocation]) -> bool:
-        busy = [other for other in self._running if other.team.overlaps(turn.team)]
-        if outer is not None:
-            return outer.paused and busy == [outer]
-        return not busy and not any(other.team.overlaps(turn.team) for other in before)
+    def _can_start(
+        self, allocation: Allocation, preempted: Allocation | None, blocked: list[Allocation]
+    ) -> bool:
+        subgroup = allocation.subgroup
+        busy = [other for other in self._allocated if other.subgroup.overlaps(subgroup)]
+        if preempted is not None:
+            return preempted.paused and busy == [preempted]
+        return not busy and not any(other.subgroup.overlaps(subgroup) for other in blocked)

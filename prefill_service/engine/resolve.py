@@ -1,18 +1,12 @@
-"""What a rank process is told when it starts."""
+"""The configuration resolved against a checkpoint and a device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import (
     AUTO,
     EngineConfig,
-    VideoConfig,
     memory_bytes,
     resolve_kv_pool_bytes,
 )
@@ -22,25 +16,8 @@ from prefill_service.kv.manifest import KVLayout
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, exchange_named
 from prefill_service.parallel.exchanges.registry import ExchangeChoice, choose_exchange
-from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
 
 _DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """One rank of one generation of the group; ``init_method`` is torch's rendezvous."""
-
-    rank: int
-    generation: int
-    engine: EngineConfig
-    video: VideoConfig
-    checkpoint: Checkpoint
-    dtype: str
-    device: str
-    threads: int
-    init_method: str
-    runtime_dir: str
 
 
 def chunk_tokens(engine: EngineConfig, device: str) -> int:
@@ -52,8 +29,8 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0
     """The configured exchange; ``gather`` where none is, which bounds what a prefix may take.
 
     Args:
-        ranks: of the team that computes, all by default. A smaller one has the configured Ulysses
-            degree where that divides it, else one of its own.
+        ranks: number of ranks of the subgroup that computes, by default all. A smaller subgroup
+            has the configured Ulysses degree where that divides it, else one of its own.
 
     Raises:
         ServiceError: CONFIG_INVALID, this model's heads do not allow it on so many ranks, or its
@@ -85,23 +62,6 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0
         raise ServiceError(Reason.CONFIG_INVALID, text, name="engine.exchange") from error
 
 
-def chunk_layout(
-    patch_ends: Sequence[int] | np.ndarray,
-    engine: EngineConfig,
-    device: str,
-    exchange: ExchangeChoice,
-    ranks: int,
-    sparse: bool = False,
-) -> ChunkLayout:
-    """Which rank of a team computes which tokens of a prompt.
-
-    Args:
-        sparse: see ``is_sparse``.
-    """
-    tokens = chunk_tokens(engine, device)
-    return deal_patches(patch_ends, ranks, tokens, exchange.kind.order, sparse)
-
-
 def is_sparse(
     num_tokens: int, exchange: ExchangeChoice, policy: AttentionPolicy, from_tokens: int
 ) -> bool:
@@ -116,13 +76,13 @@ def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:
 
 
 def kv_layout(checkpoint: Checkpoint, dtype: str, engine: EngineConfig) -> KVLayout:
-    """Shape of a KV page of this model."""
+    """The shape of a KV page of this model."""
     return KVLayout(
-        checkpoint.num_layers,
-        checkpoint.num_kv_heads,
-        checkpoint.head_dim,
-        dtype,
-        engine.page_tokens,
+        num_layers=checkpoint.num_layers,
+        num_kv_heads=checkpoint.num_kv_heads,
+        head_dim=checkpoint.head_dim,
+        dtype=dtype,
+        page_tokens=engine.page_tokens,
     )
 
 
@@ -130,15 +90,16 @@ def kv_budget(
     engine: EngineConfig,
     checkpoint: Checkpoint,
     dtype: str,
+    *,
     device: str,
     exchange: ExchangeChoice | None = None,
     ranks: int = 0,
 ) -> KVBudget:
-    """Bounds on a prefix's KV memory; the front end and the ranks of a machine find the same.
+    """Bounds on a prefix's KV memory; the front end and the workers of a host compute the same.
 
     Args:
-        exchange: that computes the prefix; the configured one by default.
-        ranks: of the team that does, all by default.
+        exchange: the one that computes the prefix, by default the configured one.
+        ranks: number of ranks of the subgroup that computes it, by default all.
 
     Raises:
         ServiceError: CONFIG_INVALID, see ``exchange_choice``.
@@ -148,14 +109,14 @@ def kv_budget(
     return KVBudget(
         kv_layout(checkpoint, dtype, engine),
         resolve_kv_pool_bytes(engine),
-        engine.kv_working_bytes or _device_share(engine.ranks, device),
+        engine.kv_working_bytes or _default_working_bytes(engine.ranks, device),
         offload=engine.kv_offload == "host" and choice.kind.offloads,
         kv_shards=choice.kv_shards(ranks, checkpoint.num_heads, checkpoint.num_kv_heads),
     )
 
 
-def _device_share(ranks: int, device: str) -> int:
-    """A quarter of the memory, divided among the ranks that have it in common."""
+def _default_working_bytes(ranks: int, device: str) -> int:
+    """A quarter of the memory, divided evenly among the ranks that use it."""
     if device == "cpu":
         return memory_bytes() // 4 // ranks
     import torch

@@ -1,35 +1,38 @@
-"""When a rank did what: spans, noted while a task runs and sent with its end.
+"""When a rank did what: its progress in each stage, and spans, which are sent when a task ends.
 
 Times are seconds of CLOCK_MONOTONIC, which is what ``time.perf_counter`` and ``time.monotonic``
 read on Linux, and which all processes of a host share: spans of ranks and of the front end go on
-one time line. They are the host's: on CUDA a slice says when work was launched and waited for.
+one time line. They are the host's: on CUDA a span says when work was launched and waited for.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from enum import StrEnum
+
+from prefill_service.parallel.comm_stats import CommStats
 
 MAX_SPANS = 8192
-"""Per task and rank; further ones are counted, not kept. Two thousand chunks fit."""
+"""Spans kept per task and rank; further ones are only counted. Two thousand chunks fit."""
 
 MAX_LAYER_SPANS = 512
-"""Chunks times groups of layers: beyond that, groups are more than one layer."""
+"""Spans of layers per task: where chunks times layers exceed it, a span covers several layers."""
+
+_PROGRESS_INTERVAL_S = 0.2
 
 Amount = int | float
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that took a while.
+    """A piece of work with its start and end.
 
     Attributes:
         row: where it is drawn, e.g. "decode"; spans of a row follow each other or are nested.
-        name: what it was.
         start, end: seconds of CLOCK_MONOTONIC.
         args: amounts by name.
     """
@@ -73,65 +76,111 @@ class SpanBuffer:
             return tuple(found)
 
 
-class Meter(Protocol):
-    """``parallel.meter.CommStats``."""
+class Stage(StrEnum):
+    """Stages of a prefill (``prefill.v1.Stage``)."""
 
-    @property
-    def bytes_received(self) -> int:
-        """So far."""
+    DECODE = "decode"
+    VISION = "vision"
+    PREFILL = "prefill"
 
-    @property
-    def seconds(self) -> float:
-        """So far."""
+
+@dataclass(slots=True)
+class StageClock:
+    """A task's progress and seconds per stage on one rank, and their spans.
+
+    Attributes:
+        report: called with stage, units done, units in all and seconds, at most five times a
+            second and when a stage is complete.
+        seconds: spent in each stage so far.
+    """
+
+    report: Callable[[Stage, int, int, float], None]
+    spans: SpanBuffer = field(default_factory=SpanBuffer)
+    seconds: dict[Stage, float] = field(default_factory=lambda: dict.fromkeys(Stage, 0.0))
+    _reported_at: dict[Stage, float] = field(default_factory=dict)
+    _chunks: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
+
+    def finish_chunk(
+        self, stage: Stage, *, done: int, total: int, start: float, **args: Amount
+    ) -> None:
+        """Note that a chunk, begun at ``start`` (perf_counter), completed ``done`` of ``total``.
+
+        ``args`` go with its span.
+        """
+        number = self._chunks[stage]
+        self._chunks[stage] += 1
+        self.spans.note(stage, f"chunk {number}", start, **args)
+        seconds = self.seconds[stage] + time.perf_counter() - start
+        self.update(stage, done=done, total=total, seconds=seconds)
+
+    def update(self, stage: Stage, *, done: int, total: int, seconds: float) -> None:
+        """Note that ``done`` of ``total`` units took ``seconds`` so far."""
+        self.seconds[stage] = seconds
+        now = time.monotonic()
+        if done >= total or now - self._reported_at.get(stage, 0.0) >= _PROGRESS_INTERVAL_S:
+            self._reported_at[stage] = now
+            self.report(stage, done, total, seconds)
 
 
 class LayerSpans:
-    """What a chunk's prefill is made of: its layers, or groups of them, and their attention.
+    """Spans of a chunk's layers, or groups of consecutive layers, and of their attention.
 
     Args:
-        spans: takes them.
-        meter: of the rank's collectives.
+        spans: where they are noted.
+        stats: of the rank's collectives.
         row: the row of the chunk's own span, which encloses them.
         layers, chunks: of the model and of the task; they decide how fine the spans are.
     """
 
-    def __init__(self, spans: SpanBuffer, meter: Meter, row: str, layers: int, chunks: int) -> None:
-        self._spans, self._meter, self._row, self._layers = spans, meter, row, layers
-        self._group = max(1, -(-layers * chunks // MAX_LAYER_SPANS))
+    def __init__(
+        self, spans: SpanBuffer, stats: CommStats, row: str, *, layers: int, chunks: int
+    ) -> None:
+        self._spans = spans
+        self._stats = stats
+        self._row = row
+        self._layers = layers
+        self._per_span = max(1, -(-layers * chunks // MAX_LAYER_SPANS))
         self._first: int | None = None
         self._start = self._attend_s = self._exchange_s = 0.0
         self._bytes = 0
 
-    def enter(self, layer: int) -> None:
-        """The keys of ``layer`` are there: the group before it, if it was one, has ended."""
-        if self._first is not None and layer % self._group:
+    def enter_layer(self, layer: int) -> None:
+        """Note that the keys of ``layer`` are there, and with them the end of earlier layers."""
+        if self._first is not None and layer % self._per_span:
             return
-        self.leave(layer)
-        self._first, self._start, self._attend_s = layer, time.perf_counter(), 0.0
-        self._bytes, self._exchange_s = self._meter.bytes_received, self._meter.seconds
+        self._finish(layer)
+        self._first = layer
+        self._start = time.perf_counter()
+        self._attend_s = 0.0
+        self._bytes = self._stats.bytes_received
+        self._exchange_s = self._stats.seconds
 
     @contextmanager
-    def attending(self) -> Iterator[None]:
+    def time_attention(self) -> Iterator[None]:
         """Time the attention of the layer that was entered last."""
         start = time.perf_counter()
         yield
         self._attend_s += time.perf_counter() - start
-        if self._group == 1:
+        if self._per_span == 1:
             self._spans.note(self._row, "attend", start)
 
-    def leave(self, end: int | None = None) -> None:
-        """The chunk has ended, or the layers before ``end`` have."""
+    def finish_chunk(self) -> None:
+        """Note the end of the chunk's last layer."""
+        self._finish(self._layers)
+
+    def _finish(self, end: int) -> None:
+        """Note the span of the layers since the last one, up to layer ``end``."""
         if self._first is None:
             return
-        last = (self._layers if end is None else end) - 1
+        last = end - 1
         name = f"layer {last}" if last == self._first else f"layers {self._first}-{last}"
         self._spans.note(
             self._row,
             name,
             self._start,
             attend_ms=_ms(self._attend_s),
-            exchange_ms=_ms(self._meter.seconds - self._exchange_s),
-            bytes_received=self._meter.bytes_received - self._bytes,
+            exchange_ms=_ms(self._stats.seconds - self._exchange_s),
+            bytes_received=self._stats.bytes_received - self._bytes,
         )
         self._first = None
 

@@ -30,7 +30,8 @@ def probe_ranks(
     found = probe_device(shape, device, dtype) if group.rank == 0 else []
     if group.size == 1:
         return tuple(found)
-    after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    after = (group.rank + 1) % group.size
+    before = (group.rank - 1) % group.size
 
     def move(size: int) -> None:
         leaving, arriving = torch.zeros(2, size, dtype=torch.uint8, device=device)

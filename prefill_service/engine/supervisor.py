@@ -1,4 +1,4 @@
-"""The rank processes as one: started, watched, and started anew when one of them is lost."""
+"""Starts the workers, watches them, and starts all of them anew when one of them is lost."""
 
 from __future__ import annotations
 
@@ -15,34 +15,38 @@ from prefill_service.attention.report import NEVER
 from prefill_service.config import EngineConfig, resolve_threads
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.engine import messages as msg
-from prefill_service.engine.resolve import WorkerSpec
 from prefill_service.engine.worker_process import WorkerProcess
 from prefill_service.errors import Reason, ServiceError
 
-logger = logging.getLogger("prefill_service.ranks")
+logger = logging.getLogger("prefill_service.supervisor")
 
 _STOP_GRACE_S = 5.0
 _CRASH_DELAY_S = 0.5
 _MAX_START_FAILURES = 3
 
-MakeSpec = Callable[[int, int, str], WorkerSpec]
-"""Rank, generation and torch's rendezvous to what the rank is told."""
+MakeSpec = Callable[[int, int, str], msg.WorkerSpec]
+"""Rank, generation and torch's rendezvous to the spec of that worker."""
+
+LossListener = Callable[[int, ServiceError], None]
+"""Called with the generation that was lost, and why."""
 
 
 class WorkerSupervisor:
-    """R rank processes of one generation after the other.
+    """R workers of one generation after the other.
 
-    A rank's death or silence kills all of them: collectives cannot go on with a member missing.
+    A worker's death or silence kills all of them: collectives cannot go on with a member missing.
     They then start afresh with the next generation; everything they held is lost.
 
     Args:
-        engine: how many, and how long they may take.
-        make_spec: what to tell each.
+        engine: how many workers, and how long they may take.
+        make_spec: makes the spec of each worker.
         runtime_dir: for sockets and rendezvous.
-        on_message: called with each message of the current generation but ``Ready``, heartbeats
-            and crashes.
-        on_lost: called with the generation that was lost, and why.
-        jobs_of: ids of the tasks at work on a rank.
+        on_message: called with each message of the current generation except ``WorkerReady``,
+            heartbeats and crashes.
+        jobs_of: ids of the jobs that run on a rank, for error messages.
+
+    Attributes:
+        generation: how often the workers have been lost.
     """
 
     def __init__(
@@ -50,19 +54,19 @@ class WorkerSupervisor:
         engine: EngineConfig,
         make_spec: MakeSpec,
         runtime_dir: Path,
+        *,
         on_message: Callable[[object], None],
-        on_lost: Callable[[int, ServiceError], None],
         jobs_of: Callable[[int], list[str]],
     ) -> None:
         self._engine = engine
         self._make_spec = make_spec
         self._runtime_dir = runtime_dir
         self._pass_on = on_message
-        self._on_lost = on_lost
         self._jobs_of = jobs_of
+        self._loss_listeners: list[LossListener] = []
         self.generation = 0
-        self._ranks: list[WorkerProcess] = []
-        self._ready: dict[int, msg.Ready] = {}
+        self._workers: list[WorkerProcess] = []
+        self._ready: dict[int, msg.WorkerReady] = {}
         self._crashed: set[int] = set()
         self._start_failures = 0
         self._spawned: float | None = None
@@ -74,44 +78,48 @@ class WorkerSupervisor:
 
     @property
     def ready(self) -> bool:
-        """True while all ranks are up."""
+        """Whether all workers are up."""
         return self._all_ready.is_set() and self._failure is None
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids by rank."""
-        return tuple(rank.pid for rank in self._ranks)
+        return tuple(worker.pid for worker in self._workers)
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """By rank, where its pages are served; of ranks that are up."""
+        """Where each rank's pages are served, of the workers that are up."""
         return tuple(self._ready[rank].endpoint for rank in sorted(self._ready))
 
     @property
     def observed(self) -> tuple[Observation, ...]:
-        """Of ranks that are up: what rank 0 measured at start, if exchanges are planned."""
+        """What rank 0 measured at start, if exchanges are planned; nothing before it is up."""
         return self._ready[0].observed if 0 in self._ready else ()
 
     @property
     def sparse_from_tokens(self) -> int:
-        """Of ranks that are up: prompts of so many tokens are sparse."""
+        """Prompts of at least this many tokens are sparse; ``NEVER`` before the workers are up."""
         return self._ready[0].sparse_from_tokens if 0 in self._ready else NEVER
 
     def send(self, message: object, ranks: Iterable[int] | None = None) -> None:
-        """To some ranks, or to all. Each gets messages in the order in which they are sent."""
-        for rank in self._ranks:
-            if ranks is None or rank.rank in ranks:
-                rank.send(message)
+        """Send to some ranks, or to all. Each gets messages in the order of the calls."""
+        for worker in self._workers:
+            if ranks is None or worker.rank in ranks:
+                worker.send(message)
+
+    def add_loss_listener(self, listener: LossListener) -> None:
+        """Call ``listener`` at once whenever a generation is lost, before the next one starts."""
+        self._loss_listeners.append(listener)
 
     # ---- life ------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Spawn the ranks and wait until all are ready.
+        """Spawn the workers and wait until all are ready.
 
         Raises:
-            ServiceError: what a rank failed with, or RANK_STALLED after ``start_timeout_s``.
+            ServiceError: what a worker failed with, or RANK_STALLED after ``start_timeout_s``.
         """
-        self._watcher = asyncio.create_task(self._watch(), name="rank-watcher")
+        self._watcher = asyncio.create_task(self._watch(), name="worker-watcher")
         try:
             self._spawn()
             await self.wait_ready()
@@ -120,7 +128,7 @@ class WorkerSupervisor:
             raise
 
     async def stop(self) -> None:
-        """Ask the ranks to leave, kill those that do not. Idempotent."""
+        """Ask the workers to exit, kill those that do not. Idempotent."""
         self._stopping = True
         for background in (self._watcher, self._restarter):
             if background is not None:
@@ -129,8 +137,8 @@ class WorkerSupervisor:
                     await background
         self.send(msg.Shutdown())
         deadline = time.monotonic() + _STOP_GRACE_S
-        for rank in self._ranks:
-            await rank.wait(deadline - time.monotonic())
+        for worker in self._workers:
+            await worker.wait(deadline - time.monotonic())
         self._kill_all()
         self._all_ready.clear()
 
@@ -138,7 +146,7 @@ class WorkerSupervisor:
         """Wait through a (re)start.
 
         Raises:
-            ServiceError: the ranks cannot start, or take longer than ``start_timeout_s``.
+            ServiceError: the workers cannot start, or take longer than ``start_timeout_s``.
         """
         waiter = asyncio.ensure_future(self._all_ready.wait())
         try:
@@ -163,19 +171,20 @@ class WorkerSupervisor:
         self._spawned = time.monotonic()
         rendezvous = self._runtime_dir / f"rendezvous-{uuid.uuid4().hex[:12]}"
         generation = self.generation
-        self._ranks = []
+        self._workers = []
         for rank in range(self._engine.ranks):
+            worker = WorkerProcess(
+                self._make_spec(rank, generation, f"file://{rendezvous.absolute()}"),
+                on_message=partial(self._on_message, generation),
+                on_exit=partial(self._on_exit, generation),
+            )
             try:
-                process = WorkerProcess(
-                    self._make_spec(rank, generation, f"file://{rendezvous.absolute()}"),
-                    on_message=partial(self._on_message, generation),
-                    on_exit=partial(self._on_exit, generation),
-                )
+                worker.start()
             except OSError as error:  # out of processes, descriptors or memory
                 raise ServiceError(
                     Reason.RANK_DIED, f"rank {rank} cannot be started: {error}", rank=rank
                 ) from error
-            self._ranks.append(process)  # one by one: those before a failure must be killed
+            self._workers.append(worker)  # one by one: those before a failure must be killed
 
     # ---- events ----------------------------------------------------------------------------
 
@@ -183,11 +192,11 @@ class WorkerSupervisor:
         if generation != self.generation:
             return
         match message:
-            case msg.Ready(rank=rank):
+            case msg.WorkerReady(rank=rank):
                 self._ready[rank] = message
                 if len(self._ready) == self._engine.ranks:
                     self._become_ready(message)
-            case msg.RankCrashed(rank, error):
+            case msg.WorkerCrashed(rank, error):
                 self._crashed.add(rank)
                 # A rank also fails when a peer was killed under it: give the exit that
                 # explains the failure a moment to arrive first.
@@ -197,76 +206,83 @@ class WorkerSupervisor:
             case _:
                 self._pass_on(message)
 
-    def _become_ready(self, last: msg.Ready) -> None:
+    def _become_ready(self, last: msg.WorkerReady) -> None:
         self._failure = None
         self._all_ready.set()
         logger.info(
             "%d ranks are ready: generation %d, %s, %d threads per rank",
-            self._engine.ranks, self.generation, last.device, resolve_threads(self._engine),
-        )  # fmt: skip
+            self._engine.ranks,
+            self.generation,
+            last.device,
+            resolve_threads(self._engine),
+        )
 
     def _on_exit(self, generation: int, rank: int, cause: str) -> None:
         if generation == self.generation and not self._stopping and rank not in self._crashed:
             jobs = ", ".join(self._jobs_of(rank))
             during = f" during job {jobs}" if jobs else ""
             text = f"rank {rank} {cause}{during}"
-            self.lose(ServiceError(Reason.RANK_DIED, text, rank=rank, cause=cause))
+            self.declare_lost(ServiceError(Reason.RANK_DIED, text, rank=rank, cause=cause))
 
     def _lose_crashed(self, generation: int, error: ServiceError) -> None:
         if generation == self.generation:
-            self.lose(error)
+            self.declare_lost(error)
 
     async def _watch(self) -> None:
-        """Kill ranks of which one is silent, or busy and gets nowhere."""
+        """Declare the workers lost when one is silent, or busy without making progress."""
         while True:
             await asyncio.sleep(0.5)
             if not self.ready:
                 self._watch_start()
                 continue
-            for rank in self._ranks:
-                if rank.silent_s > self._engine.heartbeat_timeout_s:
-                    what, limit = "sent no heartbeat", self._engine.heartbeat_timeout_s
-                elif rank.stalled_s > self._engine.stall_timeout_s:
-                    what, limit = "made no progress", self._engine.stall_timeout_s
+            for worker in self._workers:
+                if worker.silent_s > self._engine.heartbeat_timeout_s:
+                    what = "sent no heartbeat"
+                    limit = self._engine.heartbeat_timeout_s
+                elif worker.stalled_s > self._engine.stall_timeout_s:
+                    what = "made no progress"
+                    limit = self._engine.stall_timeout_s
                 else:
                     continue
-                message = f"rank {rank.rank} {what} for {limit:g} s"
-                self.lose(ServiceError(Reason.RANK_STALLED, message, rank=rank.rank))
+                message = f"rank {worker.rank} {what} for {limit:g} s"
+                self.declare_lost(ServiceError(Reason.RANK_STALLED, message, rank=worker.rank))
                 break
 
     def _watch_start(self) -> None:
-        """A start that hangs is a loss, too."""
+        """Declare the workers lost when they do not become ready in time."""
         limit = self._engine.start_timeout_s
         if self._spawned is not None and time.monotonic() - self._spawned >= limit:
-            self.lose(self._not_ready())
+            self.declare_lost(self._not_ready())
 
-    def lose(self, error: ServiceError) -> None:
-        """A rank is lost: kill what is left, tell those who wait, start the next generation."""
+    def declare_lost(self, error: ServiceError) -> None:
+        """Kill what is left of a generation, notify the listeners, start the next generation."""
         if self._stopping:
             return
-        lost, was_ready = self.generation, self._all_ready.is_set()
+        lost = self.generation
+        was_ready = self._all_ready.is_set()
         self.generation += 1
         logger.error("generation %d of the ranks is lost: %s", lost, error)
         self._all_ready.clear()
         self._spawned = None
         self._kill_all()
-        self._on_lost(lost, error)
+        for notify in self._loss_listeners:
+            notify(lost, error)
         self._start_failures = 0 if was_ready else self._start_failures + 1
         if self._start_failures >= _MAX_START_FAILURES or error.reason is Reason.MODEL_INVALID:
             self._failure = error
             self._all_ready.set()  # wakes wait_ready, which raises the failure
             return
-        self._restarter = asyncio.create_task(self.restart(), name="rank-restarter")
+        self._restarter = asyncio.create_task(self.restart(), name="worker-restarter")
 
     async def restart(self) -> None:
-        """Start the next generation, later after each that could not start."""
+        """Start the next generation, after a pause that grows with each failed start."""
         await asyncio.sleep(min(2.0**self._start_failures - 1, 10.0))
         logger.info("starting generation %d of the ranks", self.generation)
         try:
             self._spawn()
         except ServiceError as error:
-            self.lose(error)
+            self.declare_lost(error)
 
     def _kill_all(self) -> None:
-        for rank in self._ranks:
-            rank.kill()
+        for worker in self._workers:
+            worker.kill()

@@ -1,4 +1,4 @@
-"""A task while the ranks compute it, and what is reported of it afterwards."""
+"""A task in the front end while the ranks compute it, and what is reported of it afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.engine import messages as msg
-from prefill_service.engine.spans import Span
+from prefill_service.engine.spans import Span, Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.offload.shape import OffloadReport
 from prefill_service.parallel.comm_stats import CollectiveUse, moved, total
@@ -26,8 +26,8 @@ class PrefillOutcome:
         communication: collectives by name: calls and bytes of all ranks, the slowest one's time.
         seconds: wall clock.
         attention: over all ranks.
-        offloaded: of each rank that had to offload its keys.
-        paused_s: of ``seconds``, what others ran in.
+        offloaded: the reports of the ranks that had to offload their keys.
+        paused_s: the part of ``seconds`` in which it was preempted.
         spans: what each rank did when.
     """
 
@@ -41,16 +41,16 @@ class PrefillOutcome:
 
     @property
     def bytes_received(self) -> int:
-        """From other ranks, over all ranks; without agreements."""
+        """Bytes received from other ranks, summed over all ranks, without status agreement."""
         return moved(self.communication)
 
 
 @dataclass(slots=True)
 class TaskState:
-    """One task in its team's ranks: what they have answered so far."""
+    """One task and what the ranks of its subgroup have answered so far."""
 
     job_id: str
-    team: Subgroup
+    subgroup: Subgroup
     on_progress: Callable[[msg.Progress], None]
     future: asyncio.Future[None]
     done: dict[int, msg.RankDone] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class TaskState:
 
     def settle(self) -> None:
         """Resolve once every rank has answered; the causing rank's error wins."""
-        if len(self.done) + len(self.failed) < self.team.size or self.future.done():
+        if len(self.done) + len(self.failed) < self.subgroup.size or self.future.done():
             return
         causes = [e for e in self.failed.values() if e.reason is not Reason.CANCELLED]
         if self.failed:
@@ -79,21 +79,29 @@ class TaskState:
         return self.future.done()
 
     def not_stopped(self, timeout_s: float) -> ServiceError:
-        """Of a cancelled task: those of its ranks that have not answered in time."""
-        ranks = sorted(set(self.team.members) - self.done.keys() - self.failed.keys())
+        """The error of a cancelled task that some of its ranks have not answered in time."""
+        ranks = sorted(set(self.subgroup.members) - self.done.keys() - self.failed.keys())
         text = f"ranks {ranks} did not stop job {self.job_id} within {timeout_s:g} s"
         return ServiceError(Reason.RANK_STALLED, text, job_id=self.job_id, ranks=ranks)
 
     def outcome(self, seconds: float, paused_s: float = 0.0) -> PrefillOutcome:
-        """Of a task that has succeeded, ``seconds`` after its start."""
+        """The report of a task that has succeeded ``seconds`` after its start."""
         done = self.done.values()
         stages = {
             str(stage): max(rank.stage_seconds.get(str(stage), 0.0) for rank in done)
-            for stage in msg.Stage
+            for stage in Stage
         }
         communication = total(rank.communication for rank in done)
         measured = [rank.attention for rank in done if rank.attention is not None]
         attention = combine(measured) if measured else AttentionReport()
         offloaded = tuple(rank.offloaded for rank in done if rank.offloaded is not None)
         spans = {rank.rank: rank.spans for rank in done}
-        return PrefillOutcome(stages, communication, seconds, attention, offloaded, paused_s, spans)
+        return PrefillOutcome(
+            stage_seconds=stages,
+            communication=communication,
+            seconds=seconds,
+            attention=attention,
+            offloaded=offloaded,
+            paused_s=paused_s,
+            spans=spans,
+        )

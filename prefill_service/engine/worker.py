@@ -1,9 +1,9 @@
-"""The entry point of a rank process: ``python -m prefill_service.engine.worker FD``.
+"""The process of one rank: ``python -m prefill_service.engine.worker FD``.
 
-FD is the rank's end of a socket pair; the first message on it is a ``WorkerSpec``. The main thread
-computes, one task after another or one inside the pause of another; one thread listens to the
+FD is the worker's end of a socket pair; the first message on it is a ``WorkerSpec``. The main
+thread computes, one task after another or one in the pause of another; one thread listens to the
 front end, one sends heartbeats, one (``PageServer``) serves pages. When the front end goes away,
-so does the rank.
+the worker exits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import queue
 import signal
 import sys
 import threading
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,180 +23,208 @@ import torch
 import transformers
 
 from prefill_service.attention.crossover import measure_crossover
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import AUTO, HEARTBEAT_S
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.engine import messages as msg
+from prefill_service.engine.agreement import CollectiveStatus, TaskAborted, TaskControl
 from prefill_service.engine.baseline_prefill import BaselinePrefill
 from prefill_service.engine.chunked_prefill import ChunkedPrefill
-from prefill_service.engine.resolve import (
-    WorkerSpec,
-    chunk_tokens,
-    kv_budget,
-    kv_layout,
-    sparse_settings,
-)
+from prefill_service.engine.resolve import chunk_tokens, kv_layout, sparse_settings
 from prefill_service.engine.startup_probe import model_shape, probe_ranks
-from prefill_service.engine.task import Status, TaskAborted, TaskControl, WorkerContext, run_task
+from prefill_service.engine.task import WorkerContext, run_task
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport_registry import find_transport
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.mesh import form_subgroup_meshes
-from prefill_service.parallel.process_group import form_group
+from prefill_service.parallel.process_group import SPGroup, form_group
 from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 from prefill_service.video.decoder.pool import DecoderPool
 
-logger = logging.getLogger("prefill_service.rank")
+logger = logging.getLogger("prefill_service.worker")
 
 
 class Worker:
-    """One rank: its model, its pages, its place in the group.
+    """One rank: its model, its pages and its process groups.
 
     Args:
-        spec: what to be.
+        spec: its rank, its generation and the configuration.
         pipe: to the front end.
     """
 
-    def __init__(self, spec: WorkerSpec, pipe: Connection) -> None:
+    def __init__(self, spec: msg.WorkerSpec, pipe: Connection) -> None:
         self._spec = spec
         self._pipe = pipe
         self._send_lock = threading.Lock()
-        self._inbox: queue.Queue[msg.Run | msg.Resume | None] = queue.Queue()
+        self._inbox: queue.Queue[msg.StartTask | msg.ResumeTask | None] = queue.Queue()
         self._controls: dict[str, TaskControl] = {}
-        self._ticks = 0
-        self._busy = self._serving = False
+        self._contexts: dict[Subgroup, WorkerContext] = {}
+        self._store = ShardStore(
+            kv_layout(spec.checkpoint, spec.dtype, spec.engine), spec.generation
+        )
+        self._units_done = 0
+        self._busy = False
+        self._serving = False
 
     def run(self) -> None:
-        """Load, join the group, serve until told to leave."""
-        contexts = self._contexts = self._load()
-        context = next(iter(contexts.values()))
-        self._store = context.store
-        context.decoders.start()
-        name = f"g{self._spec.generation}r{self._spec.rank}"
-        transport = find_transport(self._spec.engine.kv_transport)
-        server = transport.serve(context.store, Path(self._spec.runtime_dir), name)
+        """Load the model, join the process groups, and serve until ``Shutdown``."""
+        spec = self._spec
+        torch.set_num_threads(spec.threads)
+        device, shared = _choose_device(spec)
+        model = PrefillModel(
+            spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
+        )
+        group = form_group(
+            spec.rank,
+            spec.engine.ranks,
+            spec.init_method,
+            device,
+            spec.engine.collective_timeout_s,
+            shared,
+        )
+        observed = self._probe(model, group)
+        sparse = sparse_settings(spec.engine, self._sparse_from_tokens(model, group))
+        logger.info("sparse attention from %d keys on", sparse.from_tokens)
+        decoders = DecoderPool(spec.video.spare_decoders)
+        decoders.start()
+        self._contexts = self._form_contexts(model, group, decoders, sparse)
+        transport = find_transport(spec.engine.kv_transport)
+        name = f"g{spec.generation}r{spec.rank}"
+        server = transport.serve(self._store, Path(spec.runtime_dir), name)
         server.start()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        device = str(context.model.device)
-        sparse_from = context.sparse.from_tokens
-        self._send(msg.Ready(self._spec.rank, server.endpoint, device, sparse_from, self._observed))
+        self._send(
+            msg.WorkerReady(
+                rank=spec.rank,
+                endpoint=server.endpoint,
+                device=str(device),
+                sparse_from_tokens=sparse.from_tokens,
+                observed=observed,
+            )
+        )
         self._serving = True
         try:
             self._serve()
         finally:
             server.close()
-            context.decoders.close()
+            decoders.close()
 
-    def crash(self, error: Exception) -> None:
-        """Tell the front end why this rank leaves.
+    def report_crash(self, error: Exception) -> None:
+        """Send the front end the reason why this worker exits.
 
-        Once it serves, whatever the error is, it is the death of a rank to those whose tasks end
-        with it on other ranks: a reason would pass for their own.
+        Once it serves, any error is reported as the death of a rank. Other ranks' tasks end with
+        it, and the reason of this one would pass for theirs.
         """
         if self._serving or not isinstance(error, ServiceError):
             why = error if isinstance(error, ServiceError) else repr(error)
             text = f"rank {self._spec.rank} failed: {why}"
             error = ServiceError(Reason.RANK_DIED, text, rank=self._spec.rank)
-        self._send(msg.RankCrashed(self._spec.rank, error.to_dict()))
+        self._send(msg.WorkerCrashed(self._spec.rank, error.to_dict()))
+
+    # ---- start-up --------------------------------------------------------------------------
+
+    def _probe(self, model: PrefillModel, group: SPGroup) -> tuple[Observation, ...]:
+        """What this rank measures of its device and links, if exchanges are planned."""
+        spec = self._spec
+        if spec.engine.exchange != AUTO:
+            return ()
+        shape = model_shape(spec.checkpoint, spec.dtype)
+        return probe_ranks(shape, group, model.device, model.dtype)
+
+    def _sparse_from_tokens(self, model: PrefillModel, group: SPGroup) -> int:
+        """Prompt length from which attention is sparse: as configured, else as measured.
+
+        The slowest rank decides, so that all of them report one number.
+        """
+        engine = self._spec.engine
+        return group.agree(engine.sparse_from_tokens or self._measure_crossover(model))
+
+    def _measure_crossover(self, model: PrefillModel) -> int:
+        spec = self._spec
+        sizes = sparse_settings(spec.engine, 0)
+        return measure_crossover(
+            model.num_heads,
+            spec.checkpoint.num_kv_heads,
+            spec.checkpoint.head_dim,
+            model.dtype,
+            model.device,
+            chunk_tokens(spec.engine, model.device.type),
+            sizes.block_tokens,
+            sizes.tile_tokens,
+            sizes.segment_tokens,
+        )
+
+    def _form_contexts(
+        self, model: PrefillModel, group: SPGroup, decoders: DecoderPool, sparse: SparseSettings
+    ) -> dict[Subgroup, WorkerContext]:
+        """One context for each subgroup that this rank is in. Every rank calls it."""
+        engine = self._spec.engine
+        subgroups = form_subgroups(engine.ranks, engine.elastic)
+        meshes = form_subgroup_meshes(group, subgroups, engine.collective_timeout_s)
+        return {
+            subgroup: WorkerContext(
+                spec=self._spec,
+                model=model,
+                store=self._store,
+                decoders=decoders,
+                sparse=sparse,
+                meshes=subgroup_meshes,
+                send=self._send,
+                report_progress=self._count_unit,
+            )
+            for subgroup, subgroup_meshes in meshes.items()
+        }
+
+    # ---- tasks -----------------------------------------------------------------------------
 
     def _serve(self, paused: str = "") -> None:
-        """Run tasks until told to leave; inside the pause of one, until that one may go on."""
+        """Run tasks until ``Shutdown``; in the pause of task ``paused``, until it may go on."""
         while (message := self._inbox.get()) is not None:
             match message:
-                case msg.Run(task):
+                case msg.StartTask(task):
                     self._busy = True
-                    self._run_task(self._contexts[task.team], task)
+                    self._run_task(task)
                     self._busy = False
-                case msg.Resume(job_id) if job_id == paused:
+                case msg.ResumeTask(job_id) if job_id == paused:
                     return
         if paused:
-            self._inbox.put(None)  # for those that this one has interrupted
+            self._inbox.put(None)  # for the loop that runs the paused task
 
-    def _stand_aside(self, job_id: str) -> None:
-        """Run what the front end sends, then go on with the paused task."""
+    def _yield_ranks(self, job_id: str) -> None:
+        """Run what the front end sends, until the paused task may go on."""
         self._busy = False  # waiting for work is no stall, however long it lasts
-        self._send(msg.Paused(job_id, self._spec.rank))
+        self._send(msg.TaskPaused(job_id, self._spec.rank))
         self._serve(paused=job_id)
         self._busy = True
 
-    def _load(self) -> dict[Subgroup, WorkerContext]:
-        spec = self._spec
-        torch.set_num_threads(spec.threads)
-        device, staged = _device(spec)
-        layout = kv_layout(spec.checkpoint, spec.dtype, spec.engine)
-        model = PrefillModel(
-            spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
-        )
-        timeout_s = spec.engine.collective_timeout_s
-        group = form_group(
-            spec.rank, spec.engine.ranks, spec.init_method, device, timeout_s, staged
-        )
-        meshes = form_subgroup_meshes(
-            group, form_subgroups(spec.engine.ranks, spec.engine.elastic), timeout_s
-        )
-        self._observed: tuple[Observation, ...] = ()
-        if spec.engine.exchange == AUTO:
-            shape = model_shape(spec.checkpoint, spec.dtype)
-            self._observed = probe_ranks(shape, group, device, model.dtype)
-        chunk = chunk_tokens(spec.engine, device.type)
-        from_tokens = spec.engine.sparse_from_tokens or self._crossover(model, chunk)
-        # The slowest rank decides, so that all of them report one figure.
-        from_tokens = group.agree(from_tokens)
-        logger.info("sparse attention from %d keys on", from_tokens)
-        budget = partial(kv_budget, spec.engine, spec.checkpoint, spec.dtype, spec.device)
-        common = WorkerContext(
-            number=spec.rank,
-            model=model,
-            meshes={},
-            store=ShardStore(layout, spec.generation),
-            kv_layout=layout,
-            budget=budget,
-            runtime_dir=Path(spec.runtime_dir),
-            video=spec.video,
-            decoders=DecoderPool(spec.video.spare_decoders),
-            chunk_tokens=chunk,
-            sparse=sparse_settings(spec.engine, from_tokens),
-            balance_above=spec.engine.balance_above,
-            balance_least_gflop=spec.engine.balance_least_gflop,
-            send=self._send,
-            tick=self._tick,
-        )
-        return {
-            team: replace(common, meshes=mine, budget=partial(budget, ranks=team.size))
-            for team, mine in meshes.items()
-        }
-
-    def _crossover(self, model: PrefillModel, chunk: int) -> int:
-        layout, sizes = self._spec.checkpoint, sparse_settings(self._spec.engine, 0)
-        return measure_crossover(
-            model.num_heads, layout.num_kv_heads, layout.head_dim, model.dtype, model.device,
-            chunk, sizes.block_tokens, sizes.tile_tokens, sizes.segment_tokens,
-        )  # fmt: skip
-
-    def _run_task(self, context: WorkerContext, task: msg.PrefillTask) -> None:
-        control = self._controls[task.job_id]
+    def _run_task(self, task: msg.PrefillTask) -> None:
         try:
-            context.budget(task.exchange).check(
-                task.plan.num_tokens
-            )  # of which every rank thinks the same
-        except ServiceError as refusal:
-            self._controls.pop(task.job_id, None)
-            self._send(msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict()))
-            return
-        try:
-            begin = ChunkedPrefill if task.comparison is None else BaselinePrefill
-            self._send(run_task(context, task, control, begin))
-        except TaskAborted as aborted:
-            error = aborted.error or ServiceError(
-                Reason.CANCELLED,
-                "the job was cancelled"
-                if aborted.status is Status.CANCELLED
-                else "another rank failed",
-            )
-            self._send(msg.RankFailed(task.job_id, self._spec.rank, error.to_dict()))
+            answer = self._compute(self._contexts[task.subgroup], task)
         finally:
             self._controls.pop(task.job_id, None)
+        self._send(answer)
+
+    def _compute(
+        self, context: WorkerContext, task: msg.PrefillTask
+    ) -> msg.RankDone | msg.RankFailed:
+        """Compute this rank's part of a task; what is not agreed among ranks ends the worker."""
+        try:
+            # Every rank finds the same, so that none starts what another refuses.
+            context.kv_budget(task.exchange).check(task.plan.num_tokens)
+        except ServiceError as refusal:
+            return msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict())
+        method = ChunkedPrefill if task.baseline is None else BaselinePrefill
+        try:
+            return run_task(context, task, self._controls[task.job_id], method.build)
+        except TaskAborted as aborted:
+            cancelled = aborted.status is CollectiveStatus.CANCELLED
+            text = "the job was cancelled" if cancelled else "another rank failed"
+            error = aborted.error or ServiceError(Reason.CANCELLED, text)
+            return msg.RankFailed(task.job_id, self._spec.rank, error.to_dict())
+
+    # ---- messages --------------------------------------------------------------------------
 
     def _listen(self) -> None:
         try:
@@ -208,25 +235,26 @@ class Worker:
 
     def _handle(self, message: object) -> None:
         match message:
-            case msg.Run(task):
-                aside = partial(self._stand_aside, task.job_id)
+            case msg.StartTask(task):
                 self._controls[task.job_id] = TaskControl(
-                    threading.Event(), threading.Event(), aside
+                    cancelled=threading.Event(),
+                    pause=threading.Event(),
+                    yield_ranks=partial(self._yield_ranks, task.job_id),
                 )
                 self._inbox.put(message)
-            case msg.Cancel(job_id):
+            case msg.CancelTask(job_id):
                 if control := self._controls.get(job_id):
                     control.cancelled.set()
-            case msg.Pause(job_id):
+            case msg.PauseTask(job_id):
                 if control := self._controls.get(job_id):
                     control.pause.set()
-            case msg.Resume():
+            case msg.ResumeTask():
                 self._inbox.put(message)
-            case msg.Grant(prefix_id, lease_id, ttl_s):
+            case msg.GrantLease(prefix_id, lease_id, ttl_s):
                 self._store.grant_lease(prefix_id, lease_id, ttl_s)
-            case msg.Release(prefix_id, lease_id):
+            case msg.ReleaseLease(prefix_id, lease_id):
                 self._store.release_lease(prefix_id, lease_id)
-            case msg.Drop(prefix_id):
+            case msg.DropPrefix(prefix_id):
                 self._store.drop_prefix(prefix_id)
             case msg.Shutdown():
                 for control in list(self._controls.values()):
@@ -234,19 +262,19 @@ class Worker:
                 self._inbox.put(None)
 
     def _beat(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(HEARTBEAT_S):
-            self._send(msg.Heartbeat(self._spec.rank, self._ticks, self._busy))
+        never = threading.Event()
+        while not never.wait(HEARTBEAT_S):
+            self._send(msg.Heartbeat(self._spec.rank, self._units_done, self._busy))
 
-    def _tick(self) -> None:
-        self._ticks += 1
+    def _count_unit(self) -> None:
+        self._units_done += 1
 
     def _send(self, message: object) -> None:
         with self._send_lock:
             self._pipe.send(message)
 
 
-def _device(spec: WorkerSpec) -> tuple[torch.device, bool]:
+def _choose_device(spec: msg.WorkerSpec) -> tuple[torch.device, bool]:
     """This rank's device, and whether ranks share GPUs, so that NCCL cannot connect them."""
     if spec.device != "cuda":
         return torch.device("cpu"), False
@@ -256,33 +284,35 @@ def _device(spec: WorkerSpec) -> tuple[torch.device, bool]:
     if spec.engine.ranks > count:
         logger.warning(
             "%d ranks share %d GPUs: what they exchange goes through the host",
-            spec.engine.ranks, count,
-        )  # fmt: skip
+            spec.engine.ranks,
+            count,
+        )
     return device, spec.engine.ranks > count
 
 
 def main() -> None:
-    """Read the spec, be the rank."""
+    """Read the spec and run the worker."""
     # Ctrl-C reaches the whole foreground process group; the front end decides when to leave.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(int(sys.argv[1]))
-    spec: WorkerSpec = pipe.recv()
+    spec: msg.WorkerSpec = pipe.recv()
     logging.basicConfig(
         level=os.environ.get("PREFILL_LOG_LEVEL", "INFO"),
         format=f"%(asctime)s %(levelname)s rank{spec.rank} %(name)s: %(message)s",
     )
-    messages: Any = transformers.utils.logging
-    messages.disable_progress_bar()
-    messages.set_verbosity_error()
-    rank, code = Worker(spec, pipe), 0
+    transformers_logging: Any = transformers.utils.logging
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    worker = Worker(spec, pipe)
+    code = 0
     try:
-        rank.run()
+        worker.run()
     except Exception as error:
         logger.exception("rank %d failed", spec.rank)
-        rank.crash(error)
+        worker.report_crash(error)
         code = 1
-    # No orderly goodbye: a peer may be blocked in a collective with us, and a process group's
-    # tear-down would wait for it.
+    # Exit without tearing down: a peer may be blocked in a collective with this worker, and the
+    # process group's tear-down would wait for it.
     logging.shutdown()
     os._exit(code)
 

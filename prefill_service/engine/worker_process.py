@@ -1,4 +1,4 @@
-"""One rank process, seen from the front end."""
+"""The process of one worker, seen from the front end."""
 
 from __future__ import annotations
 
@@ -17,73 +17,90 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from prefill_service.engine import messages as msg
-from prefill_service.engine.resolve import WorkerSpec
 
 
 class WorkerProcess:
-    """Spawns a rank and carries messages. Callbacks run on the event loop.
+    """Spawns a worker and carries messages. Callbacks run on the event loop.
 
-    A thread reads and a thread writes, both for as long as the process lives: a rank that hangs
+    A thread reads and a thread writes, both for as long as the process lives: a worker that hangs
     does not read, and a task of some thousand tokens is more than its socket takes.
 
     Args:
-        spec: sent to the rank as its first message.
-        on_message: called with each message but heartbeats.
+        spec: sent to the worker as its first message.
+        on_message: called with each message except heartbeats.
         on_exit: called once with (rank, how it ended) when the process is gone.
     """
 
     def __init__(
         self,
-        spec: WorkerSpec,
+        spec: msg.WorkerSpec,
         on_message: Callable[[object], None],
         on_exit: Callable[[int, str], None],
     ) -> None:
         self.rank = spec.rank
+        self._spec = spec
         self._on_message = on_message
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._gone = asyncio.Event()
-        self._heard = self._advanced = time.monotonic()
-        self._ticks, self._busy = -1, False
+        self._last_message_at = self._last_progress_at = time.monotonic()
+        self._units_done = -1
+        self._busy = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
+    def start(self) -> None:
+        """Spawn the process and send it its spec.
+
+        Raises:
+            OSError: there are no processes, descriptors or memory left.
+        """
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
+        with ours, theirs:
+            process = self._process = subprocess.Popen(
                 [sys.executable, "-m", "prefill_service.engine.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=_environment(spec),
+                env=_environment(self._spec),
             )
-        self.pid = self._process.pid
-        self._pipe = Connection(ours.detach())
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(
-            target=self._write, name=f"rank{self.rank}-writer", daemon=True
+            pipe = Connection(ours.detach())
+        writer = threading.Thread(
+            target=self._write, args=(pipe,), name=f"rank{self.rank}-writer", daemon=True
         )
-        self._writer.start()
-        self.send(spec)
-        threading.Thread(target=self._read, name=f"rank{self.rank}-reader", daemon=True).start()
+        writer.start()
+        self.send(self._spec)
+        threading.Thread(
+            target=self._read,
+            args=(process, pipe, writer),
+            name=f"rank{self.rank}-reader",
+            daemon=True,
+        ).start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id; 0 before ``start``."""
+        return self._process.pid if self._process else 0
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last sign of life."""
-        return time.monotonic() - self._heard
+        """Seconds since the last message, heartbeats included."""
+        return time.monotonic() - self._last_message_at
 
     @property
     def stalled_s(self) -> float:
-        """Seconds a busy rank has gone without progress; 0 when idle."""
-        return time.monotonic() - self._advanced if self._busy else 0.0
+        """Seconds for which a busy worker has made no progress; 0 when it is idle."""
+        return time.monotonic() - self._last_progress_at if self._busy else 0.0
 
     def send(self, message: object) -> None:
-        """Send in the order of the calls; waits for nobody.
+        """Queue a message, to be sent in the order of the calls; never blocks.
 
-        What a rank does not live to read is lost; its death is its reader's business.
+        What a worker does not live to read is lost; the reader thread reports its death.
         """
         self._outbox.put(pickle.dumps(message))
 
     def kill(self) -> None:
         """SIGKILL. The reader thread reaps it."""
-        if self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
     async def wait(self, timeout_s: float) -> None:
@@ -92,22 +109,24 @@ class WorkerProcess:
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await self._gone.wait()
 
-    def _write(self) -> None:
+    def _write(self, pipe: Connection) -> None:
         with contextlib.suppress(OSError):
             while (message := self._outbox.get()) is not None:
-                self._pipe.send_bytes(message)
+                pipe.send_bytes(message)
 
-    def _read(self) -> None:
+    def _read(
+        self, process: subprocess.Popen[bytes], pipe: Connection, writer: threading.Thread
+    ) -> None:
         try:
             while True:
-                message = self._pipe.recv()
+                message = pipe.recv()
                 self._call(self._deliver, message)
         except (EOFError, OSError):
             pass
-        code = self._process.wait()
+        code = process.wait()
         self._outbox.put(None)
-        self._writer.join()  # at once: nobody is left to read. Its pipe is not closed under it
-        self._pipe.close()
+        writer.join()  # at once: nobody is left to read. The pipe must not be closed under it.
+        pipe.close()
         self._call(self._gone.set)
         self._call(self._on_exit, self.rank, _how_it_ended(code))
 
@@ -116,29 +135,30 @@ class WorkerProcess:
             self._loop.call_soon_threadsafe(function, *args)
 
     def _deliver(self, message: object) -> None:
-        self._heard = time.monotonic()
+        self._last_message_at = time.monotonic()
         if not isinstance(message, msg.Heartbeat):
             self._on_message(message)
             return
-        if message.ticks != self._ticks or not message.busy:
-            self._advanced = self._heard
-        self._ticks, self._busy = message.ticks, message.busy
+        if message.units_done != self._units_done or not message.busy:
+            self._last_progress_at = self._last_message_at
+        self._units_done = message.units_done
+        self._busy = message.busy
 
 
-def _environment(spec: WorkerSpec) -> dict[str, str]:
+def _environment(spec: msg.WorkerSpec) -> dict[str, str]:
     return {
-        # Products are compiled for their shapes, and torch and oneDNN each keep the last 1,024. A
-        # long prompt has more of them, and most do not come again: with these nothing takes longer,
-        # and a rank is 80 to 130 MiB smaller.
+        # Matrix products are compiled for their shapes; torch and oneDNN each keep the last 1,024.
+        # A long prompt has more shapes, and most do not come again. With these limits nothing
+        # takes longer, and a worker is 80 to 130 MiB smaller.
         "LRU_CACHE_CAPACITY": "64",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
         **os.environ,
         "OMP_NUM_THREADS": str(spec.threads),
-        # Ranks, decoders and vLLM share the cores: a thread that spins while it waits steals
-        # them (measured up to tenfold slow-down on two cores).
+        # Workers, video decoders and vLLM share the cores: a thread that spins while it waits
+        # takes them away (measured up to tenfold slow-down on two cores).
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
-        # What a killed rank leaves behind is removed with the service's runtime directory.
+        # What a killed worker leaves behind is removed with the service's runtime directory.
         "TMPDIR": spec.runtime_dir,
     }
 

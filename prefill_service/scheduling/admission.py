@@ -1,4 +1,4 @@
-"""From a request's spec to a plan that fits the model: the checks made before any work."""
+"""The checks of a request before any work: a plan that fits the model, sampling parameters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.engine.messages import BaselineTask
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.vllm_client import Sampling
 from prefill_service.kv.budget import KVBudget
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.scheduling.job import PrefillSpec
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from prefill_service.video.store import HeldVideo, VideoStore
 
 CACHED_PLANS = 16
+"""Plans kept, those used last."""
+
+DEFAULT_MAX_TOKENS = 256
+MAX_STOP_STRINGS = 16
+
 T = TypeVar("T")
 
 
@@ -29,10 +36,10 @@ class Admission:
     """Plans prefixes, off the event loop, one at a time (processors are not thread-safe).
 
     Args:
-        context_limit: the decoder's context in tokens, or 0 as long as that is unknown.
-        budgets: how the heads share every request's epsilon.
-        memory: bounds on a prefix's KV; without it only the ranks refuse what does not fit.
-        ranks: of the group, on which a comparison's KV depends.
+        context_limit: vLLM's context in tokens, or 0 as long as that is unknown.
+        budgets: how every request's epsilon is divided among heads.
+        memory: bounds on a prefix's KV; without it only the workers refuse what does not fit.
+        ranks: number of all ranks, on which a baseline's KV depends.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class Admission:
         videos: VideoStore,
         planner: PrefixPlanner,
         context_limit: Callable[[], int],
+        *,
         budgets: HeadBudgetProfile | None = None,
         memory: KVBudget | None = None,
         ranks: int = 1,
@@ -65,53 +73,53 @@ class Admission:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the model."""
+        """Identity of the model and its weights."""
         return self._planner.checkpoint.fingerprint
 
-    def policy(self, asked: AttentionPolicy) -> AttentionPolicy:
-        """What the ranks do where a request asks for ``asked``; names the prefix."""
-        return asked.with_budgets(self._budgets)
+    def resolve_policy(self, requested: AttentionPolicy) -> AttentionPolicy:
+        """The policy that the ranks follow, with the configured head budgets."""
+        return requested.with_budgets(self._budgets)
 
-    def profile(self, spec: PrefillSpec) -> str:
-        """How a prefix's KV is computed; part of its id."""
+    def approximation(self, spec: PrefillSpec) -> str:
+        """How a prefix's KV is computed (``Manifest.profile``); part of its id."""
         if spec.comparison is not None:
-            return spec.comparison.profile(self._ranks)
-        return self.policy(spec.attention).profile
+            return spec.comparison.approximation(self._ranks)
+        return self.resolve_policy(spec.attention).profile
 
-    async def comparison(self, spec: PrefillSpec, plan: PrefixPlan) -> BaselineTask | None:
-        """What the ranks do for a spec's comparison, if it has one.
+    async def baseline_task(self, spec: PrefillSpec, plan: PrefixPlan) -> BaselineTask | None:
+        """How the ranks compute a spec's baseline, if it has one.
 
         Raises:
-            ServiceError: INVALID_REQUEST, the video is too short for it or its lengths cannot be;
-                what ``prompt`` raises of its question.
+            ServiceError: INVALID_REQUEST, the video is too short for it or its lengths are not
+                possible; what ``prompt_token_ids`` raises of its question.
         """
         if spec.comparison is None:
             return None
-        prompt = await self.prompt(plan, [("user", spec.comparison.question)])
-        return spec.comparison.task(plan, prompt[plan.num_tokens :], self._ranks)
+        prompt = await self.prompt_token_ids(plan, [("user", spec.comparison.question)])
+        return spec.comparison.make_task(plan, prompt[plan.num_tokens :], self._ranks)
 
-    async def plan(self, spec: PrefillSpec) -> PrefixPlan:
+    async def plan_prefix(self, spec: PrefillSpec) -> PrefixPlan:
         """Plan a prefix.
 
         Raises:
             ServiceError: UNKNOWN_VIDEO, VIDEO_NOT_READY, INVALID_REQUEST (the sampling does not
                 suit the video), CONTEXT_EXCEEDED or KV_POOL_FULL (naming what would fit);
-                what ``comparison`` raises.
+                what ``baseline_task`` raises.
         """
         async with self._videos.hold_video(spec.video_id) as video:
             return await self.plan_held(spec, video)
 
     async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:
-        """``plan`` for a caller that holds the video already."""
-        profile = self.profile(spec)
-        key = (video.record.sha256, spec.sampling, spec.system_prompt, profile)
+        """``plan_prefix`` for a caller that holds the video already."""
+        approximation = self.approximation(spec)
+        key = (video.record.sha256, spec.sampling, spec.system_prompt, approximation)
         plan = self._plans.get(key)
         if plan is None:
             # Token ids of a prompt far beyond the context would cost minutes and gigabytes.
             estimate = await self._call(self._estimate, video, spec.sampling)
             if estimate > 2 * self.limit:
                 raise await self._exceeded(estimate, video, spec.sampling)
-            plan = await self._call(self._plan, video, spec)
+            plan = await self._call(self._make_plan, video, spec)
             self._plans[key] = plan
         self._plans.move_to_end(key)
         while len(self._plans) > CACHED_PLANS:
@@ -122,10 +130,12 @@ class Admission:
             fitting = self._memory.fitting_tokens
             advice = await self._call(self._suggest, video, spec.sampling, fitting)
             raise self._memory.refusal(plan.num_tokens, advice)
-        await self.comparison(spec, plan)
+        await self.baseline_task(spec, plan)
         return plan
 
-    async def prompt(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
+    async def prompt_token_ids(
+        self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]
+    ) -> list[int]:
         """Token ids of the whole prompt.
 
         Raises:
@@ -148,14 +158,14 @@ class Admission:
             advice=advice,
         )
 
-    def _plan(self, video: HeldVideo, spec: PrefillSpec) -> PrefixPlan:
+    def _make_plan(self, video: HeldVideo, spec: PrefillSpec) -> PrefixPlan:
         index = VideoIndex.load(video.index_path)
         return self._planner.plan(
             index,
             video.record.sha256,
             spec.sampling,
             spec.system_prompt,
-            attention_key=self.profile(spec),
+            attention_key=self.approximation(spec),
         )
 
     def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:
@@ -166,3 +176,58 @@ class Admission:
 
     async def _call(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+def fit_sampling(
+    sampling: Sampling, max_tokens: int | None, prompt_tokens: int, context: int
+) -> Sampling:
+    """Check sampling parameters and settle ``max_tokens``: 256, or what room is left, if not given.
+
+    Raises:
+        ServiceError: INVALID_REQUEST; QUESTION_TOO_LONG when the answer has no room.
+    """
+    _check_sampling(sampling, max_tokens)
+    wanted = max_tokens or 1
+    if prompt_tokens + wanted > context:
+        raise ServiceError(
+            Reason.QUESTION_TOO_LONG,
+            f"video and question take {prompt_tokens} tokens and the answer may take {wanted}, "
+            f"but the context holds {context}",
+            prompt_tokens=prompt_tokens,
+            max_tokens=wanted,
+            limit=context,
+        )
+    room = min(DEFAULT_MAX_TOKENS, context - prompt_tokens)
+    return replace(sampling, max_tokens=max_tokens or room)
+
+
+def _check_sampling(sampling: Sampling, max_tokens: int | None) -> None:
+    def check(ok: bool, name: str, value: object, accepted: str) -> None:
+        if not ok:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"sampling_params.{name} is {value!r}; it must be {accepted}",
+                name=name,
+                value=value,
+                accepted=accepted,
+            )
+
+    check(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
+    check(0 <= sampling.temperature <= 100, "temperature", sampling.temperature, "0 to 100")
+    top_p = sampling.top_p
+    check(top_p is None or 0 < top_p <= 1, "top_p", top_p, "more than 0 and at most 1")
+    top_k = sampling.top_k
+    check(top_k is None or top_k >= -1, "top_k", top_k, "-1 (off), 0 (off) or more")
+    penalty = sampling.repetition_penalty
+    check(
+        penalty is None or 0 < penalty <= 100,
+        "repetition_penalty",
+        penalty,
+        "more than 0 and at most 100",
+    )
+    check(
+        len(sampling.stop) <= MAX_STOP_STRINGS and all(sampling.stop),
+        "stop",
+        list(sampling.stop),
+        f"at most {MAX_STOP_STRINGS} strings, none of them empty",
+    )

@@ -1,6 +1,6 @@
 """The flow of one answer: plan, prefix, lease, hand-off, tokens; and what is tried again.
 
-On GPUs the question goes to vLLM as soon as the ranks have begun: pages are pulled while later
+On GPUs the question goes to vLLM as soon as the ranks have started: pages are pulled while later
 chunks are computed, and only the last one is left to move at the end. On a CPU it waits for the
 job's end: vLLM's engine spins while a load is outstanding (measured: 0.9 of a core), which the
 ranks need more than the few milliseconds that moving everything at the end takes.
@@ -22,11 +22,17 @@ from prefill_service.kv.handoff import HandoffParams, HandoffReport
 from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.kv.manifest import Manifest
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.scheduling.admission import Admission
-from prefill_service.scheduling.job import ACTIVE, Job, JobRecord, JobState, PrefillSpec
+from prefill_service.scheduling.admission import Admission, fit_sampling
+from prefill_service.scheduling.answer_events import (
+    AnswerDelta,
+    AnswerEvent,
+    AnswerFinal,
+    AnswerProgress,
+    Question,
+)
+from prefill_service.scheduling.job import ACTIVE, Job, JobState
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.prefix_cache import Lease
-from prefill_service.scheduling.sampling import fit_sampling
 from prefill_service.scheduling.scheduler import Scheduler
 from prefill_service.scheduling.traces import QUESTIONS
 
@@ -50,72 +56,24 @@ BAD_PAGES = frozenset({Reason.STALE_GENERATION, Reason.UNKNOWN_PREFIX, Reason.KV
 """Those of them that only computing the prefix again can cure."""
 
 RETRY_PAUSE_S = 0.5
-"""Long enough for the group to notice the death of a rank that broke a hand-off."""
+"""Long enough for the supervisor to notice the death of a worker that broke a hand-off."""
 
-DECODER_NOTICE_S = 8.0
-"""Longer than the decoder's watcher takes to notice a dead vLLM."""
+VLLM_NOTICE_S = 8.0
+"""Longer than the generation server's watcher takes to notice a dead vLLM."""
 
 REPORT_WAIT_S = 1.0
-"""How long the report that explains a failed answer is waited for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked (``prefill.v1.AskRequest``).
-
-    Attributes:
-        messages: (role, text) pairs, roles "user" and "assistant".
-        sampling: how to decode, but for ``max_tokens``.
-        max_tokens: ``None`` for 256, or what room there is.
-    """
-
-    spec: PrefillSpec
-    messages: tuple[tuple[str, str], ...]
-    sampling: Sampling
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerProgress:
-    """How far the prefill is."""
-
-    job: JobRecord
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerDelta:
-    """The next piece of the answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerFinal:
-    """The end of the answer; times in seconds (``prefill.v1.AskTimings``, ``AskUsage``)."""
-
-    finish_reason: str
-    job_id: str
-    prefix_id: str
-    prefill_wait_s: float
-    decoder_first_token_s: float
-    first_token_s: float
-    total_s: float
-    handoff_s: float
-    prompt_tokens: int
-    video_tokens: int
-    completion_tokens: int
-    kv_tokens_moved: int
-    kv_bytes_moved: int
-    cached_tokens: int
-
-
-AnswerEvent = AnswerProgress | AnswerDelta | AnswerFinal
+"""How long to wait for the report that explains a failed answer."""
 
 
 @dataclass(slots=True)
-class _Run:
-    """State of one answer over its attempts; times are ``time.monotonic()``."""
+class _Answer:
+    """State of one answer over its attempts; times are ``time.monotonic()``.
+
+    Attributes:
+        manifest: of the prefix that was handed off last.
+        retried: kinds of failure after which it was tried again.
+        waited: whether the job was active when the answer came to it.
+    """
 
     question: Question
     plan: PrefixPlan
@@ -133,27 +91,30 @@ class Answers:
     """Answers questions.
 
     Args:
-        decoder_wait_s: how long an answer waits for a vLLM that is starting.
-        submit_early: submit while the ranks compute, see above.
-        metrics: told of each completed answer.
+        vllm_wait_s: how long an answer waits for a vLLM that is starting.
+        submit_early: whether to submit while the ranks compute (module docstring).
+        metrics: counts each completed answer.
     """
 
     def __init__(
         self,
-        planning: Admission,
+        admission: Admission,
         scheduler: Scheduler,
-        decoder: GenerationServer,
+        generation: GenerationServer,
         reports: ReportServer,
-        decoder_wait_s: float,
+        *,
+        vllm_wait_s: float,
         submit_early: bool,
         metrics: Metrics,
     ) -> None:
-        self._planning = planning
+        self._admission = admission
         self._scheduler = scheduler
+        self._jobs = scheduler.jobs
         self._prefixes = scheduler.prefixes
-        self._decoder = decoder
+        self._traces = scheduler.traces
+        self._generation = generation
         self._reports = reports
-        self._decoder_wait_s = decoder_wait_s
+        self._vllm_wait_s = vllm_wait_s
         self._submit_early = submit_early
         self._metrics = metrics
 
@@ -165,176 +126,211 @@ class Answers:
 
         Raises:
             ServiceError: what ``Admission`` and ``fit_sampling`` raise; why the job, the
-                hand-off or the decoder failed.
+                hand-off or vLLM failed.
         """
         started = time.monotonic()
-        plan = await self._planning.plan(question.spec)
-        token_ids = await self._planning.prompt(plan, question.messages)
+        plan = await self._admission.plan_prefix(question.spec)
+        token_ids = await self._admission.prompt_token_ids(plan, question.messages)
         sampling = fit_sampling(
-            question.sampling, question.max_tokens, len(token_ids), self._planning.limit
+            question.sampling, question.max_tokens, len(token_ids), self._admission.limit
         )
-        run = _Run(question, plan, token_ids, sampling, started)
-        # Left together at the end: a job must not be cancelled between two attempts.
-        async with AsyncExitStack() as interests:
+        answer = _Answer(
+            question=question,
+            plan=plan,
+            token_ids=token_ids,
+            sampling=sampling,
+            started=started,
+        )
+        # All jobs are released at the end: one must not be cancelled between two attempts.
+        async with AsyncExitStack() as acquired:
             while True:
-                interest = self._scheduler.interest(question.spec, plan)
-                job = await interests.enter_async_context(interest)
-                run.waited = run.waited or job.record.active
+                job = await acquired.enter_async_context(
+                    self._scheduler.acquire(question.spec, plan)
+                )
+                answer.waited = answer.waited or job.record.active
                 try:
-                    async with aclosing(self._attempt(run, job)) as events:
+                    async with aclosing(self._attempt(answer, job)) as events:
                         async for event in events:
                             yield event
                     return
                 except ServiceError as error:
-                    await self._prepare_retry(run, job, error)
+                    await self._prepare_retry(answer, job, error)
 
-    async def _prepare_retry(self, run: _Run, job: Job, error: ServiceError) -> None:
+    async def _prepare_retry(self, answer: _Answer, job: Job, error: ServiceError) -> None:
         """Return if the answer may be tried again after this error, else raise it.
 
-        Where the job has failed too, that is why, and its error is raised.
+        Where the job has failed too, its error is the cause and is raised.
         """
         if error.reason in HANDOFF_REASONS:
             kind = "hand-off"
         elif error.reason is Reason.DECODER_UNAVAILABLE:
-            kind = "decoder"
+            kind = "vLLM"
         else:
             raise error
-        if run.first_token or kind in run.retried:
+        if answer.first_token or kind in answer.retried:
             _raise_if_failed(job)
             raise error
-        run.retried.add(kind)
-        logger.warning("answer on %s: %s; trying again", run.plan.prefix_id, error)
-        if kind == "decoder":
-            await self._decoder_noticed()
+        answer.retried.add(kind)
+        logger.warning("answer on %s: %s; trying again", answer.plan.prefix_id, error)
+        if kind == "vLLM":
+            await self._wait_until_unready()
             return
         await asyncio.sleep(RETRY_PAUSE_S)
-        if error.reason in BAD_PAGES and run.manifest is not None:
-            self._prefixes.condemn(run.manifest)
+        if error.reason in BAD_PAGES and answer.manifest is not None:
+            self._prefixes.invalidate_corrupt(answer.manifest)
 
-    async def _decoder_noticed(self) -> None:
-        """Let the decoder's watcher notice that vLLM is dead, if it is."""
-        deadline = time.monotonic() + DECODER_NOTICE_S
-        while self._decoder.ready and time.monotonic() < deadline:  # noqa: ASYNC110 (it polls too)
+    async def _wait_until_unready(self) -> None:
+        """Let the generation server notice that vLLM is dead, if it is."""
+        deadline = time.monotonic() + VLLM_NOTICE_S
+        while self._generation.ready and time.monotonic() < deadline:  # noqa: ASYNC110 (it polls too)
             await asyncio.sleep(0.1)
 
-    async def _attempt(self, run: _Run, job: Job) -> AsyncGenerator[AnswerEvent]:
+    # ---- one attempt ---------------------------------------------------------------------
+
+    async def _attempt(self, answer: _Answer, job: Job) -> AsyncGenerator[AnswerEvent]:
+        """Wait for the prefill, lease the prefix and let vLLM answer."""
         # A hand-off that failed while the ranks worked may have failed because the job is about
         # to: the second one waits for the job's end.
-        late = "hand-off" in run.retried or not self._submit_early
+        late = "hand-off" in answer.retried or not self._submit_early
         waited_for = ACTIVE if late else {JobState.QUEUED}
         while True:
             version = job.version
-            yield AnswerProgress(self._scheduler.jobs.snapshot(job))
+            yield self._progress(job)
             if job.record.state not in waited_for:
                 break
-            await job.changed(version)
+            await job.wait_changed(version)
         _raise_if_failed(job)
-        lease = self._prefixes.lease(run.plan.prefix_id)
-        run.manifest = lease.manifest
+        lease = self._prefixes.open_lease(answer.plan.prefix_id)
+        answer.manifest = lease.manifest
         try:
-            async with aclosing(self._decode(run, job, lease)) as events:
+            async with aclosing(self._answer_on(answer, job, lease)) as events:
                 async for event in events:
                     yield event
-        finally:
-            self._prefixes.release(lease)
-
-    async def _decode(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[AnswerEvent]:
-        try:
-            async with aclosing(self._tokens(run, job, lease)) as tokens:
-                head = asyncio.ensure_future(anext(tokens, None))
-                async with aclosing(self._progress_until(head, job, lease)) as progress:
-                    async for event in progress:
-                        yield event
-                token = head.result()
-                while token is not None:
-                    if not run.first_token:
-                        self._first_token(run, job)
-                    if token.text or token.token_ids:
-                        yield AnswerDelta(token.text, tuple(token.token_ids))
-                    if token.finish_reason:
-                        report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S / 4)
-                        final = _final(run, job, token, report)
-                        self._trace_end(run, final)
-                        self._metrics.answered(
-                            final.finish_reason, final.completion_tokens, final.first_token_s,
-                            final.kv_bytes_moved,
-                        )  # fmt: skip
-                        yield final
-                        return
-                    token = await anext(tokens, None)
-            raise ServiceError(Reason.DECODER_FAILED, "vLLM ended the answer without a reason")
         except ServiceError as error:
-            if error.reason is Reason.DECODER_FAILED:
-                report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S)
-                if report is not None and not report.ok and report.error:
-                    raise ServiceError.from_dict(report.error) from error
+            if (cause := await self._reported_cause(error, lease)) is not None:
+                raise cause from error
             raise
+        finally:
+            self._prefixes.release_lease(lease)
 
-    def _first_token(self, run: _Run, job: Job) -> None:
-        run.first_token = time.monotonic()
-        self._scheduler.jobs.traces.note(
-            job.record.job_id, QUESTIONS, "hand-off and first token", run.submitted
+    async def _reported_cause(self, error: ServiceError, lease: Lease) -> ServiceError | None:
+        """Why vLLM failed, if that is what ``error`` says and the connector has reported it."""
+        if error.reason is not Reason.DECODER_FAILED:
+            return None
+        report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S)
+        if report is None or report.ok or not report.error:
+            return None
+        return ServiceError.from_dict(report.error)
+
+    async def _answer_on(
+        self, answer: _Answer, job: Job, lease: Lease
+    ) -> AsyncGenerator[AnswerEvent]:
+        """Progress of the job until the first token is there, then the answer."""
+        async with aclosing(self._generate(answer, job, lease)) as tokens:
+            first = asyncio.ensure_future(anext(tokens, None))
+            async with aclosing(self._progress_until(first, job, lease)) as progress:
+                async for event in progress:
+                    yield event
+            token = first.result()
+            if token is not None:
+                answer.first_token = time.monotonic()
+                self._traces.note_span(
+                    job.record.job_id,
+                    QUESTIONS,
+                    "hand-off and first token",
+                    start=answer.submitted,
+                )
+            while token is not None:
+                if token.text or token.token_ids:
+                    yield AnswerDelta(token.text, tuple(token.token_ids))
+                if token.finish_reason:
+                    yield await self._finish(answer, job, token, lease)
+                    return
+                token = await anext(tokens, None)
+        raise ServiceError(Reason.DECODER_FAILED, "vLLM ended the answer without a reason")
+
+    async def _finish(
+        self, answer: _Answer, job: Job, last: GenerationEvent, lease: Lease
+    ) -> AnswerFinal:
+        """The final event, counted and traced."""
+        report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S / 4)
+        final = _final(answer, job, last, report)
+        self._traces.note_span(
+            final.job_id,
+            QUESTIONS,
+            "answer",
+            start=answer.submitted,
+            handoff_ms=round(final.handoff_s * 1000, 3),
+            kv_bytes_moved=final.kv_bytes_moved,
+            prompt_tokens=final.prompt_tokens,
+            completion_tokens=final.completion_tokens,
         )
+        self._metrics.record_answer(
+            final.finish_reason,
+            tokens=final.completion_tokens,
+            first_token_s=final.first_token_s,
+            handoff_bytes=final.kv_bytes_moved,
+        )
+        return final
 
-    def _trace_end(self, run: _Run, final: AnswerFinal) -> None:
-        self._scheduler.jobs.traces.note(
-            final.job_id, QUESTIONS, "answer", run.submitted,
-            handoff_ms=round(final.handoff_s * 1000, 3), kv_bytes_moved=final.kv_bytes_moved,
-            prompt_tokens=final.prompt_tokens, completion_tokens=final.completion_tokens,
-        )  # fmt: skip
-
-    async def _tokens(self, run: _Run, job: Job, lease: Lease) -> AsyncGenerator[GenerationEvent]:
-        deadline = time.monotonic() + self._decoder_wait_s
-        while not self._decoder.ready:
+    async def _generate(
+        self, answer: _Answer, job: Job, lease: Lease
+    ) -> AsyncGenerator[GenerationEvent]:
+        """vLLM's tokens, once it is ready."""
+        deadline = time.monotonic() + self._vllm_wait_s
+        while not self._generation.ready:
             if time.monotonic() > deadline:
-                run.retried.add("decoder")
+                answer.retried.add("vLLM")
                 raise ServiceError(
                     Reason.DECODER_UNAVAILABLE,
-                    f"vLLM has not become ready within {self._decoder_wait_s:g} s",
-                    timeout_s=self._decoder_wait_s,
+                    f"vLLM has not become ready within {self._vllm_wait_s:g} s",
+                    timeout_s=self._vllm_wait_s,
                 )
             await asyncio.sleep(0.1)
-        run.submitted = time.monotonic()
+        answer.submitted = time.monotonic()
         request = GenerationRequest(
-            token_ids=run.token_ids,
-            plan=run.plan,
+            token_ids=answer.token_ids,
+            plan=answer.plan,
             handoff=HandoffParams(lease.manifest, lease.lease_id, self._reports.address),
-            sampling=run.sampling,
+            sampling=answer.sampling,
             request_id=lease.lease_id,
             prefilled=not job.record.active,
         )
-        async with aclosing(self._decoder.generate(request)) as events:  # type: ignore[type-var]
+        async with aclosing(self._generation.generate(request)) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event
 
+    def _progress(self, job: Job) -> AnswerProgress:
+        return AnswerProgress(self._jobs.snapshot(job))
+
     async def _progress_until(
-        self, head: asyncio.Future[GenerationEvent | None], job: Job, lease: Lease
+        self, first: asyncio.Future[GenerationEvent | None], job: Job, lease: Lease
     ) -> AsyncGenerator[AnswerEvent]:
-        """Progress of the job until the first token, or the decoder's failure, is there.
+        """Progress of the job until the first token, or vLLM's failure, is there.
 
         Raises:
             ServiceError: the job's error; STALE_GENERATION when the pages are lost.
         """
         attempt = job.record.attempts
         lost = asyncio.ensure_future(lease.lost.wait())
-        changed = asyncio.ensure_future(job.changed(job.version))
+        changed = asyncio.ensure_future(job.wait_changed(job.version))
         was_active = job.record.active
         try:
-            while not head.done():
-                waits: set[asyncio.Future[Any]] = {head, lost, changed}
+            while not first.done():
+                waits: set[asyncio.Future[Any]] = {first, lost, changed}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if changed.done():
-                    changed = asyncio.ensure_future(job.changed(job.version))
+                    changed = asyncio.ensure_future(job.wait_changed(job.version))
                     was_active = job.record.active
-                    yield AnswerProgress(self._scheduler.jobs.snapshot(job))
-                if lost.done() and not head.done():
+                    yield self._progress(job)
+                if lost.done() and not first.done():
                     raise await _loss(job, attempt)
-            if was_active and head.exception() is None:
+            if was_active and first.exception() is None:
                 # The last page is complete a moment before the job is.
-                await job.ended(REPORT_WAIT_S)
-                yield AnswerProgress(self._scheduler.jobs.snapshot(job))
+                await job.wait_ended(REPORT_WAIT_S)
+                yield self._progress(job)
         finally:
-            waits = {head, lost, changed}
+            waits = {first, lost, changed}
             for task in waits:
                 task.cancel()
             await asyncio.wait(waits)
@@ -343,13 +339,14 @@ class Answers:
 async def _loss(job: Job, attempt: int) -> ServiceError:
     """Why the pages of a lease are gone. The job learns it a moment later than the lease."""
     while job.record.state is JobState.RUNNING and job.record.attempts == attempt:
-        await job.changed(job.version, min_interval_s=0)
+        await job.wait_changed(job.version, min_interval_s=0)
     if job.record.state in (JobState.FAILED, JobState.CANCELLED):
         return ServiceError.from_dict(dict(job.record.error or {}))
     return ServiceError(
-        Reason.STALE_GENERATION, "the ranks lost the prefix before it reached vLLM",
+        Reason.STALE_GENERATION,
+        "the ranks lost the prefix before it reached vLLM",
         prefix_id=job.record.prefix_id,
-    )  # fmt: skip
+    )
 
 
 def _raise_if_failed(job: Job) -> None:
@@ -357,19 +354,21 @@ def _raise_if_failed(job: Job) -> None:
         raise ServiceError.from_dict(dict(job.record.error))
 
 
-def _final(run: _Run, job: Job, last: GenerationEvent, report: HandoffReport | None) -> AnswerFinal:
+def _final(
+    answer: _Answer, job: Job, last: GenerationEvent, report: HandoffReport | None
+) -> AnswerFinal:
     now = time.monotonic()
     return AnswerFinal(
         finish_reason=last.finish_reason,
         job_id=job.record.job_id,
-        prefix_id=run.plan.prefix_id,
-        prefill_wait_s=max(0.0, job.ended_at - run.started) if run.waited else 0.0,
-        decoder_first_token_s=run.first_token - run.submitted,
-        first_token_s=run.first_token - run.started,
-        total_s=now - run.started,
+        prefix_id=answer.plan.prefix_id,
+        prefill_wait_s=max(0.0, job.ended_at - answer.started) if answer.waited else 0.0,
+        decoder_first_token_s=answer.first_token - answer.submitted,
+        first_token_s=answer.first_token - answer.started,
+        total_s=now - answer.started,
         handoff_s=report.seconds if report else 0.0,
-        prompt_tokens=last.prompt_tokens or len(run.token_ids),
-        video_tokens=run.plan.num_video_tokens,
+        prompt_tokens=last.prompt_tokens or len(answer.token_ids),
+        video_tokens=answer.plan.num_video_tokens,
         completion_tokens=last.completion_tokens,
         kv_tokens_moved=report.tokens if report else 0,
         kv_bytes_moved=report.bytes if report else 0,

@@ -133,7 +133,8 @@ def summarize(policy: AttentionPolicy, report: AttentionReport) -> AttentionSumm
 
 
 def _measure(layers: Sequence[LayerReport]) -> AttentionMeasures:
-    mass, error = Distribution(), Distribution()
+    mass = Distribution()
+    error = Distribution()
     for layer in layers:
         mass.merge(layer.kept_mass)
         error.merge(layer.output_error)

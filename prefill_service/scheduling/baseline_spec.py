@@ -1,4 +1,4 @@
-"""A request for a published method instead of ours, and what the ranks need of it."""
+"""A request for a published method instead of ours, and the task that the ranks get for it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class BaselineSpec:
     """Which method (``prefill.v1.BaselineSpec``).
 
     Attributes:
-        question: that the method consults.
-        anchor_tokens, passing_tokens: ``None``: as published.
+        question: the question that the method consults.
+        anchor_tokens, passing_tokens: lengths; as published if ``None``.
     """
 
     method: Comparison
@@ -34,7 +34,7 @@ class BaselineSpec:
         """Rebuild a spec from ``dataclasses.asdict``."""
         return cls(**{**data, "method": Comparison(data["method"])})
 
-    def profile(self, ranks: int) -> str:
+    def approximation(self, ranks: int) -> str:
         """Name for the manifest; part of the prefix id, because all of it changes the KV."""
         anchor, passing = (
             "published" if tokens is None else tokens
@@ -46,25 +46,24 @@ class BaselineSpec:
             f"question={question}"
         )
 
-    def task(self, plan: PrefixPlan, question_ids: Sequence[int], ranks: int) -> BaselineTask:
-        """What the ranks do.
+    def make_task(self, plan: PrefixPlan, question_ids: Sequence[int], ranks: int) -> BaselineTask:
+        """How the ranks compute the prefix of ``plan``.
 
         Args:
-            plan: of the prefix.
-            question_ids: tokens after it.
-            ranks: of the group.
+            question_ids: tokens after the prefix.
+            ranks: number of all ranks.
 
         Raises:
             ServiceError: INVALID_REQUEST, for lengths that the method or the video cannot have.
         """
         try:
-            mode = baseline_method(
+            method = baseline_method(
                 self.method, plan.num_tokens, ranks, self.anchor_tokens, self.passing_tokens
             )
-            found = BaselineTask(mode, tuple(question_ids))
-            baseline_split(plan, found, ranks)
+            task = BaselineTask(method, tuple(question_ids))
+            baseline_split(plan, task, ranks)
         except ValueError as error:
             raise ServiceError(
                 Reason.INVALID_REQUEST, f"spec.comparison: {error}", name="spec.comparison"
             ) from error
-        return found
+        return task

@@ -1,4 +1,4 @@
-"""The jobs that wait and those at work: begun as ranks become free, stopped, counted."""
+"""The jobs that wait and those that run: started as ranks become free, stopped, counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.scheduling.job import Job
 from prefill_service.scheduling.placement import Active, Placement, Placer, Waiting
 
@@ -15,33 +14,35 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Working:
-    """A job with its ranks."""
+class _Running:
+    """A job that has ranks, and the tokens of those that have preempted it."""
 
     job: Job
     placement: Placement
-    overtaken: int = 0
+    preempted_tokens: int = 0
 
 
 class JobDispatcher:
     """Runs jobs where ``Placer`` puts them.
 
     Args:
-        placer: decides.
-        work: computes a job on its team, pausing another one for it if told so.
-        settle: called when that has ended, however.
+        placer: decides which job starts where.
+        run_job: computes a job where it was placed.
+        settle: called when that has ended, however it did.
     """
 
     def __init__(
         self,
         placer: Placer,
-        work: Callable[[Job, Subgroup, str], Coroutine[None, None, None]],
+        run_job: Callable[[Job, Placement], Coroutine[None, None, None]],
         settle: Callable[[Job, asyncio.Task[None]], None],
     ) -> None:
-        self._placer, self._work, self._settle = placer, work, settle
+        self._placer = placer
+        self._run_job = run_job
+        self._settle = settle
         self._waiting: list[Job] = []
-        self._passed: dict[str, int] = {}
-        self._working: dict[str, _Working] = {}
+        self._bypassed: dict[str, int] = {}
+        self._running: dict[str, _Running] = {}
         self._wake = asyncio.Event()
 
     def __len__(self) -> int:
@@ -49,90 +50,95 @@ class JobDispatcher:
 
     @property
     def waiting(self) -> tuple[Job, ...]:
-        """Those that have not begun, in the order in which they came."""
+        """The jobs that have not started, in the order of their arrival."""
         return tuple(self._waiting)
 
-    def append(self, job: Job) -> None:
+    def enqueue(self, job: Job) -> None:
         """Let a job wait for ranks."""
         self._waiting.append(job)
         self._wake.set()
 
-    def remove(self, job: Job) -> bool:
-        """Take a job out; False if it has begun, or is not here."""
+    def withdraw(self, job: Job) -> bool:
+        """Take a job out of the queue; False if it has started or is not there."""
         if job not in self._waiting:
             return False
-        self._leave(job)
+        self._dequeue(job)
         self._wake.set()
         return True
 
-    def ahead(self, job: Job) -> int:
-        """Jobs before a waiting one, those at work included."""
+    def count_ahead(self, job: Job) -> int:
+        """How many jobs are before a waiting one, running ones included."""
         if job not in self._waiting:
             return 0
-        return self._waiting.index(job) + len(self._working)
+        return self._waiting.index(job) + len(self._running)
 
-    async def run(self) -> None:
-        """Begin jobs for as long as this coroutine runs; then stop those at work."""
+    async def dispatch(self) -> None:
+        """Start jobs for as long as this coroutine runs; then stop those that run."""
         try:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                self._begin()
+                self._start_jobs()
         finally:
-            tasks = [task for w in self._working.values() if (task := w.job.task) is not None]
+            running = [entry.job.task for entry in self._running.values()]
+            tasks = [task for task in running if task is not None]
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
 
-    def _begin(self) -> None:
+    def _start_jobs(self) -> None:
         jobs = {job.record.job_id: job for job in self._waiting}
         waiting = [
-            Waiting(name, job.record.prefix_tokens, job.whole_group, self._passed.get(name, 0))
-            for name, job in jobs.items()
+            Waiting(
+                job_id=job_id,
+                tokens=job.record.prefix_tokens,
+                all_ranks=job.needs_all_ranks,
+                bypassed=self._bypassed.get(job_id, 0),
+            )
+            for job_id, job in jobs.items()
         ]
-        active = [_active(working) for working in self._working.values()]
-        for placement in self._placer.place(waiting, active):
+        active = [_active(running) for running in self._running.values()]
+        for placement in self._placer.place_jobs(waiting, active):
             self._start(jobs[placement.job_id], placement)
 
     def _start(self, job: Job, placement: Placement) -> None:
         for earlier in self._waiting[: self._waiting.index(job)]:
-            name = earlier.record.job_id
-            self._passed[name] = self._passed.get(name, 0) + 1
-        inside = ""
-        if placement.over:
-            self._working[placement.over].overtaken += job.record.prefix_tokens
-            inside = f", overtaking {placement.over}"
-        logger.info("%s begins on %s%s", job.record.job_id, placement.team, inside)
-        self._working[job.record.job_id] = _Working(job, placement)
-        work = self._work(job, placement.team, placement.over)
-        job.task = asyncio.create_task(work, name=job.record.job_id)
-        job.task.add_done_callback(lambda task: self._ended(job, task))
-        self._leave(job)
+            job_id = earlier.record.job_id
+            self._bypassed[job_id] = self._bypassed.get(job_id, 0) + 1
+        preempting = ""
+        if placement.preempts:
+            self._running[placement.preempts].preempted_tokens += job.record.prefix_tokens
+            preempting = f", preempting {placement.preempts}"
+        logger.info("%s starts on %s%s", job.record.job_id, placement.subgroup, preempting)
+        self._running[job.record.job_id] = _Running(job, placement)
+        job.task = asyncio.create_task(self._run_job(job, placement), name=job.record.job_id)
+        job.task.add_done_callback(lambda task: self._finish(job, task))
+        self._dequeue(job)
 
-    def _leave(self, job: Job) -> None:
+    def _dequeue(self, job: Job) -> None:
         self._waiting.remove(job)
-        self._passed.pop(job.record.job_id, None)
+        self._bypassed.pop(job.record.job_id, None)
         for other in self._waiting:
-            other.touch()
+            other.notify()
 
-    def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
-        del self._working[job.record.job_id]
+    def _finish(self, job: Job, task: asyncio.Task[None]) -> None:
+        del self._running[job.record.job_id]
         job.task = None
         self._settle(job, task)
         for other in self._waiting:
-            other.touch()
+            other.notify()
         self._wake.set()
 
 
-def _active(working: _Working) -> Active:
-    job, placement = working.job, working.placement
+def _active(running: _Running) -> Active:
+    job = running.job
     return Active(
-        job.record.job_id,
-        job.record.prefix_tokens,
-        job.tokens_left,
-        placement.team,
-        pausable=not job.whole_group and job.cancelled_by is None,
-        overtaken=working.overtaken,
-        inside=placement.over,
+        job_id=job.record.job_id,
+        tokens=job.record.prefix_tokens,
+        tokens_left=job.tokens_left,
+        subgroup=running.placement.subgroup,
+        preemptible=not job.needs_all_ranks and job.cancelled_by is None,
+        preempted_tokens=running.preempted_tokens,
+        preempts=running.placement.preempts,
     )

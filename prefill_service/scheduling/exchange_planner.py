@@ -20,14 +20,14 @@ from prefill_service.cost_model.request import PlanRequest
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.search import plan_prefill
 from prefill_service.cost_model.work import prefill_work
-from prefill_service.engine.resolve import is_sparse
+from prefill_service.engine.messages import PrefillTask
+from prefill_service.engine.shard_map import token_layout
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import ServiceError
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
-from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.scheduling.placement import assumed_seconds
 
 logger = logging.getLogger(__name__)
@@ -100,27 +100,24 @@ class ExchangePlanner:
             self._seconds[chunks, ranks] = self.model.prefill_seconds(work)
         return self._seconds[chunks, ranks]
 
-    def learn(
-        self,
-        plan: PrefixPlan,
-        policy: AttentionPolicy,
-        choice: ExchangeChoice,
-        outcome: PrefillOutcome,
-        ranks: int,
-    ) -> None:
+    def learn(self, task: PrefillTask, outcome: PrefillOutcome) -> None:
         """Take a finished prefill into account: its stage without decoding and vision tower."""
         seconds = outcome.stage_seconds.get("prefill", 0.0)
         if seconds <= 0:
             return
+        choice = task.exchange
+        ranks = task.subgroup.size
         density = outcome.attention.density
         if choice.kind.sparse:
             # A density of 0 cannot be: the queries' own tiles are always attended.
-            self._density[policy.profile] = density = min(1.0, max(density, 1e-3))
-        begins = outcome.attention.sparse_from_tokens
-        layout = deal_patches(
-            plan.patch_ends, ranks, self._chunk_tokens, choice.kind.order,
-            is_sparse(plan.num_tokens, choice, policy, begins),
-        )  # fmt: skip
+            self._density[task.policy.profile] = density = min(1.0, max(density, 1e-3))
+        layout = token_layout(
+            task.plan,
+            ranks,
+            self._chunk_tokens,
+            exchange=choice,
+            whole_units=task.whole_units,
+        )
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
         scheme = Scheme(choice.kind, ranks, choice.degree).at(density)
         model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)

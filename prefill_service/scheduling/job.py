@@ -1,4 +1,4 @@
-"""What a prefill job is, at rest (``JobRecord``) and in this process (``Job``)."""
+"""A prefill job as clients and the database have it (``JobRecord``), and while live (``Job``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport
-from prefill_service.engine.messages import Progress, Stage
+from prefill_service.engine.messages import Progress
+from prefill_service.engine.spans import Stage
 from prefill_service.errors import ServiceError
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.comm_stats import CollectiveUse
@@ -38,7 +39,7 @@ ACTIVE = frozenset({JobState.QUEUED, JobState.RUNNING})
 
 
 NO_POLICY = resolve_policy(Quality.EXACT)
-"""What a spec with a comparison has for its attention."""
+"""The attention policy of a spec with a baseline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,18 @@ class PrefillSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillSpec:
-        """Rebuild a spec from ``dataclasses.asdict``, also one from before there was a choice."""
-        attention, comparison = data.get("attention"), data.get("comparison")
+        """Rebuild a spec from ``dataclasses.asdict``.
+
+        One without ``attention`` is of the first format, in which all attention was exact.
+        """
+        attention = data.get("attention")
+        comparison = data.get("comparison")
         return cls(
-            data["video_id"],
-            FrameSampling(**data["sampling"]),
-            data["system_prompt"],
-            policy_from_dict(attention) if attention else resolve_policy(Quality.EXACT),
-            BaselineSpec.from_dict(comparison) if comparison else None,
+            video_id=data["video_id"],
+            sampling=FrameSampling(**data["sampling"]),
+            system_prompt=data["system_prompt"],
+            attention=policy_from_dict(attention) if attention else resolve_policy(Quality.EXACT),
+            comparison=BaselineSpec.from_dict(comparison) if comparison else None,
         )
 
 
@@ -71,7 +76,7 @@ class PrefillResult:
     Attributes:
         shards: (first token, one past the last, rank) per run.
         kv_bytes: bytes of the pages over all ranks.
-        attention: ``None`` of a comparison, whose attention is not measured.
+        attention: ``None`` of a baseline, whose attention is not measured.
         exchange, communication: how ranks met each other's keys, and what that moved; empty in
             jobs from before these were kept.
     """
@@ -92,23 +97,23 @@ class PrefillResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillResult:
-        """Rebuild a result from ``dataclasses.asdict``, also one without reports."""
-        compared = data.get("attention", "older") is None
-        attention = data.get("attention")
+        """Rebuild a result from ``dataclasses.asdict``, also one of an earlier format.
+
+        The first format has no ``attention``: it was exact. In later ones it is None of a baseline.
+        """
+        attention = None
+        if "attention" not in data:
+            attention = summarize(resolve_policy(Quality.EXACT), AttentionReport())
+        elif data["attention"] is not None:
+            attention = AttentionSummary.from_dict(data["attention"])
         uses = data.get("communication", {})
-        return cls(
-            **{
-                **data,
-                "grid_thw": tuple(data["grid_thw"]),
-                "shards": tuple(tuple(shard) for shard in data["shards"]),
-                "attention": AttentionSummary.from_dict(attention)
-                if attention
-                else None
-                if compared
-                else summarize(resolve_policy(Quality.EXACT), AttentionReport()),
-                "communication": {name: CollectiveUse(**use) for name, use in uses.items()},
-            }
-        )
+        rebuilt = {
+            "grid_thw": tuple(data["grid_thw"]),
+            "shards": tuple(tuple(shard) for shard in data["shards"]),
+            "attention": attention,
+            "communication": {name: CollectiveUse(**use) for name, use in uses.items()},
+        }
+        return cls(**{**data, **rebuilt})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +175,13 @@ class JobRecord:
 class Job:
     """A job that is queued, running or whose prefix is resident.
 
-    Any number of tasks may wait for its next change. Nobody queues anything: a waiter that is
-    slow sees the latest state and misses those in between.
+    Any number of tasks may wait for its next change. Changes are not queued: a slow waiter sees the
+    latest state and misses those in between.
     """
 
     record: JobRecord
     waiters: int = 0
-    """Calls that need it; see ``Scheduler.interest``."""
+    """Calls that need it (``Scheduler.acquire``)."""
     cancelled_by: ServiceError | None = None
     """Set once it is being cancelled, which takes the ranks a moment."""
     task: asyncio.Task[None] | None = None
@@ -198,26 +203,26 @@ class Job:
         if not self.record.active and not self._ended.is_set():
             self.ended_at = time.monotonic()
             self._ended.set()
-        self.touch()
+        self.notify()
         return self.record
 
-    def advance(self, progress: Progress) -> None:
-        """Note how far a rank is."""
+    def update_progress(self, progress: Progress) -> None:
+        """Note how far a rank is, and wake the waiters."""
         self._progress[progress.stage, progress.rank] = progress
-        self.touch()
+        self.notify()
 
     @property
     def tokens_left(self) -> int:
-        """Of its prefix, those that no rank has prefilled yet."""
+        """Tokens of its prefix that no rank has prefilled yet."""
         done = sum(p.done for (stage, _), p in self._progress.items() if stage is Stage.PREFILL)
         return max(0, self.record.prefix_tokens - done)
 
     @property
-    def whole_group(self) -> bool:
-        """It needs all ranks: a comparison's KV depends on how many there are."""
+    def needs_all_ranks(self) -> bool:
+        """Whether it needs all ranks: a baseline's KV depends on how many there are."""
         return self.record.spec.comparison is not None
 
-    def touch(self) -> None:
+    def notify(self) -> None:
         """Wake the waiters."""
         self.version += 1
         self._changed.set()
@@ -231,15 +236,17 @@ class Job:
             queue_position=queue_position,
         )
 
-    async def changed(self, version: int, min_interval_s: float = 0.1) -> None:
-        """Return once the job differs from ``version``, but not sooner than ``min_interval_s``
-        unless it has ended."""
+    async def wait_changed(self, version: int, min_interval_s: float = 0.1) -> None:
+        """Return once the job differs from ``version``.
+
+        It returns no sooner than after ``min_interval_s``, unless the job has ended.
+        """
         if self.version == version:
             await self._changed.wait()
         if min_interval_s:
-            await self.ended(min_interval_s)
+            await self.wait_ended(min_interval_s)
 
-    async def ended(self, timeout_s: float | None = None) -> bool:
+    async def wait_ended(self, timeout_s: float | None = None) -> bool:
         """Wait until the job is neither queued nor running; False after ``timeout_s``."""
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_s)

@@ -1,4 +1,4 @@
-"""The jobs of this service: those it has in hand, and the records of all it ever had."""
+"""The jobs of this service: the live ones, and the records of all it ever had."""
 
 from __future__ import annotations
 
@@ -13,95 +13,101 @@ from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.job import Job, JobRecord, JobState, PrefillResult
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.metrics import Metrics
-from prefill_service.scheduling.traces import TraceBook, render
+from prefill_service.scheduling.traces import TraceStore, render_trace
 
 logger = logging.getLogger(__name__)
 
 
 class JobRegistry:
-    """Jobs that are queued, running or resident, by id and by prefix, and their records.
+    """The live jobs (queued, running or resident), by id and by prefix, and all records.
 
     Args:
-        store: has the records.
-        metrics: told of each job that ends.
-        ahead: how many jobs are before a waiting one.
+        store: keeps the records.
+        metrics: counts each job that ends.
+        traces: of the latest jobs.
+        count_ahead: how many jobs are before a waiting one.
     """
 
-    def __init__(self, store: JobStore, metrics: Metrics, ahead: Callable[[Job], int]) -> None:
-        self._store, self._metrics, self._ahead = store, metrics, ahead
-        self.traces = TraceBook()
+    def __init__(
+        self,
+        store: JobStore,
+        metrics: Metrics,
+        traces: TraceStore,
+        count_ahead: Callable[[Job], int],
+    ) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._traces = traces
+        self._count_ahead = count_ahead
         self._jobs: dict[str, Job] = {}
         self._by_prefix: dict[str, Job] = {}
 
-    # ---- to be read ---------------------------------------------------------------------
+    # ---- reading ------------------------------------------------------------------------
 
-    def in_hand(self, job_id: str) -> Job | None:
-        """A job that is queued, running or resident."""
+    def find_live(self, job_id: str) -> Job | None:
+        """A live job by its id."""
         return self._jobs.get(job_id)
 
-    def of_prefix(self, prefix_id: str) -> Job | None:
-        """The job in hand that has or makes a prefix."""
+    def find_by_prefix(self, prefix_id: str) -> Job | None:
+        """The live job that has or makes a prefix."""
         return self._by_prefix.get(prefix_id)
 
-    def all_in_hand(self) -> Iterable[Job]:
-        """Every one."""
+    @property
+    def live(self) -> Iterable[Job]:
+        """All live jobs."""
         return self._jobs.values()
 
-    def get(self, job_id: str) -> JobRecord:
+    def get_record(self, job_id: str) -> JobRecord:
         """The job as it is now.
 
         Raises:
             ServiceError: UNKNOWN_JOB.
         """
         job = self._jobs.get(job_id)
-        return self.snapshot(job) if job else self._store.get(job_id)
+        return self.snapshot(job) if job else self._store.get_record(job_id)
 
-    def inspect(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
+    def get_report(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
         """The job and the attention report of its prefill, also when its prefix is gone.
 
         Raises:
             ServiceError: UNKNOWN_JOB; NO_ATTENTION_REPORT if it has not succeeded.
         """
-        record = self.get(job_id)
-        report = self._store.report(job_id)
+        record = self.get_record(job_id)
+        report = self._store.find_report(job_id)
         if report is None:
-            succeeded = record.state in (JobState.SUCCEEDED, JobState.EVICTED)
-            why = (
-                "it was computed by a comparison mode, whose attention is not measured"
-                if succeeded and record.spec.comparison is not None
-                else "it is from before there were any, or the disk was full"
-                if succeeded
-                else "there is one once a job has succeeded"
-            )
+            why = _why_no_report(record)
             raise ServiceError(
                 Reason.NO_ATTENTION_REPORT,
                 f"job {job_id} is {record.state} and has no attention report: {why}",
-                job_id=job_id, state=record.state,
-            )  # fmt: skip
+                job_id=job_id,
+                state=record.state,
+            )
         return record, report
 
-    def trace(self, job_id: str) -> bytes:
-        """When what was done for a job that has ended, as JSON (``traces.render``).
+    def render_trace(self, job_id: str) -> bytes:
+        """The trace of a job that has ended, as JSON (``traces.render_trace``).
 
         Raises:
             ServiceError: UNKNOWN_JOB; NO_TRACE while it is active and when its trace was let go.
         """
-        record, trace = self.get(job_id), self.traces.get(job_id)
+        record = self.get_record(job_id)
+        trace = self._traces.find_trace(job_id)
         if trace is None or record.active:
-            why = (
-                "there is one once it has ended"
-                if record.active
-                else f"those of the last {self.traces.jobs} jobs since the service started are kept"
-            )
+            kept = f"those of the last {self._traces.jobs} jobs since the service started are kept"
+            why = "there is one once it has ended" if record.active else kept
             raise ServiceError(
-                Reason.NO_TRACE, f"job {job_id} is {record.state} and has no trace: {why}",
-                job_id=job_id, state=record.state,
-            )  # fmt: skip
-        return render(job_id, trace)
+                Reason.NO_TRACE,
+                f"job {job_id} is {record.state} and has no trace: {why}",
+                job_id=job_id,
+                state=record.state,
+            )
+        return render_trace(job_id, trace)
 
-    def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
+    def list_records(
+        self, page_size: int, page_token: str
+    ) -> tuple[list[tuple[str, JobRecord]], bool]:
         """``JobStore.page`` with live progress."""
-        rows, more = self._store.page(page_size, page_token)
+        rows, more = self._store.list_records(page_size, page_token)
         live = self._jobs
         return [
             (token, self.snapshot(live[job.job_id]) if job.job_id in live else job)
@@ -110,50 +116,49 @@ class JobRegistry:
 
     def snapshot(self, job: Job) -> JobRecord:
         """A job's record with its progress and position in the queue."""
-        return job.snapshot(self._ahead(job))
+        return job.snapshot(self._count_ahead(job))
 
-    # ---- what happens to jobs -----------------------------------------------------------
+    # ---- changing -----------------------------------------------------------------------
 
-    def add(self, job: Job) -> None:
-        """Take a job in hand, whose record is in the store."""
+    def add_job(self, job: Job) -> None:
+        """Add a live job whose record is in the store."""
         self._jobs[job.record.job_id] = job
         self._by_prefix[job.record.prefix_id] = job
 
     def save(self, record: JobRecord) -> None:
-        """Note a change of state; a database that fails must not stop the ranks."""
+        """Keep a job's new state; a database that fails must not stop the ranks."""
         try:
-            self._store.update(record)
+            self._store.update_record(record)
         except (ServiceError, sqlite3.Error) as error:
             logger.error("%s is now %s, but: %s", record.job_id, record.state, error)
 
-    def keep_report(self, job: Job, report: AttentionDetail) -> None:
-        """As ``_save``: the prefix is good without it."""
+    def save_report(self, job: Job, report: AttentionDetail) -> None:
+        """Keep a job's attention report; the prefix is good without it, as with ``save``."""
         try:
             self._store.save_report(job.record.job_id, report)
         except (ServiceError, sqlite3.Error) as error:
             logger.error("%s: its attention report is lost: %s", job.record.job_id, error)
 
-    def rename(self, job: Job, plan: PrefixPlan) -> None:
-        """After a restart with another model the same spec is another prefix."""
-        old = job.record.prefix_id
-        if old != plan.prefix_id:
+    def update_prefix(self, job: Job, plan: PrefixPlan) -> None:
+        """Give a job the prefix of its plan: after a restart with another model it is another."""
+        if job.record.prefix_id != plan.prefix_id:
             self._unindex(job)
             self._by_prefix[plan.prefix_id] = job
             self.save(job.update(prefix_id=plan.prefix_id, prefix_tokens=plan.num_tokens))
 
-    def end(
+    def end_job(
         self,
         job: Job,
         state: JobState,
         error: ServiceError | None = None,
         result: PrefillResult | None = None,
     ) -> None:
-        """A job is over; unless it has succeeded, its prefix is not there."""
+        """Note that a job has ended; it stays live if it has succeeded."""
         if state is not JobState.SUCCEEDED:
             self._unindex(job)
             del self._jobs[job.record.job_id]
         logger.info("%s: %s%s", job.record.job_id, state, f", {error}" if error else "")
-        self._metrics.job_ended(state)
+        self._metrics.record_job_end(state)
         self.save(
             job.update(
                 state=state,
@@ -163,8 +168,8 @@ class JobRegistry:
             )
         )
 
-    def evicted(self, prefix_id: str) -> None:
-        """A complete prefix is gone, and with it the job that had it."""
+    def end_evicted(self, prefix_id: str) -> None:
+        """Note that a complete prefix is gone, and with it the job that had it."""
         job = self._by_prefix.get(prefix_id)
         if job is not None and job.record.state is JobState.SUCCEEDED:
             self._unindex(job)
@@ -174,3 +179,11 @@ class JobRegistry:
     def _unindex(self, job: Job) -> None:
         if self._by_prefix.get(job.record.prefix_id) is job:
             del self._by_prefix[job.record.prefix_id]
+
+
+def _why_no_report(record: JobRecord) -> str:
+    if record.state not in (JobState.SUCCEEDED, JobState.EVICTED):
+        return "there is one once a job has succeeded"
+    if record.spec.comparison is not None:
+        return "it was computed by a comparison mode, whose attention is not measured"
+    return "it is from before there were any, or the disk was full"

@@ -24,7 +24,8 @@ SCHEMA_VERSION = 2
 KEEP_SECONDS = 30 * 24 * 3600.0
 """Ended jobs and request ids are forgotten after this."""
 
-DEFAULT_PAGE, LARGEST_PAGE = 50, 1000
+DEFAULT_PAGE = 50
+LARGEST_PAGE = 1000
 
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -78,31 +79,32 @@ class JobStore:
             raise ServiceError(
                 Reason.CONFIG_INVALID,
                 f"the job database {path} has version {version}, this build reads {SCHEMA_VERSION}",
-                path=path, version=version,
-            )  # fmt: skip
+                path=path,
+                version=version,
+            )
 
     def close(self) -> None:
         """Close the database."""
         self._db.close()
 
-    def insert(self, record: JobRecord) -> None:
-        """Add a new job."""
+    def insert_record(self, record: JobRecord) -> None:
+        """Add the record of a new job."""
         with _disk_errors():
             self._db.execute(
                 "INSERT INTO jobs (job_id, state, create_time, record) VALUES (?, ?, ?, ?)",
                 (record.job_id, record.state, record.create_time, _dump(record)),
             )
 
-    def update(self, record: JobRecord) -> None:
-        """Replace a job by its newer self."""
+    def update_record(self, record: JobRecord) -> None:
+        """Replace a job's record by a newer one."""
         with _disk_errors():
             self._db.execute(
                 "UPDATE jobs SET state = ?, record = ? WHERE job_id = ?",
                 (record.state, _dump(record), record.job_id),
             )
 
-    def get(self, job_id: str) -> JobRecord:
-        """One job.
+    def get_record(self, job_id: str) -> JobRecord:
+        """The record of one job.
 
         Raises:
             ServiceError: UNKNOWN_JOB.
@@ -125,13 +127,15 @@ class JobStore:
                 (job_id, json.dumps(asdict(report), separators=(",", ":"))),
             )
 
-    def report(self, job_id: str) -> AttentionDetail | None:
+    def find_report(self, job_id: str) -> AttentionDetail | None:
         """A job's attention report, if it has one."""
         row = self._db.execute("SELECT report FROM reports WHERE job_id = ?", (job_id,)).fetchone()
         return AttentionDetail.from_dict(json.loads(row[0])) if row else None
 
-    def page(self, page_size: int, page_token: str) -> tuple[list[tuple[str, JobRecord]], bool]:
-        """One page, newest first, each job with the token of the page after it.
+    def list_records(
+        self, page_size: int, page_token: str
+    ) -> tuple[list[tuple[str, JobRecord]], bool]:
+        """One page of records, newest first, each with the token of the page after it.
 
         Returns:
             (token, job) pairs, and whether there are more.
@@ -143,8 +147,9 @@ class JobStore:
             raise ServiceError(
                 Reason.INVALID_REQUEST,
                 f"page_size is {page_size}; it must be 0 (for {DEFAULT_PAGE}) to {LARGEST_PAGE}",
-                page_size=page_size, limit=LARGEST_PAGE,
-            )  # fmt: skip
+                page_size=page_size,
+                limit=LARGEST_PAGE,
+            )
         if page_token and not re.fullmatch("[0-9]{1,18}", page_token):
             raise ServiceError(
                 Reason.INVALID_REQUEST,
@@ -178,7 +183,8 @@ class JobStore:
         ).fetchone()
         if row is None:
             return None
-        earlier, content = json.loads(row[1]), asdict(spec)
+        earlier = json.loads(row[1])
+        content = asdict(spec)
         if "attention" not in earlier:  # of version 1: the client may be repeating it unchanged
             del content["attention"]
         earlier.setdefault("comparison", None)  # of before there were any
@@ -186,8 +192,9 @@ class JobStore:
             raise ServiceError(
                 Reason.INVALID_REQUEST,
                 f"request_id {request_id} was used before with another spec (job {row[0]})",
-                request_id=request_id, job_id=row[0],
-            )  # fmt: skip
+                request_id=request_id,
+                job_id=row[0],
+            )
         return str(row[0])
 
     def recover(self, max_attempts: int) -> list[JobRecord]:
@@ -211,7 +218,7 @@ class JobStore:
         queue = []
         for record in (_load(text) for (text,) in rows):
             settled = _settle(record, max_attempts, now)
-            self.update(settled)
+            self.update_record(settled)
             if settled.state is JobState.QUEUED:
                 queue.append(settled)
         return queue

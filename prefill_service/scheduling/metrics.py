@@ -36,7 +36,7 @@ _ERROR = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 class Metrics:
-    """The metrics of one service, in a registry of their own."""
+    """The Prometheus metrics of one service, in a registry of their own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -72,9 +72,12 @@ class Metrics:
             "kept_mass", "Measured kept mass of a job.", _KEPT, "quality", "statistic"
         )
         self._error = histogram(
-            "output_error", "Measured relative output error of a job.", _ERROR, "quality",
+            "output_error",
+            "Measured relative output error of a job.",
+            _ERROR,
+            "quality",
             "statistic",
-        )  # fmt: skip
+        )
         self._layer_density = gauge("layer_density", "Attention density, last job.", "layer")
         self._layer_kept = gauge(
             "layer_kept_mass", "Measured kept mass, last job.", "layer", "statistic"
@@ -105,28 +108,29 @@ class Metrics:
         )
         self._handoff_bytes = counter("handoff_bytes", "Bytes of KV moved to vLLM.")
 
-    def watch(
+    def watch_live(
         self,
         jobs: Callable[[], Mapping[str, int]],
         queue_depth: Callable[[], int],
         kv_bytes: Callable[[], int],
     ) -> None:
         """Read these at each scrape: jobs by state, jobs waiting, bytes of resident prefixes."""
-        self.registry.register(_Live(jobs, queue_depth, kv_bytes))
+        self.registry.register(_LiveCollector(jobs, queue_depth, kv_bytes))
 
-    def job_ended(self, state: str) -> None:
-        """Count an ended job."""
+    def record_job_end(self, state: str) -> None:
+        """Count a job that ended in a state."""
         self._jobs_ended.labels(state).inc()
 
-    def prefilled(
+    def record_prefill(
         self,
         tokens: int,
         outcome: PrefillOutcome,
         attention: AttentionSummary | None,
+        *,
         method: str = "",
         ranks: int = 1,
     ) -> None:
-        """Take in a finished prefill; of a comparison by ``method`` there is no attention."""
+        """Count a finished prefill; one by a baseline's ``method`` has no attention summary."""
         quality = method if attention is None else str(attention.policy.quality)
         self._seconds.labels(quality).observe(outcome.seconds)
         self._tokens.labels(quality).inc(tokens)
@@ -138,9 +142,9 @@ class Metrics:
         for stage, seconds in outcome.stage_seconds.items():
             self._stages.labels(stage).inc(seconds)
         if attention is not None:
-            self._attended(quality, attention)
+            self._record_attention(quality, attention)
 
-    def _attended(self, quality: str, attention: AttentionSummary) -> None:
+    def _record_attention(self, quality: str, attention: AttentionSummary) -> None:
         total = attention.total
         self._density.labels(quality).observe(total.density)
         if total.sampled_rows:
@@ -154,9 +158,9 @@ class Metrics:
         self._floor_missed.inc(not attention.floor_met)
         for phase in ("select", "attend", "certify"):
             self._attention.labels(phase).inc(getattr(total, f"{phase}_s"))
-        self._last_job(attention)
+        self._set_last_job(attention)
 
-    def _last_job(self, attention: AttentionSummary) -> None:
+    def _set_last_job(self, attention: AttentionSummary) -> None:
         self._imbalance.set(attention.imbalance)
         self._imbalance_before.set(attention.imbalance_before)
         for gauge in (self._layer_density, self._layer_kept, self._layer_error):
@@ -169,22 +173,22 @@ class Metrics:
                 for statistic, value in _output_error(layer.measures).items():
                     self._layer_error.labels(layer.layer, statistic).set(value)
 
-    def call_ended(self, method: str, code: str) -> None:
-        """Count a call of the API."""
+    def record_call(self, method: str, code: str) -> None:
+        """Count a call of the API that has ended."""
         self._calls.labels(method, code).inc()
 
-    def answered(
-        self, finish_reason: str, tokens: int, first_token_s: float, handoff_bytes: int
+    def record_answer(
+        self, finish_reason: str, *, tokens: int, first_token_s: float, handoff_bytes: int
     ) -> None:
-        """Take in a completed answer."""
+        """Count a completed answer."""
         self._answers.labels(finish_reason).inc()
         self._answer_tokens.inc(tokens)
         self._first_token.observe(first_token_s)
         self._handoff_bytes.inc(handoff_bytes)
 
 
-class _Live(Collector):
-    """What is read when asked for rather than kept up to date."""
+class _LiveCollector(Collector):
+    """Gauges that are read at each scrape instead of being kept up to date."""
 
     def __init__(
         self,
@@ -192,7 +196,9 @@ class _Live(Collector):
         queue_depth: Callable[[], int],
         kv_bytes: Callable[[], int],
     ) -> None:
-        self._jobs, self._queue_depth, self._kv_bytes = jobs, queue_depth, kv_bytes
+        self._jobs = jobs
+        self._queue_depth = queue_depth
+        self._kv_bytes = kv_bytes
 
     def describe(self) -> Iterator[Metric]:
         """The families, without asking for values."""

@@ -1,7 +1,7 @@
 """Which prefixes the ranks hold, who uses them, and which goes when room is needed.
 
-The ranks free a prefix's pages when told to (``Drop``), and refuse to serve them to a consumer
-without a live lease. This registry decides; the ranks only obey. A prefix has
+The ranks free a prefix's pages on ``DropPrefix``, and refuse to serve them to a
+consumer without a live lease. This cache decides; the ranks only obey. A prefix has
 
 * leases, one per answer in flight, which protect it from eviction, and
 * once complete, one *standing* lease, which does not: it is what makes the job's
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEASED_WAIT_S = 60.0
-"""How long room is waited for when other answers' leases hold the pool."""
+"""How long to wait for room when other answers' leases hold the pool."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,12 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Pages of one prefix in the ranks."""
+    """One prefix whose pages the ranks have.
+
+    Attributes:
+        standing: id of the standing lease.
+        complete: whether all of its pages are computed.
+    """
 
     manifest: Manifest
     kv_bytes: int
@@ -54,32 +59,32 @@ class Prefix:
 
 
 class PrefixCache:
-    """Resident prefixes of one rank group.
+    """The prefixes that the ranks have.
 
     Args:
-        group: where grants, releases and drops are sent.
+        executor: where leases and drops are sent.
         pool_bytes: KV bytes over all ranks.
         lease_ttl_s: time to live of a lease in the ranks.
-        on_gone: called with the id of each *complete* prefix that was evicted or lost.
+        on_evicted: called with the id of each *complete* prefix that was evicted or lost.
     """
 
     def __init__(
         self,
-        group: PrefillExecutor,
+        executor: PrefillExecutor,
         pool_bytes: int,
         lease_ttl_s: float,
-        on_gone: Callable[[str], None],
+        on_evicted: Callable[[str], None],
     ) -> None:
-        self._group = group
+        self._executor = executor
         self._pool_bytes = pool_bytes
         self._ttl = lease_ttl_s
-        self._on_gone = on_gone
+        self._on_evicted = on_evicted
         self._prefixes: dict[str, Prefix] = {}  # least recently used first
         self._freed = asyncio.Event()
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all prefixes, complete or not."""
+        """KV bytes of all prefixes, complete or not."""
         return sum(prefix.kv_bytes for prefix in self._prefixes.values())
 
     @property
@@ -89,7 +94,7 @@ class PrefixCache:
 
     @property
     def leased_bytes(self) -> int:
-        """Bytes of the prefixes that are leased or being computed."""
+        """KV bytes of the prefixes that are leased or being computed."""
         return sum(p.kv_bytes for p in self._prefixes.values() if p.leases or not p.complete)
 
     async def make_room(
@@ -102,15 +107,15 @@ class PrefixCache:
         certain that there will be room.
 
         Args:
-            prefix_id: of which prefix. A cancelled job may still be computing it: its ranks write
-                pages of that name, which must not be dropped, until they have stopped.
+            prefix_id: the prefix that needs the room. A cancelled job may still be computing it;
+                its pages must not be dropped before the ranks have stopped writing them.
 
         Raises:
             ServiceError: KV_POOL_FULL, at once if the pool is too small even when empty.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + wait_s
-        while self._written(prefix_id) or self.leased_bytes + kv_bytes > self._pool_bytes:
+        while self._is_written(prefix_id) or self.leased_bytes + kv_bytes > self._pool_bytes:
             if self.computing:
                 deadline = now() + wait_s
             timeout = deadline - now()
@@ -125,7 +130,7 @@ class PrefixCache:
             if self.used_bytes + kv_bytes <= self._pool_bytes:
                 break
             logger.info("evicting prefix %s (%d bytes)", prefix.manifest.prefix_id, prefix.kv_bytes)
-            self.discard(prefix.manifest)
+            self.invalidate(prefix.manifest)
 
     def _full(self, kv_bytes: int) -> ServiceError:
         leased = self.leased_bytes
@@ -142,16 +147,15 @@ class PrefixCache:
             leased_bytes=leased,
         )
 
-    def add(self, manifest: Manifest, kv_bytes: int) -> Prefix:
+    def add_prefix(self, manifest: Manifest, kv_bytes: int) -> None:
         """Enter a prefix that is about to be computed. ``make_room`` comes first."""
         if (older := self._prefixes.get(manifest.prefix_id)) is not None:
-            self.discard(older.manifest)
+            self.invalidate(older.manifest)
         prefix = Prefix(manifest, kv_bytes, standing=new_lease_id())
         self._prefixes[manifest.prefix_id] = prefix
-        return prefix
 
-    def complete(self, prefix_id: str) -> Prefix:
-        """Mark a prefix as computed and open its standing lease.
+    def complete_prefix(self, prefix_id: str) -> str:
+        """Mark a prefix as computed and open its standing lease, whose id is returned.
 
         Raises:
             ServiceError: STALE_GENERATION if its ranks have been lost since they finished it.
@@ -163,11 +167,11 @@ class PrefixCache:
                 f"the ranks that computed {prefix_id} were lost before it was kept",
             )
         prefix.complete = True
-        self._group.grant(prefix_id, prefix.standing, self._ttl)
+        self._executor.grant_lease(prefix_id, prefix.standing, self._ttl)
         self._freed.set()
-        return prefix
+        return prefix.standing
 
-    def lease(self, prefix_id: str) -> Lease:
+    def open_lease(self, prefix_id: str) -> Lease:
         """Open a lease, also on a prefix that is still being computed.
 
         Raises:
@@ -177,18 +181,18 @@ class PrefixCache:
         self._prefixes[prefix_id] = self._prefixes.pop(prefix_id)
         lease = Lease(new_lease_id(), prefix.manifest)
         prefix.leases.add(lease)
-        self._group.grant(prefix_id, lease.lease_id, self._ttl)
+        self._executor.grant_lease(prefix_id, lease.lease_id, self._ttl)
         return lease
 
-    def release(self, lease: Lease) -> None:
+    def release_lease(self, lease: Lease) -> None:
         """End a lease; nothing happens if it has ended or was lost."""
         prefix = self._prefixes.get(lease.manifest.prefix_id)
         if prefix is not None and lease in prefix.leases:
             prefix.leases.remove(lease)
-            self._group.release(lease.manifest.prefix_id, lease.lease_id)
+            self._executor.release_lease(lease.manifest.prefix_id, lease.lease_id)
             self._freed.set()
 
-    def discard(self, manifest: Manifest) -> None:
+    def invalidate(self, manifest: Manifest) -> None:
         """Free a prefix's pages; its leases are lost.
 
         Nothing happens if it is not there, or has been entered anew since.
@@ -198,34 +202,35 @@ class PrefixCache:
         if prefix is None or prefix.manifest is not manifest:
             return
         for lease_id in (prefix.standing, *(lease.lease_id for lease in prefix.leases)):
-            self._group.release(prefix_id, lease_id)
-        self._group.drop(prefix_id)
+            self._executor.release_lease(prefix_id, lease_id)
+        self._executor.drop_prefix(prefix_id)
         self._forget(prefix)
 
-    def condemn(self, manifest: Manifest) -> None:
-        """Free a complete prefix whose pages turned out bad, unless it was renewed meanwhile."""
+    def invalidate_corrupt(self, manifest: Manifest) -> None:
+        """Free a complete prefix whose pages are bad, unless it was computed again meanwhile."""
         prefix = self._prefixes.get(manifest.prefix_id)
         if prefix is not None and prefix.complete and prefix.manifest is manifest:
             logger.warning("prefix %s is bad and will be computed again", manifest.prefix_id)
-            self.discard(manifest)
+            self.invalidate(manifest)
 
-    def lose_generation(self, generation: int) -> None:
-        """Forget all prefixes of a rank group that died, and of those before it."""
+    def forget_generation(self, generation: int) -> None:
+        """Forget all prefixes of a generation of workers that died, and of those before it."""
         for prefix in list(self._prefixes.values()):
             if prefix.manifest.generation <= generation:
                 self._forget(prefix)
 
-    async def keep_alive(self) -> None:
+    async def renew_leases(self) -> None:
         """Renew all leases for as long as this coroutine runs."""
         while True:
             await asyncio.sleep(self._ttl / 3)
             for prefix_id, prefix in self._prefixes.items():
                 for lease in prefix.leases:
-                    self._group.grant(prefix_id, lease.lease_id, self._ttl)
+                    self._executor.grant_lease(prefix_id, lease.lease_id, self._ttl)
                 if prefix.complete:
-                    self._group.grant(prefix_id, prefix.standing, self._ttl)
+                    self._executor.grant_lease(prefix_id, prefix.standing, self._ttl)
 
-    def _written(self, prefix_id: str) -> bool:
+    def _is_written(self, prefix_id: str) -> bool:
+        """Whether ranks may still write pages of that name."""
         prefix = self._prefixes.get(prefix_id)
         return prefix is not None and not prefix.complete
 
@@ -243,7 +248,7 @@ class PrefixCache:
             lease.lost.set()
         self._freed.set()
         if prefix.complete:
-            self._on_gone(prefix.manifest.prefix_id)
+            self._on_evicted(prefix.manifest.prefix_id)
 
 
 def new_lease_id() -> str:

@@ -6,15 +6,15 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefill_service.attention.quality import AttentionPolicy
-from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
+from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.engine.task_state import PrefillOutcome
+from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.scheduling.admission import Admission
 from prefill_service.scheduling.attention_summary import (
@@ -26,8 +26,9 @@ from prefill_service.scheduling.attention_summary import (
 from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.scheduling.job import PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
+from prefill_service.scheduling.placement import Placement
 from prefill_service.scheduling.prefix_cache import PrefixCache
-from prefill_service.scheduling.traces import TraceBook
+from prefill_service.scheduling.traces import TraceStore
 from prefill_service.video.index import VideoIndex
 
 if TYPE_CHECKING:
@@ -36,150 +37,203 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_ATTEMPTS = 2
+"""Starts of a job. As many more do not count that ended with a rank that other jobs had."""
+
+RESTARTABLE = frozenset({Reason.RANK_DIED, Reason.RANK_STALLED, Reason.STALE_GENERATION})
+"""The workers have restarted; the job may be tried again."""
+
+
+class RetryPolicy:
+    """Whether a job is started again that ended with the ranks under it.
+
+    Args:
+        subgroup: the ranks that it has each time.
+    """
+
+    def __init__(self, subgroup: Subgroup) -> None:
+        self._subgroup = subgroup
+        self._uncounted = 0  # starts that other jobs' ranks have ended
+
+    def should_retry(self, error: ServiceError, starts: int) -> bool:
+        """Whether to start the job again whose ``starts``-th start ended with ``error``."""
+        if not self._may_have_caused(error):
+            self._uncounted = min(self._uncounted + 1, MAX_ATTEMPTS)
+        return error.reason in RESTARTABLE and starts < MAX_ATTEMPTS + self._uncounted
+
+    def _may_have_caused(self, error: ServiceError) -> bool:
+        """Whether the job may be why ranks failed: some of them are its own, or none is named."""
+        ranks = json.loads(error.metadata.get("ranks", "[]"))
+        if (rank := error.metadata.get("rank")) is not None:
+            ranks.append(int(rank))
+        return not ranks or any(rank in self._subgroup.members for rank in ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAttempt:
+    """One attempt at a job's prefix.
+
+    Attributes:
+        placement: the ranks that compute it, and the job that is paused for it.
+        on_start: called when the ranks start.
+        on_progress: called with each rank's progress.
+    """
+
+    job_id: str
+    spec: PrefillSpec
+    plan: PrefixPlan
+    video: HeldVideo
+    placement: Placement
+    on_start: Callable[[], None]
+    on_progress: Callable[[Progress], None]
+
 
 class PrefillRunner:
-    """Computes prefixes, several at once if need be, and enters them into the registry.
+    """Computes prefixes, several at once if need be, and enters them into the prefix cache.
 
     Args:
         engine_id: uuid of this service run, part of every manifest.
-        metrics: told of each prefill.
-        traces: told of what was done when.
-        exchanges: chooses each prefix's exchange; without it, it is the group's.
+        metrics: counts each prefill.
+        traces: where it is noted what was done when.
+        exchanges: chooses each prefix's exchange; without it, it is the configured one.
     """
 
     def __init__(
         self,
-        group: PrefillExecutor,
+        executor: PrefillExecutor,
         prefixes: PrefixCache,
         engine_id: str,
-        planning: Admission,
+        admission: Admission,
+        *,
         metrics: Metrics,
-        traces: TraceBook,
+        traces: TraceStore,
         exchanges: ExchangePlanner | None = None,
     ) -> None:
-        self._group = group
+        self._executor = executor
         self._prefixes = prefixes
         self._engine_id = engine_id
-        self._planning = planning
+        self._admission = admission
         self._metrics = metrics
         self._traces = traces
         self._exchanges = exchanges
 
-    async def run(
-        self,
-        job_id: str,
-        plan: PrefixPlan,
-        spec: PrefillSpec,
-        video: HeldVideo,
-        team: Subgroup,
-        over: str,
-        on_start: Callable[[], None],
-        on_progress: Callable[[Progress], None],
-    ) -> tuple[PrefillResult, AttentionDetail | None]:
-        """Compute a prefix; ``on_start`` is called when the ranks begin.
-
-        Args:
-            team: the ranks that compute it.
-            over: job that is paused for it, if any (``PrefillExecutor.prefill``).
-
-        Cancelling this coroutine stops the ranks and frees the pages.
+    async def run(self, attempt: PrefillAttempt) -> tuple[PrefillResult, AttentionDetail | None]:
+        """Compute a prefix. Cancelling this coroutine stops the ranks and frees the pages.
 
         Returns:
-            The result, and all that is kept of the attention report; of a comparison, nothing.
+            The result and all that is kept of the attention report, which a baseline has not.
 
         Raises:
             ServiceError: KV_POOL_FULL, or why the ranks failed.
         """
-        index = await asyncio.to_thread(VideoIndex.load, video.index_path)
-        used = self._planning.policy(spec.attention)
-        comparison = await self._planning.comparison(spec, plan)
-        profile = self._planning.profile(spec)
+        job_id = attempt.job_id
+        index = await asyncio.to_thread(VideoIndex.load, attempt.video.index_path)
         with self._traces.span(job_id, "make room"):
-            exchange = await self._exchange(plan, used, comparison, team)
-            manifest, kv_bytes = await self._reserve(
-                plan, profile, exchange, comparison, team, used
-            )
-        self._prefixes.add(manifest, kv_bytes)
-        on_start()
-        task = PrefillTask(
-            job_id, plan, manifest, str(video.path), str(video.index_path),
-            team, used, exchange, comparison,
-        )  # fmt: skip
-        attention, report = None, None
+            task, kv_bytes = await self._reserve(attempt)
+        self._prefixes.add_prefix(task.manifest, kv_bytes)
+        attempt.on_start()
+        attention = None
+        report = None
         try:
             with self._traces.span(job_id, "ranks"):
-                outcome = await self._group.prefill(task, on_progress, over)
-            self._traces.add_ranks(job_id, outcome.spans)
-            if comparison is None:
-                attention = summarize(spec.attention, outcome.attention)
-                report = detail(attention, outcome.attention, plan, index)
+                outcome = await self._executor.prefill(
+                    task, attempt.on_progress, attempt.placement.preempts
+                )
+            self._traces.add_rank_spans(job_id, outcome.spans)
+            if task.baseline is None:
+                attention = summarize(attempt.spec.attention, outcome.attention)
+                report = detail(attention, outcome.attention, task.plan, index)
                 if self._exchanges is not None:
-                    self._exchanges.learn(plan, used, exchange, outcome, team.size)
-            prefix = self._prefixes.complete(plan.prefix_id)
+                    self._exchanges.learn(task, outcome)
+            lease_id = self._prefixes.complete_prefix(task.plan.prefix_id)
         except BaseException:
-            self._prefixes.discard(manifest)
+            self._prefixes.invalidate(task.manifest)
             raise
-        method = "" if comparison is None else comparison.mode.method
-        self._metrics.prefilled(plan.num_tokens, outcome, attention, method, team.size)
-        stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
-        logger.info(
-            "%s: %d tokens in %.2f s on %s (paused for %.2f s), slowest rank's stages %s, "
-            "%d bytes received from other ranks, attention %s%s",
-            job_id, plan.num_tokens, outcome.seconds, team, outcome.paused_s, stages,
-            outcome.bytes_received, profile, _figures(attention),
-        )  # fmt: skip
-        result = _result(plan, manifest, kv_bytes, prefix.standing, attention)
-        moved = replace(
-            result,
-            exchange=method or str(exchange),
-            communication=outcome.communication,
-        )
-        return moved, report
+        self._record(task, outcome, attention)
+        result = _result(task, outcome, attention, kv_bytes=kv_bytes, lease_id=lease_id)
+        return result, report
 
-    async def _exchange(
-        self,
-        plan: PrefixPlan,
-        policy: AttentionPolicy,
-        comparison: BaselineTask | None,
-        team: Subgroup,
-    ) -> ExchangeChoice:
-        if self._exchanges is None or comparison is not None:
-            return self._group.exchange_of(team)
-        await self._group.wait_ready()  # the first choice needs the ranks' probe
-        return await asyncio.to_thread(self._exchanges.choose, plan, policy, team.size)
+    async def _reserve(self, attempt: PrefillAttempt) -> tuple[PrefillTask, int]:
+        """Make the task and room for its pages, whose bytes are returned with it.
 
-    async def _reserve(
-        self,
-        plan: PrefixPlan,
-        profile: str,
-        exchange: ExchangeChoice,
-        comparison: BaselineTask | None,
-        team: Subgroup,
-        policy: AttentionPolicy,
-    ) -> tuple[Manifest, int]:
-        """Wait for the group and for room; nothing is awaited after the group was seen alive."""
+        Nothing is awaited after the workers were seen alive, so that the manifest names the
+        generation that the task is sent to.
+        """
+        plan = attempt.plan
+        subgroup = attempt.placement.subgroup
+        policy = self._admission.resolve_policy(attempt.spec.attention)
+        baseline = await self._admission.baseline_task(attempt.spec, plan)
+        exchange = self._executor.exchange_of(subgroup)
+        if self._exchanges is not None and baseline is None:
+            await self._executor.supervisor.wait_ready()  # the choice needs the ranks' probe
+            exchange = await asyncio.to_thread(
+                self._exchanges.choose, plan, policy, ranks=subgroup.size
+            )
+        layout = self._executor.kv_layout
         while True:
-            await self._group.wait_ready()
-            layout = self._group.layout
-            runs = self._group.shard_map(plan, exchange, comparison, team, policy)
+            await self._executor.supervisor.wait_ready()
+            whole_units = self._executor.has_whole_units(plan, exchange, policy)
+            if baseline is None:
+                runs = self._executor.shard_map(plan, exchange, subgroup, whole_units=whole_units)
+            else:
+                runs = self._executor.baseline_shard_map(plan, baseline, subgroup)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
-            await self._prefixes.make_room(pages * layout.page_bytes, prefix_id=plan.prefix_id)
-            if self._group.ready:
+            kv_bytes = pages * layout.page_bytes
+            await self._prefixes.make_room(kv_bytes, prefix_id=plan.prefix_id)
+            if self._executor.supervisor.ready:
                 break
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id=self._engine_id,
-            generation=self._group.generation,
-            model_fingerprint=self._planning.fingerprint,
+            generation=self._executor.supervisor.generation,
+            model_fingerprint=self._admission.fingerprint,
             layout=layout,
             num_tokens=plan.num_tokens,
             runs=runs,
-            endpoints=self._group.endpoints,
+            endpoints=self._executor.supervisor.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
-            profile=profile,
+            profile=self._admission.approximation(attempt.spec),
         )
-        return manifest, pages * layout.page_bytes
+        task = PrefillTask(
+            job_id=attempt.job_id,
+            plan=plan,
+            manifest=manifest,
+            video_path=str(attempt.video.path),
+            index_path=str(attempt.video.index_path),
+            subgroup=subgroup,
+            policy=policy,
+            exchange=exchange,
+            whole_units=whole_units,
+            baseline=baseline,
+        )
+        return task, kv_bytes
+
+    def _record(
+        self, task: PrefillTask, outcome: PrefillOutcome, attention: AttentionSummary | None
+    ) -> None:
+        """Count a finished prefill and log it."""
+        self._metrics.record_prefill(
+            task.plan.num_tokens,
+            outcome,
+            attention,
+            method=task.baseline.method.method if task.baseline else "",
+            ranks=task.subgroup.size,
+        )
+        stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
+        logger.info(
+            "%s: %d tokens in %.2f s on %s (paused for %.2f s), slowest rank's stages %s, "
+            "%d bytes received from other ranks, attention %s%s",
+            task.job_id,
+            task.plan.num_tokens,
+            outcome.seconds,
+            task.subgroup,
+            outcome.paused_s,
+            stages,
+            outcome.bytes_received,
+            task.manifest.profile,
+            _figures(attention),
+        )
 
 
 def _figures(attention: AttentionSummary | None) -> str:
@@ -190,12 +244,15 @@ def _figures(attention: AttentionSummary | None) -> str:
 
 
 def _result(
-    plan: PrefixPlan,
-    manifest: Manifest,
+    task: PrefillTask,
+    outcome: PrefillOutcome,
+    attention: AttentionSummary | None,
+    *,
     kv_bytes: int,
     lease_id: str,
-    attention: AttentionSummary | None,
 ) -> PrefillResult:
+    plan = task.plan
+    manifest = task.manifest
     params = HandoffParams(manifest, lease_id, report_to="").to_kv_transfer_params()
     return PrefillResult(
         prefix_id=plan.prefix_id,
@@ -209,4 +266,6 @@ def _result(
         kv_transfer_params_json=json.dumps(params, separators=(",", ":")),
         manifest_json=manifest.to_json(),
         attention=attention,
+        exchange=task.baseline.method.method if task.baseline else str(task.exchange),
+        communication=outcome.communication,
     )

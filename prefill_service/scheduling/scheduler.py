@@ -13,18 +13,23 @@ from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.scheduling.admission import Admission
+from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.dispatcher import JobDispatcher
 from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.scheduling.job import Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.job_registry import JobRegistry
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.metrics import Metrics
-from prefill_service.scheduling.placement import Placer, assumed_seconds
+from prefill_service.scheduling.placement import Placement, Placer, assumed_seconds
 from prefill_service.scheduling.prefix_cache import PrefixCache
-from prefill_service.scheduling.retry_policy import MAX_ATTEMPTS, RetryPolicy
-from prefill_service.scheduling.runner import PrefillRunner
+from prefill_service.scheduling.runner import (
+    MAX_ATTEMPTS,
+    PrefillAttempt,
+    PrefillRunner,
+    RetryPolicy,
+)
+from prefill_service.scheduling.traces import TraceStore
 
 if TYPE_CHECKING:
     from prefill_service.engine.executor import PrefillExecutor
@@ -34,71 +39,90 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Owns the jobs that are queued, running or resident.
+    """The jobs that are queued, running or resident, and all that is done with them.
 
     Args:
         engine_id: uuid of this service run, part of every manifest.
         config: size of the pool, time to live of leases, length of the queue.
-        metrics: told of jobs, and reads their numbers here.
-        exchanges: see ``PrefillRunner``.
+        metrics: counts jobs, and reads their numbers here.
+        exchanges: chooses each prefix's exchange; without it, it is the configured one.
+
+    Attributes:
+        jobs: the live jobs and all records.
+        prefixes: the prefixes that the ranks have.
+        traces: of the latest jobs.
     """
 
     def __init__(
         self,
         store: JobStore,
         videos: VideoStore,
-        planning: Admission,
-        group: PrefillExecutor,
-        engine_id: str,
+        admission: Admission,
+        executor: PrefillExecutor,
+        *,
         config: EngineConfig,
+        engine_id: str,
         metrics: Metrics,
         exchanges: ExchangePlanner | None = None,
     ) -> None:
         self._store = store
         self._videos = videos
-        self._planning = planning
-        self._group = group
+        self._admission = admission
+        self._executor = executor
         self._max_queued = config.max_queued_jobs
         placer = Placer(
-            group.teams, group.chunk_tokens, group, overtaking=config.elastic,
+            executor.subgroups,
+            executor.chunk_tokens,
+            executor,
+            preemption=config.elastic,
             seconds=assumed_seconds if exchanges is None else exchanges.seconds,
-        )  # fmt: skip
-        self._queue = JobDispatcher(placer, self._prefill, self._settle)
-        self.jobs = JobRegistry(store, metrics, self._queue.ahead)
+        )
+        self._queue = JobDispatcher(placer, self._run_job, self._settle)
+        self.traces = TraceStore()
+        self.jobs = JobRegistry(store, metrics, self.traces, self._queue.count_ahead)
         self.prefixes = PrefixCache(
-            group, resolve_kv_pool_bytes(config), config.lease_ttl_s, self.jobs.evicted
+            executor, resolve_kv_pool_bytes(config), config.lease_ttl_s, self.jobs.end_evicted
         )
         self._runner = PrefillRunner(
-            group, self.prefixes, engine_id, planning, metrics, self.jobs.traces, exchanges
+            executor,
+            self.prefixes,
+            engine_id,
+            admission,
+            metrics=metrics,
+            traces=self.traces,
+            exchanges=exchanges,
         )
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
-        metrics.watch(
+        metrics.watch_live(
             store.count_by_state, lambda: len(self._queue), lambda: self.prefixes.used_bytes
         )
 
     # ---- life ---------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Take over the queue of an earlier run; comes before any other call."""
+        """Queue the jobs of an earlier run; comes before any other call."""
         for record in self._store.recover(MAX_ATTEMPTS):
             logger.info("resuming %s, attempts so far: %d", record.job_id, record.attempts)
             self._enqueue(Job(record))
 
     def start(self) -> None:
-        """Begin to work. Not before the group has started once: a service that cannot start
-        must not fail the jobs it found."""
-        self._group.on_lost = self._group_lost
+        """Start to run jobs.
+
+        The workers must have started once before: a service that cannot start must not fail the
+        jobs that it has found.
+        """
+        self._executor.supervisor.add_loss_listener(self._forget_generation)
         self._tasks = [
-            asyncio.create_task(self._queue.run(), name="scheduler"),
-            asyncio.create_task(self.prefixes.keep_alive(), name="lease-renewal"),
+            asyncio.create_task(self._queue.dispatch(), name="scheduler"),
+            asyncio.create_task(self.prefixes.renew_leases(), name="lease-renewal"),
         ]
 
     def drain(self) -> None:
         """Take no new jobs and end the watches; what calls wait for goes on."""
         self._draining = True
-        for job in self.jobs.all_in_hand():
-            job.touch()
+        for job in self.jobs.live:
+            job.notify()
 
     async def stop(self) -> None:
         """Stop the ranks' work. Jobs that clients created stay queued for the next start."""
@@ -107,71 +131,102 @@ class Scheduler:
             task.cancel()
             await asyncio.wait({task})
         for job in self._queue.waiting:
-            self._queue.remove(job)
+            self._queue.withdraw(job)
             if not job.record.explicit:
-                self.jobs.end(job, JobState.CANCELLED, _shutting_down())
+                self.jobs.end_job(job, JobState.CANCELLED, _shutting_down())
 
     # ---- for the API --------------------------------------------------------------------
 
-    async def create(self, spec: PrefillSpec, request_id: str = "") -> JobRecord:
+    async def create_job(self, spec: PrefillSpec, request_id: str = "") -> JobRecord:
         """Queue a prefill, or return the job that has or makes the same prefix.
 
         Raises:
-            ServiceError: whatever ``Admission.plan`` raises; QUEUE_FULL; SHUTTING_DOWN;
+            ServiceError: whatever ``Admission.plan_prefix`` raises; QUEUE_FULL; SHUTTING_DOWN;
                 INVALID_REQUEST if ``request_id`` was used with another spec.
         """
         if request_id:
             known = self._store.find_request(request_id, spec)
             if known is not None:
-                return self.jobs.get(known)
-        plan = await self._planning.plan(spec)
+                return self.jobs.get_record(known)
+        plan = await self._admission.plan_prefix(spec)
         if request_id:  # the same request may have come twice while this one was planned
             known = self._store.find_request(request_id, spec)
             if known is not None:
-                return self.jobs.get(known)
+                return self.jobs.get_record(known)
         job = self._join(spec, plan, explicit=True)
         if request_id:
             self._store.remember_request(request_id, spec, job.record.job_id)
-        return self.jobs.get(job.record.job_id)
+        return self.jobs.get_record(job.record.job_id)
 
-    async def cancel(self, job_id: str) -> JobRecord:
+    def get_job(self, job_id: str) -> JobRecord:
+        """The job as it is now.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB.
+        """
+        return self.jobs.get_record(job_id)
+
+    def list_jobs(
+        self, page_size: int, page_token: str
+    ) -> tuple[list[tuple[str, JobRecord]], bool]:
+        """One page of jobs (``JobStore.list_records``), with live progress."""
+        return self.jobs.list_records(page_size, page_token)
+
+    def inspect_job(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
+        """The job and the attention report of its prefill, also when its prefix is gone.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB; NO_ATTENTION_REPORT if it has not succeeded.
+        """
+        return self.jobs.get_report(job_id)
+
+    def trace_job(self, job_id: str) -> bytes:
+        """The trace of a job that has ended, as JSON.
+
+        Raises:
+            ServiceError: UNKNOWN_JOB; NO_TRACE while it is active and when its trace was dropped.
+        """
+        return self.jobs.render_trace(job_id)
+
+    async def cancel_job(self, job_id: str) -> JobRecord:
         """Stop a job and wait until the ranks have; an ended one is returned as it is.
 
         Raises:
             ServiceError: UNKNOWN_JOB.
         """
-        job = self.jobs.in_hand(job_id)
+        job = self.jobs.find_live(job_id)
         if job is not None and job.record.active:
             self._cancel(job, ServiceError(Reason.CANCELLED, "a client cancelled the job"))
-            await job.ended()
-        return self.jobs.get(job_id)
+            await job.wait_ended()
+        return self.jobs.get_record(job_id)
 
-    async def watch(self, job_id: str) -> AsyncGenerator[JobRecord]:
+    async def watch_job(self, job_id: str) -> AsyncGenerator[JobRecord]:
         """The job now and at each change, until it has ended.
 
         Raises:
             ServiceError: UNKNOWN_JOB; SHUTTING_DOWN when the service drains.
         """
-        job = self.jobs.in_hand(job_id)
+        job = self.jobs.find_live(job_id)
         if job is None:
-            yield self.jobs.get(job_id)
+            yield self.jobs.get_record(job_id)
             return
         while True:
-            version, snapshot = job.version, self.jobs.snapshot(job)
+            version = job.version
+            snapshot = self.jobs.snapshot(job)
             yield snapshot
             if not snapshot.active:
                 return
-            await job.changed(version)
+            await job.wait_changed(version)
             if self._draining and job.record.active:
                 raise _shutting_down()
 
     # ---- for answers --------------------------------------------------------------------
 
     @asynccontextmanager
-    async def interest(self, spec: PrefillSpec, plan: PrefixPlan) -> AsyncIterator[Job]:
-        """The job that has or makes the prefix, for a call that waits for it.
+    async def acquire(self, spec: PrefillSpec, plan: PrefixPlan) -> AsyncIterator[Job]:
+        """The job that has or makes the prefix, for as long as a call needs it.
 
-        When the last such call leaves a job that nobody created explicitly, it is cancelled.
+        When the last such call releases a job that nobody created explicitly, it is cancelled.
 
         Raises:
             ServiceError: QUEUE_FULL, SHUTTING_DOWN.
@@ -190,10 +245,11 @@ class Scheduler:
     # ---- the queue ----------------------------------------------------------------------
 
     def _join(self, spec: PrefillSpec, plan: PrefixPlan, explicit: bool) -> Job:
-        job = self.jobs.of_prefix(plan.prefix_id)
+        """The job that has or makes a prefix, made if there is none."""
+        job = self.jobs.find_by_prefix(plan.prefix_id)
         if job is not None and not (job.record.active and job.cancelled_by):
             if explicit and not job.record.explicit:
-                self._store.update(job.update(explicit=True))
+                self._store.update_record(job.update(explicit=True))
             return job
         if self._draining:
             raise _shutting_down()
@@ -201,23 +257,27 @@ class Scheduler:
             raise ServiceError(
                 Reason.QUEUE_FULL,
                 f"{len(self._queue)} jobs are waiting; the limit is {self._max_queued}",
-                queued=len(self._queue), limit=self._max_queued,
-            )  # fmt: skip
-        job = Job(
-            JobRecord(
-                new_id("job"), spec, plan.prefix_id, plan.num_tokens, explicit,
-                create_time=time.time(),
+                queued=len(self._queue),
+                limit=self._max_queued,
             )
-        )  # fmt: skip
-        self._store.insert(job.record)
+        record = JobRecord(
+            job_id=new_id("job"),
+            spec=spec,
+            prefix_id=plan.prefix_id,
+            prefix_tokens=plan.num_tokens,
+            explicit=explicit,
+            create_time=time.time(),
+        )
+        job = Job(record)
+        self._store.insert_record(record)
         self._enqueue(job)
-        logger.info("queued %s: %d tokens of %s", job.record.job_id, plan.num_tokens, spec.video_id)
+        logger.info("queued %s: %d tokens of %s", record.job_id, plan.num_tokens, spec.video_id)
         return job
 
     def _enqueue(self, job: Job) -> None:
-        self.jobs.traces.begin(job.record.job_id)
-        self.jobs.add(job)
-        self._queue.append(job)
+        self.traces.begin_trace(job.record.job_id)
+        self.jobs.add_job(job)
+        self._queue.enqueue(job)
 
     def _cancel(self, job: Job, cause: ServiceError) -> None:
         if job.cancelled_by is not None:
@@ -225,8 +285,8 @@ class Scheduler:
         job.cancelled_by = cause
         if job.task is not None:
             job.task.cancel()
-        elif self._queue.remove(job):
-            self.jobs.end(job, JobState.CANCELLED, cause)
+        elif self._queue.withdraw(job):
+            self.jobs.end_job(job, JobState.CANCELLED, cause)
 
     def _settle(self, job: Job, task: asyncio.Task[None]) -> None:
         """Give a job whose task has ended its state."""
@@ -234,61 +294,68 @@ class Scheduler:
             return
         error = None if task.cancelled() else task.exception()
         if job.cancelled_by is not None:
-            self.jobs.end(job, JobState.CANCELLED, job.cancelled_by)
+            self.jobs.end_job(job, JobState.CANCELLED, job.cancelled_by)
         elif isinstance(error, ServiceError):
-            self.jobs.end(job, JobState.FAILED, error)
+            self.jobs.end_job(job, JobState.FAILED, error)
         elif error is not None:
             logger.error("%s failed unexpectedly", job.record.job_id, exc_info=error)
-            self.jobs.end(job, JobState.FAILED, ServiceError(Reason.INTERNAL, f"{error!r}"))
+            self.jobs.end_job(job, JobState.FAILED, ServiceError(Reason.INTERNAL, f"{error!r}"))
         elif job.record.explicit:  # the service stops: this start does not count
             started = job.record.state is JobState.RUNNING
             self.jobs.save(
                 job.update(state=JobState.QUEUED, attempts=job.record.attempts - started)
             )
         else:
-            self.jobs.end(job, JobState.CANCELLED, _shutting_down())
+            self.jobs.end_job(job, JobState.CANCELLED, _shutting_down())
 
-    async def _prefill(self, job: Job, team: Subgroup, over: str) -> None:
-        """Run a job to its success, on a second group if the first one dies.
-
-        Args:
-            team, over: see ``PrefillRunner.run``.
-        """
-        spec, job_id = job.record.spec, job.record.job_id
-        self.jobs.traces.queued(job_id)
+    async def _run_job(self, job: Job, placement: Placement) -> None:
+        """Run a job to its success, on the next generation of workers if one is lost."""
+        spec = job.record.spec
+        job_id = job.record.job_id
+        self.traces.end_queueing(job_id)
         async with self._videos.hold_video(spec.video_id) as video:
-            with self.jobs.traces.span(job_id, "plan"):
-                plan = await self._planning.plan_held(spec, video)
-            self.jobs.rename(job, plan)
-            attempts = RetryPolicy(team)
-            while True:
-                starts = job.record.attempts
-                try:
-                    result, report = await self._runner.run(
-                        job.record.job_id, plan, spec, video, team, over,
-                        lambda: self._started(job), job.advance,
-                    )  # fmt: skip
-                    if report is not None:
-                        self.jobs.keep_report(job, report)
-                    self.jobs.end(job, JobState.SUCCEEDED, result=result)
-                    return
-                except ServiceError as error:
-                    started = job.record.attempts > starts  # else the group cannot even start
-                    again = started and attempts.another(error, job.record.attempts)
-                    if not again or job.cancelled_by:
-                        raise
-                    logger.warning("%s: %s; trying again", job.record.job_id, error)
-                    self.jobs.save(job.update(state=JobState.QUEUED))
+            with self.traces.span(job_id, "plan"):
+                plan = await self._admission.plan_held(spec, video)
+            self.jobs.update_prefix(job, plan)
+            attempt = PrefillAttempt(
+                job_id=job_id,
+                spec=spec,
+                plan=plan,
+                video=video,
+                placement=placement,
+                on_start=lambda: self._record_start(job),
+                on_progress=job.update_progress,
+            )
+            retries = RetryPolicy(placement.subgroup)
+            while not await self._try(job, attempt, retries):
+                self.jobs.save(job.update(state=JobState.QUEUED))
 
-    def _started(self, job: Job) -> None:
+    async def _try(self, job: Job, attempt: PrefillAttempt, retries: RetryPolicy) -> bool:
+        """Whether an attempt has succeeded; False if it has failed and is to be repeated."""
+        starts = job.record.attempts
+        try:
+            result, report = await self._runner.run(attempt)
+            if report is not None:
+                self.jobs.save_report(job, report)
+            self.jobs.end_job(job, JobState.SUCCEEDED, result=result)
+        except ServiceError as error:
+            started = job.record.attempts > starts  # else the workers cannot even start
+            retry = started and retries.should_retry(error, job.record.attempts)
+            if not retry or job.cancelled_by:
+                raise
+            logger.warning("%s: %s; trying again", job.record.job_id, error)
+            return False
+        return True
+
+    def _record_start(self, job: Job) -> None:
         attempts = job.record.attempts + 1
         self.jobs.save(
             job.update(state=JobState.RUNNING, attempts=attempts, start_time=time.time())
         )
 
-    def _group_lost(self, generation: int) -> None:
-        logger.warning("generation %d of the rank group is gone, with its prefixes", generation)
-        self.prefixes.lose_generation(generation)
+    def _forget_generation(self, generation: int, error: ServiceError) -> None:
+        logger.warning("generation %d of the workers is gone, with its prefixes", generation)
+        self.prefixes.forget_generation(generation)
 
 
 def _shutting_down() -> ServiceError:

@@ -1,8 +1,8 @@
-"""When what was done for a job, on one time line: the trace that ``prefill trace`` writes.
+"""What was done for a job, and when, on one time line: the trace that ``prefill trace`` writes.
 
 The format is Chrome's Trace Event Format as JSON, which Perfetto and chrome://tracing open: one
 process per rank with a row for each kind of work, and one for the service itself. All times come
-from CLOCK_MONOTONIC, which the processes of a host share (``engine.trace``); 0 is when the job was
+from CLOCK_MONOTONIC, which the processes of a host share (``engine.spans``); 0 is when the job was
 queued. Traces are for looking at what has just run: they live in memory, and only the latest.
 """
 
@@ -20,13 +20,14 @@ from prefill_service.engine.spans import Amount, Span
 
 KEPT_JOBS = 64
 KEPT_SPANS = 100_000
-"""Of all jobs together, about 30 MB; the oldest jobs' go first."""
+"""Spans kept of all jobs together, about 30 MB; those of the oldest jobs are dropped first."""
 
 SERVICE_SPANS = 512
-"""Of one job in the service itself: a prefix may be asked about any number of times."""
+"""Spans kept of one job in the service itself: any number of questions may be about it."""
 
-JOB, QUESTIONS = "job", "questions"
-"""Rows of the service."""
+JOB = "job"
+QUESTIONS = "questions"
+"""Rows of the service's own process."""
 
 _SERVICE_PID = 0
 _MICROSECONDS = 1e6
@@ -50,15 +51,15 @@ class JobTrace:
 
     @property
     def size(self) -> int:
-        """Spans of its ranks."""
+        """Number of spans of its ranks."""
         return sum(map(len, self.ranks.values()))
 
 
-class TraceBook:
-    """The traces of the latest jobs. Not for several threads.
+class TraceStore:
+    """The traces of the latest jobs. Not thread-safe.
 
     Args:
-        jobs, spans: what is kept at most.
+        jobs, spans: how many are kept at most.
     """
 
     def __init__(self, jobs: int = KEPT_JOBS, spans: int = KEPT_SPANS) -> None:
@@ -66,17 +67,17 @@ class TraceBook:
         self._spans = spans
         self._traces: OrderedDict[str, JobTrace] = OrderedDict()
 
-    def begin(self, job_id: str) -> None:
-        """A job is queued."""
+    def begin_trace(self, job_id: str) -> None:
+        """Start the trace of a job that is being queued."""
         self._traces[job_id] = JobTrace(time.monotonic())
-        self._make_room()
+        self._drop_oldest()
 
-    def queued(self, job_id: str) -> None:
-        """It has waited until now."""
+    def end_queueing(self, job_id: str) -> None:
+        """Note that a job has waited in the queue until now."""
         if trace := self._traces.get(job_id):
-            self.note(job_id, JOB, "queued", trace.start)
+            self.note_span(job_id, JOB, "queued", start=trace.start)
 
-    def note(self, job_id: str, row: str, name: str, start: float, **args: Amount) -> None:
+    def note_span(self, job_id: str, row: str, name: str, *, start: float, **args: Amount) -> None:
         """Note what began at ``start`` (``time.monotonic``) and ends now, if the job is known."""
         trace = self._traces.get(job_id)
         if trace is not None and len(trace.service) < SERVICE_SPANS:
@@ -84,24 +85,24 @@ class TraceBook:
 
     @contextmanager
     def span(self, job_id: str, name: str) -> Iterator[None]:
-        """Note what is done inside, on the job's own row; also if it fails."""
+        """Note what the context does, on the job's own row; also if it fails."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self.note(job_id, JOB, name, start)
+            self.note_span(job_id, JOB, name, start=start)
 
-    def add_ranks(self, job_id: str, ranks: Mapping[int, tuple[Span, ...]]) -> None:
-        """Take what the ranks did."""
+    def add_rank_spans(self, job_id: str, ranks: Mapping[int, tuple[Span, ...]]) -> None:
+        """Add what each rank has noted."""
         if trace := self._traces.get(job_id):
             trace.ranks = dict(ranks)
-            self._make_room()
+            self._drop_oldest()
 
-    def get(self, job_id: str) -> JobTrace | None:
+    def find_trace(self, job_id: str) -> JobTrace | None:
         """A job's trace, if it is still kept."""
         return self._traces.get(job_id)
 
-    def _make_room(self) -> None:
+    def _drop_oldest(self) -> None:
         total = sum(trace.size for trace in self._traces.values())
         while len(self._traces) > max(1, self.jobs) or (
             total > self._spans and len(self._traces) > 1
@@ -109,38 +110,41 @@ class TraceBook:
             total -= self._traces.popitem(last=False)[1].size
 
 
-def render(job_id: str, trace: JobTrace) -> bytes:
+def render_trace(job_id: str, trace: JobTrace) -> bytes:
     """The trace as JSON, UTF-8."""
-    events = _process(_SERVICE_PID, "service", trace.service, trace.start)
+    events = _process_events(_SERVICE_PID, "service", trace.service, trace.start)
     for rank, spans in sorted(trace.ranks.items()):
-        events += _process(rank + 1, f"rank {rank}", spans, trace.start)
-        events += _received(rank + 1, spans, trace.start)
+        events += _process_events(rank + 1, f"rank {rank}", spans, trace.start)
+        events += _received_events(rank + 1, spans, trace.start)
     about = {"job_id": job_id, "clock": "CLOCK_MONOTONIC", "zero_s": round(trace.start, 6)}
     content = {"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}
     return json.dumps(content, separators=(",", ":")).encode()
 
 
-def _process(pid: int, name: str, spans: Iterable[Span], zero: float) -> list[Event]:
-    """Names of a process and its rows, then its slices."""
+def _process_events(pid: int, name: str, spans: Iterable[Span], zero: float) -> list[Event]:
+    """The names of a process and its rows, then its spans."""
     rows: dict[str, list[Span]] = {}
     for span in spans:
         rows.setdefault(str(span.row), []).append(span)
-    events = [_named(pid, 0, "process_name", name), _sorted(pid, 0, "process_sort_index", pid)]
+    events = [
+        _name_event(pid, 0, "process_name", name),
+        _sort_event(pid, 0, "process_sort_index", pid),
+    ]
     lanes: list[tuple[str, list[Span]]] = []
     for row, members in rows.items():
         for number, lane in enumerate(_lanes(members)):
             lanes.append((f"{row} {number + 1}" if number else row, lane))
     for tid, (row, lane) in enumerate(lanes):
         events += [
-            _named(pid, tid, "thread_name", row),
-            _sorted(pid, tid, "thread_sort_index", tid),
+            _name_event(pid, tid, "thread_name", row),
+            _sort_event(pid, tid, "thread_sort_index", tid),
         ]
-        events += [_slice(pid, tid, row, span, zero) for span in lane]
+        events += [_span_event(pid, tid, row, span, zero) for span in lane]
     return events
 
 
 def _lanes(spans: list[Span]) -> list[list[Span]]:
-    """Spans in as few rows as hold them: slices of one may follow or enclose, not overlap."""
+    """Spans in as few lanes as hold them: those of one lane follow or enclose each other."""
     lanes: list[list[Span]] = []
     open_until: list[list[float]] = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
@@ -157,29 +161,44 @@ def _lanes(spans: list[Span]) -> list[list[Span]]:
     return lanes
 
 
-def _slice(pid: int, tid: int, row: str, span: Span, zero: float) -> Event:
+def _span_event(pid: int, tid: int, row: str, span: Span, zero: float) -> Event:
     start = round((span.start - zero) * _MICROSECONDS, 1)
     return {
-        "ph": "X", "pid": pid, "tid": tid, "cat": row, "name": span.name, "ts": start,
-        "dur": round((span.end - zero) * _MICROSECONDS, 1) - start, "args": span.args,
-    }  # fmt: skip
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "cat": row,
+        "name": span.name,
+        "ts": start,
+        "dur": round((span.end - zero) * _MICROSECONDS, 1) - start,
+        "args": span.args,
+    }
 
 
-def _received(pid: int, spans: Iterable[Span], zero: float) -> list[Event]:
+def _received_events(pid: int, spans: Iterable[Span], zero: float) -> list[Event]:
     """A counter of the bytes that came from other ranks, stepping at each chunk's end."""
-    events, total = [], 0
+    events: list[Event] = []
+    total = 0
     for span in spans:
         if span.name.startswith("chunk") and "bytes_received" in span.args:
             total += int(span.args["bytes_received"])
             ts = round((span.end - zero) * _MICROSECONDS, 1)
-            events.append({"ph": "C", "pid": pid, "tid": 0, "name": "bytes received", "ts": ts,
-                           "args": {"bytes": total}})  # fmt: skip
+            events.append(
+                {
+                    "ph": "C",
+                    "pid": pid,
+                    "tid": 0,
+                    "name": "bytes received",
+                    "ts": ts,
+                    "args": {"bytes": total},
+                }
+            )
     return events
 
 
-def _named(pid: int, tid: int, kind: str, name: str) -> Event:
+def _name_event(pid: int, tid: int, kind: str, name: str) -> Event:
     return {"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"name": name}}
 
 
-def _sorted(pid: int, tid: int, kind: str, index: int) -> Event:
+def _sort_event(pid: int, tid: int, kind: str, index: int) -> Event:
     return {"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"sort_index": index}}

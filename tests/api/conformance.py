@@ -21,7 +21,7 @@ from prefill_service.api.servicer import ServedService, Servicer
 from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
-from tests.scheduling.harness import error_of
+from tests.support.in_process_service import error_of
 
 NOT_FOUND = ServiceError(Reason.UNKNOWN_VIDEO, "there is no such video", video_id="vid_x")
 

@@ -18,14 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
-from tests.scheduling.harness import Harness, answer, serving
+from tests.support.in_process_service import InProcessService, answer, serving
 
 Serve = Callable[..., Any]
 ON = {"metrics_address": "127.0.0.1:0"}
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-async def scrape(s: Harness) -> Callable[..., float | None]:
+async def scrape(s: InProcessService) -> Callable[..., float | None]:
     """``value(name, **labels)`` of what the endpoint says now."""
     async with httpx.AsyncClient(trust_env=False) as client:
         reply = await client.get(f"http://127.0.0.1:{s.service.metrics_port}/metrics")
@@ -53,10 +53,10 @@ async def test_jobs_attention_and_answers_are_counted(serve: Serve) -> None:
         value = await scrape(s)
         assert value("layer_density", layer="0") is None  # the last job was exact
         await s.ended((await s.create(frames=12)).job_id)
-        s.group.step_s = 30
+        s.executor.step_s = 30
         await s.create(frames=14)
         await s.create(frames=16)
-        await s.until(lambda: len(s.group.started) == 4)
+        await s.until(lambda: len(s.executor.started) == 4)
 
         value = await scrape(s)
         assert value("jobs", state="SUCCEEDED") == 3
@@ -90,7 +90,7 @@ async def test_jobs_attention_and_answers_are_counted(serve: Serve) -> None:
 
 def test_the_documentation_lists_what_there_is() -> None:
     metrics = Metrics()
-    metrics.watch(dict, lambda: 0, lambda: 0)
+    metrics.watch_live(dict, lambda: 0, lambda: 0)
     ours = {
         family.name + ("_total" if family.type == "counter" else "")
         for family in metrics.registry.collect()

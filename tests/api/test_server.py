@@ -25,8 +25,8 @@ from prefill.v1 import prefill_service_pb2 as pb
 from prefill.v1 import video_service_pb2
 
 from prefill_service.errors import Reason, ServiceError
-from tests.scheduling.harness import answer, error_of, serving
-from tests.scheduling.parts import GenerationServer, Group
+from tests.support.in_process_service import answer, error_of, serving
+from tests.support.simulated_backends import SimulatedExecutor, SimulatedGenerationServer
 
 Serve = Callable[..., Any]
 SERVICES = [f"prefill.v1.{name}Service" for name in ("Answer", "Prefill", "Video")]
@@ -62,18 +62,15 @@ async def test_reflection_can_be_turned_off(serve: Serve) -> None:
 
 
 async def test_health_follows_group_and_decoder(tmp_path: Path, template: Any) -> None:
-    group = Group(start_s=0.5, restart_s=0.5)
-    decoder = GenerationServer(group, start_s=1.2)
+    group = SimulatedExecutor(start_s=0.5, restart_s=0.5)
+    decoder = SimulatedGenerationServer(group, start_s=1.2)
     async with serving(tmp_path / "data", template, group, decoder, wait=False) as s:
-        prefill = "prefill.v1.PrefillService"
-        ans = "prefill.v1.AnswerService"
-        video = SERVICES[2]
+        prefill, ans, video = "prefill.v1.PrefillService", "prefill.v1.AnswerService", SERVICES[2]
 
         async def all_of() -> list[str]:
             return [await health(s.channel, n) for n in ("", prefill, ans, video, "liveness")]
 
-        up = "SERVING"
-        down = "NOT_SERVING"
+        up, down = "SERVING", "NOT_SERVING"
 
         async def until(expected: list[str]) -> None:
             async with asyncio.timeout(3):
@@ -83,10 +80,10 @@ async def test_health_follows_group_and_decoder(tmp_path: Path, template: Any) -
         await until([down, down, down, up, up])  # uploads are possible while models load
         await until([down, up, down, up, up])
         await until([up, up, up, up, up])
-        s.group.die()
+        s.executor.die()
         await until([down, down, down, up, up])
         await until([up, up, up, up, up])
-        s.decoder.die()
+        s.generation.die()
         await until([down, up, down, up, up])
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await health(s.channel, "nothing")
@@ -181,8 +178,7 @@ async def test_tls_and_mtls(serve: Serve, tmp_path: Path, monkeypatch: pytest.Mo
 async def test_unsafe_or_broken_configuration_is_refused(serve: Serve, tmp_path: Path) -> None:
     _certificates(tmp_path)
     (tmp_path / "empty").write_text("\n")
-    cert = str(tmp_path / "server.pem")
-    key = str(tmp_path / "server.key")
+    cert, key = str(tmp_path / "server.pem"), str(tmp_path / "server.key")
     for server, text in (
         ({"host": "0.0.0.0"}, "not a loopback address"),
         ({"tls_cert": cert, "tls_key": str(tmp_path / "client.key")}, "cannot be used with"),
@@ -226,11 +222,11 @@ async def test_data_dir_in_use(serve: Serve) -> None:
 
 async def test_failed_start_of_a_part_ends_the_service(tmp_path: Path, template: Any) -> None:
     async with serving(tmp_path / "data", template) as s:
-        s.group.step_s = 30
+        s.executor.step_s = 30
         job_id = (await s.create()).job_id
-        await s.until(lambda: bool(s.group.started))
+        await s.until(lambda: bool(s.executor.started))
 
-    class Broken(Group):
+    class Broken(SimulatedExecutor):
         async def start(self) -> None:
             raise ServiceError(Reason.MODEL_INVALID, "config.json is missing")
 
@@ -238,7 +234,7 @@ async def test_failed_start_of_a_part_ends_the_service(tmp_path: Path, template:
             await self.start()
 
     group = Broken()
-    decoder = GenerationServer(group, start_s=60)
+    decoder = SimulatedGenerationServer(group, start_s=60)
     begin = time.monotonic()
     with pytest.raises(ServiceError, match=r"config\.json is missing"):
         async with serving(tmp_path / "data", template, group, decoder):
@@ -256,11 +252,11 @@ async def test_silent_call_survives_client_keepalive(serve: Serve) -> None:
         ("grpc.http2.max_pings_without_data", 0),
     ]
     async with serve(connect=False) as s:
-        s.group.step_s = 10  # and two frames are one step
+        s.executor.step_s = 10  # and two frames are one step
         async with grpc.aio.insecure_channel(s.address, options=options) as channel:
             s.connect(channel)
             job = await s.create(frames=2)
-            await s.until(lambda: bool(s.group.started))
+            await s.until(lambda: bool(s.executor.started))
             begin = time.monotonic()
             jobs = await s.ended(job.job_id)
             assert time.monotonic() - begin > 9
@@ -270,7 +266,7 @@ async def test_silent_call_survives_client_keepalive(serve: Serve) -> None:
 
 async def test_too_many_calls(serve: Serve) -> None:
     async with serve(server={"max_concurrent_calls": 2}) as s:
-        s.group.step_s = 30
+        s.executor.step_s = 30
         calls = [s.ask(), s.ask()]
         for call in calls:
             await call.read()
@@ -287,12 +283,11 @@ async def test_too_many_calls(serve: Serve) -> None:
 async def test_drain_lets_answers_end_and_refuses_new_ones(serve: Serve) -> None:
     async with serve() as s:
         await answer(s.ask())
-        s.decoder.token_s = 0.3
-        s.group.step_s = 30
+        s.generation.token_s, s.executor.step_s = 0.3, 30
         reading = asyncio.create_task(answer(s.ask()))
         job = await s.create(frames=30)
         watching = asyncio.create_task(error_of(s.ended(job.job_id)))
-        await s.until(lambda: len(s.decoder.requests) == 2 and len(s.group.started) == 2)
+        await s.until(lambda: len(s.generation.requests) == 2 and len(s.executor.started) == 2)
         await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.2)
@@ -309,9 +304,9 @@ async def test_drain_lets_answers_end_and_refuses_new_ones(serve: Serve) -> None
 
 async def test_drain_time_is_bounded(serve: Serve) -> None:
     async with serve(server={"drain_seconds": 0.5}) as s:
-        s.group.step_s = 30
+        s.executor.step_s = 30
         reading = asyncio.create_task(error_of(answer(s.ask())))
-        await s.until(lambda: bool(s.decoder.requests))
+        await s.until(lambda: bool(s.generation.requests))
         begin = time.monotonic()
         s.service.shut_down()
         async with asyncio.timeout(5):
@@ -319,15 +314,15 @@ async def test_drain_time_is_bounded(serve: Serve) -> None:
         assert 0.4 < time.monotonic() - begin < 3
         code, *_ = await reading
         assert code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
-        assert len(s.group.stopped) == 1
-        assert s.group.open_leases == 0
+        assert len(s.executor.stopped) == 1
+        assert s.executor.open_leases == 0
 
 
 async def test_second_signal_stops_at_once(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 30
+        s.executor.step_s = 30
         reading = asyncio.create_task(error_of(answer(s.ask())))
-        await s.until(lambda: bool(s.decoder.requests))
+        await s.until(lambda: bool(s.generation.requests))
         begin = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(0.3)
@@ -337,11 +332,11 @@ async def test_second_signal_stops_at_once(serve: Serve) -> None:
             await s.task
         assert time.monotonic() - begin < 2
         await reading
-        assert len(s.group.stopped) == 1
+        assert len(s.executor.stopped) == 1
 
 
 async def test_signal_during_start(tmp_path: Path, template: Any) -> None:
-    group = Group(start_s=60)
+    group = SimulatedExecutor(start_s=60)
     async with serving(tmp_path / "data", template, group, wait=False) as s:
         begin = time.monotonic()
         s.service.shut_down()
@@ -360,7 +355,7 @@ async def test_internal_errors_are_logged_under_an_id(
         raise KeyError("secret")
 
     async with serve() as s:
-        monkeypatch.setattr(JobRegistry, "get", broken)
+        monkeypatch.setattr(JobRegistry, "get_record", broken)
         code, reason, metadata, _ = await error_of(s.get("job_x"))
         assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
         assert metadata["error_id"] in caplog.text

@@ -13,7 +13,7 @@ import pytest
 from prefill.v1 import video_service_pb2 as pb
 
 from prefill_service.api.video_service import MAX_CHUNK_BYTES
-from tests.scheduling.harness import Harness, error_of
+from tests.support.in_process_service import InProcessService, error_of
 
 Serve = Callable[..., Any]
 
@@ -24,7 +24,7 @@ def clip(make_video: Callable[..., Path]) -> bytes:
     return make_video(seconds=1).read_bytes()
 
 
-async def create(s: Harness, data: bytes, **fields: Any) -> pb.CreateUploadResponse:
+async def create(s: InProcessService, data: bytes, **fields: Any) -> pb.CreateUploadResponse:
     digest = hashlib.sha256(data).hexdigest()
     request = pb.CreateUploadRequest(
         **{"display_name": "clip.mp4", "size_bytes": len(data), "sha256": digest, **fields}
@@ -32,7 +32,7 @@ async def create(s: Harness, data: bytes, **fields: Any) -> pb.CreateUploadRespo
     return await s.videos.CreateUpload(request)
 
 
-async def send(s: Harness, video_id: str, chunks: Sequence[tuple[int, bytes]]) -> int:
+async def send(s: InProcessService, video_id: str, chunks: Sequence[tuple[int, bytes]]) -> int:
     async def requests() -> Any:
         for number, (offset, data) in enumerate(chunks):
             name = "" if number else video_id

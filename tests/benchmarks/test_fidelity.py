@@ -17,7 +17,7 @@ from prefill_service.engine.messages import BaselineTask
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.baselines.method import Comparison
 from prefill_service.parallel.baselines.methods import baseline_method
-from tests.engine.harness import running_group
+from tests.support.standalone_executor import standalone_executor
 from tools.needle import stories, videos
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "needle-qwen3-vl"
@@ -32,13 +32,13 @@ async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ra
     patches, setting = 70, Setting(quality, ranks)
     story = stories.sample_story(patches, np.random.default_rng(4))
     path = videos.write_mp4(tmp_path / "a.mp4", story, seed=4)
-    async with running_group(
+    async with standalone_executor(
         ASSET, tmp_path, ranks, chunk_tokens=200, sparse_from_tokens=400
-    ) as harness:
-        plan, _ = await harness.plan(path, FrameSampling())
-        task = harness.task(path, plan, policy=setting.policy)
-        outcome = await harness.prefill(task)
-        served = harness.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
+    ) as standalone:
+        plan, _ = await standalone.plan(path, FrameSampling())
+        task = standalone.task(path, plan, policy=setting.policy)
+        outcome = await standalone.prefill(task)
+        served = standalone.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
     reader = Reader(ASSET, sparse_from=400, chunk_tokens=200)
     done = reader.prefill(reader.prefix(videos.read_frames(path)), setting)
     rehearsed = torch.stack(done.kv).transpose(2, 3)
@@ -56,12 +56,12 @@ async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
     prefix = reader.prefix(videos.read_frames(path))
     tokens, text = len(prefix.token_ids), "What color is the ring?"
     mode = baseline_method(Comparison.APB, tokens, ranks)
-    async with running_group(ASSET, tmp_path, ranks, chunk_tokens=200) as harness:
-        plan, _ = await harness.plan(path, FrameSampling())
+    async with standalone_executor(ASSET, tmp_path, ranks, chunk_tokens=200) as standalone:
+        plan, _ = await standalone.plan(path, FrameSampling())
         how = BaselineTask(mode, tuple(reader.turn(text)))
-        task = harness.task(path, plan, comparison=how)
-        await harness.prefill(task)
-        served = harness.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
+        task = standalone.task(path, plan, comparison=how)
+        await standalone.prefill(task)
+        served = standalone.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
     ours = torch.stack(reader.published(prefix, mode, ranks, text)).transpose(2, 3)
     assert (ours - served).norm() / served.norm() < 1e-4
 

@@ -16,7 +16,7 @@ from benchmarks import ingest
 from benchmarks.hour import intervals, overlap, read_trace
 from benchmarks.processes import MemoryLog, pss_bytes, tree
 from prefill_service.engine.spans import Span
-from prefill_service.scheduling.traces import JobTrace, render
+from prefill_service.scheduling.traces import JobTrace, render_trace
 from tests.video.processes import wait_until
 from tools.make_hour_video import HourOptions, write_hour
 
@@ -78,7 +78,7 @@ def test_bound_and_overlap_are_those_of_the_trace() -> None:
             ),
         },
     )  # fmt: skip
-    row = read_trace(json.loads(render("job_a", trace)), first_token_s=13.0)
+    row = read_trace(json.loads(render_trace("job_a", trace)), first_token_s=13.0)
     assert (row["decode_s"], row["compute_s"], row["handoff_s"]) == (6, 7, 0.5)
     assert row["hidden"] == pytest.approx(
         3 / 7

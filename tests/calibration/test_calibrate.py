@@ -32,8 +32,8 @@ from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner
-from prefill_service.service import build_parts
-from tests.engine.harness import Harness, running_group
+from prefill_service.service import build_components
+from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
 EPSILON = 0.7
 FPS = 4.0
@@ -66,14 +66,14 @@ def load(path: Path, model: Path) -> HeadBudgetProfile:
 
 
 async def prefill(
-    harness: Harness, video: Path, policy: AttentionPolicy
+    standalone: StandaloneExecutor, video: Path, policy: AttentionPolicy
 ) -> tuple[list[LayerReport], torch.Tensor]:
     """By a rank: its report, and KV [layers, 2, tokens, kv_heads, head_dim]."""
-    plan, _ = await harness.plan(video, FrameSampling(fps=FPS))
+    plan, _ = await standalone.plan(video, FrameSampling(fps=FPS))
     plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
-    task = harness.task(video, plan, policy=policy)
-    layers = (await harness.prefill(task)).attention.layers
-    return layers, harness.read_kv(task)
+    task = standalone.task(video, plan, policy=policy)
+    layers = (await standalone.prefill(task)).attention.layers
+    return layers, standalone.read_kv(task)
 
 
 class InProcess:
@@ -111,13 +111,13 @@ async def test_the_ranks_attend_no_more_and_the_worst_head_does_not_fall(
     assert len(budgets.layer_sensitivity) == budgets.shape[0]
     assert min(budgets.layer_sensitivity) > 0
     uniform = AttentionPolicy(Quality.CUSTOM, EPSILON, 0.0)
-    async with running_group(
+    async with standalone_executor(
         model, tmp_path, 1, chunk_tokens=200, sparse_from_tokens=400
-    ) as harness:
-        before, _ = await prefill(harness, video, uniform)
-        after, kv = await prefill(harness, video, uniform.with_budgets(budgets))
+    ) as standalone:
+        before, _ = await prefill(standalone, video, uniform)
+        after, kv = await prefill(standalone, video, uniform.with_budgets(budgets))
         exact, _ = await prefill(
-            harness, video, resolve_policy(Quality.EXACT).with_budgets(budgets)
+            standalone, video, resolve_policy(Quality.EXACT).with_budgets(budgets)
         )
     spent, budget = (sum(sum(layer.attended) for layer in layers) for layers in (after, before))
     assert 0.95 * budget <= spent <= budget
@@ -170,10 +170,10 @@ def config(model: Path, path: Path) -> ServiceConfig:
 def test_the_service_takes_a_profile_of_its_model_only(
     model: Path, profile: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    parts = build_parts(config(model, profile), tmp_path, tmp_path)
+    parts = build_components(config(model, profile), tmp_path, tmp_path)
     assert parts.budgets == load(profile, model)
     with pytest.raises(ServiceError, match="was made for the model") as error:
-        build_parts(config(checkpoint("qwen3_vl", seed=1), profile), tmp_path, tmp_path)
+        build_components(config(checkpoint("qwen3_vl", seed=1), profile), tmp_path, tmp_path)
     assert error.value.reason is Reason.CONFIG_INVALID
     fewer = json.loads(profile.read_text())
     fewer["head_epsilons"].pop()
@@ -182,7 +182,7 @@ def test_the_service_takes_a_profile_of_its_model_only(
     other.write_text(json.dumps(fewer))
     layers = len(fewer["head_epsilons"])
     with pytest.raises(ServiceError, match=f"has {layers} layers .* expected {layers + 1} of"):
-        build_parts(config(model, other), tmp_path, tmp_path)
+        build_components(config(model, other), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

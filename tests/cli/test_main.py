@@ -13,7 +13,7 @@ import pytest
 
 from prefill_service import __version__
 from prefill_service.cli.main import main
-from tests.scheduling.parts import GenerationServer, Group
+from tests.support.simulated_backends import SimulatedExecutor, SimulatedGenerationServer
 
 Serve = Callable[..., Any]
 
@@ -118,10 +118,10 @@ async def test_healthcheck(serve: Serve) -> None:
         done = await asyncio.to_thread(run, "healthcheck", *arguments)
         return done.returncode, done.stdout + done.stderr
 
-    group = Group()
-    async with serve(group=group, decoder=GenerationServer(group)) as s:
+    group = SimulatedExecutor()
+    async with serve(executor=group, generation=SimulatedGenerationServer(group)) as s:
         assert await check("--address", s.address) == (0, "SERVING\n")
-        s.decoder.die()
+        s.generation.die()
         await asyncio.sleep(0.5)
         assert await check("--address", s.address) == (1, "NOT_SERVING\n")
         assert (await check("--address", s.address, "--service", "liveness"))[0] == 0

@@ -1,5 +1,5 @@
 """Fixtures of the service tests."""
 
-from tests.scheduling.fixtures import serve, template
+from tests.support.in_process_service import serve, template
 
 __all__ = ["serve", "template"]

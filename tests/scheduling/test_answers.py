@@ -12,15 +12,15 @@ from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 
 from prefill_service.errors import Reason, ServiceError
-from tests.scheduling.harness import answer, error_of
-from tests.scheduling.parts import TOKENS_PER_FRAME
+from tests.support.in_process_service import answer, error_of
+from tests.support.simulated_backends import TOKENS_PER_FRAME
 
 Serve = Callable[..., Any]
 
 
 async def test_progress_then_tokens_then_final(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         result = await answer(s.ask(frames=16))
         first_delta = result.kinds.index("delta")
         assert set(result.kinds[:first_delta]) == {"progress"}
@@ -47,22 +47,22 @@ async def test_progress_then_tokens_then_final(serve: Serve) -> None:
 
 async def test_the_question_goes_to_vllm_while_the_ranks_work(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         call = s.ask(frames=16)
         reading = asyncio.create_task(answer(call))
-        await s.until(lambda: bool(s.decoder.requests))
-        assert not s.group.pages[s.decoder.requests[0].handoff.manifest.prefix_id].is_set()
+        await s.until(lambda: bool(s.generation.requests))
+        assert not s.executor.pages[s.generation.requests[0].handoff.manifest.prefix_id].is_set()
         await reading
-        assert s.group.open_leases == 1  # the standing one
+        assert s.executor.open_leases == 1  # the standing one
 
 
 async def test_two_asks_on_one_prefix_prefill_once(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.05
+        s.executor.step_s = 0.05
         both = await asyncio.gather(answer(s.ask()), answer(s.ask(text="And then?")))
         third = await answer(s.ask(text="Why?"))
-        assert len(s.group.started) == 1
-        assert {result.final.job_id for result in (*both, third)} == set(s.group.started)
+        assert len(s.executor.started) == 1
+        assert {result.final.job_id for result in (*both, third)} == set(s.executor.started)
         assert third.final.timings.prefill_wait.ToNanoseconds() == 0
         assert both[0].final.timings.prefill_wait.ToNanoseconds() > 0
 
@@ -72,13 +72,14 @@ async def test_client_gone_stops_everything_within_a_second(serve: Serve, stage:
     async with serve() as s:
         blocker = None
         if stage == "queued":
-            s.group.step_s = 30
-            blocker = await s.create(frames=16)  # not so long that it would be overtaken
-            await s.until(lambda: bool(s.group.started))
+            s.executor.step_s = 30
+            blocker = await s.create(frames=16)  # not so long that it would be preempted
+            await s.until(lambda: bool(s.executor.started))
         elif stage in ("running", "handing over"):
-            s.group.step_s = 30
+            s.executor.step_s = 30
         else:
-            s.decoder.token_s, s.decoder.answer = 0.05, ["la "] * 1000
+            s.generation.token_s = 0.05
+            s.generation.answer = ["la "] * 1000
         call = s.ask(max_tokens=1000)
         async for message in call:
             state = message.progress.job.state
@@ -86,21 +87,21 @@ async def test_client_gone_stops_everything_within_a_second(serve: Serve, stage:
                 break
             if stage == "running" and state == prefill_pb.JOB_STATE_RUNNING:
                 break
-            if stage == "handing over" and s.decoder.requests:
+            if stage == "handing over" and s.generation.requests:
                 break
             if stage == "streaming" and message.HasField("delta"):
                 break
             if stage == "handing over" and state == prefill_pb.JOB_STATE_RUNNING:
-                await s.until(lambda: bool(s.decoder.requests))
+                await s.until(lambda: bool(s.generation.requests))
                 break
         jobs = (await s.prefills.ListPrefillJobs(prefill_pb.ListPrefillJobsRequest())).jobs
         call.cancel()
         resident = 1 if stage == "streaming" else 0
         await s.until(
             lambda: (
-                s.group.open_leases == resident
-                and len(s.decoder.aborted) == len(s.decoder.requests)
-                and len(s.group.stopped) == (stage in ("running", "handing over"))
+                s.executor.open_leases == resident
+                and len(s.generation.aborted) == len(s.generation.requests)
+                and len(s.executor.stopped) == (stage in ("running", "handing over"))
             ),
             timeout=5,  # under a second on an idle machine
         )
@@ -116,15 +117,16 @@ async def test_client_gone_stops_everything_within_a_second(serve: Serve, stage:
 
 async def test_the_work_goes_on_for_those_who_still_wait(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.15
-        leaving, staying = s.ask(), asyncio.create_task(answer(s.ask(text="Why?")))
+        s.executor.step_s = 0.15
+        leaving = s.ask()
+        staying = asyncio.create_task(answer(s.ask(text="Why?")))
         await leaving.read()
-        await s.until(lambda: len(s.decoder.requests) == 2)
+        await s.until(lambda: len(s.generation.requests) == 2)
         leaving.cancel()
         assert (await staying).text == "A red car."
-        assert s.group.stopped == []
+        assert s.executor.stopped == []
         # and a job that somebody created explicitly survives all its callers
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         call = s.ask(frames=10)
         await call.read()
         job = await s.create(frames=10)
@@ -134,77 +136,82 @@ async def test_the_work_goes_on_for_those_who_still_wait(serve: Serve) -> None:
 
 async def test_deadline_stops_the_ranks(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 30
+        s.executor.step_s = 30
         code, *_ = await error_of(answer(s.ask(timeout=0.5)))
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-        await s.until(lambda: len(s.group.stopped) == 1, timeout=1)
-        assert s.group.open_leases == 0
+        await s.until(lambda: len(s.executor.stopped) == 1, timeout=1)
+        assert s.executor.open_leases == 0
 
 
 @pytest.mark.parametrize(
     "reason",
-    [Reason.LEASE_EXPIRED, Reason.STALE_GENERATION, Reason.UNKNOWN_PREFIX, Reason.KV_CORRUPT,
-     Reason.HANDOFF_FAILED],
-)  # fmt: skip
+    [
+        Reason.LEASE_EXPIRED,
+        Reason.STALE_GENERATION,
+        Reason.UNKNOWN_PREFIX,
+        Reason.KV_CORRUPT,
+        Reason.HANDOFF_FAILED,
+    ],
+)
 async def test_failed_handoff_is_tried_once_more(serve: Serve, reason: Reason) -> None:
     async with serve() as s:
         await answer(s.ask())
-        s.decoder.faults.append(ServiceError(reason, "broken"))
+        s.generation.faults.append(ServiceError(reason, "broken"))
         result = await answer(s.ask())
         assert result.text == "A red car."
-        leases = [request.handoff.lease_id for request in s.decoder.requests]
+        leases = [request.handoff.lease_id for request in s.generation.requests]
         assert len(set(leases)) == 3
         again = reason not in (Reason.LEASE_EXPIRED, Reason.HANDOFF_FAILED)
-        assert len(s.group.started) == 1 + again
-        assert s.group.open_leases == 1
-        s.decoder.faults.extend([ServiceError(reason, "broken", page=3)] * 2)
+        assert len(s.executor.started) == 1 + again
+        assert s.executor.open_leases == 1
+        s.generation.faults.extend([ServiceError(reason, "broken", page=3)] * 2)
         code, found, metadata, _ = await error_of(answer(s.ask()))
         assert (found, metadata) == (reason, {"page": "3"})
         assert code.name == ServiceError(reason, "").status
-        assert s.group.open_leases == 1
+        assert s.executor.open_leases == 1
         assert (await answer(s.ask())).text == "A red car."
 
 
 async def test_mismatch_is_not_tried_again(serve: Serve) -> None:
     async with serve() as s:
-        s.decoder.faults.append(ServiceError(Reason.KV_MISMATCH, "another dtype"))
+        s.generation.faults.append(ServiceError(Reason.KV_MISMATCH, "another dtype"))
         _, found, _, _ = await error_of(answer(s.ask()))
         assert found == Reason.KV_MISMATCH
-        assert len(s.decoder.requests) == 1
+        assert len(s.generation.requests) == 1
 
 
 async def test_failed_job_explains_the_failed_handoff(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.3
-        s.group.failures.append(ServiceError(Reason.DECODE_FAILED, "frame 7 is broken"))
-        s.decoder.faults.append(ServiceError(Reason.HANDOFF_FAILED, "the ranks hung up"))
+        s.executor.step_s = 0.3
+        s.executor.failures.append(ServiceError(Reason.DECODE_FAILED, "frame 7 is broken"))
+        s.generation.faults.append(ServiceError(Reason.HANDOFF_FAILED, "the ranks hung up"))
         code, reason, _, _ = await error_of(answer(s.ask()))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DECODE_FAILED")
-        assert len(s.group.started) == 1
+        assert len(s.executor.started) == 1
 
 
 async def test_rank_death_during_prefill_is_survived(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         reading = asyncio.create_task(answer(s.ask()))
-        await s.until(lambda: bool(s.decoder.requests))
-        s.group.die()
+        await s.until(lambda: bool(s.generation.requests))
+        s.executor.die()
         result = await reading
         assert result.text == "A red car."
         assert result.progress[-1].attempts == 2
-        generations = [request.handoff.manifest.generation for request in s.decoder.requests]
+        generations = [request.handoff.manifest.generation for request in s.generation.requests]
         assert generations == [0, 1]
-        assert len(s.decoder.aborted) == 1
+        assert len(s.generation.aborted) == 1
 
 
 async def test_second_rank_death_is_the_answers_error(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         reading = asyncio.create_task(error_of(answer(s.ask())))
-        await s.until(lambda: len(s.group.started) == 1)
-        s.group.die()
-        await s.until(lambda: len(s.group.started) == 2)
-        s.group.die(Reason.RANK_STALLED)
+        await s.until(lambda: len(s.executor.started) == 1)
+        s.executor.die()
+        await s.until(lambda: len(s.executor.started) == 2)
+        s.executor.die(Reason.RANK_STALLED)
         code, reason, metadata, details = await reading
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_STALLED")
         assert metadata == {"rank": "1"}
@@ -214,13 +221,13 @@ async def test_second_rank_death_is_the_answers_error(serve: Serve) -> None:
 
 async def test_rank_death_after_the_handoff_does_not_matter(serve: Serve) -> None:
     async with serve() as s:
-        s.decoder.token_s = 0.1
+        s.generation.token_s = 0.1
         call = s.ask()
         messages = []
         async for message in call:
             messages.append(message)
-            if message.HasField("delta") and s.group.ready and s.group.generation == 0:
-                s.group.die()
+            if message.HasField("delta") and s.executor.ready and s.executor.generation == 0:
+                s.executor.die()
         assert "".join(message.delta.text for message in messages) == "A red car."
         job_id = messages[-1].final.job_id
         assert (await s.get(job_id)).state == prefill_pb.JOB_STATE_EVICTED
@@ -229,34 +236,34 @@ async def test_rank_death_after_the_handoff_does_not_matter(serve: Serve) -> Non
 
 async def test_decoder_death_before_the_first_token_is_survived(serve: Serve) -> None:
     async with serve() as s:
-        s.decoder.token_s = 0.3
+        s.generation.token_s = 0.3
         reading = asyncio.create_task(answer(s.ask()))
-        await s.until(lambda: bool(s.decoder.requests) and bool(s.group.pages))
-        s.decoder.die()
+        await s.until(lambda: bool(s.generation.requests) and bool(s.executor.pages))
+        s.generation.die()
         await asyncio.sleep(0.5)
-        s.decoder.come_up()
-        s.decoder.token_s = 0
+        s.generation.come_up()
+        s.generation.token_s = 0
         assert (await reading).text == "A red car."
-        assert len(s.group.started) == 1
-        assert len(s.decoder.requests) == 2
+        assert len(s.executor.started) == 1
+        assert len(s.generation.requests) == 2
 
 
 async def test_decoder_death_in_mid_answer_is_an_error(serve: Serve) -> None:
     async with serve() as s:
-        s.decoder.token_s = 0.1
+        s.generation.token_s = 0.1
         text = ""
 
         async def read() -> None:
             nonlocal text
             async for message in s.ask():
                 text += message.delta.text
-                if message.HasField("delta") and s.decoder.ready:
-                    s.decoder.die()
+                if message.HasField("delta") and s.generation.ready:
+                    s.generation.die()
 
         code, reason, _, _ = await error_of(read())
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "DECODER_UNAVAILABLE")
         assert text == "A"
-        assert s.group.open_leases == 1
+        assert s.executor.open_leases == 1
 
 
 async def test_bad_questions(serve: Serve) -> None:
@@ -285,7 +292,7 @@ async def test_bad_questions(serve: Serve) -> None:
         assert (await error_of(answer(s.answers.Ask(no_role))))[2]["name"] == "messages[0].role"
         s.video_id = "vid_nothing"
         assert (await reason())[0] == "UNKNOWN_VIDEO"
-        assert s.group.started == []
+        assert s.executor.started == []
 
 
 async def test_default_max_tokens_shrinks_to_the_room_there_is(serve: Serve) -> None:
@@ -293,29 +300,31 @@ async def test_default_max_tokens_shrinks_to_the_room_there_is(serve: Serve) -> 
         prompt = 8 * 16 + 3900
         await answer(s.ask(text="x" * 3900))
         await answer(s.ask())
-        given = [request.sampling.max_tokens for request in s.decoder.requests]
+        given = [request.sampling.max_tokens for request in s.generation.requests]
         assert given == [4096 - prompt, 256]
 
 
 async def test_cancelling_the_job_ends_the_answers_that_wait_for_it(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 30
+        s.executor.step_s = 30
         reading = asyncio.create_task(error_of(answer(s.ask())))
-        await s.until(lambda: bool(s.decoder.requests))
-        request = prefill_pb.CancelPrefillJobRequest(job_id=s.group.started[0])
+        await s.until(lambda: bool(s.generation.requests))
+        request = prefill_pb.CancelPrefillJobRequest(job_id=s.executor.started[0])
         job = (await s.prefills.CancelPrefillJob(request)).job
         assert job.state == prefill_pb.JOB_STATE_CANCELLED
         code, reason, _, _ = await reading
         assert (code, reason) == (grpc.StatusCode.CANCELLED, "CANCELLED")
-        assert s.group.open_leases == 0
+        assert s.executor.open_leases == 0
 
 
 async def test_client_that_does_not_read_holds_nothing_once_it_is_gone(serve: Serve) -> None:
     async with serve() as s:
-        s.decoder.answer = ["x" * 60_000] * 1000
+        s.generation.answer = ["x" * 60_000] * 1000
         call = s.ask(max_tokens=1000)
-        await s.until(lambda: bool(s.decoder.requests))
+        await s.until(lambda: bool(s.generation.requests))
         await asyncio.sleep(0.5)  # the server is now blocked by flow control
-        assert s.decoder.aborted == []
+        assert s.generation.aborted == []
         call.cancel()
-        await s.until(lambda: s.group.open_leases == 1 and len(s.decoder.aborted) == 1, timeout=1)
+        await s.until(
+            lambda: s.executor.open_leases == 1 and len(s.generation.aborted) == 1, timeout=1
+        )

@@ -11,7 +11,8 @@ import pytest
 
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
-from prefill_service.engine.messages import Progress, Stage
+from prefill_service.engine.messages import Progress
+from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.prefix_plan import FrameSampling
@@ -33,17 +34,21 @@ def record(**fields: object) -> JobRecord:
 
 def test_records_survive_unchanged(tmp_path: Path) -> None:
     job = record(
-        state=JobState.SUCCEEDED, attempts=2, start_time=1.5, end_time=2.5, result=RESULT,
+        state=JobState.SUCCEEDED,
+        attempts=2,
+        start_time=1.5,
+        end_time=2.5,
+        result=RESULT,
         progress=(Progress("job", 1, Stage.VISION, 3, 4, 0.5),),
-    )  # fmt: skip
+    )
     failed = record(state=JobState.FAILED, error={"reason": "X", "message": "m", "metadata": {}})
     store = JobStore(tmp_path / "jobs.db")
     for each in (job, failed):
-        store.insert(each)
+        store.insert_record(each)
     store.close()
     store = JobStore(tmp_path / "jobs.db")
-    assert store.get(job.job_id) == job
-    assert store.get(failed.job_id) == failed
+    assert store.get_record(job.job_id) == job
+    assert store.get_record(failed.job_id) == failed
 
 
 def test_recovery_after_a_crash(tmp_path: Path) -> None:
@@ -58,13 +63,15 @@ def test_recovery_after_a_crash(tmp_path: Path) -> None:
     }
     store = JobStore(tmp_path / "jobs.db")
     for job in jobs.values():
-        store.insert(job)
+        store.insert_record(job)
     store.close()
     store = JobStore(tmp_path / "jobs.db")
     queue = store.recover(max_attempts=2)
     assert [job.job_id for job in queue] == [jobs["queued"].job_id, jobs["running"].job_id]
     assert queue[1].attempts == 1  # the lost start counts
-    states = {name: store.get(job.job_id).state for name, job in jobs.items() if name != "old"}
+    states = {
+        name: store.get_record(job.job_id).state for name, job in jobs.items() if name != "old"
+    }
     assert states == {
         "queued": JobState.QUEUED,
         "running": JobState.QUEUED,
@@ -74,7 +81,7 @@ def test_recovery_after_a_crash(tmp_path: Path) -> None:
         "cancelled": JobState.CANCELLED,
     }
     with pytest.raises(ServiceError) as error:
-        store.get(jobs["old"].job_id)
+        store.get_record(jobs["old"].job_id)
     assert error.value.reason is Reason.UNKNOWN_JOB
 
 
@@ -93,28 +100,30 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_reports_live_as_long_as_their_jobs(tmp_path: Path) -> None:
-    kept, old = record(), record(state=JobState.EVICTED, create_time=1.0)
+    kept = record()
+    old = record(state=JobState.EVICTED, create_time=1.0)
     report = AttentionDetail(SUMMARY, BlockMap(0, 1, 1, 2, [0.5, -1.0]), ((0.0, 1.5), (0.5, 0.25)))
     store = JobStore(tmp_path / "jobs.db")
     for job in (kept, old):
-        store.insert(job)
+        store.insert_record(job)
         store.save_report(job.job_id, report)
     assert store.count_by_state() == {**dict.fromkeys(JobState, 0), "QUEUED": 1, "EVICTED": 1}
     store.close()
     store = JobStore(tmp_path / "jobs.db")
-    assert store.report(old.job_id) == report
+    assert store.find_report(old.job_id) == report
     store.recover(max_attempts=2)
-    assert store.report(kept.job_id) == report
-    assert store.report(old.job_id) is None
+    assert store.find_report(kept.job_id) == report
+    assert store.find_report(old.job_id) is None
 
 
 def test_a_database_from_before_sparse_attention_is_taken_over(tmp_path: Path) -> None:
     """As version 1 wrote it: no word of attention, which was exact."""
     path = tmp_path / "jobs.db"
-    queued, done = record(), record(state=JobState.SUCCEEDED, result=RESULT)
+    queued = record()
+    done = record(state=JobState.SUCCEEDED, result=RESULT)
     store = JobStore(path)
     for job in (queued, done):
-        store.insert(job)
+        store.insert_record(job)
     store.remember_request("request", SPEC, queued.job_id)
     store.close()
     with sqlite3.connect(path) as db:
@@ -134,12 +143,12 @@ def test_a_database_from_before_sparse_attention_is_taken_over(tmp_path: Path) -
     db.close()
     store = JobStore(path)
     exact = replace(SPEC, attention=resolve_policy(Quality.EXACT))
-    assert store.get(queued.job_id) == replace(queued, spec=exact)
-    result = store.get(done.job_id).result
+    assert store.get_record(queued.job_id) == replace(queued, spec=exact)
+    result = store.get_record(done.job_id).result
     assert result is not None
     assert (result.attention.total.density, result.attention.layers) == (1.0, ())
     assert [job.job_id for job in store.recover(max_attempts=2)] == [queued.job_id]
-    assert store.report(done.job_id) is None
+    assert store.find_report(done.job_id) is None
     assert store.find_request("request", SPEC) == queued.job_id  # sent again as it was
     with pytest.raises(ServiceError, match="with another spec"):
         store.find_request("request", replace(SPEC, system_prompt=""))

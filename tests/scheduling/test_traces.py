@@ -16,9 +16,9 @@ from prefill.v1 import prefill_service_pb2 as pb
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.spans import Span
 from prefill_service.engine.task_state import PrefillOutcome
-from prefill_service.scheduling.traces import JobTrace, TraceBook, render
-from tests.scheduling.harness import Harness, answer, error_of
-from tests.scheduling.parts import Group
+from prefill_service.scheduling.traces import JobTrace, TraceStore, render_trace
+from tests.support.in_process_service import InProcessService, answer, error_of
+from tests.support.simulated_backends import SimulatedExecutor
 
 Serve = Callable[..., Any]
 Event = dict[str, Any]
@@ -84,7 +84,7 @@ def test_rendered_trace_has_rows_slices_and_a_counter() -> None:
             )
         },
     )
-    content = json.loads(render("job_a", trace))
+    content = json.loads(render_trace("job_a", trace))
     found = check_format(content)
     assert {name: set(rows) for name, rows in found.items()} == {
         "service": {"job", "questions"},
@@ -99,30 +99,33 @@ def test_rendered_trace_has_rows_slices_and_a_counter() -> None:
 
 
 def test_slices_that_overlap_get_rows_of_their_own() -> None:
-    trace = JobTrace(0.0, [
-        span("questions", "a", 1, 4), span("questions", "b", 2, 6), span("questions", "c", 5, 7),
+    spans = [
+        span("questions", "a", 1, 4),
+        span("questions", "b", 2, 6),
+        span("questions", "c", 5, 7),
         span("questions", "first token of a", 1, 3),
-    ])  # fmt: skip
-    rows = check_format(json.loads(render("job_a", trace)))["service"]
+    ]
+    trace = JobTrace(0.0, spans)
+    rows = check_format(json.loads(render_trace("job_a", trace)))["service"]
     names = {row: [event["name"] for event in events] for row, events in rows.items()}
     assert names == {"questions": ["a", "first token of a", "c"], "questions 2": ["b"]}
 
 
 def test_the_oldest_jobs_go_when_there_are_too_many_jobs_or_spans() -> None:
-    book = TraceBook(jobs=3, spans=10)
+    traces = TraceStore(jobs=3, spans=10)
     for name in "abcd":
-        book.begin(name)
-    assert book.get("a") is None
-    book.add_ranks("b", {0: (span("decode", "chunk 0", 0, 1),) * 6})
-    book.add_ranks("d", {0: (span("decode", "chunk 0", 0, 1),) * 6})
-    assert [name for name in "bcd" if book.get(name)] == ["c", "d"]
-    book.add_ranks("d", {0: (span("decode", "chunk 0", 0, 1),) * 60})
-    assert [name for name in "bcd" if book.get(name)] == ["d"]  # one is always kept
-    book.note("a", "job", "late", 0.0)  # of a job that was let go: nothing
-    assert book.get("a") is None
+        traces.begin_trace(name)
+    assert traces.find_trace("a") is None
+    traces.add_rank_spans("b", {0: (span("decode", "chunk 0", 0, 1),) * 6})
+    traces.add_rank_spans("d", {0: (span("decode", "chunk 0", 0, 1),) * 6})
+    assert [name for name in "bcd" if traces.find_trace(name)] == ["c", "d"]
+    traces.add_rank_spans("d", {0: (span("decode", "chunk 0", 0, 1),) * 60})
+    assert [name for name in "bcd" if traces.find_trace(name)] == ["d"]  # one is always kept
+    traces.note_span("a", "job", "late", start=0.0)  # of a job that was let go: nothing
+    assert traces.find_trace("a") is None
 
 
-class Traced(Group):
+class Traced(SimulatedExecutor):
     """Ranks that say when they worked."""
 
     async def prefill(self, task: PrefillTask, *arguments: Any) -> PrefillOutcome:
@@ -132,14 +135,14 @@ class Traced(Group):
         return replace(outcome, spans={0: (done,), 1: (done,)})
 
 
-async def fetch(s: Harness, job_id: str) -> bytes:
+async def fetch(s: InProcessService, job_id: str) -> bytes:
     stream = s.prefills.TracePrefillJob(pb.TracePrefillJobRequest(job_id=job_id))
     return b"".join([message.data async for message in stream])
 
 
 async def test_a_job_and_its_questions_are_on_one_time_line(serve: Serve) -> None:
-    async with serve(group=Traced()) as s:
-        s.group.step_s = 0.01
+    async with serve(executor=Traced()) as s:
+        s.executor.step_s = 0.01
         final = (await answer(s.ask())).final
         await answer(s.ask())
         text = await fetch(s, final.job_id)
@@ -147,13 +150,13 @@ async def test_a_job_and_its_questions_are_on_one_time_line(serve: Serve) -> Non
         job = {event["name"]: event for event in found["service"]["job"]}
         assert list(job) == ["queued", "plan", "make room", "ranks"]
         assert job["queued"]["ts"] == 0
-        ranks, (chunk,) = job["ranks"], found["rank 1"]["prefill"]
+        ranks = job["ranks"]
+        (chunk,) = found["rank 1"]["prefill"]
         assert ranks["ts"] <= chunk["ts"] + 0.2
         assert chunk["ts"] + chunk["dur"] <= ranks["ts"] + ranks["dur"] + 0.2
         asked = [e for row, events in found["service"].items() if row != "job" for e in events]
-        assert sorted(e["name"] for e in asked) == [
-            "answer", "answer", "hand-off and first token", "hand-off and first token",
-        ]  # fmt: skip
+        names = ["answer", "hand-off and first token"]
+        assert sorted(e["name"] for e in asked) == [name for name in names for _ in range(2)]
         assert {e["args"].get("completion_tokens") for e in asked} == {None, 4}
         assert await fetch(s, final.job_id) == text
 
@@ -163,9 +166,9 @@ async def test_what_has_no_trace_says_why(serve: Serve) -> None:
         code, reason, _, _ = await error_of(fetch(s, "job_x"))
         assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_JOB")
         done = (await s.ended((await s.create(frames=4)).job_id))[-1]
-        s.group.step_s = 30
+        s.executor.step_s = 30
         running = await s.create(frames=6)
-        await s.until(lambda: len(s.group.started) == 2)
+        await s.until(lambda: len(s.executor.started) == 2)
         with pytest.raises(grpc.aio.AioRpcError, match="RUNNING and has no trace: there is one"):
             await fetch(s, running.job_id)
         assert (await error_of(fetch(s, running.job_id)))[1] == "NO_TRACE"

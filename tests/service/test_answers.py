@@ -23,7 +23,7 @@ from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.indexer import index_video
 from tests.oracles.transformers_forward import prefix_cache, processor_inputs
 from tests.oracles.transformers_greedy import generate, greedy
-from tests.service.running import running_service
+from tests.support.service_process import service_process
 from tests.vllm_server import VllmServer
 from tools.vllm_alone import Question, Reference, answer
 
@@ -64,12 +64,14 @@ def alone(
         if family not in known:
             questions = [
                 Question(
-                    str(make_video(**SIZES[size])), chat, NEW_TOKENS,
+                    str(make_video(**SIZES[size])),
+                    chat,
+                    NEW_TOKENS,
                     sampling=SAMPLING[family, size],
                 )
                 for size in SIZES
                 for chat in chats()
-            ]  # fmt: skip
+            ]
             references = iter(answer(checkpoint(family), questions))
             known[family] = {size: [next(references) for _ in chats()] for size in SIZES}
         return known[family]
@@ -105,7 +107,7 @@ def test_tokens_equal_vllm_alone(
     assert httpx.post(f"{url}/reset_prefix_cache").is_success
     arguments = ("--ranks", str(ranks), "--vllm-url", url, "--engine-exchange", exchange)
     with (
-        running_service(checkpoint(family), tmp_path, *arguments) as service,
+        service_process(checkpoint(family), tmp_path, *arguments) as service,
         service.client() as client,
     ):
         for size, references in alone(family).items():

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from prefill_client import Client, ContextExceededError, JobState, PrefillError, Video
 
-from tests.service.running import RunningService, running_service
+from tests.support.service_process import ServiceProcess, service_process
 from tests.vllm_server import VllmServer
 
 LIMIT = 12_000
@@ -24,8 +24,8 @@ def service(
     checkpoint: Callable[..., Path],
     vllm: Callable[[str], VllmServer],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningService]:
-    with running_service(
+) -> Iterator[ServiceProcess]:
+    with service_process(
         checkpoint("qwen3_vl"),
         tmp_path_factory.mktemp("service"),
         *("--ranks", "2", "--vllm-url", vllm("qwen3_vl").url, "--engine-lease-ttl-s", "5"),
@@ -34,7 +34,7 @@ def service(
 
 
 @pytest.fixture(scope="module")
-def client(service: RunningService) -> Iterator[Client]:
+def client(service: ServiceProcess) -> Iterator[Client]:
     with service.client() as client:
         yield client
 
@@ -55,7 +55,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_a_killed_rank_costs_time_but_not_the_answer(
-    service: RunningService, client: Client, long_video: Video
+    service: ServiceProcess, client: Client, long_video: Video
 ) -> None:
     # Exact: where sparsity begins is measured anew when the ranks are started again.
     options: Any = {"max_tokens": 8, "quality": "exact"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.scheduling.test_traces import check_format
-from tests.service.running import running_service
+from tests.support.service_process import service_process
 from tests.vllm_server import VllmServer
 
 
@@ -22,7 +22,7 @@ def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
     checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
     video = make_video(seconds=4, fps=5, width=160, height=120)
-    with running_service(checkpoint("qwen3_vl"), tmp_path, "--ranks", "1") as service:
+    with service_process(checkpoint("qwen3_vl"), tmp_path, "--ranks", "1") as service:
         with service.client() as client:
             before = client.ask(video, "What happens?", max_tokens=8).result()
             found = check_format(json.loads(client.trace_job(before.job_id)))
@@ -45,12 +45,24 @@ def test_a_service_killed_outright_takes_its_ranks_along(
     with log.open("w") as stream:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "prefill_service.cli.main", "serve", "--ranks", "2",
-                "--model", str(checkpoint("qwen3_vl")), "--port", "0",
-                "--data-dir", str(tmp_path / "data"), "--vllm-url", vllm("qwen3_vl").url,
+                sys.executable,
+                "-m",
+                "prefill_service.cli.main",
+                "serve",
+                "--ranks",
+                "2",
+                "--model",
+                str(checkpoint("qwen3_vl")),
+                "--port",
+                "0",
+                "--data-dir",
+                str(tmp_path / "data"),
+                "--vllm-url",
+                vllm("qwen3_vl").url,
             ],
-            stdout=stream, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
     deadline = time.monotonic() + 120
     while "serving on" not in log.read_text():
         assert process.poll() is None, log.read_text()

@@ -1,15 +1,18 @@
-"""The real service around the parts of ``parts.py``, on a real port."""
+"""The real service around simulated backends, on a real port, and fixtures that start it."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from prefill.v1 import (
@@ -25,20 +28,31 @@ from prefill.v1 import (
 )
 
 from prefill_service.attention.head_budgets import HeadBudgetProfile
-from prefill_service.config import ServiceConfig, load_config
+from prefill_service.config import ServiceConfig, StorageConfig, VideoConfig, load_config
 from prefill_service.kv.budget import KVBudget
 from prefill_service.scheduling.exchange_planner import ExchangePlanner
-from prefill_service.service import Parts, Service
-from tests.scheduling.parts import GenerationServer, Group, Planner
+from prefill_service.service import Components, Service
+from prefill_service.video.store import VideoStore
+from tests.support.simulated_backends import (
+    SimulatedExecutor,
+    SimulatedGenerationServer,
+    SimulatedPlanner,
+)
 
 
-class Harness:
-    """A running service, its parts, and a client of each of its three services."""
+class InProcessService:
+    """A running service, its backends, and a client of each of its three services."""
 
     def __init__(
-        self, service: Service, group: Group, decoder: GenerationServer, video_id: str
+        self,
+        service: Service,
+        executor: SimulatedExecutor,
+        generation: SimulatedGenerationServer,
+        video_id: str,
     ) -> None:
-        self.service, self.group, self.decoder = service, group, decoder
+        self.service = service
+        self.executor = executor
+        self.generation = generation
         self.video_id = video_id
         self.task: asyncio.Task[None]
         self.lines: list[str] = []
@@ -128,15 +142,16 @@ Template = tuple[Path, str]
 async def serving(
     data_dir: Path,
     template: Template,
-    group: Group | None = None,
-    decoder: GenerationServer | None = None,
+    executor: SimulatedExecutor | None = None,
+    generation: SimulatedGenerationServer | None = None,
+    *,
     connect: bool = True,
     wait: bool = True,
     budgets: HeadBudgetProfile | None = None,
     memory: KVBudget | None = None,
     exchanges: ExchangePlanner | None = None,
     **sections: dict[str, Any],
-) -> AsyncIterator[Harness]:
+) -> AsyncIterator[InProcessService]:
     """Run a service on a copy of the template's data; sections are configuration."""
     source, video_id = template
     if not data_dir.exists():
@@ -144,33 +159,65 @@ async def serving(
     sections["storage"] = {"data_dir": str(data_dir), **sections.get("storage", {})}
     sections["server"] = {"port": 0, **sections.get("server", {})}
     sections["engine"] = {"model": "sim", **sections.get("engine", {})}
-    group = group or Group()
-    decoder = decoder or GenerationServer(group)
+    executor = executor or SimulatedExecutor()
+    generation = generation or SimulatedGenerationServer(executor)
 
-    def build(config: ServiceConfig, data: Path, runtime: Path) -> Parts:
-        return Parts(Planner(), group, decoder, budgets=budgets, memory=memory, exchanges=exchanges)  # type: ignore[arg-type]
+    def build(config: ServiceConfig, data: Path, runtime: Path) -> Components:
+        return Components(
+            planner=SimulatedPlanner(),  # type: ignore[arg-type]
+            executor=executor,  # type: ignore[arg-type]
+            generation=generation,  # type: ignore[arg-type]
+            budgets=budgets,
+            memory=memory,
+            exchanges=exchanges,
+        )
 
     service = Service(load_config(None, sections), build)
-    harness = Harness(service, group, decoder, video_id)
-    harness.task = asyncio.create_task(service.run(harness.lines.append))
+    running = InProcessService(service, executor, generation, video_id)
+    running.task = asyncio.create_task(service.run(running.lines.append))
     started = asyncio.create_task(service.started.wait())
     try:
         if wait:
-            await asyncio.wait({harness.task, started}, return_when=asyncio.FIRST_COMPLETED)
-            if harness.task.done():
-                harness.task.result()
+            await asyncio.wait({running.task, started}, return_when=asyncio.FIRST_COMPLETED)
+            if running.task.done():
+                running.task.result()
         else:
-            await harness.until(lambda: service.port > 0)
+            await running.until(lambda: service.port > 0)
         if connect:
-            async with grpc.aio.insecure_channel(harness.address) as channel:
-                harness.connect(channel)
-                yield harness
+            async with grpc.aio.insecure_channel(running.address) as channel:
+                running.connect(channel)
+                yield running
         else:
-            yield harness
+            yield running
     finally:
         started.cancel()
         service.shut_down()
         service.shut_down()
         with suppress(Exception):
             async with asyncio.timeout(10):
-                await harness.task
+                await running.task
+
+
+@pytest.fixture(scope="session")
+def template(
+    tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]
+) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("template") / "data"
+    data = make_video(seconds=2).read_bytes()
+
+    async def fill() -> str:
+        store = VideoStore.open(StorageConfig(data_dir=str(folder)), VideoConfig())
+        digest = hashlib.sha256(data).hexdigest()
+        video = await store.create_upload("video.mp4", len(data), digest)
+        await store.append_chunk(video.video_id, 0, data)
+        await store.finish_upload(video.video_id)
+        await store.close()
+        return video.video_id
+
+    return folder, asyncio.run(fill())
+
+
+@pytest.fixture
+def serve(tmp_path: Path, template: tuple[Path, str]) -> Callable[..., Any]:
+    """``async with serve(engine={...}) as s``: a service on its own data directory."""
+    return partial(serving, tmp_path / "data", template)

@@ -1,4 +1,4 @@
-"""A rank group outside the service: probe, plan, prefill, read the pages back."""
+"""An executor outside the service: plan a video, prefill it, read the pages back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
+from prefill_service.engine.supervisor import WorkerSupervisor
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.page_client import PageClient
@@ -31,13 +32,17 @@ EXACT = resolve_policy(Quality.EXACT)
 
 
 @dataclass
-class Harness:
-    """One group and what is needed to give it work."""
+class StandaloneExecutor:
+    """An executor and what is needed to give it tasks."""
 
-    group: PrefillExecutor
+    executor: PrefillExecutor
     planner: PrefixPlanner
     folder: Path
     progress: list[Progress] = field(default_factory=list)
+
+    @property
+    def supervisor(self) -> WorkerSupervisor:
+        return self.executor.supervisor
 
     async def plan(
         self, video: Path, sampling: FrameSampling | None = None
@@ -56,41 +61,55 @@ class Harness:
         video: Path,
         plan: PrefixPlan,
         exchange: ExchangeChoice | None = None,
-        comparison: BaselineTask | None = None,
-        team: Subgroup | None = None,
+        *,
+        baseline: BaselineTask | None = None,
+        subgroup: Subgroup | None = None,
         policy: AttentionPolicy = EXACT,
     ) -> PrefillTask:
-        team = team or self.group.everyone
-        exchange = exchange or self.group.exchange_of(team)
+        subgroup = subgroup or self.executor.all_ranks
+        exchange = exchange or self.executor.exchange_of(subgroup)
+        whole_units = self.executor.has_whole_units(plan, exchange, policy)
+        if baseline is None:
+            runs = self.executor.shard_map(plan, exchange, subgroup, whole_units=whole_units)
+        else:
+            runs = self.executor.baseline_shard_map(plan, baseline, subgroup)
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id="test",
-            generation=self.group.generation,
+            generation=self.supervisor.generation,
             model_fingerprint=self.planner.checkpoint.fingerprint,
-            layout=self.group.layout,
+            layout=self.executor.kv_layout,
             num_tokens=plan.num_tokens,
-            runs=self.group.shard_map(plan, exchange, comparison, team, policy),
-            endpoints=self.group.endpoints,
+            runs=runs,
+            endpoints=self.supervisor.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
         )
-        job_id = f"job_{uuid.uuid4().hex}"
-        index = str(self.index_path(video))
         return PrefillTask(
-            job_id, plan, manifest, str(video), index, team, policy, exchange, comparison
+            job_id=f"job_{uuid.uuid4().hex}",
+            plan=plan,
+            manifest=manifest,
+            video_path=str(video),
+            index_path=str(self.index_path(video)),
+            subgroup=subgroup,
+            policy=policy,
+            exchange=exchange,
+            whole_units=whole_units,
+            baseline=baseline,
         )
 
-    async def prefill(self, task: PrefillTask, over: str = "") -> PrefillOutcome:
-        self.group.grant(task.plan.prefix_id, "lease", 60.0)
-        return await self.group.prefill(task, self.progress.append, over)
+    async def prefill(self, task: PrefillTask, preempts: str = "") -> PrefillOutcome:
+        self.executor.grant_lease(task.plan.prefix_id, "lease", 60.0)
+        return await self.executor.prefill(task, self.progress.append, preempts)
 
     def read_kv(self, task: PrefillTask) -> torch.Tensor:
         """All pages back into [layers, 2, tokens, kv_heads, head_dim]."""
-        layout, plan = self.group.layout, task.plan
-        shape = (layout.num_layers, 2, plan.num_tokens, layout.num_kv_heads, layout.head_dim)
+        layout = self.executor.kv_layout
+        tokens = task.plan.num_tokens
+        shape = (layout.num_layers, 2, tokens, layout.num_kv_heads, layout.head_dim)
         kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
         with PageClient(task.manifest, "lease", 30.0) as client:
-            for batch in client.fetch(0, plan.num_tokens):
+            for batch in client.fetch(0, tokens):
                 for page, data in zip(batch.pages, batch.data, strict=True):
                     end = page.start_token + page.num_tokens
                     kv[:, :, page.start_token : end] = data[:, :, : page.num_tokens]
@@ -104,17 +123,19 @@ class Harness:
 
 
 @asynccontextmanager
-async def running_group(
+async def standalone_executor(
     model: Path, folder: Path, ranks: int, **engine: object
-) -> AsyncIterator[Harness]:
-    """A started group; stopped on the way out. No test but its own waits for the probe."""
+) -> AsyncIterator[StandaloneExecutor]:
+    """A started executor, stopped on the way out. No test but its own waits for the probe."""
     engine.setdefault("sparse_from_tokens", 1 << 20)
     checkpoint = open_checkpoint(str(model))
     config = EngineConfig(model=str(model), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    group = PrefillExecutor(config, VideoConfig(), checkpoint, dtype, "cpu", folder)
-    await group.start()
+    executor = PrefillExecutor(
+        config, VideoConfig(), checkpoint, dtype, device="cpu", runtime_dir=folder
+    )
+    await executor.supervisor.start()
     try:
-        yield Harness(group, PrefixPlanner(checkpoint, dtype), folder)
+        yield StandaloneExecutor(executor, PrefixPlanner(checkpoint, dtype), folder)
     finally:
-        await group.stop()
+        await executor.supervisor.stop()

@@ -18,7 +18,7 @@ READY = re.compile(r"serving on (\S+:\d+)")
 
 
 @dataclass
-class RunningService:
+class ServiceProcess:
     """A service process and where it listens."""
 
     process: subprocess.Popen[str]
@@ -42,22 +42,21 @@ class RunningService:
 
 
 @contextmanager
-def running_service(
+def service_process(
     model: Path, folder: Path, *arguments: str, start_s: float = 240.0
-) -> Iterator[RunningService]:
+) -> Iterator[ServiceProcess]:
     """Start, wait until it serves, stop by SIGTERM; nothing may be left running."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "service.log"
-    command = [
-        sys.executable, "-m", "prefill_service.cli.main", "serve",
-        "--model", str(model), "--port", "0", "--data-dir", str(folder / "data"), *arguments,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "prefill_service.cli.main", "serve"]
+    command += ["--model", str(model), "--port", "0", "--data-dir", str(folder / "data")]
+    command += arguments
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
     try:
-        service = RunningService(process, _wait_ready(process, log, start_s), log)
+        service = ServiceProcess(process, _wait_ready(process, log, start_s), log)
         family = psutil.Process(process.pid).children(recursive=True)
         yield service
         family += psutil.Process(process.pid).children(recursive=True)

@@ -15,26 +15,31 @@ from prefill_service.models.checkpoint import Checkpoint
 
 
 @pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrefillExecutor:
-    """A group whose interpreter is gone."""
+def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrefillExecutor:
+    """An executor whose interpreter is gone."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     checkpoint = Checkpoint(tmp_path, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
     return PrefillExecutor(
-        EngineConfig(), VideoConfig(), checkpoint, "float32", "cpu", tmp_path / "run"
+        EngineConfig(),
+        VideoConfig(),
+        checkpoint,
+        "float32",
+        device="cpu",
+        runtime_dir=tmp_path / "run",
     )
 
 
-async def test_start_says_which_rank(group: PrefillExecutor) -> None:
+async def test_start_says_which_rank(executor: PrefillExecutor) -> None:
     with pytest.raises(ServiceError, match=r"rank 0 cannot be started.*no-python") as error:
-        await group.start()
+        await executor.supervisor.start()
     assert error.value.reason is Reason.RANK_DIED
-    assert not group.ready
+    assert not executor.supervisor.ready
 
 
-async def test_restart_gives_up_and_tells_those_who_wait(group: PrefillExecutor) -> None:
-    waiter = asyncio.create_task(group.wait_ready())
-    await group._ranks.restart()
+async def test_restart_gives_up_and_tells_those_who_wait(executor: PrefillExecutor) -> None:
+    waiter = asyncio.create_task(executor.supervisor.wait_ready())
+    await executor.supervisor.restart()
     with pytest.raises(ServiceError, match="rank 0 cannot be started"):
         await asyncio.wait_for(waiter, 30)
-    assert not group.ready
-    await group.stop()
+    assert not executor.supervisor.ready
+    await executor.supervisor.stop()

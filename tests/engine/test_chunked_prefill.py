@@ -16,25 +16,25 @@ from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.exchanges.catalog import DEMAND, EXCHANGES, GATHER, ExchangeKind
 from prefill_service.parallel.exchanges.registry import choose_exchange
-from tests.engine.harness import Harness, running_group
+from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
 VIDEO = {"seconds": 20.0, "fps": 10, "width": 160, "height": 120}
 
 
 async def prefill(
-    harness: Harness,
+    standalone: StandaloneExecutor,
     video: Path,
     policy: AttentionPolicy,
     exchange: ExchangeKind = GATHER,
 ) -> tuple[torch.Tensor, PrefillOutcome]:
-    plan, _ = await harness.plan(video, FrameSampling(fps=8.0))
+    plan, _ = await standalone.plan(video, FrameSampling(fps=8.0))
     plan = replace(plan, prefix_id=f"pfx_{policy.profile}_{exchange}")
-    model = harness.planner.checkpoint
-    ranks = harness.group.everyone.size
+    model = standalone.planner.checkpoint
+    ranks = standalone.executor.all_ranks.size
     choice = choose_exchange(exchange, ranks, q_heads=model.num_heads, kv_heads=model.num_kv_heads)
-    task = harness.task(video, plan, choice, policy=policy)
-    outcome = await harness.prefill(task)
-    return harness.read_kv(task), outcome
+    task = standalone.task(video, plan, choice, policy=policy)
+    outcome = await standalone.prefill(task)
+    return standalone.read_kv(task), outcome
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -44,15 +44,17 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 async def test_any_number_of_ranks_selects_the_same(
     checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
-    video, policy = make_video(**VIDEO), resolve_policy(epsilon=0.4)
-    model, found = checkpoint("qwen3_vl"), {}
+    video = make_video(**VIDEO)
+    policy = resolve_policy(epsilon=0.4)
+    model = checkpoint("qwen3_vl")
+    found = {}
     for ranks in (1, 2, 3, 4):
         folder = tmp_path / f"{ranks}"
-        async with running_group(
+        async with standalone_executor(
             model, folder, ranks, chunk_tokens=540, sparse_from_tokens=400
-        ) as harness:
+        ) as standalone:
             for exchange in filter(lambda kind: kind.sparse, EXCHANGES):
-                found[ranks, exchange] = await prefill(harness, video, policy, exchange)
+                found[ranks, exchange] = await prefill(standalone, video, policy, exchange)
     expected, alone = found[1, GATHER]
     assert alone.attention.density < 1
     for (ranks, exchange), (kv, outcome) in found.items():
@@ -75,24 +77,24 @@ async def test_kv_follows_epsilon(
 ) -> None:
     video = make_video(**VIDEO)
     model = checkpoint("qwen3_vl")
-    async with running_group(
+    async with standalone_executor(
         model, tmp_path, ranks, chunk_tokens=200, sparse_from_tokens=400
-    ) as harness:
-        exact, outcome = await prefill(harness, video, resolve_policy(Quality.EXACT))
+    ) as standalone:
+        exact, outcome = await prefill(standalone, video, resolve_policy(Quality.EXACT))
         report = outcome.attention
         assert report.density == 1
         assert report.block_map is None
-        layers = harness.group.layout.num_layers - 1
+        layers = standalone.executor.kv_layout.num_layers - 1
         assert [layer.layer for layer in report.layers] == list(range(layers))
         # Exact attention is timed too; waiting for other ranks is no part of it.
         attended = sum(layer.attend_s for layer in report.layers)
         assert 0 < attended < outcome.stage_seconds["prefill"]
 
-        close, _ = await prefill(harness, video, resolve_policy(epsilon=1e-9))
+        close, _ = await prefill(standalone, video, resolve_policy(epsilon=1e-9))
         assert error(close, exact) < 1e-5
         errors = []
         for epsilon in (0.3, 0.45):
-            got, outcome = await prefill(harness, video, resolve_policy(epsilon=epsilon))
+            got, outcome = await prefill(standalone, video, resolve_policy(epsilon=epsilon))
             errors.append(error(got, exact))
             report = outcome.attention
             assert report.sparse_from_tokens == 400
@@ -109,7 +111,7 @@ async def test_kv_follows_epsilon(
             assert report.block_map is not None
             assert report.imbalance == 1 if ranks == 1 else 1 < report.imbalance < 1.5
             # Fetching only what was selected changes nothing but what travels.
-            same, demand = await prefill(harness, video, resolve_policy(epsilon=epsilon), DEMAND)
+            same, demand = await prefill(standalone, video, resolve_policy(epsilon=epsilon), DEMAND)
             assert error(same, got) < 1e-5
             assert demand.attention.density == pytest.approx(report.density, abs=2e-3)
             for layer, other in zip(report.layers, demand.attention.layers, strict=True):
@@ -121,9 +123,11 @@ async def test_kv_follows_epsilon(
 
         # Layer 0's keys are computed before any attention; the rest has been approximated.
         assert torch.equal(got[0], exact[0])
-        same, _ = await prefill(harness, video, resolve_policy(Quality.EXACT), DEMAND)
+        same, _ = await prefill(standalone, video, resolve_policy(Quality.EXACT), DEMAND)
         assert error(same, exact) < 1e-6
-        again, _ = await prefill(harness, video, resolve_policy(Quality.EXACT, min_kept_mass=0.5))
+        again, _ = await prefill(
+            standalone, video, resolve_policy(Quality.EXACT, min_kept_mass=0.5)
+        )
         assert torch.equal(again, exact)  # bit for bit, after sparse ones in the same process
 
 
@@ -131,9 +135,11 @@ async def test_the_crossover_is_measured_at_start(
     checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
     video = make_video(seconds=1.0, fps=5, width=130, height=98)
-    async with running_group(checkpoint("qwen3_vl"), tmp_path, 2, sparse_from_tokens=0) as harness:
-        exact, _ = await prefill(harness, video, resolve_policy(Quality.EXACT))
-        got, outcome = await prefill(harness, video, resolve_policy(Quality.FAST))
+    async with standalone_executor(
+        checkpoint("qwen3_vl"), tmp_path, 2, sparse_from_tokens=0
+    ) as standalone:
+        exact, _ = await prefill(standalone, video, resolve_policy(Quality.EXACT))
+        got, outcome = await prefill(standalone, video, resolve_policy(Quality.FAST))
     # No machine gains from sparsity at a few hundred tokens: the exact path ran.
     assert 1024 <= outcome.attention.sparse_from_tokens <= NEVER
     assert outcome.attention.density == 1

@@ -15,13 +15,13 @@ import pytest
 import pytest_asyncio
 import torch
 
-from prefill_service.engine.messages import Stage
+from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ULYSSES
 from prefill_service.parallel.exchanges.registry import choose_exchange
-from tests.engine.harness import Harness, running_group
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
+from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
 VIDEOS = [
     {"seconds": 0.2, "fps": 5, "width": 96, "height": 64},  # one frame
@@ -30,7 +30,8 @@ VIDEOS = [
 ]
 
 
-HEADS, KV_HEADS = 4, 2
+HEADS = 4
+KV_HEADS = 2
 FAMILIES = ["qwen3_vl", "qwen2_5_vl"]
 CASES = [(family, ranks) for family in FAMILIES for ranks in (1, 2, 3, 4)]
 CASES.append(("qwen3_vl", 5))  # the first odd number of ranks with more than two disjoint rings
@@ -45,39 +46,41 @@ async def test_kv_equals_transformers(
     ranks: int,
 ) -> None:
     model = checkpoint(family)
-    async with running_group(model, tmp_path, ranks, chunk_tokens=70) as harness:
+    async with standalone_executor(model, tmp_path, ranks, chunk_tokens=70) as standalone:
         for arguments in VIDEOS:
             video = make_video(**arguments)
-            plan, index = await harness.plan(video, FrameSampling(fps=4.0))
-            text = harness.planner.chat.prefix("")
-            inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
+            plan, index = await standalone.plan(video, FrameSampling(fps=4.0))
+            text = standalone.planner.chat.prefix("")
+            inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text)
             exact, theirs = (
                 prefix_kv(model, inputs, plan, dtype) for dtype in (torch.float64, torch.float32)
             )
             for kind in EXCHANGES:
                 if kind == ULYSSES and ranks > HEADS:
                     continue  # refused: test_more_ranks_than_query_heads
-                choice = choose_exchange(kind, ranks, q_heads=HEADS, kv_heads=KV_HEADS)
-                task = harness.task(video, plan, choice)
-                outcome = await harness.prefill(task)
+                task = standalone.task(
+                    video, plan, choose_exchange(kind, ranks, q_heads=HEADS, kv_heads=KV_HEADS)
+                )
+                outcome = await standalone.prefill(task)
                 # As close to float64 as transformers' own float32 is.
                 case = f"{kind}, {arguments}, {plan.num_tokens} tokens"
-                off, allowed = harness.read_kv(task) - exact, theirs - exact
+                off = standalone.read_kv(task) - exact
+                allowed = theirs - exact
                 assert off.norm() <= 1.2 * allowed.norm() <= 1e-5 * exact.norm(), case
                 assert off.abs().max() <= 1.5 * allowed.abs().max(), case
                 assert outcome.attention.density == 1.0
                 assert ("agree" in outcome.communication) == (ranks > 1)
-                harness.group.drop(plan.prefix_id)
+                standalone.executor.drop_prefix(plan.prefix_id)
                 if kind == GATHER:
                     # every rank receives the others' K and V of all layers that attend, once
-                    layout = harness.group.layout
+                    layout = standalone.executor.kv_layout
                     moved = (layout.num_layers - 1) * layout.token_bytes // layout.num_layers
                     assert outcome.bytes_received == moved * plan.num_tokens * (ranks - 1)
 
 
 async def test_more_ranks_than_query_heads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="degree of 5 exceeds the model's 4 query heads") as info:
-        async with running_group(checkpoint("qwen3_vl"), tmp_path, 5, exchange="ulysses"):
+        async with standalone_executor(checkpoint("qwen3_vl"), tmp_path, 5, exchange="ulysses"):
             pass
     assert info.value.reason is Reason.CONFIG_INVALID
 
@@ -85,14 +88,17 @@ async def test_more_ranks_than_query_heads(checkpoint: Callable[..., Path], tmp_
 async def test_bfloat16_is_as_close_to_float32_as_transformers_is(
     checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model, video = checkpoint("qwen3_vl"), make_video(**VIDEOS[1])
-    async with running_group(model, tmp_path, 2, chunk_tokens=30, dtype="bfloat16") as harness:
-        plan, index = await harness.plan(video, FrameSampling(fps=4.0))
-        task = harness.task(video, plan)
-        await harness.prefill(task)
-        ours = harness.read_kv(task)
-        text = harness.planner.chat.prefix("")
-        inputs = processor_inputs(model, harness.frames(video, plan), plan, index, text)
+    model = checkpoint("qwen3_vl")
+    video = make_video(**VIDEOS[1])
+    async with standalone_executor(
+        model, tmp_path, 2, chunk_tokens=30, dtype="bfloat16"
+    ) as standalone:
+        plan, index = await standalone.plan(video, FrameSampling(fps=4.0))
+        task = standalone.task(video, plan)
+        await standalone.prefill(task)
+        ours = standalone.read_kv(task)
+        text = standalone.planner.chat.prefix("")
+        inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text)
     exact, theirs = (prefix_kv(model, inputs, plan, d) for d in (torch.float32, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
@@ -101,13 +107,13 @@ async def test_bfloat16_is_as_close_to_float32_as_transformers_is(
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Harness]:
+) -> AsyncIterator[StandaloneExecutor]:
     folder = tmp_path_factory.mktemp("pair")
     model = checkpoint("qwen3_vl")
-    async with running_group(
+    async with standalone_executor(
         model, folder, 2, chunk_tokens=256, heartbeat_timeout_s=3.0
-    ) as harness:
-        yield harness
+    ) as standalone:
+        yield standalone
 
 
 @pytest.fixture(scope="module")
@@ -115,32 +121,34 @@ def long_video(make_video: Callable[..., Path]) -> Path:
     return make_video(seconds=90, fps=10, width=320, height=240)
 
 
-async def start_long(harness: Harness, video: Path) -> asyncio.Task[object]:
+async def start_long(standalone: StandaloneExecutor, video: Path) -> asyncio.Task[object]:
     """A prefill that has begun to compute and is far from its end."""
-    plan, _ = await harness.plan(video)
-    harness.progress.clear()
-    job = asyncio.create_task(harness.prefill(harness.task(video, plan)))
+    plan, _ = await standalone.plan(video)
+    standalone.progress.clear()
+    job = asyncio.create_task(standalone.prefill(standalone.task(video, plan)))
     async with asyncio.timeout(60):
-        while not any(p.stage is Stage.PREFILL for p in harness.progress):
+        while not any(p.stage is Stage.PREFILL for p in standalone.progress):
             await asyncio.sleep(0.02)
     assert not job.done()
     return job
 
 
-async def assert_works(harness: Harness, make_video: Callable[..., Path]) -> None:
+async def assert_works(standalone: StandaloneExecutor, make_video: Callable[..., Path]) -> None:
     video = make_video(**VIDEOS[1])
-    plan, _ = await harness.plan(video)
-    await harness.group.wait_ready()
-    task = harness.task(video, plan)
-    await harness.prefill(task)
-    assert not harness.read_kv(task).isnan().any()
+    plan, _ = await standalone.plan(video)
+    await standalone.supervisor.wait_ready()
+    task = standalone.task(video, plan)
+    await standalone.prefill(task)
+    assert not standalone.read_kv(task).isnan().any()
 
 
 module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @module_loop
-async def test_progress_per_stage_and_rank(pair: Harness, make_video: Callable[..., Path]) -> None:
+async def test_progress_per_stage_and_rank(
+    pair: StandaloneExecutor, make_video: Callable[..., Path]
+) -> None:
     video = make_video(**VIDEOS[2])
     plan, _ = await pair.plan(video)
     pair.progress.clear()
@@ -157,16 +165,17 @@ async def test_progress_per_stage_and_rank(pair: Harness, make_video: Callable[.
 
 @module_loop
 async def test_cancelling_stops_the_ranks_within_a_second(
-    pair: Harness, long_video: Path, make_video: Callable[..., Path]
+    pair: StandaloneExecutor, long_video: Path, make_video: Callable[..., Path]
 ) -> None:
-    generation, pids = pair.group.generation, pair.group.pids
+    generation = pair.supervisor.generation
+    pids = pair.supervisor.pids
     job = await start_long(pair, long_video)
     start = time.monotonic()
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
     assert time.monotonic() - start < 3.0  # one second on an idle machine
-    assert (pair.group.generation, pair.group.pids) == (generation, pids)
+    assert (pair.supervisor.generation, pair.supervisor.pids) == (generation, pids)
     await assert_works(pair, make_video)
 
 
@@ -178,8 +187,8 @@ async def test_cancelling_stops_the_ranks_within_a_second(
         (signal.SIGSTOP, Reason.RANK_STALLED, "rank 1 sent no heartbeat for 3 s"),
     ],
 )
-async def test_a_hurt_rank_fails_the_job_and_the_group_restarts(
-    pair: Harness,
+async def test_a_hurt_rank_fails_the_job_and_the_workers_restart(
+    pair: StandaloneExecutor,
     long_video: Path,
     make_video: Callable[..., Path],
     number: signal.Signals,
@@ -187,17 +196,18 @@ async def test_a_hurt_rank_fails_the_job_and_the_group_restarts(
     named: str,
 ) -> None:
     lost: list[int] = []
-    pair.group.on_lost = lost.append
-    generation, pids = pair.group.generation, pair.group.pids
+    pair.supervisor.add_loss_listener(lambda generation, error: lost.append(generation))
+    generation = pair.supervisor.generation
+    pids = pair.supervisor.pids
     job = await start_long(pair, long_video)
     os.kill(pids[1], number)
     with pytest.raises(ServiceError, match=named) as caught:
         await job
     assert caught.value.reason is reason
     assert lost == [generation]
-    assert pair.group.generation == generation + 1
+    assert pair.supervisor.generation == generation + 1
     await assert_works(pair, make_video)
-    assert not set(pids) & set(pair.group.pids)
+    assert not set(pids) & set(pair.supervisor.pids)
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -205,7 +215,7 @@ async def test_a_hurt_rank_fails_the_job_and_the_group_restarts(
 
 @module_loop
 async def test_a_frame_that_cannot_be_decoded_fails_the_job_only(
-    pair: Harness, long_video: Path, make_video: Callable[..., Path], tmp_path: Path
+    pair: StandaloneExecutor, long_video: Path, make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
     plan, _ = await pair.plan(long_video)
     task = pair.task(long_video, plan)
@@ -214,17 +224,17 @@ async def test_a_frame_that_cannot_be_decoded_fails_the_job_only(
     data[middle : middle + 200_000] = bytes(200_000)
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(data)
-    generation = pair.group.generation
+    generation = pair.supervisor.generation
     with pytest.raises(ServiceError, match="frame") as caught:
         await pair.prefill(replace(task, video_path=str(broken)))
     assert caught.value.reason is Reason.DECODE_FAILED
-    assert pair.group.generation == generation
+    assert pair.supervisor.generation == generation
     await assert_works(pair, make_video)
 
 
 @module_loop
 async def test_a_manifest_of_an_earlier_generation_is_refused(
-    pair: Harness, make_video: Callable[..., Path]
+    pair: StandaloneExecutor, make_video: Callable[..., Path]
 ) -> None:
     video = make_video(**VIDEOS[1])
     plan, _ = await pair.plan(video)
@@ -239,7 +249,7 @@ async def test_a_start_that_hangs_is_given_up(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ServiceError, match=r"ranks \[0\] were not ready after 0.2 s") as caught:
-        async with running_group(checkpoint("qwen3_vl"), tmp_path, 1, start_timeout_s=0.2):
+        async with standalone_executor(checkpoint("qwen3_vl"), tmp_path, 1, start_timeout_s=0.2):
             pass
     assert caught.value.reason is Reason.RANK_STALLED
 
@@ -251,5 +261,5 @@ async def test_a_checkpoint_that_does_not_load_fails_the_start(
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ServiceError, match="rank 0"):
-        async with running_group(model, tmp_path, 1):
+        async with standalone_executor(model, tmp_path, 1):
             pass

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from prefill.v1 import prefill_service_pb2 as pb
 
-from prefill_service.attention.quality import Quality, resolve_policy
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.cost_model.model_shape import PRESETS
@@ -21,6 +21,7 @@ from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.task_state import PrefillOutcome
+from prefill_service.kv.manifest import Manifest, ShardRun
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.chunking import chunking_of
 from prefill_service.parallel.exchanges.catalog import (
@@ -32,13 +33,15 @@ from prefill_service.parallel.exchanges.catalog import (
     ExchangeKind,
 )
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
+from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.scheduling.placement import assumed_seconds
-from tests.scheduling.parts import Group
+from tests.support.simulated_backends import LAYOUT, SimulatedExecutor
 
 SHAPE = PRESETS["qwen3-vl-8b"]
-EXACT, BALANCED = resolve_policy(Quality.EXACT), resolve_policy(Quality.BALANCED)
+EXACT = resolve_policy(Quality.EXACT)
+BALANCED = resolve_policy(Quality.BALANCED)
 ROOM = 1 << 40
 RANKS = 4
 
@@ -69,6 +72,34 @@ def outcome(seconds: float, density: float = 1.0) -> PrefillOutcome:
     return PrefillOutcome({"decode": 9.0, "prefill": seconds}, {}, seconds + 9.0, report)
 
 
+def task(
+    plan: PrefixPlan, policy: AttentionPolicy, exchange: ExchangeChoice, *, ranks: int
+) -> PrefillTask:
+    manifest = Manifest(
+        prefix_id="prefix",
+        engine_id="test",
+        generation=0,
+        model_fingerprint="model",
+        layout=LAYOUT,
+        num_tokens=plan.num_tokens,
+        runs=(ShardRun(0, plan.num_tokens, 0, 0),),
+        endpoints=("unix:/r0",),
+        token_ids_hash="hash",
+        position_delta=0,
+    )
+    return PrefillTask(
+        job_id="job_1",
+        plan=plan,
+        manifest=manifest,
+        video_path="",
+        index_path="",
+        subgroup=Subgroup(0, ranks),
+        policy=policy,
+        exchange=exchange,
+        whole_units=exchange.kind.sparse and not policy.exact,
+    )
+
+
 def test_the_regimes() -> None:
     """Chunks: a ring moves the past again with each; what is replicated needs room."""
     slow = planner(1e9).choose(prefix(262_144), EXACT, RANKS)
@@ -90,10 +121,11 @@ def test_where_nothing_fits_it_is_gather(caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize("chunk", [2048, 65_536])
 def test_sparse_attention_keeps_what_selects(chunk: int) -> None:
     """Once it is known what a quality attends to, exact exchanges no longer compete."""
-    chooser, plan = planner(350e9, chunk=chunk), prefix(1 << 20)
+    chooser = planner(350e9, chunk=chunk)
+    plan = prefix(1 << 20)
     before = chooser.choose(plan, BALANCED, RANKS)
     assert before == chooser.choose(plan, EXACT, RANKS)
-    chooser.learn(plan, BALANCED, ExchangeChoice(), outcome(20.0, density=0.1), RANKS)
+    chooser.learn(task(plan, BALANCED, ExchangeChoice(), ranks=RANKS), outcome(20.0, density=0.1))
     # Dealt shares of large chunks are uneven; shares of the heads are not.
     wanted = GATHER if chunk == 2048 else ULYSSES
     assert chooser.choose(plan, BALANCED, RANKS).kind is wanted
@@ -101,13 +133,14 @@ def test_sparse_attention_keeps_what_selects(chunk: int) -> None:
 
 
 def test_jobs_refine_the_model() -> None:
-    chooser, plan = planner(350e9), prefix(65_536)
+    chooser = planner(350e9)
+    plan = prefix(65_536)
     probed = chooser.model
     assert probed.provenance == "probe of the ranks"
-    chooser.learn(plan, EXACT, ExchangeChoice(), outcome(0.0), RANKS)
+    chooser.learn(task(plan, EXACT, ExchangeChoice(), ranks=RANKS), outcome(0.0))
     assert chooser.model == probed  # nothing was measured
     for _ in range(8):
-        chooser.learn(plan, EXACT, ExchangeChoice(), outcome(100.0), RANKS)
+        chooser.learn(task(plan, EXACT, ExchangeChoice(), ranks=RANKS), outcome(100.0))
     assert chooser.model.provenance == "probe of the ranks; refined by 8 jobs"
     assert chooser.model.per_linear_flop + chooser.model.per_attention_flop > 2 * (
         probed.per_linear_flop + probed.per_attention_flop
@@ -117,23 +150,29 @@ def test_jobs_refine_the_model() -> None:
 @pytest.mark.parametrize("kind", [ULYSSES, ULYSSES_GATHER])
 def test_a_job_that_took_what_was_predicted_changes_nothing(kind: ExchangeKind) -> None:
     """Sparse, on a mesh whose three ranks of a row have 12, 12 and 8 of 32 query heads."""
-    chooser, plan, density = planner(350e9), prefix(65_536), 0.1
+    chooser = planner(350e9)
+    plan = prefix(65_536)
+    density = 0.1
     layout = deal_patches(plan.patch_ends, 3, 4096, whole_units=True)
     chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
     scheme = Scheme(kind, 3, 3, sparse=True)
     before = chooser.model
     seconds = before.prefill_seconds(prefill_work(scheme, SHAPE, chunking, density))
     for _ in range(4):
-        chooser.learn(plan, BALANCED, ExchangeChoice(kind, 3), outcome(seconds, density), 3)
+        chooser.learn(
+            task(plan, BALANCED, ExchangeChoice(kind, 3), ranks=3), outcome(seconds, density)
+        )
     assert chooser.model.per_attention_flop == pytest.approx(before.per_attention_flop, rel=1e-3)
     assert chooser.model.per_linear_flop == pytest.approx(before.per_linear_flop, rel=1e-3)
 
 
-class TimedGroup(Group):
+class TimedExecutor(SimulatedExecutor):
     """Knows how long its prefills took."""
 
-    async def prefill(self, task: PrefillTask, on_progress: Any, over: str = "") -> PrefillOutcome:
-        found = await super().prefill(task, on_progress, over)
+    async def prefill(
+        self, task: PrefillTask, on_progress: Any, preempts: str = ""
+    ) -> PrefillOutcome:
+        found = await super().prefill(task, on_progress, preempts)
         return replace(found, stage_seconds={**found.stage_seconds, "prefill": 0.5})
 
 
@@ -146,28 +185,27 @@ class Recorder(ExchangePlanner):
         super().choose(plan, policy, ranks)
         return ExchangeChoice(USP, 2)
 
-    def learn(
-        self, plan: Any, policy: Any, choice: ExchangeChoice, outcome: Any, ranks: int
-    ) -> None:
-        super().learn(plan, policy, choice, outcome, ranks)
-        self.learned.append(choice)
+    def learn(self, task: PrefillTask, outcome: PrefillOutcome) -> None:
+        super().learn(task, outcome)
+        self.learned.append(task.exchange)
 
 
 async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_path: Path) -> None:
     chooser = Recorder(SHAPE, 32, ROOM, lambda: machine(1e9))
     chooser.learned = []
-    async with serve(group=TimedGroup(), exchanges=chooser) as s:
+    async with serve(executor=TimedExecutor(), exchanges=chooser) as s:
         (*_, job) = await s.ended((await s.create(8)).job_id)
         assert job.state == pb.JOB_STATE_SUCCEEDED
         assert job.result.communication.exchange == "usp 2"
-        assert s.group.tasks[-1].exchange == ExchangeChoice(USP, 2)
+        assert s.executor.tasks[-1].exchange == ExchangeChoice(USP, 2)
         assert chooser.learned == [ExchangeChoice(USP, 2)]
         assert chooser.model.provenance == "probe of the ranks; refined by 1 job"
 
 
 def test_the_model_says_what_more_ranks_bring() -> None:
     """On a slow link several ranks lose, on a fast one they gain."""
-    slow, fast = planner(1e7), planner(350e9)
+    slow = planner(1e7)
+    fast = planner(350e9)
     assert slow.seconds(4096, 2) > slow.seconds(4096, 1)
     assert 3 < fast.seconds(65_536, 1) / fast.seconds(65_536, 4) <= 4
     unmeasured = ExchangePlanner(SHAPE, 4096, ROOM, list)
@@ -178,5 +216,5 @@ def test_jobs_change_what_more_ranks_bring() -> None:
     chooser = planner(350e9)
     before = chooser.seconds(65_536, 2)
     for _ in range(4):
-        chooser.learn(prefix(65_536), EXACT, ExchangeChoice(), outcome(100.0), 2)
+        chooser.learn(task(prefix(65_536), EXACT, ExchangeChoice(), ranks=2), outcome(100.0))
     assert chooser.seconds(65_536, 2) > 2 * before

@@ -9,23 +9,25 @@ import pytest
 from prefill_service.engine.task_state import TaskState
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.parallel.subgroups import Subgroup
-from prefill_service.scheduling.retry_policy import RetryPolicy
+from prefill_service.scheduling.runner import RetryPolicy
 
-FIRST, SECOND = Subgroup(0, 2), Subgroup(2, 2)
+FIRST = Subgroup(0, 2)
+SECOND = Subgroup(2, 2)
 
 
-def starts(error: ServiceError, team: Subgroup) -> int:
-    """Of a job on the team each of whose starts ends with the error."""
-    attempts, count = RetryPolicy(team), 1
-    while attempts.another(error, count):
+def starts(error: ServiceError, subgroup: Subgroup) -> int:
+    """How often a job on the subgroup is started each of whose starts ends with the error."""
+    retries = RetryPolicy(subgroup)
+    count = 1
+    while retries.should_retry(error, count):
         count += 1
     return count
 
 
-async def not_stopped(team: Subgroup) -> ServiceError:
-    """As the group raises it when the team's ranks do not stop a cancelled job."""
-    running = TaskState("job_1", team, lambda _: None, asyncio.get_running_loop().create_future())
-    return running.not_stopped(30.0)
+async def not_stopped(subgroup: Subgroup) -> ServiceError:
+    """The error that the executor raises when the subgroup's ranks do not stop a cancelled job."""
+    state = TaskState("job_1", subgroup, lambda _: None, asyncio.get_running_loop().create_future())
+    return state.not_stopped(30.0)
 
 
 @pytest.mark.parametrize("reason", [Reason.RANK_DIED, Reason.RANK_STALLED])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine import messages as msg
-from prefill_service.engine.resolve import WorkerSpec
 from prefill_service.engine.worker_process import WorkerProcess
 from prefill_service.models.checkpoint import Checkpoint
 
@@ -19,29 +18,38 @@ BYTES = 8 << 20
 """Far more than a socket takes."""
 
 
-def spec(folder: Path) -> WorkerSpec:
+def spec(folder: Path) -> msg.WorkerSpec:
     checkpoint = Checkpoint(folder, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
-    return WorkerSpec(
-        rank=7, generation=0, engine=EngineConfig(), video=VideoConfig(), checkpoint=checkpoint,
-        dtype="float32", device="cpu", threads=1, init_method="", runtime_dir=str(folder),
-    )  # fmt: skip
+    return msg.WorkerSpec(
+        rank=7,
+        generation=0,
+        engine=EngineConfig(),
+        video=VideoConfig(),
+        checkpoint=checkpoint,
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        init_method="",
+        runtime_dir=str(folder),
+    )
 
 
 async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(tmp_path: Path) -> None:
     ended = asyncio.Event()
-    rank = WorkerProcess(spec(tmp_path), lambda message: None, lambda rank, cause: ended.set())
-    os.kill(rank.pid, signal.SIGSTOP)
-    rescue = threading.Timer(5, rank.kill)  # of a test that would hang
+    worker = WorkerProcess(spec(tmp_path), lambda message: None, lambda rank, cause: ended.set())
+    worker.start()
+    os.kill(worker.pid, signal.SIGSTOP)
+    rescue = threading.Timer(5, worker.kill)  # of a test that would hang
     rescue.start()
     start = time.monotonic()
-    rank.send(msg.Drop("x" * BYTES))
-    rank.send(msg.Shutdown())
+    worker.send(msg.DropPrefix("x" * BYTES))
+    worker.send(msg.Shutdown())
     assert time.monotonic() - start < 2
     rescue.cancel()
-    rank.kill()
+    worker.kill()
     async with asyncio.timeout(10):
         await ended.wait()
-    rank.send(msg.Shutdown())  # as to any rank that has just died
+    worker.send(msg.Shutdown())  # as to any rank that has just died
     async with asyncio.timeout(10):
         while any(thread.name.startswith("rank7-") for thread in threading.enumerate()):
             await asyncio.sleep(0.01)

@@ -9,7 +9,7 @@ from pathlib import Path
 from prefill_service.engine.spans import LayerSpans, Span, SpanBuffer
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.comm_stats import CommStats
-from tests.engine.harness import running_group
+from tests.support.standalone_executor import standalone_executor
 
 
 def rows(spans: tuple[Span, ...], row: str, name: str = "chunk") -> list[Span]:
@@ -23,12 +23,14 @@ async def test_spans_of_a_real_run(
     assert time.get_clock_info("perf_counter").implementation == "clock_gettime(CLOCK_MONOTONIC)"
     assert time.get_clock_info("monotonic").implementation == "clock_gettime(CLOCK_MONOTONIC)"
     video = make_video(seconds=15.0, fps=10, width=160, height=120)
-    async with running_group(checkpoint("qwen3_vl"), tmp_path, 2, chunk_tokens=70) as harness:
-        plan, _ = await harness.plan(video, FrameSampling(fps=4.0))
+    async with standalone_executor(
+        checkpoint("qwen3_vl"), tmp_path, 2, chunk_tokens=70
+    ) as standalone:
+        plan, _ = await standalone.plan(video, FrameSampling(fps=4.0))
         start = time.perf_counter()
-        outcome = await harness.prefill(harness.task(video, plan))
+        outcome = await standalone.prefill(standalone.task(video, plan))
         end = time.perf_counter()
-        layers = harness.group.layout.num_layers
+        layers = standalone.executor.kv_layout.num_layers
     assert set(outcome.spans) == {0, 1}
     tokens = frames = 0
     for spans in outcome.spans.values():
@@ -63,15 +65,15 @@ async def test_spans_of_a_real_run(
 
 
 def test_layers_share_spans_where_there_are_many() -> None:
-    meter = CommStats()
+    stats = CommStats()
     spans = SpanBuffer()
-    noted = LayerSpans(spans, meter, "prefill", layers=7, chunks=220)  # groups of 4
+    noted = LayerSpans(spans, stats, "prefill", layers=7, chunks=220)  # groups of 4
     for layer in range(7):
-        noted.enter(layer)
-        meter.received("broadcast", 10 + layer)
-        with noted.attending():
+        noted.enter_layer(layer)
+        stats.received("broadcast", 10 + layer)
+        with noted.time_attention():
             pass
-    noted.leave()
+    noted.finish_chunk()
     assert [(s.name, s.args["bytes_received"]) for s in spans.spans()] == [
         ("layers 0-3", 10 + 11 + 12 + 13),
         ("layers 4-6", 14 + 15 + 16),

@@ -17,15 +17,15 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import Manifest
-from tests.scheduling.harness import answer, error_of
-from tests.scheduling.parts import FRAME_BYTES, LAYOUT
+from tests.support.in_process_service import answer, error_of
+from tests.support.simulated_backends import FRAME_BYTES, LAYOUT
 
 Serve = Callable[..., Any]
 
 
 async def test_watch_shows_progress_and_the_result(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         created = await s.create(frames=16)
         assert created.job_id.startswith("job_")
         assert len(created.job_id) == 30
@@ -48,19 +48,20 @@ async def test_watch_shows_progress_and_the_result(serve: Serve) -> None:
         assert (result.prefix_tokens, result.video_tokens, result.frames) == (256, 128, 16)
         assert (result.position_delta, list(result.grid_thw)) == (-3, [8, 8, 8])
         assert [(x.start_token, x.end_token, x.rank) for x in result.shards] == [
-            (0, 128, 0), (128, 256, 1),
-        ]  # fmt: skip
+            (0, 128, 0),
+            (128, 256, 1),
+        ]
         assert result.kv_bytes == 16 * FRAME_BYTES
         params = HandoffParams.from_kv_transfer_params(json.loads(result.kv_transfer_params_json))
         assert params is not None
         assert params.manifest == manifest
-        assert params.lease_id in s.group.leases[result.prefix_id]  # usable by anybody's vLLM
+        assert params.lease_id in s.executor.leases[result.prefix_id]  # usable by anybody's vLLM
         assert (await s.ended(job.job_id))[0] == job
 
 
 async def test_same_prefix_is_the_same_job(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         first, second = await asyncio.gather(s.create(), s.create())
         assert first.job_id == second.job_id
         await s.ended(first.job_id)
@@ -75,7 +76,7 @@ async def test_request_id_is_idempotent(serve: Serve) -> None:
         assert first.job_id == second.job_id
         await s.ended(first.job_id)
         await s.prefills.CancelPrefillJob(pb.CancelPrefillJobRequest(job_id=first.job_id))
-        s.group.die()
+        s.executor.die()
         assert (await s.create(request_id=key)).state == pb.JOB_STATE_EVICTED
         code, reason, metadata, details = await error_of(s.create(frames=10, request_id=key))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
@@ -87,7 +88,7 @@ async def test_request_id_is_idempotent(serve: Serve) -> None:
 
 async def test_queue_is_first_come_first_served_and_bounded(serve: Serve) -> None:
     async with serve(engine={"max_queued_jobs": 2}) as s:
-        s.group.step_s = 0.2
+        s.executor.step_s = 0.2
         jobs = [await s.create(frames=frames) for frames in (4, 6, 8)]
         assert [job.queue_position for job in jobs] == [0, 1, 2]
         code, reason, metadata, details = await error_of(s.create(frames=10))
@@ -101,7 +102,7 @@ async def test_queue_is_first_come_first_served_and_bounded(serve: Serve) -> Non
             2,
             1,
         ]
-        assert s.group.started == [job.job_id for job in jobs]
+        assert s.executor.started == [job.job_id for job in jobs]
 
 
 async def test_cancel_queued_running_and_ended(serve: Serve) -> None:
@@ -112,20 +113,21 @@ async def test_cancel_queued_running_and_ended(serve: Serve) -> None:
                 await s.prefills.CancelPrefillJob(pb.CancelPrefillJobRequest(job_id=job_id))
             ).job
 
-        s.group.step_s = 30
-        running, queued = await s.create(), await s.create(frames=10)
+        s.executor.step_s = 30
+        running = await s.create()
+        queued = await s.create(frames=10)
         watch = asyncio.create_task(s.ended(queued.job_id))
-        await s.until(lambda: bool(s.group.started))
+        await s.until(lambda: bool(s.executor.started))
         job = await cancel(queued.job_id)
         assert (job.state, job.error.reason) == (pb.JOB_STATE_CANCELLED, "CANCELLED")
         assert (await watch)[-1].state == pb.JOB_STATE_CANCELLED
         again = await s.create(frames=10)
         assert again.job_id != queued.job_id
         assert (await cancel(running.job_id)).state == pb.JOB_STATE_CANCELLED
-        assert s.group.stopped == [running.job_id]
-        assert s.group.pages.keys().isdisjoint({job.result.prefix_id})
-        s.group.step_s = 0
-        await s.until(lambda: len(s.group.started) == 2)
+        assert s.executor.stopped == [running.job_id]
+        assert s.executor.pages.keys().isdisjoint({job.result.prefix_id})
+        s.executor.step_s = 0
+        await s.until(lambda: len(s.executor.started) == 2)
         await cancel(again.job_id)
         done = await s.create()
         await s.ended(done.job_id)
@@ -135,16 +137,16 @@ async def test_cancel_queued_running_and_ended(serve: Serve) -> None:
 
 async def test_rank_death_is_retried_once(serve: Serve) -> None:
     async with serve() as s:
-        s.group.step_s = 0.1
+        s.executor.step_s = 0.1
         job = await s.create()
-        await s.until(lambda: len(s.group.started) == 1)
-        s.group.die()
+        await s.until(lambda: len(s.executor.started) == 1)
+        s.executor.die()
         job = (await s.ended(job.job_id))[-1]
         assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 2)
         other = await s.create(frames=10)
         for attempt in (3, 4):
-            await s.until(lambda n=attempt: len(s.group.started) == n)
-            s.group.die(Reason.RANK_STALLED)
+            await s.until(lambda n=attempt: len(s.executor.started) == n)
+            s.executor.die(Reason.RANK_STALLED)
         other = (await s.ended(other.job_id))[-1]
         assert (other.state, other.attempts) == (pb.JOB_STATE_FAILED, 2)
         assert (other.error.reason, dict(other.error.metadata)) == ("RANK_STALLED", {"rank": "1"})
@@ -153,8 +155,8 @@ async def test_rank_death_is_retried_once(serve: Serve) -> None:
 
 async def test_other_failures_are_final_and_free_the_pages(serve: Serve) -> None:
     async with serve() as s:
-        s.group.failures.append(ServiceError(Reason.DECODE_FAILED, "frame 7 is broken", frame=7))
-        s.group.failures.append(ZeroDivisionError("a bug"))  # type: ignore[arg-type]
+        s.executor.failures.append(ServiceError(Reason.DECODE_FAILED, "frame 7 is broken", frame=7))
+        s.executor.failures.append(ZeroDivisionError("a bug"))  # type: ignore[arg-type]
         job = (await s.ended((await s.create()).job_id))[-1]
         assert (job.state, job.attempts) == (pb.JOB_STATE_FAILED, 1)
         assert (job.error.reason, job.error.metadata["frame"]) == ("DECODE_FAILED", "7")
@@ -162,17 +164,19 @@ async def test_other_failures_are_final_and_free_the_pages(serve: Serve) -> None
         assert job.error.reason == "INTERNAL"
         job = (await s.ended((await s.create()).job_id))[-1]
         assert job.state == pb.JOB_STATE_SUCCEEDED
-        assert len(s.group.pages) == 1
+        assert len(s.executor.pages) == 1
 
 
 async def test_context_exceeded_says_what_would_fit(serve: Serve) -> None:
     async with serve() as s:
-        s.decoder.max_model_len = 400
+        s.generation.max_model_len = 400
         code, reason, metadata, _ = await error_of(s.create(frames=26))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_EXCEEDED")
         assert metadata == {
-            "tokens": "416", "limit": "400", "advice": "num_frames=18 would fit.",
-        }  # fmt: skip
+            "tokens": "416",
+            "limit": "400",
+            "advice": "num_frames=18 would fit.",
+        }
         assert (await error_of(s.create(frames=10_000)))[1] == "INVALID_REQUEST"
         await s.create(frames=18)
 
@@ -187,14 +191,15 @@ async def test_what_the_ranks_cannot_hold_is_refused_with_advice(serve: Serve) -
             assert metadata["option"] == "engine.kv_working_bytes"
             assert metadata["advice"] == "num_frames=10 would fit."
             assert metadata["needed_bytes"] == str(12 * frame)
-        assert s.group.started == []
+        assert s.executor.started == []
         job = await s.create(frames=10)
         assert (await s.ended(job.job_id))[-1].state == pb.JOB_STATE_SUCCEEDED
 
 
 async def test_least_recently_used_prefix_is_evicted(serve: Serve) -> None:
     async with serve(engine={"kv_pool_bytes": 24 * FRAME_BYTES}) as s:
-        a, b = await s.create(frames=8), await s.create(frames=10)
+        a = await s.create(frames=8)
+        b = await s.create(frames=10)
         await s.ended(b.job_id)
         await answer(s.ask(frames=8))  # a is now the younger one
         c = await s.create(frames=12)
@@ -202,7 +207,7 @@ async def test_least_recently_used_prefix_is_evicted(serve: Serve) -> None:
         states = [(await s.get(job.job_id)).state for job in (a, b, c)]
         assert states == [pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_EVICTED, pb.JOB_STATE_SUCCEEDED]
         assert not (await s.get(b.job_id)).HasField("result")
-        assert len(s.group.pages) == 2
+        assert len(s.executor.pages) == 2
         job = (await s.ended((await s.create(frames=26)).job_id))[-1]
         assert job.error.reason == "KV_POOL_FULL"
         assert job.error.metadata["needed_bytes"] == str(26 * FRAME_BYTES)
@@ -212,9 +217,9 @@ async def test_least_recently_used_prefix_is_evicted(serve: Serve) -> None:
 
 async def test_leased_prefix_stays_until_its_answer_ends(serve: Serve) -> None:
     async with serve(engine={"kv_pool_bytes": 16 * FRAME_BYTES}) as s:
-        s.decoder.token_s = 0.2
+        s.generation.token_s = 0.2
         reading = asyncio.create_task(answer(s.ask(frames=10)))
-        await s.until(lambda: any(event.is_set() for event in s.group.pages.values()))
+        await s.until(lambda: any(event.is_set() for event in s.executor.pages.values()))
         other = await s.create(frames=12)
         await asyncio.sleep(0.2)
         assert (await s.get(other.job_id)).state == pb.JOB_STATE_QUEUED
@@ -226,15 +231,16 @@ async def test_leases_are_renewed(serve: Serve) -> None:
     async with serve(engine={"lease_ttl_s": 0.3}) as s:
         job = await s.create()
         await s.ended(job.job_id)
-        s.group.leases.clear()  # as if they had expired in the ranks
-        await s.until(lambda: s.group.open_leases == 1, timeout=1)
+        s.executor.leases.clear()  # as if they had expired in the ranks
+        await s.until(lambda: s.executor.open_leases == 1, timeout=1)
 
 
 async def test_list_is_newest_first_and_paged(serve: Serve) -> None:
     async with serve() as s:
         ids = [(await s.create(frames=frames)).job_id for frames in (2, 4, 6, 8, 10)]
         await s.ended(ids[-1])
-        listed, token = [], ""
+        listed = []
+        token = ""
         for size in (2, 2, 1):
             request = pb.ListPrefillJobsRequest(page_size=2, page_token=token)
             page = await s.prefills.ListPrefillJobs(request)
@@ -256,33 +262,35 @@ async def test_restart_resumes_the_queue(serve: Serve) -> None:
     async with serve() as s:
         finished = await s.create(frames=4)
         await s.ended(finished.job_id)
-        s.group.step_s = 30
-        running, queued = await s.create(frames=6), await s.create(frames=8)
+        s.executor.step_s = 30
+        running = await s.create(frames=6)
+        queued = await s.create(frames=8)
         call = s.ask(frames=10)
         await call.read()
-        await s.until(lambda: len(s.group.started) == 2)
+        await s.until(lambda: len(s.executor.started) == 2)
         waited_for = (await s.prefills.ListPrefillJobs(pb.ListPrefillJobsRequest())).jobs[0]
         assert waited_for.state == pb.JOB_STATE_QUEUED
         s.service.shut_down()
         s.service.shut_down()
         await s.task
-        assert s.group.stopped == [running.job_id]
+        assert s.executor.stopped == [running.job_id]
     async with serve() as s:
         assert (await s.get(finished.job_id)).state == pb.JOB_STATE_EVICTED
         assert (await s.get(waited_for.job_id)).state == pb.JOB_STATE_CANCELLED
         for job in (running, queued):
             ended = (await s.ended(job.job_id))[-1]
             assert (ended.state, ended.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
-        assert s.group.started == [running.job_id, queued.job_id]
+        assert s.executor.started == [running.job_id, queued.job_id]
 
 
 async def test_deleted_video_fails_the_queued_job_but_not_the_running_one(serve: Serve) -> None:
     from prefill.v1 import video_service_pb2
 
     async with serve() as s:
-        s.group.step_s = 0.2
-        running, queued = await s.create(frames=4), await s.create(frames=6)
-        await s.until(lambda: bool(s.group.started))
+        s.executor.step_s = 0.2
+        running = await s.create(frames=4)
+        queued = await s.create(frames=6)
+        await s.until(lambda: bool(s.executor.started))
         await s.videos.DeleteVideo(video_service_pb2.DeleteVideoRequest(video_id=s.video_id))
         assert (await s.ended(running.job_id))[-1].state == pb.JOB_STATE_SUCCEEDED
         assert (await s.ended(queued.job_id))[-1].error.reason == "UNKNOWN_VIDEO"

@@ -19,19 +19,19 @@ from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.kv.manifest import Manifest
 from prefill_service.scheduling import attention_summary as attention
-from tests.scheduling.harness import Harness, error_of
+from tests.support.in_process_service import InProcessService, error_of
 
 Serve = Callable[..., Any]
 BALANCED = resolve_policy(Quality.BALANCED)
 
 
-async def create(s: Harness, **fields: Any) -> pb.PrefillJob:
+async def create(s: InProcessService, **fields: Any) -> pb.PrefillJob:
     spec = s.spec()
     spec.attention.CopyFrom(pb.AttentionSpec(**fields))
     return (await s.prefills.CreatePrefillJob(pb.CreatePrefillJobRequest(spec=spec))).job
 
 
-async def inspect(s: Harness, job_id: str) -> pb.InspectPrefillJobResponse:
+async def inspect(s: InProcessService, job_id: str) -> pb.InspectPrefillJobResponse:
     return await s.prefills.InspectPrefillJob(pb.InspectPrefillJobRequest(job_id=job_id))
 
 
@@ -56,16 +56,16 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
         ids = {name: job.job_id for name, job in jobs.items()}
         assert ids["default"] == ids["balanced"] == ids["floor too"]
         assert ids["exact"] == ids["zero"] == ids["custom zero"] == ids["exact zero"]
-        assert len(set(ids.values())) == len(s.group.tasks) == 6
+        assert len(set(ids.values())) == len(s.executor.tasks) == 6
         profiles = {
             name: Manifest.from_json(job.result.manifest_json).profile for name, job in jobs.items()
         }
         assert profiles["exact"] == "exact"
         assert profiles["default"] == BALANCED.profile
         assert profiles["custom"] == "sparse:epsilon=0.0625,row_limit=0.03125,min_kept_mass=0.875"
-        for task in s.group.tasks:  # what the ranks are told is what the id stands for
+        for task in s.executor.tasks:  # what the ranks are sent is what the id stands for
             assert task.policy.profile == task.manifest.profile
-        assert len({task.plan.prefix_id for task in s.group.tasks}) == 6
+        assert len({task.plan.prefix_id for task in s.executor.tasks}) == 6
         for job in jobs.values():  # a spec can be sent as it came
             request = pb.CreatePrefillJobRequest(spec=job.spec)
             assert (await s.prefills.CreatePrefillJob(request)).job.job_id == job.job_id
@@ -80,7 +80,7 @@ async def test_head_budgets_reach_the_ranks_and_the_prefix_id(serve: Serve) -> N
     async with serve(budgets=budgets) as s:
         job = (await s.ended((await create(s)).job_id))[-1]
         exact = (await s.ended((await create(s, quality=pb.QUALITY_EXACT)).job_id))[-1]
-        shared, other = (task.policy for task in s.group.tasks)
+        shared, other = (task.policy for task in s.executor.tasks)
     assert job.result.prefix_id != plain.result.prefix_id
     profile = Manifest.from_json(job.result.manifest_json).profile
     assert profile == shared.profile == f"{BALANCED.profile},budgets={budgets.digest}"
@@ -118,8 +118,10 @@ async def test_the_report_comes_with_the_result(serve: Serve) -> None:
         job = (await s.ended((await s.create(frames=12)).job_id))[-1]
         report = job.result.attention
         assert (report.quality, report.epsilon, report.min_kept_mass) == (
-            pb.QUALITY_BALANCED, BALANCED.epsilon, BALANCED.min_kept_mass,
-        )  # fmt: skip
+            pb.QUALITY_BALANCED,
+            BALANCED.epsilon,
+            BALANCED.min_kept_mass,
+        )
         assert report.floor_met
         assert report.sparse_from_tokens == 64
         total = report.total
@@ -132,8 +134,10 @@ async def test_the_report_comes_with_the_result(serve: Serve) -> None:
         assert total.output_error_p95 == pytest.approx(0.095, abs=0.002)
         assert (total.tiles, total.tiles_redone, total.tiles_dense) == (60, 6, 3)
         assert [d.ToMilliseconds() for d in (total.select, total.attend, total.certify)] == [
-            750, 3000, 375,
-        ]  # fmt: skip
+            750,
+            3000,
+            375,
+        ]
         assert [layer.layer for layer in report.layers] == [0, 1, 2]
         assert list(report.layers[1].head_density) == [0.25, 0.15]
         assert report.layers[1].measures.density == pytest.approx(0.2)
@@ -170,9 +174,9 @@ async def test_policy_and_report_survive_a_restart(serve: Serve) -> None:
     async with serve() as s:
         done = (await s.ended((await s.create(frames=4)).job_id))[-1]
         before = await inspect(s, done.job_id)
-        s.group.step_s = 30
+        s.executor.step_s = 30
         running = await create(s, quality=pb.QUALITY_FAST)
-        await s.until(lambda: len(s.group.started) == 2)
+        await s.until(lambda: len(s.executor.started) == 2)
         assert (await error_of(inspect(s, running.job_id)))[1] == "NO_ATTENTION_REPORT"
         assert (await error_of(inspect(s, "job_x")))[1] == "UNKNOWN_JOB"
     async with serve() as s:
@@ -182,7 +186,7 @@ async def test_policy_and_report_survive_a_restart(serve: Serve) -> None:
         assert after.patches == before.patches
         resumed = (await s.ended(running.job_id))[-1]
         assert resumed.result.attention.quality == pb.QUALITY_FAST
-        assert s.group.tasks[0].policy == resolve_policy(Quality.FAST)
+        assert s.executor.tasks[0].policy == resolve_policy(Quality.FAST)
 
 
 def test_the_documented_dial_is_the_real_one() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefill_client import Comparison, ComparisonMethod
 
-from tests.service.running import running_service
+from tests.support.service_process import service_process
 from tests.vllm_server import VllmServer
 
 
@@ -19,7 +19,7 @@ def test_an_answer_where_all_passes_is_the_exact_one(
 ) -> None:
     url = vllm("qwen3_vl").url
     with (
-        running_service(
+        service_process(
             checkpoint("qwen3_vl"), tmp_path, "--ranks", "2", "--vllm-url", url
         ) as service,
         service.client() as client,
@@ -28,9 +28,14 @@ def test_an_answer_where_all_passes_is_the_exact_one(
         exact = client.ask(video, "Who?", max_tokens=12, quality="exact", timeout=240).result()
         for method, passing in ((ComparisonMethod.SPAVA, 1 << 20), (ComparisonMethod.APB, 4)):
             found = client.ask(
-                video, "Who?", comparison=method, anchor_tokens=30, passing_tokens=passing,
-                max_tokens=12, timeout=240,
-            ).result()  # fmt: skip
+                video,
+                "Who?",
+                comparison=method,
+                anchor_tokens=30,
+                passing_tokens=passing,
+                max_tokens=12,
+                timeout=240,
+            ).result()
             job = client.job(found.job_id)
             assert job.spec.comparison == Comparison(method, "Who?", 30, passing)
             assert job.result.prefix_id != client.job(exact.job_id).result.prefix_id

@@ -1,4 +1,4 @@
-"""A planner, a rank group and a decoder that behave like the real ones, small and in-process.
+"""A planner, an executor and a generation server that behave like the real ones, in-process.
 
 They keep time, hold pages, know leases and generations, die and come back. The video store and
 the report socket beside them are the real ones.
@@ -18,8 +18,9 @@ import torch
 
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, BlockMap, LayerReport
-from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress, Stage
+from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
 from prefill_service.engine.shard_map import baseline_runs, baseline_split
+from prefill_service.engine.spans import Stage
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest
@@ -35,11 +36,11 @@ from prefill_service.video.index import VideoIndex
 
 TOKENS_PER_FRAME = 16
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
-EVERYONE = Subgroup(0, 2)
+ALL_RANKS = Subgroup(0, 2)
 FRAME_BYTES = LAYOUT.page_bytes  # a frame is one page
 
 
-class Planner:
+class SimulatedPlanner:
     """``num_frames`` frames (8 by default) of 16 tokens each, and the characters as tokens."""
 
     def __init__(self) -> None:
@@ -91,7 +92,8 @@ class Planner:
 
 def report(task: PrefillTask) -> AttentionReport:
     """Three layers of two KV heads, the later ones sparser; nothing of an exact task."""
-    policy, plan = task.policy, task.plan
+    policy = task.policy
+    plan = task.plan
     causal = plan.num_tokens * (plan.num_tokens + 1) / 2
     layers = []
     for number in range(0 if policy.exact else 3):
@@ -99,7 +101,9 @@ def report(task: PrefillTask) -> AttentionReport:
         layer = LayerReport(number, [causal * d for d in density], causal, 20, 2, 1)
         layer.kept_mass.add(torch.linspace(0.8, 1, 101))
         layer.output_error.add(torch.linspace(0, 0.1, 101))
-        layer.select_s, layer.attend_s, layer.certify_s = 0.25, 1.0, 0.125
+        layer.select_s = 0.25
+        layer.attend_s = 1.0
+        layer.certify_s = 0.125
         layers.append(layer)
     cells = [1.0 if row == column else 0.25 for row in range(4) for column in range(row + 1)]
     grid = [cells.pop(0) if column <= row else -1.0 for row in range(4) for column in range(4)]
@@ -111,25 +115,29 @@ def report(task: PrefillTask) -> AttentionReport:
     )
 
 
-class Group:
-    """Two ranks. A task takes ``step_s`` per temporal patch, on whatever team, beside any others.
+class SimulatedExecutor:
+    """Two ranks, which are their own supervisor.
 
-    One that is paused for another goes on when that has ended. Ranks need ``stop_s`` to stop, and
-    crash when they lose pages that they are writing.
+    A task takes ``step_s`` per temporal patch, on whatever subgroup, beside any others. One that is
+    paused for another goes on when that has ended. Ranks need ``stop_s`` to stop, and crash when
+    they lose pages that they are writing.
     """
 
     endpoints = ("unix:/r0", "unix:/r1")
-    everyone = EVERYONE
-    teams = form_subgroups(2)
+    all_ranks = ALL_RANKS
+    observed = ()
+    subgroups = form_subgroups(2)
     chunk_tokens = 64
-    layout = LAYOUT
+    kv_layout = LAYOUT
 
     def __init__(self, restart_s: float = 0.1, start_s: float = 0.0) -> None:
         self.step_s = self.stop_s = 0.0
-        self.restart_s, self.start_s = restart_s, start_s
+        self.restart_s = restart_s
+        self.start_s = start_s
         self.generation = 0
         self.ready = False
-        self.on_lost: Callable[[int], None] | None = None
+        self.supervisor = self
+        self.listeners: list[Callable[[int, ServiceError], None]] = []
         self.failures: deque[ServiceError] = deque()
         self.started: list[str] = []
         self.tasks: list[PrefillTask] = []
@@ -165,16 +173,18 @@ class Group:
         self._up.set()
 
     def die(self, reason: Reason = Reason.RANK_DIED) -> None:
-        lost, self.generation = self.generation, self.generation + 1
+        lost = self.generation
+        self.generation += 1
         self.ready = False
         self._up.clear()
         self.pages.clear()
         self.writing.clear()
         self.leases.clear()
-        self._death.set_exception(ServiceError(reason, "rank 1 was killed by SIGKILL", rank=1))
+        error = ServiceError(reason, "rank 1 was killed by SIGKILL", rank=1)
+        self._death.set_exception(error)
         self._death.exception()
-        if self.on_lost:
-            self.on_lost(lost)
+        for listener in self.listeners:
+            listener(lost, error)
 
         async def restart() -> None:
             await asyncio.sleep(self.restart_s)
@@ -182,40 +192,53 @@ class Group:
 
         self._restart = asyncio.create_task(restart())
 
+    def add_loss_listener(self, listener: Callable[[int, ServiceError], None]) -> None:
+        self.listeners.append(listener)
+
+    def has_whole_units(
+        self, plan: PrefixPlan, exchange: ExchangeChoice, policy: AttentionPolicy
+    ) -> bool:
+        return False
+
     def shard_map(
         self,
         plan: PrefixPlan,
-        exchange: ExchangeChoice | None = None,
-        comparison: BaselineTask | None = None,
-        team: Subgroup = EVERYONE,
-        policy: AttentionPolicy | None = None,
+        exchange: ExchangeChoice,
+        subgroup: Subgroup,
+        *,
+        whole_units: bool = False,
     ) -> tuple[ShardRun, ...]:
-        if comparison is not None:
-            return baseline_runs(baseline_split(plan, comparison, 2), LAYOUT, team)
         half = plan.num_tokens // 2
-        if team.size == 1:
-            return (ShardRun(0, plan.num_tokens, team.first, 0),)
+        if subgroup.size == 1:
+            return (ShardRun(0, plan.num_tokens, subgroup.first, 0),)
         return (ShardRun(0, half, 0, 0), ShardRun(half, plan.num_tokens, 1, 0))
 
-    def exchange_of(self, team: Subgroup) -> ExchangeChoice:
+    def baseline_shard_map(
+        self, plan: PrefixPlan, baseline: BaselineTask, subgroup: Subgroup
+    ) -> tuple[ShardRun, ...]:
+        return baseline_runs(baseline_split(plan, baseline, 2), LAYOUT, subgroup)
+
+    def exchange_of(self, subgroup: Subgroup) -> ExchangeChoice:
         return ExchangeChoice()
 
-    def fits(self, tokens: int, team: Subgroup) -> bool:
+    def fits(self, tokens: int, subgroup: Subgroup) -> bool:
         return True
 
-    def fit_together(self, paused: tuple[int, Subgroup], inside: tuple[int, Subgroup]) -> bool:
+    def fit_together(
+        self, preempted: tuple[int, Subgroup], preempting: tuple[int, Subgroup]
+    ) -> bool:
         return self.roomy
 
     async def prefill(
-        self, task: PrefillTask, on_progress: Callable[[Progress], None], over: str = ""
+        self, task: PrefillTask, on_progress: Callable[[Progress], None], preempts: str = ""
     ) -> PrefillOutcome:
-        if over:
-            self.paused[over] = asyncio.Event()
+        if preempts:
+            self.paused[preempts] = asyncio.Event()
         try:
             return await self._prefill(task, on_progress)
         finally:
-            if over:
-                self.paused[over].set()
+            if preempts:
+                self.paused[preempts].set()
 
     async def _prefill(
         self, task: PrefillTask, on_progress: Callable[[Progress], None]
@@ -232,7 +255,7 @@ class Group:
         try:
             for done in range(1, patches + 1):
                 await asyncio.wait({death}, timeout=self.step_s)
-                while not death.done() and self._stands(task.job_id):
+                while not death.done() and self._is_held(task.job_id):
                     await asyncio.wait({death}, timeout=0.01)
                 if death.done():
                     death.result()
@@ -240,13 +263,21 @@ class Group:
                     self.writing.discard(prefix_id)
                     raise self.failures.popleft()
                 for stage in Stage:
-                    for rank in task.team.members:
-                        tokens = done * task.plan.num_tokens // patches // task.team.size
-                        of = task.plan.num_tokens // task.team.size
-                        if stage is not Stage.PREFILL:
-                            tokens, of = done, patches
+                    for rank in task.subgroup.members:
+                        units = done
+                        total = patches
+                        if stage is Stage.PREFILL:
+                            units = done * task.plan.num_tokens // patches // task.subgroup.size
+                            total = task.plan.num_tokens // task.subgroup.size
                         on_progress(
-                            Progress(task.job_id, rank, stage, tokens, of, done * self.step_s)
+                            Progress(
+                                job_id=task.job_id,
+                                rank=rank,
+                                stage=stage,
+                                done=units,
+                                total=total,
+                                elapsed_s=done * self.step_s,
+                            )
                         )
         except asyncio.CancelledError:
             if self.stop_s:
@@ -258,21 +289,24 @@ class Group:
         ready.set()
         self.tasks.append(task)
         return PrefillOutcome(
-            {"decode": 0.1}, {"broadcast": CollectiveUse(1, 1, 0.01)}, 0.1, report(task),
-            (OffloadReport(64, 32, 7, 0.5), OffloadReport(64, 32, 4, 0.25)),
-        )  # fmt: skip
+            stage_seconds={"decode": 0.1},
+            communication={"broadcast": CollectiveUse(1, 1, 0.01)},
+            seconds=0.1,
+            attention=report(task),
+            offloaded=(OffloadReport(64, 32, 7, 0.5), OffloadReport(64, 32, 4, 0.25)),
+        )
 
-    def _stands(self, job_id: str) -> bool:
+    def _is_held(self, job_id: str) -> bool:
         return job_id in self.held or (job_id in self.paused and not self.paused[job_id].is_set())
 
-    def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
+    def grant_lease(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         assert ttl_s > 0
         self.leases.setdefault(prefix_id, set()).add(lease_id)
 
-    def release(self, prefix_id: str, lease_id: str) -> None:
+    def release_lease(self, prefix_id: str, lease_id: str) -> None:
         self.leases.get(prefix_id, set()).discard(lease_id)
 
-    def drop(self, prefix_id: str) -> None:
+    def drop_prefix(self, prefix_id: str) -> None:
         self.pages.pop(prefix_id, None)
         if prefix_id in self.writing:
             self.writing.remove(prefix_id)
@@ -283,11 +317,13 @@ class Group:
         return sum(map(len, self.leases.values()))
 
 
-class GenerationServer:
-    """Pulls pages from the group like the connector, then says ``answer`` token by token."""
+class SimulatedGenerationServer:
+    """Pulls pages from the ranks like the connector, then says ``answer`` token by token."""
 
-    def __init__(self, group: Group, max_model_len: int = 4096, start_s: float = 0.0) -> None:
-        self.group = group
+    def __init__(
+        self, executor: SimulatedExecutor, max_model_len: int = 4096, start_s: float = 0.0
+    ) -> None:
+        self.executor = executor
         self.max_model_len = max_model_len
         self.start_s = start_s
         self.ready = False
@@ -339,21 +375,26 @@ class GenerationServer:
                 self.aborted.append(request.request_id)
 
     async def _pull(self, request: GenerationRequest) -> None:
-        manifest, lease_id = request.handoff.manifest, request.handoff.lease_id
+        manifest = request.handoff.manifest
+        lease_id = request.handoff.lease_id
         error = self.faults.popleft() if self.faults else None
-        pages = self.group.pages.get(manifest.prefix_id)
-        if manifest.generation != self.group.generation:
+        pages = self.executor.pages.get(manifest.prefix_id)
+        if manifest.generation != self.executor.generation:
             error = ServiceError(Reason.STALE_GENERATION, "stale generation")
         elif pages is None:
             error = ServiceError(Reason.UNKNOWN_PREFIX, "no such prefix")
-        elif lease_id not in self.group.leases.get(manifest.prefix_id, ()):
+        elif lease_id not in self.executor.leases.get(manifest.prefix_id, ()):
             error = ServiceError(Reason.LEASE_EXPIRED, "no such lease")
         elif error is None:
             await self._wait(pages.wait())
         report = HandoffReport(
-            lease_id, error is None, manifest.num_tokens, 1000, 0.25,
+            lease_id,
+            error is None,
+            manifest.num_tokens,
+            1000,
+            0.25,
             error.to_dict() if error else None,
-        )  # fmt: skip
+        )
         await asyncio.to_thread(send_report, request.handoff.report_to, report)
         if error is not None:
             raise ServiceError(Reason.DECODER_FAILED, "vLLM answered 500")

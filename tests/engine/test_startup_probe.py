@@ -9,14 +9,16 @@ from prefill_service.cost_model.cost import ASSUMED
 from prefill_service.cost_model.fitting import fit
 from prefill_service.engine.startup_probe import model_shape
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
-from tests.engine.harness import running_group
+from tests.support.standalone_executor import standalone_executor
 
 
 async def test_rank_0_tells_what_it_measured(
     checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
-    async with running_group(checkpoint("qwen3_vl"), tmp_path, 2, exchange="auto") as harness:
-        observed = harness.group.observed
+    async with standalone_executor(
+        checkpoint("qwen3_vl"), tmp_path, 2, exchange="auto"
+    ) as standalone:
+        observed = standalone.supervisor.observed
         assert len(observed) == 3 + 3  # the device, the link
         assert sum(one.work.exposed_calls for one in observed) == 3
         model = fit(observed, ASSUMED, "probe")
@@ -24,11 +26,11 @@ async def test_rank_0_tells_what_it_measured(
         assert all(one.seconds > 0 for one in observed)
         assert 0 <= model.per_linear_flop < 1
         assert 0 <= model.per_byte < 1
-        shape = model_shape(harness.planner.checkpoint, "float32")
+        shape = model_shape(standalone.planner.checkpoint, "float32")
         assert shape.bytes_per_element == 4
-        assert shape.kv_heads == harness.planner.checkpoint.num_kv_heads
-        assert harness.group.exchange == ExchangeChoice()
+        assert shape.kv_heads == standalone.planner.checkpoint.num_kv_heads
+        assert standalone.executor.exchange_of(standalone.executor.all_ranks) == ExchangeChoice()
         video = make_video(seconds=1.0, width=96, height=64)
-        plan, _ = await harness.plan(video)
-        outcome = await harness.prefill(harness.task(video, plan))
+        plan, _ = await standalone.plan(video)
+        outcome = await standalone.prefill(standalone.task(video, plan))
         assert "probe" not in outcome.communication

@@ -1,4 +1,4 @@
-"""The registry under pressure: never above its bound, never a leased prefix, oldest first."""
+"""The prefix cache under pressure: never above its bound, never a leased prefix, oldest first."""
 
 from __future__ import annotations
 
@@ -11,47 +11,57 @@ import pytest
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun
 from prefill_service.scheduling.prefix_cache import Lease, PrefixCache
-from prefill_service.scheduling.retry_policy import RESTARTABLE
+from prefill_service.scheduling.runner import RESTARTABLE
 
 POOL = 1000
 LAYOUT = KVLayout(1, 1, 4, "float32", 16)
 
 
-class WorkerSupervisor:
-    """What the ranks were told: the prefixes they hold, least recently used first, and leases."""
+class RecordingExecutor:
+    """The prefixes that the ranks hold, least recently used first, and their leases."""
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
         self.leases: dict[str, set[str]] = {}
 
-    def grant(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
+    def grant_lease(self, prefix_id: str, lease_id: str, ttl_s: float) -> None:
         self.leases.setdefault(prefix_id, set()).add(lease_id)
 
-    def release(self, prefix_id: str, lease_id: str) -> None:
+    def release_lease(self, prefix_id: str, lease_id: str) -> None:
         self.leases.get(prefix_id, set()).discard(lease_id)
 
-    def drop(self, prefix_id: str) -> None:
+    def drop_prefix(self, prefix_id: str) -> None:
         self.held.pop(prefix_id, None)
 
 
 def manifest(prefix_id: str, generation: int = 0) -> Manifest:
     return Manifest(
-        prefix_id, "engine", generation, "model", LAYOUT, 1, (ShardRun(0, 1, 0, 0),), ("unix:/r",),
-        "hash", 0,
-    )  # fmt: skip
+        prefix_id,
+        "engine",
+        generation,
+        "model",
+        LAYOUT,
+        1,
+        (ShardRun(0, 1, 0, 0),),
+        ("unix:/r",),
+        "hash",
+        0,
+    )
 
 
 class Model:
-    """The registry, driven at random, beside the least that must be true of it."""
+    """The prefix cache, driven at random, beside the least that must be true of it."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.ranks = WorkerSupervisor()
+        self.executor = RecordingExecutor()
         self.gone: list[str] = []
-        self.registry = PrefixCache(
-            self.ranks,  # type: ignore[arg-type]
-            POOL, 30.0, self.gone.append,
-        )  # fmt: skip
+        self.cache = PrefixCache(
+            self.executor,  # type: ignore[arg-type]
+            POOL,
+            30.0,
+            self.gone.append,
+        )
         self.computing: set[str] = set()
         self.manifests: dict[str, Manifest] = {}
         self.leases: list[Lease] = []
@@ -64,29 +74,29 @@ class Model:
     async def arrive(self) -> None:
         size = self.random.choice((50, 150, 300, 700, POOL, POOL + 1))
         fixed = self.leased() | self.computing
-        room = POOL - sum(self.ranks.held[name] for name in fixed)
-        before = dict(self.ranks.held)
+        room = POOL - sum(self.executor.held[name] for name in fixed)
+        before = dict(self.executor.held)
         if size > room:
             with pytest.raises(ServiceError, match=f"needs {size} bytes of KV, the pool") as caught:
-                await self.registry.make_room(size, wait_s=0)
+                await self.cache.make_room(size, wait_s=0)
             assert caught.value.reason is Reason.KV_POOL_FULL
-            assert self.ranks.held == before  # nothing is lost for what has no room anyway
+            assert self.executor.held == before  # nothing is lost for what has no room anyway
             self.refusals += 1
             return
-        await self.registry.make_room(size)
-        lost = [name for name in before if name not in self.ranks.held]
+        await self.cache.make_room(size)
+        lost = [name for name in before if name not in self.executor.held]
         assert not set(lost) & fixed
         # Exactly as many of the least recently used as were needed.
         candidates = [name for name in before if name not in fixed]
         assert lost == candidates[: len(lost)]
         if lost:
-            assert sum(self.ranks.held.values()) + before[lost[-1]] + size > POOL
+            assert sum(self.executor.held.values()) + before[lost[-1]] + size > POOL
         self.evictions += len(lost)
         self.count += 1
         name = f"prefix{self.count}"
         self.manifests[name] = manifest(name, self.generation)
-        self.registry.add(self.manifests[name], size)
-        self.ranks.held[name] = size
+        self.cache.add_prefix(self.manifests[name], size)
+        self.executor.held[name] = size
         self.computing.add(name)
 
     def finish(self) -> None:
@@ -94,42 +104,42 @@ class Model:
             name = self.random.choice(sorted(self.computing))
             self.computing.remove(name)
             if self.random.random() < 0.2:
-                self.registry.discard(self.manifests[name])
+                self.cache.invalidate(self.manifests[name])
                 self.leases = [x for x in self.leases if x.manifest.prefix_id != name]
             else:
-                self.registry.complete(name)
+                self.cache.complete_prefix(name)
 
     def lease(self) -> None:
-        if self.ranks.held:
-            name = self.random.choice(sorted(self.ranks.held))
-            self.leases.append(self.registry.lease(name))
-            self.ranks.held[name] = self.ranks.held.pop(name)  # the youngest now
+        if self.executor.held:
+            name = self.random.choice(sorted(self.executor.held))
+            self.leases.append(self.cache.open_lease(name))
+            self.executor.held[name] = self.executor.held.pop(name)  # the youngest now
 
     def release(self) -> None:
         if self.leases:
             lease = self.leases.pop(self.random.randrange(len(self.leases)))
-            assert lease.lease_id in self.ranks.leases[lease.manifest.prefix_id]
-            self.registry.release(lease)
-            self.registry.release(lease)
-            assert lease.lease_id not in self.ranks.leases[lease.manifest.prefix_id]
+            assert lease.lease_id in self.executor.leases[lease.manifest.prefix_id]
+            self.cache.release_lease(lease)
+            self.cache.release_lease(lease)
+            assert lease.lease_id not in self.executor.leases[lease.manifest.prefix_id]
 
     def die(self) -> None:
-        self.registry.lose_generation(self.generation)
+        self.cache.forget_generation(self.generation)
         assert all(lease.lost.is_set() for lease in self.leases)
         self.generation += 1
-        self.ranks.held.clear()
-        self.ranks.leases.clear()
+        self.executor.held.clear()
+        self.executor.leases.clear()
         self.computing.clear()
         self.leases.clear()
 
     def check(self) -> None:
-        registry = self.registry
-        assert registry.used_bytes == sum(self.ranks.held.values()) <= POOL
+        cache = self.cache
+        assert cache.used_bytes == sum(self.executor.held.values()) <= POOL
         fixed = self.leased() | self.computing
-        assert registry.leased_bytes == sum(self.ranks.held[name] for name in fixed)
+        assert cache.leased_bytes == sum(self.executor.held[name] for name in fixed)
         assert not any(lease.lost.is_set() for lease in self.leases)
         for lease in self.leases:
-            assert lease.lease_id in self.ranks.leases[lease.manifest.prefix_id]
+            assert lease.lease_id in self.executor.leases[lease.manifest.prefix_id]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -149,12 +159,14 @@ async def test_random_arrivals_leases_and_evictions(seed: int) -> None:
 
 
 async def test_a_prefix_larger_than_the_pool_says_what_to_change() -> None:
-    registry = PrefixCache(
+    cache = PrefixCache(
         SimpleNamespace(),  # type: ignore[arg-type]
-        POOL, 30.0, lambda _: None,
-    )  # fmt: skip
+        POOL,
+        30.0,
+        lambda _: None,
+    )
     with pytest.raises(ServiceError) as caught:
-        await registry.make_room(POOL + 1)  # at once, whatever others would release
+        await cache.make_room(POOL + 1)  # at once, whatever others would release
     assert caught.value.message == (
         "the prefix needs 1001 bytes of KV, the pool has 1000; "
         "raise engine.kv_pool_bytes or look at fewer or smaller frames"
@@ -162,51 +174,56 @@ async def test_a_prefix_larger_than_the_pool_says_what_to_change() -> None:
 
 
 async def test_what_is_being_computed_is_waited_for_however_long_it_takes() -> None:
-    registry = PrefixCache(
-        WorkerSupervisor(),  # type: ignore[arg-type]
-        POOL, 30.0, lambda _: None,
-    )  # fmt: skip
-    registry.add(manifest("first"), POOL)
-    waiting = asyncio.create_task(registry.make_room(POOL, wait_s=0.02))
+    cache = PrefixCache(
+        RecordingExecutor(),  # type: ignore[arg-type]
+        POOL,
+        30.0,
+        lambda _: None,
+    )
+    cache.add_prefix(manifest("first"), POOL)
+    waiting = asyncio.create_task(cache.make_room(POOL, wait_s=0.02))
     await asyncio.sleep(0.2)
-    lease = registry.lease("first")
-    registry.complete("first")
+    lease = cache.open_lease("first")
+    cache.complete_prefix("first")
     with pytest.raises(ServiceError, match="1000 bytes of them leased"):  # now for leases only
         await waiting
-    registry.release(lease)
-    await registry.make_room(POOL, wait_s=0.02)
-    assert registry.used_bytes == 0
+    cache.release_lease(lease)
+    await cache.make_room(POOL, wait_s=0.02)
+    assert cache.used_bytes == 0
 
 
 def test_ranks_lost_right_after_their_answer_are_no_fault_of_the_job() -> None:
-    registry = PrefixCache(
-        WorkerSupervisor(),  # type: ignore[arg-type]
-        POOL, 30.0, lambda _: None,
-    )  # fmt: skip
-    registry.add(manifest("first"), POOL)
-    registry.lose_generation(manifest("first").generation)
+    cache = PrefixCache(
+        RecordingExecutor(),  # type: ignore[arg-type]
+        POOL,
+        30.0,
+        lambda _: None,
+    )
+    cache.add_prefix(manifest("first"), POOL)
+    cache.forget_generation(manifest("first").generation)
     with pytest.raises(ServiceError, match="were lost before it was kept") as caught:
-        registry.complete("first")
+        cache.complete_prefix("first")
     assert caught.value.reason in RESTARTABLE
 
 
 async def test_a_prefix_is_not_computed_again_before_the_ranks_have_stopped() -> None:
-    ranks = WorkerSupervisor()
-    registry = PrefixCache(ranks, POOL, 30.0, lambda _: None)  # type: ignore[arg-type]
-    stopping, again = manifest("it"), manifest("it")
-    registry.add(stopping, 10)
-    waiting = asyncio.create_task(registry.make_room(10, wait_s=0.02, prefix_id="it"))
-    await registry.make_room(10, wait_s=0, prefix_id="another")
+    ranks = RecordingExecutor()
+    cache = PrefixCache(ranks, POOL, 30.0, lambda _: None)  # type: ignore[arg-type]
+    stopping = manifest("it")
+    again = manifest("it")
+    cache.add_prefix(stopping, 10)
+    waiting = asyncio.create_task(cache.make_room(10, wait_s=0.02, prefix_id="it"))
+    await cache.make_room(10, wait_s=0, prefix_id="another")
     await asyncio.sleep(0.1)
     assert not waiting.done()
-    registry.discard(stopping)
+    cache.invalidate(stopping)
     await waiting
-    registry.add(again, 10)
+    cache.add_prefix(again, 10)
     ranks.held["it"] = 10
-    registry.discard(stopping)
+    cache.invalidate(stopping)
     assert ranks.held == {"it": 10}
-    lease = registry.lease("it")
+    lease = cache.open_lease("it")
     assert lease.manifest is again
-    registry.discard(again)
+    cache.invalidate(again)
     assert lease.lost.is_set()
     assert not ranks.held

@@ -14,20 +14,20 @@ from prefill.v1 import prefill_service_pb2 as pb
 from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
 from prefill_service.scheduling.baseline_spec import BaselineSpec
 from prefill_service.scheduling.job import NO_POLICY, PrefillSpec
-from tests.scheduling.harness import Harness, answer, error_of
-from tests.scheduling.parts import TOKENS_PER_FRAME
+from tests.support.in_process_service import InProcessService, answer, error_of
+from tests.support.simulated_backends import TOKENS_PER_FRAME
 
 Serve = Callable[..., Any]
 RANKS = {"ranks": 2}
 
 
-def spec(s: Harness, frames: int = 12, **comparison: Any) -> pb.PrefillSpec:
+def spec(s: InProcessService, frames: int = 12, **comparison: Any) -> pb.PrefillSpec:
     message = s.spec(frames)
-    message.comparison.CopyFrom(pb.BaselineSpec(**comparison))
+    message.comparison.CopyFrom(pb.ComparisonSpec(**comparison))
     return message
 
 
-async def create(s: Harness, message: pb.PrefillSpec) -> pb.PrefillJob:
+async def create(s: InProcessService, message: pb.PrefillSpec) -> pb.PrefillJob:
     request = pb.CreatePrefillJobRequest(spec=message)
     return (await s.prefills.CreatePrefillJob(request)).job
 
@@ -46,14 +46,19 @@ async def test_a_job_is_computed_as_asked(serve: Serve) -> None:
         assert job.state == pb.JOB_STATE_SUCCEEDED
         assert job.spec == spec(s, **SPAVA)  # in a form that may be asked again
         assert (await create(s, job.spec)).job_id == job.job_id
-        how = s.group.tasks[-1].comparison
-        assert how.mode == BaselineMethod(Comparison.SPAVA, 40, 5, PassingScore.MEAN)
+        how = s.executor.tasks[-1].baseline
+        assert how.method == BaselineMethod(Comparison.SPAVA, 40, 5, PassingScore.MEAN)
         assert how.question_ids == tuple(map(ord, "Who?"))
         # Two patches of anchor in two slices, then a block each, twice.
         ranges = [(r.start_token, r.end_token, r.rank) for r in job.result.shards]
         assert ranges == [
-            (0, 32, 0), (32, 64, 1), (64, 96, 0), (96, 128, 1), (128, 160, 1), (160, 192, 0),
-        ]  # fmt: skip
+            (0, 32, 0),
+            (32, 64, 1),
+            (64, 96, 0),
+            (96, 128, 1),
+            (128, 160, 1),
+            (160, 192, 0),
+        ]
         assert not job.result.HasField("attention")
         assert job.result.communication.exchange == "spava"
         assert '"profile":"spava:anchor_tokens=40' in job.result.manifest_json
@@ -65,14 +70,17 @@ async def test_a_job_is_computed_as_asked(serve: Serve) -> None:
 async def test_every_part_of_it_makes_another_prefix(serve: Serve) -> None:
     async with serve(engine=RANKS) as s:
         changes: list[dict[str, Any]] = [
-            {}, {"question": "What?"}, {"anchor_tokens": 60}, {"passing_tokens": 6},
+            {},
+            {"question": "What?"},
+            {"anchor_tokens": 60},
+            {"passing_tokens": 6},
             {"method": pb.COMPARISON_METHOD_APB},
-        ]  # fmt: skip
+        ]
         specs = [spec(s, **{**SPAVA, **change}) for change in changes]
         ids = [(await create(s, message)).job_id for message in [*specs, s.spec(12)]]
         assert len(set(ids)) == len(ids)
         spava = BaselineSpec(Comparison.SPAVA, "Who?")
-        assert spava.profile(2) != spava.profile(3)
+        assert spava.approximation(2) != spava.approximation(3)
 
 
 async def test_an_answer_consults_its_own_question(serve: Serve) -> None:
@@ -83,9 +91,9 @@ async def test_an_answer_consults_its_own_question(serve: Serve) -> None:
         )
         got = await answer(s.answers.Ask(request, timeout=20))
         assert got.final.finish_reason
-        how = s.group.tasks[-1].comparison
+        how = s.executor.tasks[-1].baseline
         assert how.question_ids == tuple(map(ord, "Where?"))
-        assert how.mode.anchor_tokens == 12 * TOKENS_PER_FRAME // 3  # as published
+        assert how.method.anchor_tokens == 12 * TOKENS_PER_FRAME // 3  # as published
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""What is asked, and the events of an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefill_service.generation.vllm_client import Sampling
+from prefill_service.scheduling.job import JobRecord, PrefillSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked (``prefill.v1.AskRequest``).
+
+    Attributes:
+        messages: (role, text) pairs, roles "user" and "assistant".
+        sampling: how to sample tokens, except ``max_tokens``.
+        max_tokens: ``None`` for 256, or what room there is.
+    """
+
+    spec: PrefillSpec
+    messages: tuple[tuple[str, str], ...]
+    sampling: Sampling
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerProgress:
+    """How far the prefill is."""
+
+    job: JobRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """The next piece of the answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFinal:
+    """The end of the answer; times in seconds (``prefill.v1.AskTimings``, ``AskUsage``)."""
+
+    finish_reason: str
+    job_id: str
+    prefix_id: str
+    prefill_wait_s: float
+    decoder_first_token_s: float
+    first_token_s: float
+    total_s: float
+    handoff_s: float
+    prompt_tokens: int
+    video_tokens: int
+    completion_tokens: int
+    kv_tokens_moved: int
+    kv_bytes_moved: int
+    cached_tokens: int
+
+
+AnswerEvent = AnswerProgress | AnswerDelta | AnswerFinal
