@@ -7,7 +7,6 @@ import logging
 import shutil
 import signal
 import tempfile
-import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -209,7 +208,6 @@ class Service:
             admission,
             executor,
             config=config.engine,
-            engine_id=uuid.uuid4().hex,
             metrics=metrics,
             exchanges=components.exchanges,
         )

@@ -276,12 +276,12 @@ def _open_buffers(rank_task: RankTask, shape: AttentionShape) -> OffloadedKV | N
     """Buffers of which only a part is on the device, where all of it exceeds the budget."""
     worker = rank_task.worker
     sizes = OffloadShape(
-        shape.num_layers,
-        shape.num_tokens,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.dtype,
-        shape.device,
+        layers=shape.num_layers,
+        tokens=shape.num_tokens,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        device=shape.device,
     )
     budget = worker.kv_budget(rank_task.task.exchange)
     try:

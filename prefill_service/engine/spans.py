@@ -59,7 +59,7 @@ class SpanBuffer:
 
     def note(self, row: str, name: str, start: float, **args: Amount) -> None:
         """Note what began at ``start`` and ends now."""
-        span = Span(row, name, start, time.perf_counter(), args)
+        span = Span(row=row, name=name, start=start, end=time.perf_counter(), args=args)
         with self._lock:
             if len(self._spans) < self.limit:
                 self._spans.append(span)
@@ -72,7 +72,9 @@ class SpanBuffer:
             found = sorted(self._spans, key=lambda span: (span.start, -span.end))
             if self.dropped:
                 end = max(span.end for span in found)
-                found.append(Span("missing", f"{self.dropped} slices not kept", end, end, {}))
+                found.append(
+                    Span("missing", f"{self.dropped} slices not kept", start=end, end=end, args={})
+                )
             return tuple(found)
 
 

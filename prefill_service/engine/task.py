@@ -218,7 +218,10 @@ def _run_task(
     clock = worker.make_clock(task.job_id)
     with ExitStack() as stack:
         try:
-            method = build(RankTask(worker, task, writer, control, clock))
+            rank_task = RankTask(
+                worker=worker, task=task, writer=writer, control=control, clock=clock
+            )
+            method = build(rank_task)
             stack.callback(method.close)
             method.execute()
         except TaskAborted as aborted:

@@ -75,13 +75,13 @@ class AttentionSummary:
             for layer in data["layers"]
         )
         return cls(
-            policy_from_dict(data["policy"]),
-            data["floor_met"],
-            data["sparse_from_tokens"],
-            AttentionMeasures(**data["total"]),
-            layers,
-            data.get("imbalance", 1.0),
-            data.get("imbalance_before", 1.0),
+            policy=policy_from_dict(data["policy"]),
+            floor_met=data["floor_met"],
+            sparse_from_tokens=data["sparse_from_tokens"],
+            total=AttentionMeasures(**data["total"]),
+            layers=layers,
+            imbalance=data.get("imbalance", 1.0),
+            imbalance_before=data.get("imbalance_before", 1.0),
         )
 
 
@@ -121,14 +121,15 @@ def summarize(policy: AttentionPolicy, report: AttentionReport) -> AttentionSumm
         for layer in report.layers
     )
     floor = policy.min_kept_mass - FLOOR_TOLERANCE
+    exact = policy.exact or report.sparse_from_tokens >= NEVER
     return AttentionSummary(
-        policy,
-        all(layer.measures.kept_mass_mean >= floor for layer in layers),
-        0 if policy.exact or report.sparse_from_tokens >= NEVER else report.sparse_from_tokens,
-        _measure(report.layers),
-        layers,
-        report.imbalance,
-        report.imbalance_before,
+        policy=policy,
+        floor_met=all(layer.measures.kept_mass_mean >= floor for layer in layers),
+        sparse_from_tokens=0 if exact else report.sparse_from_tokens,
+        total=_measure(report.layers),
+        layers=layers,
+        imbalance=report.imbalance,
+        imbalance_before=report.imbalance_before,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,7 +93,6 @@ class PrefillRunner:
     """Computes prefixes, several at once if need be, and enters them into the prefix cache.
 
     Args:
-        engine_id: uuid of this service run, part of every manifest.
         metrics: counts each prefill.
         traces: where it is noted what was done when.
         exchanges: chooses each prefix's exchange; without it, it is the configured one.
@@ -102,7 +102,6 @@ class PrefillRunner:
         self,
         executor: PrefillExecutor,
         prefixes: PrefixCache,
-        engine_id: str,
         admission: Admission,
         *,
         metrics: Metrics,
@@ -111,7 +110,7 @@ class PrefillRunner:
     ) -> None:
         self._executor = executor
         self._prefixes = prefixes
-        self._engine_id = engine_id
+        self._engine_id = uuid.uuid4().hex  # of this service run
         self._admission = admission
         self._metrics = metrics
         self._traces = traces

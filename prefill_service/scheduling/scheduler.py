@@ -42,7 +42,6 @@ class Scheduler:
     """The jobs that are queued, running or resident, and all that is done with them.
 
     Args:
-        engine_id: uuid of this service run, part of every manifest.
         config: size of the pool, time to live of leases, length of the queue.
         metrics: counts jobs, and reads their numbers here.
         exchanges: chooses each prefix's exchange; without it, it is the configured one.
@@ -61,7 +60,6 @@ class Scheduler:
         executor: PrefillExecutor,
         *,
         config: EngineConfig,
-        engine_id: str,
         metrics: Metrics,
         exchanges: ExchangePlanner | None = None,
     ) -> None:
@@ -86,7 +84,6 @@ class Scheduler:
         self._runner = PrefillRunner(
             executor,
             self.prefixes,
-            engine_id,
             admission,
             metrics=metrics,
             traces=self.traces,

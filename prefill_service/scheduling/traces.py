@@ -81,7 +81,9 @@ class TraceStore:
         """Note what began at ``start`` (``time.monotonic``) and ends now, if the job is known."""
         trace = self._traces.get(job_id)
         if trace is not None and len(trace.service) < SERVICE_SPANS:
-            trace.service.append(Span(row, name, start, time.monotonic(), args))
+            trace.service.append(
+                Span(row=row, name=name, start=start, end=time.monotonic(), args=args)
+            )
 
     @contextmanager
     def span(self, job_id: str, name: str) -> Iterator[None]:
@@ -139,7 +141,7 @@ def _process_events(pid: int, name: str, spans: Iterable[Span], zero: float) -> 
             _name_event(pid, tid, "thread_name", row),
             _sort_event(pid, tid, "thread_sort_index", tid),
         ]
-        events += [_span_event(pid, tid, row, span, zero) for span in lane]
+        events += [_span_event(span, pid=pid, tid=tid, lane=row, zero=zero) for span in lane]
     return events
 
 
@@ -161,13 +163,13 @@ def _lanes(spans: list[Span]) -> list[list[Span]]:
     return lanes
 
 
-def _span_event(pid: int, tid: int, row: str, span: Span, zero: float) -> Event:
+def _span_event(span: Span, *, pid: int, tid: int, lane: str, zero: float) -> Event:
     start = round((span.start - zero) * _MICROSECONDS, 1)
     return {
         "ph": "X",
         "pid": pid,
         "tid": tid,
-        "cat": row,
+        "cat": lane,
         "name": span.name,
         "ts": start,
         "dur": round((span.end - zero) * _MICROSECONDS, 1) - start,

@@ -31,6 +31,7 @@ def baseline_task(
     standalone: StandaloneExecutor,
     plan: PrefixPlan,
     method: Comparison,
+    *,
     anchor: int | None,
     passing: int | None,
     question: str = "What is it?",
@@ -68,12 +69,14 @@ async def test_kv_is_exact_where_the_method_is(
         inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text)
         exact = prefix_kv(model, inputs, plan, torch.float64)
 
-        everything = baseline_task(standalone, plan, SPAVA, 40, 1 << 20)
+        everything = baseline_task(standalone, plan, SPAVA, anchor=40, passing=1 << 20)
         assert error(await kv_of(standalone, video, plan, everything), exact) < 1e-5
         found = {}
         for method, passing in ((SPAVA, 6), (STAR, None), (APB, 6)):
             for question in ("What is it?", "Who runs from the left to the right?"):
-                baseline = baseline_task(standalone, plan, method, 40, passing, question)
+                baseline = baseline_task(
+                    standalone, plan, method, anchor=40, passing=passing, question=question
+                )
                 kv = await kv_of(standalone, video, plan, baseline)
                 found[method, question] = kv
                 _, end = baseline_split(plan, baseline, ranks).block(0)
@@ -103,7 +106,7 @@ async def test_errors_and_cancelling_stop_all_ranks(
     ) as standalone:
         video = make_video(**VIDEO)
         plan, _ = await standalone.plan(video, FrameSampling(fps=4.0))
-        baseline = baseline_task(standalone, plan, SPAVA, 40, 6)
+        baseline = baseline_task(standalone, plan, SPAVA, anchor=40, passing=6)
         task = standalone.task(video, plan, baseline=baseline)
         running = asyncio.create_task(standalone.prefill(task))
         while not standalone.progress:

@@ -42,6 +42,7 @@ class SimulatedRanks:
         job: str,
         subgroup: Subgroup,
         chunks: int,
+        *,
         preempts: str = "",
         chunk_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -116,7 +117,13 @@ async def arrive_at_random(ranks: SimulatedRanks, chance: random.Random, number:
         subgroup = chance.choice([one for one in ranks.subgroups if running.subgroup.contains(one)])
     chunks = chance.randint(1, 6)
     job = asyncio.create_task(
-        ranks.run(f"{number}", subgroup, chunks, preempts, lambda: chance.random() * 0.0015)
+        ranks.run(
+            f"{number}",
+            subgroup,
+            chunks,
+            preempts=preempts,
+            chunk_seconds=lambda: chance.random() * 0.0015,
+        )
     )
     if chance.random() < 0.3:
         await asyncio.sleep(chance.random() * 0.008)

@@ -77,7 +77,7 @@ async def test_head_budgets_reach_the_ranks_and_the_prefix_id(serve: Serve) -> N
     budgets = HeadBudgetProfile("model", 0.15, ((0.1, 0.2),))
     async with serve() as s:
         plain = (await s.ended((await create(s)).job_id))[-1]
-    async with serve(budgets=budgets) as s:
+    async with serve(components={"budgets": budgets}) as s:
         job = (await s.ended((await create(s)).job_id))[-1]
         exact = (await s.ended((await create(s, quality=pb.QUALITY_EXACT)).job_id))[-1]
         shared, other = (task.policy for task in s.executor.tasks)

@@ -193,7 +193,7 @@ class Recorder(ExchangePlanner):
 async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_path: Path) -> None:
     chooser = Recorder(SHAPE, 32, ROOM, lambda: machine(1e9))
     chooser.learned = []
-    async with serve(executor=TimedExecutor(), exchanges=chooser) as s:
+    async with serve(executor=TimedExecutor(), components={"exchanges": chooser}) as s:
         (*_, job) = await s.ended((await s.create(8)).job_id)
         assert job.state == pb.JOB_STATE_SUCCEEDED
         assert job.result.communication.exchange == "usp 2"

@@ -184,7 +184,8 @@ async def test_context_exceeded_says_what_would_fit(serve: Serve) -> None:
 async def test_what_the_ranks_cannot_hold_is_refused_with_advice(serve: Serve) -> None:
     layout = replace(LAYOUT, num_layers=3)  # of which two attend
     frame = 2 * layout.page_bytes // 3
-    async with serve(memory=KVBudget(layout, 1 << 40, working_bytes=10 * frame)) as s:
+    budget = KVBudget(layout, 1 << 40, working_bytes=10 * frame)
+    async with serve(components={"memory": budget}) as s:
         for refused in (s.create(frames=12), answer(s.ask(frames=12))):
             code, reason, metadata, _ = await error_of(refused)
             assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "KV_POOL_FULL")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,7 @@ from prefill.v1 import (
     prefill_service_pb2 as prefill_pb,
 )
 
-from prefill_service.attention.head_budgets import HeadBudgetProfile
 from prefill_service.config import ServiceConfig, StorageConfig, VideoConfig, load_config
-from prefill_service.kv.budget import KVBudget
-from prefill_service.scheduling.exchange_planner import ExchangePlanner
 from prefill_service.service import Components, Service
 from prefill_service.video.store import VideoStore
 from tests.support.simulated_backends import (
@@ -147,12 +144,14 @@ async def serving(
     *,
     connect: bool = True,
     wait: bool = True,
-    budgets: HeadBudgetProfile | None = None,
-    memory: KVBudget | None = None,
-    exchanges: ExchangePlanner | None = None,
+    components: Mapping[str, Any] | None = None,
     **sections: dict[str, Any],
 ) -> AsyncIterator[InProcessService]:
-    """Run a service on a copy of the template's data; sections are configuration."""
+    """Run a service on a copy of the template's data; sections are configuration.
+
+    Args:
+        components: further ones by their name in ``Components``.
+    """
     source, video_id = template
     if not data_dir.exists():
         shutil.copytree(source, data_dir)
@@ -167,9 +166,7 @@ async def serving(
             planner=SimulatedPlanner(),  # type: ignore[arg-type]
             executor=executor,  # type: ignore[arg-type]
             generation=generation,  # type: ignore[arg-type]
-            budgets=budgets,
-            memory=memory,
-            exchanges=exchanges,
+            **(components or {}),
         )
 
     service = Service(load_config(None, sections), build)
