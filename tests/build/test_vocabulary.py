@@ -23,7 +23,6 @@ RETIRED = {
     "witness": "remote verification",
     "witnesses": "remote verification",
     "certified": "verified",
-    "spares": "decoder pool",
     "condemn": "invalidate",
     "inventory": "repository",
     "job book": "job registry",
@@ -33,26 +32,21 @@ RETIRED = {
 STILL_THERE = {
     "team",
     "teams",
-    "overtaken",
-    "overtaking",
-    "cadence",
-    "feeder",
     "meter",
     "homes",
     "witness",
     "witnesses",
     "certified",
-    "condemn",
 }
 
 
 def occurrences(word: str) -> list[str]:
-    """Where a word stands in the code, alone or as a part of a name in snake case."""
+    """Where a word stands in code and documents, alone or as a part of a name in snake case."""
     pattern = re.compile(rf"(?<![a-z]){word.replace(' ', '[ _]')}(?![a-z])", re.I)
+    code = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     return [
         f"{path.relative_to(ROOT)}:{number}"
-        for folder in FOLDERS
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in [*code, *sorted((ROOT / "docs").glob("*.md"))]
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if pattern.search(line)
     ]
