@@ -17,21 +17,29 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import triton
-from prefill_kernels.autotune import suitable
-from prefill_kernels.block_loss import estimate_loss, estimate_loss_reference
-from prefill_kernels.block_selection import select_blocks, select_reference
-from prefill_kernels.block_sparse_attention import (
+from prefill_kernels import (
+    AttentionOptions,
+    DroppedBlocks,
+    Summaries,
     block_sparse_attention,
-    block_sparse_reference,
+    estimate_block_loss,
     longest_first,
+    select_blocks,
 )
+from prefill_kernels.autotune import suitable
 from prefill_kernels.inputs import as_blocks
+from prefill_kernels.reference import (
+    block_sparse_attention_reference,
+    estimate_block_loss_reference,
+    select_blocks_reference,
+)
 
 from benchmarks import tables
 from benchmarks.gpu_problem import BACKENDS, Problem, Rows, Shape
@@ -114,45 +122,77 @@ def check(device: torch.device, dtype: torch.dtype) -> str:
     """
     shape = Shape(450, 4, 2, head_dim=128, block=128, tile=64, chunk=90)
     problem = Problem(shape, dtype, device)
-    rows = problem.rows(0.5)
-    k_mean, k_var, v_mean, k_far, far_count = problem.known
-    k_mean, v_mean, k_far = (x.to(dtype).float() for x in (k_mean, v_mean, k_far))
-    geometry = shape.geometry()
-    bias = torch.randn(rows.keep.shape, device=device).masked_fill(rows.keep, -torch.inf)
-    case: dict[str, Any] = {**geometry, "summaries": (k_mean, v_mean), "bias": bias}
-    wanted = block_sparse_reference(problem.q, problem.k, problem.v, rows.csr, **case)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     configs: list[triton.Config | None] = [None]
     if device.type == "cuda":
         tma = torch.cuda.get_device_capability()[0] >= 9
         configs += suitable(problem.q, shape.head_dim, shape.block, tma)
-    blocks = -(-shape.tokens // shape.block)
-    table = torch.randperm(blocks, device=device).to(torch.int32)
-    for paged in (False, True):
-        k, v = problem.k, problem.v
-        if paged:
-            k, v = (_paged(x, table, shape.block) for x in (k, v))
-            case["block_table"] = table
-        for config in configs:
-            got = block_sparse_attention(problem.q, k, v, rows.csr, config=config, **case)
-            for x, y in zip(got, wanted, strict=True):
-                torch.testing.assert_close(x.double(), y, atol=tolerance, rtol=tolerance)
-    args = (problem.q, problem.k, k_mean, k_var, k_far, far_count)
-    loss, peak, lift = estimate_loss(*args, **geometry)
-    cpu = [x.cpu() for x in args]
-    expected_loss, expected_peak, expected_lift = estimate_loss_reference(*cpu, **geometry)
-    for found, expected in ((loss, expected_loss), (peak, expected_peak)):
-        torch.testing.assert_close(found.cpu().double(), expected, atol=1e-4, rtol=5e-2)
-    torch.testing.assert_close(lift.cpu().double(), expected_lift, atol=1e-3, rtol=1e-3)
-    forced = torch.zeros(loss.shape[1:], dtype=torch.bool, device=device)
-    epsilon = torch.full((shape.kv_heads,), float(loss.sum(-1).mean()) / 2, device=device)
-    csr, _ = select_blocks(loss, lift, forced, epsilon)
-    keep, _ = select_reference(loss.cpu(), lift.cpu(), forced.cpu(), epsilon.cpu())
-    torch.testing.assert_close(csr.col[: csr.row_ptr[-1]].cpu().long(), keep.nonzero()[:, -1])
+    _check_attention(problem, configs, tolerance)
+    _check_selection(problem)
     return (
         f"correct: attention in {len(configs)} configurations, contiguous and paged, within "
         f"{tolerance} of float64; selection equal to its reference"
     )
+
+
+def _rounded(problem: Problem) -> Summaries:
+    """The summaries as the kernels round them."""
+    dtype = problem.q.dtype
+    exact = problem.summaries
+    return exact._replace(
+        k_mean=exact.k_mean.to(dtype).float(),
+        v_mean=exact.v_mean.to(dtype).float(),
+        k_far=exact.k_far.to(dtype).float(),
+    )
+
+
+def _check_attention(
+    problem: Problem, configs: list[triton.Config | None], tolerance: float
+) -> None:
+    shape = problem.shape
+    device = problem.device
+    rows = problem.rows(0.5)
+    summaries = _rounded(problem)
+    bias = torch.randn(rows.keep.shape, device=device).masked_fill(rows.keep, -torch.inf)
+    dropped = DroppedBlocks(summaries.k_mean, summaries.v_mean, bias)
+    tiling = shape.tiling()
+    expected = block_sparse_attention_reference(
+        problem.q, problem.k, problem.v, rows.csr, tiling=tiling, dropped=dropped
+    )
+    blocks = -(-shape.tokens // shape.block)
+    table = torch.randperm(blocks, device=device).to(torch.int32)
+    k_pages, v_pages = (_paged(x, table, shape.block) for x in (problem.k, problem.v))
+    for k, v, used in (
+        (problem.k, problem.v, tiling),
+        (k_pages, v_pages, replace(tiling, block_table=table)),
+    ):
+        for config in configs:
+            options = AttentionOptions(config=config)
+            got = block_sparse_attention(
+                problem.q, k, v, rows.csr, tiling=used, dropped=dropped, options=options
+            )
+            for x, y in zip(got, expected, strict=True):
+                torch.testing.assert_close(x.double(), y, atol=tolerance, rtol=tolerance)
+
+
+def _check_selection(problem: Problem) -> None:
+    shape = problem.shape
+    device = problem.device
+    tiling = shape.tiling()
+    summaries = _rounded(problem)
+    loss, peak, lift = estimate_block_loss(problem.q, problem.k, summaries, tiling=tiling)
+    on_cpu = Summaries(*(x.cpu() for x in summaries))
+    expected = estimate_block_loss_reference(
+        problem.q.cpu(), problem.k.cpu(), on_cpu, tiling=tiling
+    )
+    torch.testing.assert_close(loss.cpu().double(), expected.loss, atol=1e-4, rtol=5e-2)
+    torch.testing.assert_close(peak.cpu().double(), expected.peak, atol=1e-4, rtol=5e-2)
+    torch.testing.assert_close(lift.cpu().double(), expected.bias, atol=1e-3, rtol=1e-3)
+    forced = torch.zeros(loss.shape[1:], dtype=torch.bool, device=device)
+    epsilon = torch.full((shape.kv_heads,), float(loss.sum(-1).mean()) / 2, device=device)
+    csr, _ = select_blocks(loss, lift, forced, epsilon)
+    keep, _ = select_blocks_reference(loss.cpu(), lift.cpu(), forced.cpu(), epsilon.cpu())
+    torch.testing.assert_close(csr.col[: csr.row_ptr[-1]].cpu().long(), keep.nonzero()[:, -1])
 
 
 def _paged(x: torch.Tensor, table: torch.Tensor, block: int) -> torch.Tensor:
@@ -184,7 +224,8 @@ def measure(
         rows = problem.rows(density)
         flops = shape.flops(rows.kept_pairs)
         row = {**common, "density": density, **_timed("ours", problem.ours(rows), flops, device)}
-        ordered = problem.ours(rows, order=longest_first(rows.csr))
+        order = AttentionOptions(order=longest_first(rows.csr))
+        ordered = problem.ours(rows, options=order)
         row["order_gain"] = row["ours_ms"] / (1e3 * seconds(ordered, device))
         row["summaries_ms"] = 1e3 * seconds(problem.compensated(rows), device)
         row["select_share"] = row["select_ms"] / (row["select_ms"] + row["summaries_ms"])

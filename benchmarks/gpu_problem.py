@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from prefill_kernels.block_loss import estimate_loss
-from prefill_kernels.block_selection import select_blocks
-from prefill_kernels.block_sparse_attention import block_sparse_attention
-from prefill_kernels.block_summaries import block_summaries
-from prefill_kernels.csr import BlockCSR
+from prefill_kernels import (
+    AttentionOptions,
+    BlockCSR,
+    DroppedBlocks,
+    Summaries,
+    Tiling,
+    block_sparse_attention,
+    estimate_block_loss,
+    select_blocks,
+    summarize_blocks,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,13 +69,8 @@ class Shape:
         """Both matrix products over some (query, key) pairs of all query heads together."""
         return 4 * self.head_dim * pairs
 
-    def geometry(self) -> dict[str, Any]:
-        return {
-            "block_tokens": self.block,
-            "tile_tokens": self.tile,
-            "q_offset": self.q_offset,
-            "scale": self.head_dim**-0.5,
-        }
+    def tiling(self) -> Tiling:
+        return Tiling(block_tokens=self.block, tile_tokens=self.tile, q_offset=self.q_offset)
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,18 @@ class Problem:
     """Random inputs of one shape, and the contestants over them."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.device = shape, device
+        self.shape = shape
+        self.device = device
         generator = torch.Generator(device).manual_seed(0)
         random = {"generator": generator, "dtype": dtype, "device": device}
         self.q = torch.randn(shape.q_heads, shape.queries, shape.head_dim, **random)  # type: ignore[call-overload]
         kv = torch.randn(shape.tokens, 2, shape.kv_heads, shape.head_dim, **random)  # type: ignore[call-overload]
-        self.k, self.v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+        self.k = kv[:, 0].transpose(0, 1)
+        self.v = kv[:, 1].transpose(0, 1)
 
     @cached_property
-    def known(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return block_summaries(self.k, self.v, block_tokens=self.shape.block)
+    def summaries(self) -> Summaries:
+        return summarize_blocks(self.k, self.v, block_tokens=self.shape.block)
 
     def rows(self, density: float) -> Rows:
         """Every candidate block is kept with the same probability: neighbours share little."""
@@ -116,31 +118,38 @@ class Problem:
         pairs = int((counts.cpu() * length).sum()) * shape.block * shape.q_heads // shape.kv_heads
         return Rows(keep, csr, pairs + shape.local_pairs() * shape.q_heads)
 
-    def ours(self, rows: Rows, **options: Any) -> Callable[[], Tensor]:
-        """Kept blocks and local regions only."""
+    def ours(
+        self,
+        rows: Rows,
+        *,
+        dropped: DroppedBlocks | None = None,
+        options: AttentionOptions | None = None,
+    ) -> Callable[[], Tensor]:
+        """Attention to kept blocks and local regions, and to summaries where there are some."""
+        tiling = self.shape.tiling()
         return lambda: block_sparse_attention(
-            self.q, self.k, self.v, rows.csr, **self.shape.geometry(), **options
+            self.q, self.k, self.v, rows.csr, tiling=tiling, dropped=dropped, options=options
         )[0]
 
     def compensated(self, rows: Rows) -> Callable[[], Tensor]:
         """The same with the summaries of all dropped blocks."""
-        k_mean, _, v_mean, *_ = self.known
         bias = torch.zeros(rows.keep.shape, device=self.device).masked_fill_(rows.keep, -torch.inf)
-        summaries = (k_mean.to(self.q.dtype), v_mean.to(self.q.dtype))
-        return self.ours(rows, summaries=summaries, bias=bias)
+        k_mean = self.summaries.k_mean.to(self.q.dtype)
+        v_mean = self.summaries.v_mean.to(self.q.dtype)
+        return self.ours(rows, dropped=DroppedBlocks(k_mean, v_mean, bias))
 
     def selection(self) -> Callable[[], object]:
         """The chunk's own summaries, the estimate over all blocks, and the choice."""
         shape = self.shape
-        k_mean, k_var, _, *far = self.known
+        summaries = self.summaries
         own = slice(shape.q_offset, None)
-        forced = torch.zeros(shape.tiles, k_mean.shape[1], dtype=torch.bool, device=self.device)
+        blocks = summaries.k_mean.shape[1]
+        forced = torch.zeros(shape.tiles, blocks, dtype=torch.bool, device=self.device)
         epsilon = torch.full((shape.kv_heads,), 0.1, device=self.device)
 
         def select() -> object:
-            block_summaries(self.k[:, own], self.v[:, own], block_tokens=shape.block)
-            known = (k_mean, k_var, *far)
-            loss, peak, bias = estimate_loss(self.q, self.k, *known, **shape.geometry())
+            summarize_blocks(self.k[:, own], self.v[:, own], block_tokens=shape.block)
+            loss, peak, bias = estimate_block_loss(self.q, self.k, summaries, tiling=shape.tiling())
             return select_blocks(force_keep(loss, peak, epsilon / 2), bias, forced, epsilon)
 
         return select

@@ -114,7 +114,7 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
         if causal:  # what lies before the strip is seen by all of it
             end = start + count
             hidden = torch.ones(count, count, dtype=torch.bool).triu(1).repeat(group, 1)
-        out, lse = attend_rows(part.flatten(1, 2), k[:, :end], v[:, :end], scale, hidden)
+        out, lse = attend_rows(part.flatten(1, 2), k[:, :end], v[:, :end], scale, hidden=hidden)
         outs.append(out.view(part.shape))
         lses.append(lse.view(part.shape[:3]))
     out, lse = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in (outs, lses))

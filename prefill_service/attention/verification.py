@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from prefill_kernels.cpu.matmul import product
+from prefill_kernels.cpu.matmul import matmul_nt
 from torch import Tensor
 
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult, by_kv_head
@@ -70,7 +70,7 @@ def exact_rows(
     """
     rows = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32).flatten(0, 1)
     p = scratch.get("probabilities", (len(rows), len(k)), rows)
-    scores = product(rows * scale, k.to(rows.dtype))
+    scores = matmul_nt(rows * scale, k.to(rows.dtype))
     hidden = torch.arange(q_offset, len(k), device=q.device) > position[:, None]
     scores[:, q_offset:].masked_fill_(hidden.repeat(len(q), 1), -torch.inf)
     torch.softmax(scores, -1, out=p)
@@ -140,7 +140,7 @@ class _Measured:
             logit = (q.to(p.dtype) * problem.scale) @ k_mean[head].to(p.dtype).T
             logit = logit + result.bias[head, tile] - lse[..., None]  # [group, samples, blocks]
             kept = self._kept_mass(p, ratio, logit, result.keep[head, tile] | local)
-            exact = product(p, problem.v[head].to(p.dtype).T).view_as(out)
+            exact = matmul_nt(p, problem.v[head].to(p.dtype).T).view_as(out)
             error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
             # What is not a number is not verified: an infinite LSE would make p~ anything.
             sound = finite_rows(out) & lse.isfinite() & error.isfinite()

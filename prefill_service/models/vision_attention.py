@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from prefill_kernels.cpu.attention import attend_rows
-from prefill_kernels.cpu.matmul import serves
+from prefill_kernels.cpu.matmul import uses_onednn
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -61,7 +61,7 @@ def varlen_attention(
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """[heads, runs, length, head_dim] each to [runs, length, heads, head_dim]."""
-    if q.shape[2] >= _LONG and serves(q):
+    if q.shape[2] >= _LONG and uses_onednn(q):
         out, _ = attend_rows(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scaling)
         return out.view(q.shape).permute(1, 2, 0, 3)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))

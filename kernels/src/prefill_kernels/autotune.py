@@ -28,7 +28,16 @@ def suitable(q: Tensor, block_d: int, block_tokens: int, tma: bool) -> list[trit
     """
     shared, capability = _limits(q.device.index)
     fitting = [
-        c for c in CONFIGS if fits(c, block_d, block_tokens, q.element_size(), shared, capability)
+        c
+        for c in CONFIGS
+        if fits(
+            c,
+            block_d=block_d,
+            block_tokens=block_tokens,
+            size=q.element_size(),
+            shared=shared,
+            capability=capability,
+        )
     ]
     with_tma = [c for c in fitting if tma and c.kwargs["TMA"]]
     without = [c for c in fitting if not c.kwargs["TMA"]]
@@ -44,16 +53,23 @@ def _limits(device: int) -> tuple[int, int]:
 
 
 def fits(
-    config: triton.Config, block_d: int, block_tokens: int, size: int, shared: int, capability: int
+    config: triton.Config,
+    *,
+    block_d: int,
+    block_tokens: int,
+    size: int,
+    shared: int,
+    capability: int,
 ) -> bool:
     """Whether a configuration suits a head of ``block_d`` elements of ``size`` bytes.
 
     The register rules are those under which ahead-of-time compilation for sm_80, sm_90 and sm_100
-    shows no spills at 16 bits (tests/kernels/test_compiled.py compiles the main ones), but for
-    four instructions of ``lse_only`` at head size 64 on sm_100.
+    shows no spills at 16 bits (kernels/tests/test_compiled.py compiles the main ones), but for
+    four instructions of ``block_sparse_lse`` at head size 64 on sm_100.
     """
     hopper = capability >= 90  # has the tensor memory accelerator
-    m, n = int(config.kwargs["BLOCK_M"]), int(config.kwargs["BLOCK_N"])
+    m = int(config.kwargs["BLOCK_M"])
+    n = int(config.kwargs["BLOCK_N"])
     if n > block_tokens or (config.kwargs["TMA"] and not hopper):
         return False
     if (m + 2 * config.num_stages * n) * block_d * size + 2048 > shared:

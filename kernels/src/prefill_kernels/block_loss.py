@@ -1,8 +1,8 @@
 """Block loss on the device: what each block's summary would misplace if it stood for the block.
 
 The attention mass of a candidate block, and which share of it is misplaced, both from summaries
-alone (docs/attention.md derives the formulas). ``selection`` thresholds it. Nothing here waits for
-the device.
+alone (``estimate_block_loss`` has the formulas). ``block_selection`` thresholds it. Nothing here
+waits for the device.
 """
 
 from __future__ import annotations
@@ -14,22 +14,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefill_kernels.block_sparse_attention import block_sparse_attention
+from prefill_kernels.block_attention import block_sparse_lse, dot
+from prefill_kernels.constants import ROW_STEP, largest_of_normals
 from prefill_kernels.csr import BlockCSR
-from prefill_kernels.dot import dot
+from prefill_kernels.formats import AttentionOptions, BlockLoss, DroppedBlocks, Summaries, Tiling
+from prefill_kernels.inputs import check_attention
 
-ROW_STEP = tl.constexpr(4)
-"""Every fourth token of a tile is asked for the blocks' mass: neighbours want the same ones."""
+_STEP = tl.constexpr(ROW_STEP)
 _TWO_PI = tl.constexpr(2 * math.pi)
 
 
 @triton.jit
-def square_kernel(p_q, p_squared, stride_q_head, stride_q_token, queries, tiles, tile_tokens, scale,
-                  GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_M: tl.constexpr):  # fmt: skip
+def square_kernel(
+    p_q,
+    p_squared,
+    stride_q_head,
+    stride_q_token,
+    queries,
+    tiles,
+    tile_tokens,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """A tile's mean squared scaled query [d]."""
     i_row = tl.program_id(0)
-    i_head, i_tile = i_row // tiles, i_row % tiles
+    i_head = i_row // tiles
+    i_tile = i_row % tiles
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
     o_d = tl.arange(0, BLOCK_D)
     d_mask = o_d < HEAD_DIM
@@ -48,8 +61,18 @@ def square_kernel(p_q, p_squared, stride_q_head, stride_q_token, queries, tiles,
 
 
 @triton.jit
-def bias_kernel(p_variance, p_bias, tiles, blocks, tile_tokens, q_offset, LOG_BLOCK: tl.constexpr,
-                EDGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def bias_kernel(
+    p_variance,
+    p_bias,
+    tiles,
+    blocks,
+    tile_tokens,
+    q_offset,
+    LOG_BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """A block summary's additive logit: ln B + lift of the scores' variance."""
     i_row = tl.program_id(0)
     candidates = (q_offset + i_row % tiles * tile_tokens) // BLOCK_TOKENS
@@ -62,19 +85,37 @@ def bias_kernel(p_variance, p_bias, tiles, blocks, tile_tokens, q_offset, LOG_BL
     tl.store(p_bias + o_row, bias, mask=o_n < blocks)
 
 
-# fmt: off
 @triton.jit
 def loss_kernel(
-    p_q, p_lse, p_k_mean, p_k_far, p_far_count, p_variance, p_bias, p_loss, p_peak,
-    stride_q_head, stride_q_token, queries, tiles, tile_tokens, q_offset, blocks, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_q,
+    p_lse,
+    p_k_mean,
+    p_k_far,
+    p_far_count,
+    p_variance,
+    p_bias,
+    p_loss,
+    p_peak,
+    stride_q_head,
+    stride_q_token,
+    queries,
+    tiles,
+    tile_tokens,
+    q_offset,
+    blocks,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    # fmt: on
-    """Losses and peaks of BLOCK_N blocks for a (KV head, tile). p_lse: of the asked tokens only."""
+    """Losses and peaks of BLOCK_N blocks for a (KV head, tile). p_lse: of sampled tokens only."""
     LOG2E: tl.constexpr = 1.4426950408889634
     i_row = tl.program_id(0)
-    i_head, i_tile = i_row // tiles, i_row % tiles
+    i_head = i_row // tiles
+    i_tile = i_row % tiles
     candidates = (q_offset + i_tile * tile_tokens) // BLOCK_TOKENS
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_row = i_row.to(tl.int64) * blocks + o_n
@@ -83,15 +124,15 @@ def loss_kernel(
         tl.store(p_peak + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
         return
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
-    asked = tl.cdiv(tokens, ROW_STEP)
-    rows = GROUP * asked
+    sampled = tl.cdiv(tokens, _STEP)
+    rows = GROUP * sampled
     inside = o_n < candidates
     o_d = tl.arange(0, BLOCK_D)
     d_mask = o_d < HEAD_DIM
     mask = inside[:, None] & d_mask[None, :]
     o_block = (i_head.to(tl.int64) * blocks + o_n)[:, None] * HEAD_DIM + o_d[None, :]
-    columns = tl.cdiv(queries, ROW_STEP)
-    p_lse += (i_head * GROUP).to(tl.int64) * columns + i_tile * (tile_tokens // ROW_STEP)
+    columns = tl.cdiv(queries, _STEP)
+    p_lse += (i_head * GROUP).to(tl.int64) * columns + i_tile * (tile_tokens // _STEP)
     p_q += (i_head * GROUP).to(tl.int64) * stride_q_head
     p_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
 
@@ -100,8 +141,18 @@ def loss_kernel(
     mass = tl.zeros([BLOCK_N], tl.float32)
     mass_peak = tl.zeros([BLOCK_N], tl.float32)
     for start in tl.range(0, rows, BLOCK_M):
-        b_q, lse = _asked_rows(p_q, p_lse, start + tl.arange(0, BLOCK_M), rows, asked, columns,
-                               stride_q_head, stride_q_token, o_d, HEAD_DIM)  # fmt: skip
+        b_q, lse = _sampled_rows(
+            p_q,
+            p_lse,
+            start + tl.arange(0, BLOCK_M),
+            rows,
+            sampled,
+            columns,
+            stride_q_head,
+            stride_q_token,
+            o_d,
+            HEAD_DIM,
+        )
         score = dot(b_q, b_k.T) * (scale * LOG2E) + bias[None, :] - lse[:, None] * LOG2E
         p = tl.exp2(score)
         mass += tl.sum(p, 0)
@@ -115,8 +166,18 @@ def loss_kernel(
     far = tl.zeros([BLOCK_N], tl.float32)
     far_peak = tl.zeros([BLOCK_N], tl.float32)
     for start in tl.range(0, rows, BLOCK_M):
-        b_q, lse = _asked_rows(p_q, p_lse, start + tl.arange(0, BLOCK_M), rows, asked, columns,
-                               stride_q_head, stride_q_token, o_d, HEAD_DIM)  # fmt: skip
+        b_q, lse = _sampled_rows(
+            p_q,
+            p_lse,
+            start + tl.arange(0, BLOCK_M),
+            rows,
+            sampled,
+            columns,
+            stride_q_head,
+            stride_q_token,
+            o_d,
+            HEAD_DIM,
+        )
         score = dot(b_q, b_k.T) * (scale * LOG2E) - lse[:, None] * LOG2E
         p = tl.minimum(tl.exp2(score), 1.0)
         far += tl.sum(p, 0)
@@ -130,32 +191,31 @@ def loss_kernel(
 
 
 @triton.jit
-def _asked_rows(p_q, p_lse, o_m, rows, asked, columns, stride_q_head, stride_q_token, o_d,
-                HEAD_DIM: tl.constexpr):  # fmt: skip
-    """Queries [M, D] of some asked rows and their log-sum-exp, infinite behind the last row."""
+def _sampled_rows(
+    p_q,
+    p_lse,
+    o_m,
+    rows,
+    sampled,
+    columns,
+    stride_q_head,
+    stride_q_token,
+    o_d,
+    HEAD_DIM: tl.constexpr,
+):
+    """Queries [M, D] of some sampled rows and their log-sum-exp, infinite behind the last row."""
     valid = o_m < rows
-    head = (o_m // asked).to(tl.int64)
-    o_q = head * stride_q_head + o_m % asked * ROW_STEP * stride_q_token
+    head = (o_m // sampled).to(tl.int64)
+    o_q = head * stride_q_head + o_m % sampled * _STEP * stride_q_token
     q_mask = valid[:, None] & (o_d < HEAD_DIM)[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)
-    lse = tl.load(p_lse + head * columns + o_m % asked, mask=valid, other=float("inf"))
+    lse = tl.load(p_lse + head * columns + o_m % sampled, mask=valid, other=float("inf"))
     return b_q, lse
 
 
-def estimate_loss(
-    q: Tensor,
-    k: Tensor,
-    k_mean: Tensor,
-    k_var: Tensor,
-    k_far: Tensor,
-    far_count: Tensor,
-    *,
-    block_tokens: int,
-    tile_tokens: int,
-    q_offset: int,
-    scale: float,
-    block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def estimate_block_loss(
+    q: Tensor, k: Tensor, summaries: Summaries, *, tiling: Tiling, scale: float | None = None
+) -> BlockLoss:
     """Attention mass that each block's summary would misplace, for every query tile.
 
     With v the variance of a block's scores (mean over the tile's rows, from the diagonal variance
@@ -163,125 +223,141 @@ def estimate_loss(
     where e is the largest of B normal values to expect: block score s = scale q . k_mean + ln B +
     f(v); mass p = exp(s - lse), lse over all candidate blocks and the row's exact local scores;
     a row's loss = p * sqrt(1 - exp(-v / 2 pi)), plus the mass of one outlier of the block,
-    exp(scale q . k_far - lse), at most 1; its peak counts all outliers. Rows of every
-    fourth token are asked.
+    exp(scale q . k_far - lse), at most 1; its peak counts all outliers. Every fourth row is
+    sampled.
 
     A query that is not a number makes every loss of its tile NaN: all its blocks are then kept, and
-    no row but its own is NaN. (On a CPU its tile's other queries choose.)
+    no row but its own is NaN. (The CPU back end lets its tile's other queries choose.)
 
     Args:
-        q, k, block_tokens, tile_tokens, q_offset, scale, block_table: as in
-            ``block_sparse_attention``; ``tile_tokens`` a multiple of 4.
-        k_mean, k_var, k_far: [kv_heads, blocks, head_dim] of ``block_summaries``; at least the
-            blocks before the last tile's first query.
-        far_count: [kv_heads, blocks], likewise.
-
-    Returns:
-        Each [kv_heads, tiles, blocks] float32. Loss: mean over the asked rows; 0 where a block is
-        no candidate of the tile. Peak: the largest value that either part of the loss has in any
-        row; 0 likewise. Bias: logit to add to the summary's
-        score; -inf where it is no candidate.
+        q, k: as in ``block_sparse_attention``.
+        summaries: of the blocks before the last tile's first query at least.
+        tiling: its ``tile_tokens`` must be a multiple of 4 and its ``query_step`` 1.
+        scale: factor on the scores; default ``head_dim ** -0.5``.
 
     Raises:
         ValueError: shapes, dtypes or values that do not fit.
     """
-    q_heads, queries, head_dim = q.shape
-    kv_heads, blocks, _ = k_mean.shape
-    if tile_tokens < 1 or tile_tokens % ROW_STEP.value:
-        raise ValueError(f"tile_tokens = {tile_tokens} is no multiple of {ROW_STEP.value}")
-    tiles = triton.cdiv(queries, tile_tokens)
-    if tiles and (q_offset + (tiles - 1) * tile_tokens) // block_tokens > blocks:
-        raise ValueError(f"summaries of {blocks} blocks do not reach the last tile's first query")
-    for name, x in (("k_var", k_var), ("k_far", k_far)):
-        if x.shape != k_mean.shape:
-            raise ValueError(f"{name} is {list(x.shape)}, expected {list(k_mean.shape)}")
-    if far_count.shape != k_mean.shape[:2]:
-        raise ValueError(f"far_count is {list(far_count.shape)}, expected {list(k_mean.shape[:2])}")
+    check_attention(q, k, k, tiling)
+    queries = q.shape[1]
+    kv_heads, blocks, _ = summaries.k_mean.shape
+    tiles = tiling.tiles(queries)
+    _check(summaries, tiling, tiles)
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float32, device=q.device)
-    peak, bias = torch.zeros_like(loss), torch.full_like(loss, -torch.inf)
+    peak = torch.zeros_like(loss)
+    bias = torch.full_like(loss, -torch.inf)
     if loss.numel() == 0:
-        return loss, peak, bias
-    group, rows = q_heads // kv_heads, kv_heads * tiles
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    squared = torch.empty((kv_heads, tiles, head_dim), dtype=torch.float32, device=q.device)
-    shared = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
-    square_kernel[(rows,)](
-        q, squared, q.stride(0), q.stride(1), queries, tiles, tile_tokens, scale, BLOCK_M=64,
-        **shared,
-    )  # fmt: skip
-    variance = squared @ k_var.float().transpose(1, 2)  # [kv_heads, tiles, blocks]
-    block_n = 1024
-    bias_kernel[rows, triton.cdiv(blocks, block_n)](
-        variance, bias, tiles, blocks, tile_tokens, q_offset, BLOCK_TOKENS=block_tokens,
-        LOG_BLOCK=math.log(block_tokens), EDGE=_largest_of_normals(block_tokens), BLOCK_N=block_n,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+        return BlockLoss(loss, peak, bias)
+    scale = scale or q.shape[2] ** -0.5
+    variance = _score_variance(q, summaries.k_var, tiling, scale)
+    _write_bias(bias, variance, tiling)
+    k_mean = summaries.k_mean.to(q.dtype).contiguous()
+    k_far = summaries.k_far.to(q.dtype).contiguous()
+    # Every fourth query, over its local region and all summaries.
+    sampled = Tiling(
+        block_tokens=tiling.block_tokens,
+        tile_tokens=tiling.tile_tokens // ROW_STEP,
+        q_offset=tiling.q_offset,
+        query_step=ROW_STEP,
+        block_table=tiling.block_table,
+    )
+    rows = kv_heads * tiles
     none = BlockCSR(*(torch.zeros(n, dtype=torch.int32, device=q.device) for n in (rows + 1, 1)))
-    k_mean, k_far = (x.to(q.dtype).contiguous() for x in (k_mean, k_far))
-    far_count = far_count.float().contiguous()
-    step = ROW_STEP.value
-    _, lse = block_sparse_attention(
-        q[:, ::step], k, k, none, block_tokens=block_tokens, tile_tokens=tile_tokens // step,
-        q_offset=q_offset, scale=scale, block_table=block_table, summaries=(k_mean, k_mean),
-        bias=bias, query_step=step, lse_only=True,
-    )  # fmt: skip
+    lse = block_sparse_lse(
+        q[:, ::ROW_STEP],
+        k,
+        none,
+        tiling=sampled,
+        dropped=DroppedBlocks(k_mean, k_mean, bias),
+        options=AttentionOptions(scale=scale),
+    )
     # With 128 rows of 128 blocks the registers of sm_90 do not suffice.
-    block_m, block_n = 64, 64 if block_d > 128 or q.dtype == torch.float32 else 128
+    block_d = max(16, triton.next_power_of_2(q.shape[2]))
+    block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
     loss_kernel[rows, triton.cdiv(blocks, block_n)](
-        q, lse, k_mean, k_far, far_count, variance, bias, loss, peak, q.stride(0), q.stride(1),
-        queries, tiles, tile_tokens, q_offset, blocks, scale, BLOCK_TOKENS=block_tokens,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=2, **shared,
-    )  # fmt: skip
-    return loss, peak, bias
+        q,
+        lse,
+        k_mean,
+        k_far,
+        summaries.far_count.float().contiguous(),
+        variance,
+        bias,
+        loss,
+        peak,
+        q.stride(0),
+        q.stride(1),
+        queries,
+        tiles,
+        tiling.tile_tokens,
+        tiling.q_offset,
+        blocks,
+        scale,
+        GROUP=q.shape[0] // kv_heads,
+        HEAD_DIM=q.shape[2],
+        BLOCK_D=block_d,
+        BLOCK_TOKENS=tiling.block_tokens,
+        BLOCK_M=64,
+        BLOCK_N=block_n,
+        num_warps=8,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
+    return BlockLoss(loss, peak, bias)
 
 
-def _largest_of_normals(count: int) -> float:
-    """Location of the largest of ``count`` standard normal values (Fisher & Tippett, 1928)."""
-    leading = math.sqrt(2 * math.log(count))
-    return leading - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * leading)
+def _check(summaries: Summaries, tiling: Tiling, tiles: int) -> None:
+    if tiling.tile_tokens % ROW_STEP:
+        raise ValueError(f"tile_tokens = {tiling.tile_tokens} is no multiple of {ROW_STEP}")
+    if tiling.query_step != 1:
+        raise ValueError(f"query_step = {tiling.query_step} is not accepted; expected 1")
+    shape = list(summaries.k_mean.shape)
+    if tiles and tiling.candidates(tiles - 1) > shape[1]:
+        raise ValueError(f"summaries of {shape[1]} blocks do not reach the last tile's first query")
+    for name, x in (("k_var", summaries.k_var), ("k_far", summaries.k_far)):
+        if list(x.shape) != shape:
+            raise ValueError(f"{name} is {list(x.shape)}, expected {shape}")
+    if list(summaries.far_count.shape) != shape[:2]:
+        raise ValueError(f"far_count is {list(summaries.far_count.shape)}, expected {shape[:2]}")
 
 
-def estimate_loss_reference(
-    q: Tensor,
-    k: Tensor,
-    k_mean: Tensor,
-    k_var: Tensor,
-    k_far: Tensor,
-    far_count: Tensor,
-    *,
-    block_tokens: int,
-    tile_tokens: int,
-    q_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``estimate_loss`` computes for contiguous keys, naively and in float64."""
-    (q_heads, queries, _), (kv_heads, blocks, _) = q.shape, k_mean.shape
-    tiles, log_block = triton.cdiv(queries, tile_tokens), math.log(block_tokens)
-    edge = _largest_of_normals(block_tokens)
-    loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float64)
-    peak, bias = torch.zeros_like(loss), torch.full_like(loss, -torch.inf)
-    q, k, k_mean, k_var, k_far = (x.double() for x in (q, k, k_mean, k_var, k_far))
-    far_count = far_count.double()
-    for h in range(kv_heads):
-        heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
-        for t in range(tiles):
-            tokens = torch.arange(t * tile_tokens, min((t + 1) * tile_tokens, queries))
-            n = (q_offset + t * tile_tokens) // block_tokens
-            rows = q[heads, tokens] * scale  # [group, tokens, d]
-            keys = torch.arange(n * block_tokens, q_offset + int(tokens[-1]) + 1)
-            local = rows @ k[h, keys].T
-            local = local.masked_fill(keys > (q_offset + tokens)[:, None], -torch.inf)
-            variance = k_var[h, :n] @ rows.square().mean((0, 1))
-            frozen = edge * variance.sqrt() - edge**2 / 2
-            lift = torch.where(variance <= edge**2, variance / 2, frozen)
-            bias[h, t, :n] = log_block + lift
-            scores = rows @ k_mean[h, :n].T + bias[h, t, :n]
-            lse = torch.cat([scores, local], -1).logsumexp(-1)  # [group, tokens]
-            asked = slice(None, None, ROW_STEP.value)
-            mass = (scores - lse[..., None]).exp()[:, asked]  # [group, asked tokens, blocks]
-            mass = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
-            far = (rows @ k_far[h, :n].T - lse[..., None]).exp().clamp(max=1)[:, asked]
-            loss[h, t, :n] = (mass + far).mean((0, 1))
-            far = (far * far_count[h, :n]).clamp(max=1)
-            peak[h, t, :n] = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))
-    return loss, peak, bias
+def _score_variance(q: Tensor, k_var: Tensor, tiling: Tiling, scale: float) -> Tensor:
+    """[kv_heads, tiles, blocks] variance of the scores that a tile's rows have in a block."""
+    q_heads, queries, head_dim = q.shape
+    kv_heads = len(k_var)
+    tiles = tiling.tiles(queries)
+    squared = torch.empty((kv_heads, tiles, head_dim), dtype=torch.float32, device=q.device)
+    square_kernel[(kv_heads * tiles,)](
+        q,
+        squared,
+        q.stride(0),
+        q.stride(1),
+        queries,
+        tiles,
+        tiling.tile_tokens,
+        scale,
+        GROUP=q_heads // kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=64,
+        enable_fp_fusion=True,
+    )
+    return squared @ k_var.float().transpose(1, 2)
+
+
+def _write_bias(bias: Tensor, variance: Tensor, tiling: Tiling) -> None:
+    """Fill in the logits of the summaries."""
+    kv_heads, tiles, blocks = bias.shape
+    block_n = 1024
+    bias_kernel[kv_heads * tiles, triton.cdiv(blocks, block_n)](
+        variance,
+        bias,
+        tiles,
+        blocks,
+        tiling.tile_tokens,
+        tiling.q_offset,
+        BLOCK_TOKENS=tiling.block_tokens,
+        LOG_BLOCK=math.log(tiling.block_tokens),
+        EDGE=largest_of_normals(tiling.block_tokens),
+        BLOCK_N=block_n,
+        enable_fp_fusion=True,
+    )

@@ -1,24 +1,23 @@
 """Block selection on the device: threshold the blocks' losses, build the block-CSR.
 
-Blocks are kept from the most lossy down (``loss.estimate_loss``) until the rest loses at most
+Blocks are kept from the most lossy down (``estimate_block_loss``) until the rest loses at most
 epsilon. Thresholds are sixteenths of an octave below the tile's largest loss; bisection finds the
 one, where top-p rules sort. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefill_kernels.constants import LEVELS, LEVELS_PER_OCTAVE
 from prefill_kernels.csr import BlockCSR
 
-LEVELS = tl.constexpr(256)
-LEVELS_PER_OCTAVE = tl.constexpr(16)
-_BISECTIONS = tl.constexpr(9)  # of the range 0 to LEVELS
+_LEVELS = tl.constexpr(LEVELS)
+_PER_OCTAVE = tl.constexpr(LEVELS_PER_OCTAVE)
+_BISECTIONS = tl.constexpr(9)  # of the range 0 to _LEVELS
 
 
 @triton.jit
@@ -30,14 +29,24 @@ def _levels(p_loss, p_bias, p_forced, o_n, blocks, largest):
     forced = tl.load(p_forced + o_n, mask=mask, other=0) != 0
     # Not a number or infinite: keep the block, and the result is what dense attention gives.
     certain = (loss < float("inf")) & ~forced
-    level = tl.floor(tl.log2(largest / tl.maximum(loss, 1e-38)) * LEVELS_PER_OCTAVE)
-    level = tl.where(certain, tl.minimum(tl.maximum(level, 0), LEVELS - 1), -1).to(tl.int32)
+    level = tl.floor(tl.log2(largest / tl.maximum(loss, 1e-38)) * _PER_OCTAVE)
+    level = tl.where(certain, tl.minimum(tl.maximum(level, 0), _LEVELS - 1), -1).to(tl.int32)
     return tl.where(certain & candidate, loss, 0.0), candidate, level
 
 
 @triton.jit
-def threshold_kernel(p_loss, p_bias, p_forced, p_epsilon, p_kept_levels, p_largest, p_counts, tiles,
-                     blocks, BLOCK_N: tl.constexpr):  # fmt: skip
+def threshold_kernel(
+    p_loss,
+    p_bias,
+    p_forced,
+    p_epsilon,
+    p_kept_levels,
+    p_largest,
+    p_counts,
+    tiles,
+    blocks,
+    BLOCK_N: tl.constexpr,
+):
     """How many levels a (KV head, tile) keeps, and how many blocks that makes."""
     i_row = tl.program_id(0)
     p_loss += i_row.to(tl.int64) * blocks
@@ -52,7 +61,7 @@ def threshold_kernel(p_loss, p_bias, p_forced, p_epsilon, p_kept_levels, p_large
     largest = tl.max(b_largest, 0)
     # Keeping ``high`` levels leaves at most epsilon, keeping fewer than ``low`` leaves more.
     low = i_row * 0
-    high = low + LEVELS
+    high = low + _LEVELS
     for _bisection in tl.range(0, _BISECTIONS):
         middle = (low + high) // 2
         left = tl.zeros([BLOCK_N], tl.float32)
@@ -77,8 +86,19 @@ def _kept(loss, candidate, level, kept_levels):
 
 
 @triton.jit
-def fill_kernel(p_loss, p_bias, p_forced, p_kept_levels, p_largest, p_row_ptr, p_col, p_dropped,
-                tiles, blocks, BLOCK_N: tl.constexpr):  # fmt: skip
+def fill_kernel(
+    p_loss,
+    p_bias,
+    p_forced,
+    p_kept_levels,
+    p_largest,
+    p_row_ptr,
+    p_col,
+    p_dropped,
+    tiles,
+    blocks,
+    BLOCK_N: tl.constexpr,
+):
     """Write the kept blocks of a (KV head, tile) and the bias of the dropped ones."""
     i_row = tl.program_id(0)
     p_loss += i_row.to(tl.int64) * blocks
@@ -109,14 +129,14 @@ def select_blocks(
     of it, then 0. A block whose loss is NaN or infinite is kept, one whose loss is 0 is not.
 
     Args:
-        loss, bias: [kv_heads, tiles, blocks] float32 of ``estimate_loss``; only blocks whose bias
-            is not -inf are candidates.
+        loss, bias: [kv_heads, tiles, blocks] float32 of ``estimate_block_loss``; only blocks
+            whose bias is not -inf are candidates.
         forced: [tiles, blocks] bool, candidates to keep in any case.
         epsilon: [kv_heads] float32.
         capacity: of the CSR; default: room for every block.
 
     Returns:
-        The kept blocks, and the bias with -inf for them: what ``block_sparse_attention`` takes.
+        The kept blocks, and the bias with -inf for them: that of ``DroppedBlocks``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -128,47 +148,51 @@ def select_blocks(
             f"epsilon {epsilon.dtype} do not fit; expected float32"
         )
     if forced.shape != (tiles, blocks) or forced.dtype != torch.bool:
-        raise ValueError(f"forced is {forced.dtype} {list(forced.shape)}, expected bool "
-                         f"[{tiles}, {blocks}]")  # fmt: skip
+        raise ValueError(
+            f"forced is {forced.dtype} {list(forced.shape)}, expected bool [{tiles}, {blocks}]"
+        )
     if epsilon.shape != (kv_heads,):
         raise ValueError(f"epsilon has shape {list(epsilon.shape)}, expected [{kv_heads}]")
-    rows, device = kv_heads * tiles, loss.device
-    loss, bias, forced = loss.contiguous(), bias.contiguous(), forced.contiguous().view(torch.int8)
+    rows = kv_heads * tiles
+    device = loss.device
+    loss = loss.contiguous()
+    bias = bias.contiguous()
+    forced = forced.contiguous().view(torch.int8)
     kept_levels = torch.empty(rows, dtype=torch.int32, device=device)
     largest = torch.empty(rows, dtype=torch.float32, device=device)
     row_ptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-    col = torch.empty(max(1, loss.numel() if capacity is None else capacity), dtype=torch.int32,
-                      device=device)  # fmt: skip
+    capacity = loss.numel() if capacity is None else capacity
+    col = torch.empty(max(1, capacity), dtype=torch.int32, device=device)
     dropped = torch.empty_like(bias)
     if rows == 0:
         return BlockCSR(row_ptr, col), dropped
     block_n = max(16, min(256, triton.next_power_of_2(blocks)))
     threshold_kernel[(rows,)](
-        loss, bias, forced, epsilon.contiguous(), kept_levels, largest, row_ptr[1:], tiles, blocks,
-        BLOCK_N=block_n, enable_fp_fusion=True,
-    )  # fmt: skip
+        loss,
+        bias,
+        forced,
+        epsilon.contiguous(),
+        kept_levels,
+        largest,
+        row_ptr[1:],
+        tiles,
+        blocks,
+        BLOCK_N=block_n,
+        enable_fp_fusion=True,
+    )
     row_ptr[1:] = row_ptr[1:].cumsum(0, dtype=torch.int32)
     fill_kernel[(rows,)](
-        loss, bias, forced, kept_levels, largest, row_ptr, col, dropped, tiles, blocks,
-        BLOCK_N=block_n, enable_fp_fusion=True,
-    )  # fmt: skip
+        loss,
+        bias,
+        forced,
+        kept_levels,
+        largest,
+        row_ptr,
+        col,
+        dropped,
+        tiles,
+        blocks,
+        BLOCK_N=block_n,
+        enable_fp_fusion=True,
+    )
     return BlockCSR(row_ptr, col), dropped
-
-
-def select_reference(
-    loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What ``select_blocks`` keeps, naively: mask and bias, both [kv_heads, tiles, blocks]."""
-    candidate = bias != -torch.inf
-    must = candidate & (forced | ~loss.isfinite())
-    free = torch.where(candidate & ~must, loss, 0.0)
-    largest = free.amax(-1, keepdim=True).clamp(min=1e-38)
-    level = (-LEVELS_PER_OCTAVE.value * torch.log2(free / largest)).floor()
-    level = level.clamp(0, LEVELS.value - 1)
-    keep = must.clone()
-    for h, t in itertools.product(*map(range, loss.shape[:2])):
-        for kept_levels in range(LEVELS.value + 1):
-            if free[h, t, level[h, t] >= kept_levels].sum() <= epsilon[h]:
-                keep[h, t] |= (level[h, t] < kept_levels) & (free[h, t] > 0)
-                break
-    return keep, bias.masked_fill(keep, -torch.inf)

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefill_kernels.formats import Summaries
 from prefill_kernels.inputs import as_blocks
 
 
-# fmt: off
 @triton.jit
 def summaries_kernel(
-    p_k, p_v, p_table, p_k_mean, p_k_var, p_v_mean, p_k_far, p_far_count,
-    stride_k_block, stride_k_head, stride_k_token,
-    stride_v_block, stride_v_head, stride_v_token, stride_table_head, blocks,
-    PAGED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    p_k,
+    p_v,
+    p_table,
+    p_k_mean,
+    p_k_var,
+    p_v_mean,
+    p_k_far,
+    p_far_count,
+    stride_k_block,
+    stride_k_head,
+    stride_k_token,
+    stride_v_block,
+    stride_v_head,
+    stride_v_token,
+    stride_table_head,
+    blocks,
+    PAGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):
-    # fmt: on
-    """One block of one KV head; see ``block_summaries``."""
+    """One block of one KV head; see ``summarize_blocks``."""
     i_block = tl.program_id(0)
     i_head = tl.program_id(1)
     page = i_block
@@ -56,22 +69,16 @@ def summaries_kernel(
     tl.store(p_far_count + i_head.to(tl.int64) * blocks + i_block, count)
 
 
-def block_summaries(
+def summarize_blocks(
     k: Tensor, v: Tensor, *, block_tokens: int, block_table: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Summaries of every complete block.
+) -> Summaries:
+    """Summaries of every complete block, of all KV heads.
 
     Args:
         k, v: [kv_heads, keys, head_dim]; keys behind the last complete block are not read. Or,
             with a block table, pages [pages, block_tokens, kv_heads, head_dim].
         block_tokens: a power of two.
         block_table: [blocks] or [kv_heads, blocks] int32, page of each block to summarise.
-
-    Returns:
-        k_mean, k_var (population variance), v_mean and k_far (mean of the key farthest from the
-        mean, the first of equals, and of those more than half as far in its direction), each
-        [kv_heads, blocks, head_dim]; and how many keys k_far stands for,
-        [kv_heads, blocks]. All float32.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -82,7 +89,8 @@ def block_summaries(
         raise ValueError(f"shapes {list(k.shape)} and {list(v.shape)} of k and v do not fit")
     if block_table is not None and k.shape[1] != block_tokens:
         raise ValueError(f"pages hold {k.shape[1]} tokens, expected block_tokens = {block_tokens}")
-    k_blocks, v_blocks = (as_blocks(x, block_tokens, block_table is not None) for x in (k, v))
+    k_blocks = as_blocks(k, block_tokens, block_table is not None)
+    v_blocks = as_blocks(v, block_tokens, block_table is not None)
     blocks, kv_heads, _, head_dim = k_blocks.shape
     table_stride = 0
     if block_table is not None:
@@ -94,30 +102,23 @@ def block_summaries(
     if blocks:
         block_d = triton.next_power_of_2(head_dim)
         summaries_kernel[blocks, kv_heads](
-            k, v, block_table, k_mean, k_var, v_mean, k_far, far_count,
-            *k_blocks.stride()[:3], *v_blocks.stride()[:3], table_stride, blocks,
-            PAGED=block_table is not None, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK_TOKENS=block_tokens, num_warps=8 if block_d * block_tokens > 8192 else 4,
+            k,
+            v,
+            block_table,
+            k_mean,
+            k_var,
+            v_mean,
+            k_far,
+            far_count,
+            *k_blocks.stride()[:3],
+            *v_blocks.stride()[:3],
+            table_stride,
+            blocks,
+            PAGED=block_table is not None,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_TOKENS=block_tokens,
+            num_warps=8 if block_d * block_tokens > 8192 else 4,
             enable_fp_fusion=True,
-        )  # fmt: skip
-    return k_mean, k_var, v_mean, k_far, far_count
-
-
-def block_summaries_reference(
-    k: Tensor, v: Tensor, *, block_tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``block_summaries`` computes for contiguous keys, naively and in float64."""
-    blocks = k.shape[1] // block_tokens
-    shape = (k.shape[0], blocks, block_tokens, k.shape[2])
-    k, v = (x[:, : blocks * block_tokens].double().reshape(shape) for x in (k, v))
-    mean = k.mean(2)
-    far, far_count = torch.empty_like(mean), torch.empty(mean.shape[:2], dtype=torch.float64)
-    for head, block in itertools.product(*map(range, mean.shape[:2])):
-        keys = k[head, block]
-        away = keys - mean[head, block]
-        farthest = away[away.norm(dim=1).argmax()]
-        outliers = keys[away @ farthest > 0.5 * farthest @ farthest]
-        if not len(outliers):  # all are equal
-            outliers = keys[:1]
-        far[head, block], far_count[head, block] = outliers.mean(0), len(outliers)
-    return mean, k.var(2, correction=0), v.mean(2), far, far_count
+        )
+    return Summaries(k_mean, k_var, v_mean, k_far, far_count)

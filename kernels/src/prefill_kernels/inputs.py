@@ -1,24 +1,15 @@
-"""Key layouts of block-sparse attention: blocks as one view of either, and what it accepts."""
+"""What the kernels accept: checks of their arguments, and keys in blocks or pages as one view."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prefill_kernels.csr import BlockCSR
+from prefill_kernels.formats import DroppedBlocks, Tiling
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
-    """[pages, page_tokens, kv_heads, head_dim] -> [kv_heads, blocks * page_tokens, head_dim]."""
-    kv_heads = pages.shape[2]
-    table = block_table.expand(kv_heads, -1)
-    heads = torch.arange(kv_heads, device=pages.device)[:, None]
-    return pages[table, :, heads].flatten(1, 2)
 
 
 def as_blocks(x: Tensor, block_tokens: int, paged: bool) -> Tensor:
@@ -53,33 +44,16 @@ def descriptor(blocks: Tensor, tokens: int) -> TensorDescriptor | None:
     return TensorDescriptor(blocks, shape, strides, [1, 1, tokens, shape[3]])
 
 
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_tokens: int,
-    tile_tokens: int,
-    q_offset: int,
-    query_step: int,
-    scale: float,
-    block_table: Tensor | None,
-) -> None:
-    """Raise ``ValueError`` for queries, keys and geometry that no kernel here accepts."""
+def check_attention(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> None:
+    """Raise ``ValueError`` for queries, keys and tables that no kernel here accepts."""
+    table = tiling.block_table
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v are not accepted; expected one of "
             f"{', '.join(map(str, DTYPES))} for all three"
         )
-    if block_tokens < 16 or block_tokens & (block_tokens - 1):
-        raise ValueError(f"block_tokens = {block_tokens} is not a power of two of 16 or more")
-    if tile_tokens < 1 or q_offset < 0:
-        raise ValueError(f"tile_tokens = {tile_tokens} must be >= 1, q_offset = {q_offset} >= 0")
-    if query_step < 1:
-        raise ValueError(f"query_step = {query_step} is not accepted; expected 1 or more")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale = {scale} is not accepted; expected a positive number")
     shape = list(k.shape)
-    wanted = 3 if block_table is None else 4
+    wanted = 3 if table is None else 4
     if len(shape) != wanted or list(v.shape) != shape or q.dim() != 3 or q.shape[2] != shape[-1]:
         raise ValueError(
             f"shapes {list(q.shape)}, {shape}, {list(v.shape)} of q, k, v do not fit: expected "
@@ -89,51 +63,53 @@ def check_attention(
         raise ValueError(f"head_dim = {q.shape[2]} is above the limit of 256")
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError("the last dimension of q, k and v must be contiguous")
-    kv_heads = shape[0] if block_table is None else shape[2]
+    kv_heads = shape[0] if table is None else shape[2]
     if kv_heads == 0 or q.shape[0] % kv_heads:
         raise ValueError(f"{q.shape[0]} query heads are no multiple of {kv_heads} KV heads")
-    keys = shape[1] if block_table is None else block_table.shape[-1] * block_tokens
-    needed = q_offset + query_step * (q.shape[1] - 1) + 1
+    keys = shape[1] if table is None else table.shape[-1] * tiling.block_tokens
+    needed = tiling.q_offset + tiling.query_step * (q.shape[1] - 1) + 1
     if keys < needed:
         raise ValueError(f"{keys} keys are fewer than the {needed} up to the last query")
-    if block_table is None:
-        return
-    if shape[1] != block_tokens:
-        raise ValueError(f"pages hold {shape[1]} tokens, expected block_tokens = {block_tokens}")
-    if block_table.dtype != torch.int32 or block_table.stride(-1) != 1:
-        raise ValueError(f"block_table must be contiguous int32, got {block_table.dtype}")
-    if block_table.dim() == 2 and block_table.shape[0] != kv_heads:
-        raise ValueError(f"block_table has {block_table.shape[0]} rows for {kv_heads} KV heads")
+    if table is not None:
+        _check_table(table, tiling.block_tokens, page_tokens=shape[1], kv_heads=kv_heads)
+
+
+def _check_table(table: Tensor, block_tokens: int, *, page_tokens: int, kv_heads: int) -> None:
+    if page_tokens != block_tokens:
+        raise ValueError(f"pages hold {page_tokens} tokens, expected block_tokens = {block_tokens}")
+    if table.dtype != torch.int32 or table.stride(-1) != 1:
+        raise ValueError(f"block_table must be contiguous int32, got {table.dtype}")
+    if table.dim() == 2 and table.shape[0] != kv_heads:
+        raise ValueError(f"block_table has {table.shape[0]} rows for {kv_heads} KV heads")
 
 
 def check_rows(
-    csr: BlockCSR,
+    kept: BlockCSR,
+    dropped: DroppedBlocks | None,
+    order: Tensor | None,
+    *,
     kv_heads: int,
     tiles: int,
     candidates: int,
     head_dim: int,
-    summaries: tuple[Tensor, Tensor] | None,
-    bias: Tensor | None,
-    order: Tensor | None,
 ) -> None:
     """Raise ``ValueError`` for what belongs to rows or blocks and does not fit their number.
 
     ``candidates`` are the blocks before the last tile's local region: the kernel reads so many.
     """
     rows = kv_heads * tiles
-    if csr.row_ptr.shape != (rows + 1,) and rows:
+    if kept.row_ptr.shape != (rows + 1,):
         raise ValueError(
-            f"row_ptr has {csr.row_ptr.numel()} entries, expected {rows + 1}: "
+            f"row_ptr has {kept.row_ptr.numel()} entries, expected {rows + 1}: "
             f"{kv_heads} KV heads x {tiles} tiles, and one"
         )
-    if csr.row_ptr.dtype != torch.int32 or csr.col.dtype != torch.int32:
-        raise ValueError(f"the CSR must be int32, got {csr.row_ptr.dtype} and {csr.col.dtype}")
+    if kept.row_ptr.dtype != torch.int32 or kept.col.dtype != torch.int32:
+        raise ValueError(f"the CSR must be int32, got {kept.row_ptr.dtype} and {kept.col.dtype}")
     if order is not None and (order.shape != (rows,) or order.dtype != torch.int32):
         raise ValueError(f"order is {order.dtype} {list(order.shape)}, expected int32 [{rows}]")
-    if (summaries is None) != (bias is None):
-        raise ValueError("summaries and bias belong together")
-    if summaries is None or bias is None:
+    if dropped is None:
         return
+    bias = dropped.bias
     if bias.dtype != torch.float32 or bias.dim() != 3 or bias.shape[:2] != (kv_heads, tiles):
         raise ValueError(
             f"bias is {bias.dtype} {list(bias.shape)}, expected float32 "
@@ -144,7 +120,7 @@ def check_rows(
             f"bias and summaries of {bias.shape[2]} blocks do not reach the {candidates} before "
             f"the last tile"
         )
-    for name, x in zip(("k_mean", "v_mean"), summaries, strict=True):
+    for name, x in (("k_mean", dropped.k_mean), ("v_mean", dropped.v_mean)):
         if list(x.shape) != [kv_heads, bias.shape[2], head_dim]:
             raise ValueError(
                 f"{name} is {list(x.shape)}, expected {[kv_heads, bias.shape[2], head_dim]}"

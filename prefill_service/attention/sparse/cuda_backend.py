@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from prefill_kernels import AttentionOptions, DroppedBlocks, Summaries, Tiling
 from typing_extensions import override
 
 from prefill_service.attention.sparse.hooks import BlockHooks
@@ -17,24 +18,18 @@ class CudaBackend(SparseBackend):
     @override
     def attend_sparse(self, problem: SparseProblem, hooks: BlockHooks) -> SparseResult:
         # Triton is imported where it runs: without a GPU nothing needs it.
-        from prefill_kernels.block_loss import estimate_loss
-        from prefill_kernels.block_selection import select_blocks
-        from prefill_kernels.block_sparse_attention import block_sparse_attention
+        from prefill_kernels import block_sparse_attention, estimate_block_loss, select_blocks
 
         clock = Stopwatch(problem.q.device)
         tiles = problem.tiles
         known = problem.summaries.first(tiles.blocks)
-        loss, peak, candidates = estimate_loss(
-            problem.q,
-            problem.k,
-            known.k_mean,
-            known.k_var,
-            known.k_far,
-            known.far_count,
+        tiling = Tiling(
             block_tokens=tiles.block_tokens,
             tile_tokens=tiles.tile_tokens,
             q_offset=tiles.q_offset,
-            scale=problem.scale,
+        )
+        loss, peak, candidates = estimate_block_loss(
+            problem.q, problem.k, Summaries(*known.parts), tiling=tiling, scale=problem.scale
         )
         losses = force_keep(loss, peak, problem.row_limit.float())
         forced = problem.forced.to(problem.q.device)
@@ -48,12 +43,9 @@ class CudaBackend(SparseBackend):
             problem.k,
             problem.v,
             csr,
-            block_tokens=tiles.block_tokens,
-            tile_tokens=tiles.tile_tokens,
-            q_offset=tiles.q_offset,
-            scale=problem.scale,
-            summaries=(known.k_mean, known.v_mean),
-            bias=bias,
+            tiling=tiling,
+            dropped=DroppedBlocks(known.k_mean, known.v_mean, bias),
+            options=AttentionOptions(scale=problem.scale),
         )
         clock.lap("attend")
         return SparseResult(out=out, lse=lse, keep=keep, bias=bias, clock=clock)

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import torch
 from prefill_kernels.cpu.attention import attend_rows
-from prefill_kernels.cpu.threads import spread
+from prefill_kernels.cpu.threads import parallel_for
 from prefill_kernels.csr import BlockCSR
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def local_attention(packed: PackedTiles, scratch: ScratchBuffers) -> Partial:
             window[:, whole, rest.shape[1] :] = 0
         windows.append(window.view(shape))
     hidden = torch.ones(tile, tile, dtype=torch.bool).triu(1).repeat(row_count // tile, 1)
-    out, lse = attend_rows(rows.flatten(0, 1), windows[0], windows[1], packed.scale, hidden)
+    out, lse = attend_rows(rows.flatten(0, 1), windows[0], windows[1], packed.scale, hidden=hidden)
     return Partial(out.reshape(rows.shape), lse.reshape(rows.shape[:3]))
 
 
@@ -110,7 +110,7 @@ def kept_attention(packed: PackedTiles, csr: BlockCSR, scratch: ScratchBuffers) 
         else:
             out[index] = 0
 
-    spread(attend_batch, list(gathered.batches()))
+    parallel_for(attend_batch, list(gathered.batches()))
     return Partial(out.view(rows.shape), lse.view(rows.shape[:3]))
 
 

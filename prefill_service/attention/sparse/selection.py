@@ -18,20 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from prefill_kernels.cpu.matmul import product
+from prefill_kernels.constants import LEVELS, LEVELS_PER_OCTAVE, ROW_STEP
+from prefill_kernels.cpu.matmul import matmul_nt
 from prefill_kernels.csr import BlockCSR
 from torch import Tensor
 
 from prefill_service.attention.sparse.summaries import BlockSummaries, lift, misplaced_share
 from prefill_service.attention.sparse.summary_attention import SummaryAttention, attend_summaries
 from prefill_service.attention.sparse.tiles import Tiles
-
-LEVELS = 256
-LEVELS_PER_OCTAVE = 16
-"""Thresholds tried: ``2**(-level / 16)`` times the tile's largest loss; the last one is 0."""
-
-ROW_STEP = 4
-"""Every fourth token's rows are asked for their mass: neighbours want the same blocks."""
 
 
 def previous_patch(patch_ends: np.ndarray, position: int | list[int]) -> np.ndarray:
@@ -178,7 +172,7 @@ def _losses(
     mass = attention.shares[:, :, ::ROW_STEP, : known.blocks]
     keys = known.k_far * (scale / math.log(2))  # base two: torch's exp2 is far faster than its exp
     rows = q[:, :, ::ROW_STEP].flatten(1, 2)  # [kv_heads, tiles * asked rows, head_dim]
-    far = torch.stack([product(*of_head) for of_head in zip(rows, keys, strict=True)])
+    far = torch.stack([matmul_nt(*of_head) for of_head in zip(rows, keys, strict=True)])
     far = (
         far.view(mass.shape)
         .sub_(attention.lse[..., ::ROW_STEP, None] / math.log(2))

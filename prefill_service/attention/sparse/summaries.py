@@ -95,9 +95,9 @@ def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
     if tokens % block_tokens:
         raise ValueError(f"{tokens} tokens are no whole number of blocks of {block_tokens}")
     if k.is_cuda:
-        from prefill_kernels.block_summaries import block_summaries
+        from prefill_kernels import summarize_blocks
 
-        return BlockSummaries(*block_summaries(k, v, block_tokens=block_tokens))
+        return BlockSummaries(*summarize_blocks(k, v, block_tokens=block_tokens))
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     shape = (kv_heads, tokens // block_tokens, block_tokens, head_dim)
     kb = k.to(work).reshape(shape)

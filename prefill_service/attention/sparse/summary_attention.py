@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from prefill_kernels.cpu.matmul import product
+from prefill_kernels.cpu.matmul import matmul_nt
 from torch import Tensor
 
 from prefill_service.attention.dense import Partial
@@ -67,7 +67,7 @@ def _logits(
     width = -(-(blocks + 1) // _ALIGNED) * _ALIGNED
     scores = rows.new_empty(kv_heads, count, packed, width)
     for head in range(kv_heads):
-        logits = product(rows[head].reshape(-1, head_dim), k_mean[head] * scale)
+        logits = matmul_nt(rows[head].reshape(-1, head_dim), k_mean[head] * scale)
         torch.add(
             logits.view(count, packed, blocks), bias[head, :, None], out=scores[head, ..., :blocks]
         )
@@ -95,7 +95,7 @@ def merge_with_summaries(
     values[..., :blocks, :head_dim] = torch.where(dropped[..., None], v_mean[:, None], 0.0)
     values[..., :blocks, head_dim] = dropped
     of_tile = zip(attention.shares.flatten(0, 1), values.flatten(0, 1), strict=True)
-    products = [product(shares, value.T) for shares, value in of_tile]
+    products = [matmul_nt(shares, value.T) for shares, value in of_tile]
     summed = torch.stack(products).view(kv_heads, count, packed, -1)
     kept_log = kept.lse - attention.lse
     top = kept_log.clamp(min=0)  # an estimate may be far too low: scale by what is larger

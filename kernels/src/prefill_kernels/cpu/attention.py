@@ -1,9 +1,10 @@
 """Attention with its log-sum-exp on CPUs: oneDNN products around an online softmax of base two.
 
-torch's own CPU kernel multiplies with MKL (see ``kernels.onednn``), and serves other dtypes here.
 For float32 a strip of scores is a product, four passes over it while it is in the cache, and
 another product; strips of keys are joined as in FlashAttention (arXiv 2205.14135, algorithm 1).
 Scores are scaled to base two, since torch's ``exp2`` is several times as fast as its ``exp``.
+Other dtypes go through torch's own kernel, which multiplies with MKL (see
+``prefill_kernels.cpu.matmul``).
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import math
 import torch
 from torch import Tensor
 
-from prefill_kernels.cpu.matmul import product, serves
-from prefill_kernels.cpu.threads import spread
+from prefill_kernels.cpu.matmul import matmul_nt, uses_onednn
+from prefill_kernels.cpu.threads import parallel_for
 
-_ROWS, _LEAST_ROWS = 2048, 256
-"""Of a strip; fewer than the first where there are threads to share them."""
+_ROWS = 2048
+"""Most rows of a strip."""
+
+_LEAST_ROWS = 256
+"""A strip has fewer than ``_ROWS`` where there are threads to divide them, but at least these."""
 
 _SCORES = 1 << 20
-"""Held at once, 4 MiB."""
+"""Scores that a strip holds at once (4 MiB of float32)."""
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of rows of queries, all of a batch entry with the same keys.
 
@@ -32,48 +36,52 @@ def attend_rows(
         q: [batch, rows, head_dim], on a CPU.
         k, v: [batch, keys, head_dim]; any strides with a contiguous last dimension.
         scale: factor on the scores.
-        hidden: [rows, last] bool, which of the last keys a row does not see.
+        hidden: [rows, last] bool, which of the last keys a row must not attend to.
 
     Returns:
         Output [batch, rows, head_dim] and natural log-sum-exp [batch, rows], float32 (float64 for
-        float64 inputs); 0 and -inf for a row that sees no key.
+        float64 inputs); 0 and -inf for a row without any key.
     """
-    if not serves(q):
-        return _torch_flash(q, k, v, scale, hidden)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    if not uses_onednn(q):
+        return _torch_flash(q, k, v, scale, hidden=hidden)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2])
 
     def strip(piece: tuple[int, slice], _: int) -> None:
         entry, rows = piece
-        out[entry, rows], lse[entry, rows] = _online(
-            q[entry, rows] * (scale / math.log(2)), k[entry], v[entry],
-            None if hidden is None else hidden[rows],
-        )  # fmt: skip
+        of_rows = None if hidden is None else hidden[rows]
+        scaled = q[entry, rows] * (scale / math.log(2))
+        out[entry, rows], lse[entry, rows] = _online_softmax(scaled, k[entry], v[entry], of_rows)
 
     each = -(-len(q) * q.shape[1] // torch.get_num_threads())
     size = min(_ROWS, max(_LEAST_ROWS, each))
     starts = range(0, q.shape[1], size)
-    spread(strip, [(entry, slice(at, at + size)) for entry in range(len(q)) for at in starts])
+    parallel_for(strip, [(entry, slice(at, at + size)) for entry in range(len(q)) for at in starts])
     return out, lse
 
 
-def _online(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def _online_softmax(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """[rows, head_dim] queries scaled to base two, over [keys, head_dim], strip by strip."""
-    out, total, top = torch.zeros_like(q), q.new_zeros(len(q)), q.new_full((len(q),), -torch.inf)
-    seen = len(k) - (0 if hidden is None else hidden.shape[1])  # by all rows
+    out = torch.zeros_like(q)
+    total = q.new_zeros(len(q))
+    top = q.new_full((len(q),), -torch.inf)
+    visible = len(k) - (0 if hidden is None else hidden.shape[1])  # to all rows
     size = max(1, _SCORES // len(q))
     for start in range(0, len(k), size):
         keys = slice(start, start + size)
-        scores = product(q, k[keys])  # [rows, strip]
-        if hidden is not None and start + size > seen:
-            before = max(start - seen, 0)
-            tail = scores[:, max(seen - start, 0) :]
+        scores = matmul_nt(q, k[keys])  # [rows, strip]
+        if hidden is not None and start + size > visible:
+            before = max(start - visible, 0)
+            tail = scores[:, max(visible - start, 0) :]
             tail.masked_fill_(hidden[:, before : before + tail.shape[1]], -torch.inf)
         peak = torch.maximum(scores.amax(1), top)
-        # -inf minus -inf is NaN: a row that saw no key yet is measured from 0.
+        # -inf minus -inf is NaN: a row that has no key yet is measured from 0.
         peak = peak.masked_fill_(peak == -torch.inf, 0.0)
         scores.sub_(peak[:, None]).exp2_()
         fade = torch.exp2(top - peak)
-        out = product(scores, v[keys].T).addcmul_(out, fade[:, None])
+        out = matmul_nt(scores, v[keys].T).addcmul_(out, fade[:, None])
         total = scores.sum(1).addcmul_(total, fade)
         top = peak
     lse = (top + total.log2()) * math.log(2)
@@ -81,7 +89,7 @@ def _online(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Ten
 
 
 def _torch_flash(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     mask = None
     if hidden is not None:

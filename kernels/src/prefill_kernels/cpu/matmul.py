@@ -3,7 +3,7 @@
 torch multiplies float32 matrices with MKL, which on the AMD CPU that this was measured on keeps to
 half the width of its AVX-512 units. The operator is the one that torch's own compiler emits for
 frozen models (``torch._inductor.fx_passes.mkldnn_fusion``); here it is called without a compiler,
-which a bare machine does not have. docs/results.md has its rate.
+which a bare machine does not have.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 _STRIP = 4096
-"""Rows copied at once: they stay in the cache, and beyond 32 MiB each copy would get its pages anew
-from the system, which takes four times as long as the product."""
+"""Rows copied at once: they stay in the cache, and copies beyond 32 MiB would each get new pages
+from the operating system, which takes four times as long as the product."""
 
 
-def serves(x: Tensor) -> bool:
-    """Whether ``product`` multiplies such tensors through oneDNN."""
+def uses_onednn(x: Tensor) -> bool:
+    """Whether ``matmul_nt`` multiplies such tensors through oneDNN."""
     return x.dtype is torch.float32 and x.device.type == "cpu" and torch._C._has_mkldnn
 
 
-def product(x: Tensor, y: Tensor) -> Tensor:
+def matmul_nt(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y.T`` of [..., n] and [m, n]; in torch's own way where oneDNN does not serve.
 
     ``y`` may be transposed as it is; other strides, of which oneDNN has only slow code, are copied,
     a strip at a time.
     """
-    if not serves(x) or not x.numel() or not y.numel():
+    if not uses_onednn(x) or not x.numel() or not y.numel():
         return x @ y.T
     if y.is_contiguous() or y.T.is_contiguous():
         return _linear(x, y)

@@ -17,12 +17,12 @@ import torch
 T = TypeVar("T")
 
 
-def spread(work: Callable[[T, int], None], pieces: Sequence[T]) -> None:
+def parallel_for(work: Callable[[T, int], None], pieces: Sequence[T]) -> None:
     """Call ``work(piece, worker)`` for every piece, on as many threads as torch has here.
 
     Workers count from 0; what two of them write must not overlap. The first error is raised, when
-    all have ended. Inside ``work`` torch has one thread, so that a ``spread`` in it goes piece by
-    piece.
+    all have ended. Inside ``work`` torch has one thread, so that a ``parallel_for`` in it
+    goes piece by piece.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(pieces))
@@ -30,7 +30,8 @@ def spread(work: Callable[[T, int], None], pieces: Sequence[T]) -> None:
         for piece in pieces:
             work(piece, 0)
         return
-    todo, inference = deque(pieces), torch.is_inference_mode_enabled()
+    todo = deque(pieces)
+    inference = torch.is_inference_mode_enabled()
 
     def run(worker: int) -> None:
         torch.set_num_threads(1)

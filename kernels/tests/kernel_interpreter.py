@@ -1,4 +1,4 @@
-"""Calls kernels in the Triton interpreter, in a process of its own.
+"""Calls functions with kernels in the Triton interpreter, in a process of its own.
 
 TRITON_INTERPRET must be set before triton is first imported, and other tests of the calling process
 compile for real.
@@ -8,35 +8,34 @@ from __future__ import annotations
 
 import os
 import pickle
-import pkgutil
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Interpreter:
-    """``interpret("block_sparse.longest_first", csr)`` calls it over there, returns or raises.
+    """``interpreter(select_blocks, loss, ...)`` calls a function over there and returns or raises.
 
-    Names are below prefill_kernels, or whole where they begin with prefill_service. Of a
-    function that returns nothing, the arguments come back as it left them.
+    The function must be one that a process can import by its module and name.
     """
 
     def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.interpreter"],
-            cwd=ROOT,
+            [sys.executable, __file__],
             env={**os.environ, "TRITON_INTERPRET": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def __call__(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        pickle.dump((name, args, kwargs), self._process.stdin)
+        pickle.dump((function, args, kwargs), self._process.stdin)
         self._process.stdin.flush()
         failed, result = pickle.load(self._process.stdout)
         if failed:
@@ -44,21 +43,20 @@ class Interpreter:
         return result
 
     def close(self) -> None:
+        assert self._process is not None
         self._process.kill()
         self._process.communicate()
 
 
 def serve() -> None:
     """Answer calls from standard input until it ends; what a kernel prints goes to stderr."""
-    calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    calls = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while calls.peek(1):
-        name, args, kwargs = pickle.load(calls)
         try:
-            if not name.startswith("prefill_service."):
-                name = f"prefill_kernels.{name}"
-            result = pkgutil.resolve_name(name)(*args, **kwargs)
-            answer = False, args if result is None else result
+            function, args, kwargs = pickle.load(calls)
+            answer = False, function(*args, **kwargs)
         except Exception as error:
             answer = True, error
         pickle.dump(answer, answers)

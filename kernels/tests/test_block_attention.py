@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import triton
-from prefill_kernels import block_sparse_attention as block_sparse
-from prefill_kernels.block_sparse_attention import (
+from kernel_interpreter import Interpreter
+from prefill_kernels import (
+    AttentionOptions,
+    BlockCSR,
+    DroppedBlocks,
+    Tiling,
+    block_attention,
     block_sparse_attention,
-    block_sparse_reference,
+    block_sparse_lse,
     longest_first,
 )
-from prefill_kernels.csr import BlockCSR
+from prefill_kernels.reference import block_sparse_attention_reference
 from torch import Tensor
-
-from tests.kernels.interpreter import Interpreter
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 TMA = triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True})
@@ -50,19 +53,19 @@ class Case:
         kv[keys:] = torch.nan
         k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
         csr, bias = self.rows(blocks)
-        options: dict[str, Any] = {
-            "block_tokens": self.block,
-            "tile_tokens": self.tile,
-            "q_offset": self.q_offset,
-            "scale": self.head_dim**-0.5,
-        }
+        options: dict[str, Any] = {"tiling": self.tiling}
         if self.summarised:
             shape = (self.kv_heads, blocks, self.head_dim)
             k_mean, v_mean = (torch.randn(shape).to(self.dtype).float() for _ in range(2))
-            options |= {"summaries": (k_mean, v_mean), "bias": bias}
+            options["dropped"] = DroppedBlocks(k_mean, v_mean, bias)
         if self.paged:
-            k, v, options["block_table"] = self.pages(k, v, blocks)
+            k, v, table = self.pages(k, v, blocks)
+            options["tiling"] = replace(self.tiling, block_table=table)
         return (q, k, v, csr), options
+
+    @property
+    def tiling(self) -> Tiling:
+        return Tiling(self.block, self.tile, self.q_offset)
 
     def rows(self, blocks: int) -> tuple[BlockCSR, Tensor]:
         tiles = -(-self.queries // self.tile)
@@ -119,8 +122,8 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: to
 )
 def test_equals_float64(interpret: Interpreter, case: Case) -> None:
     args, options = case.build()
-    got = interpret("block_sparse.block_sparse_attention", *args, **options)
-    check(got, block_sparse_reference(*args, **options), case.dtype)
+    got = interpret(block_sparse_attention, *args, **options)
+    check(got, block_sparse_attention_reference(*args, **options), case.dtype)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -131,22 +134,24 @@ def test_blocks_through_tensor_descriptors(interpret: Interpreter, paged: bool) 
             block=block, queries=40, q_offset=400, dtype=torch.float16, summarised=True, paged=paged
         )
         args, options = case.build()
-        got = interpret("block_sparse.block_sparse_attention", *args, config=TMA, **options)
-        check(got, block_sparse_reference(*args, **options), case.dtype)
+        got = interpret(
+            block_sparse_attention, *args, options=AttentionOptions(config=TMA), **options
+        )
+        check(got, block_sparse_attention_reference(*args, **options), case.dtype)
 
 
 def test_reference_of_all_blocks_is_causal_attention() -> None:
     args, options = Case(density=1.0, q_offset=40).build()
     q, k, v, _ = args
-    keys = options["q_offset"] + q.shape[1]
+    keys = 40 + q.shape[1]
     k, v = (x[:, :keys].double().repeat_interleave(4, 0) for x in (k, v))
-    mask = torch.ones(q.shape[1], keys).tril(options["q_offset"]).bool()
-    scale = options["scale"]
+    mask = torch.ones(q.shape[1], keys).tril(40).bool()
+    scale = q.shape[2] ** -0.5
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.double(), k, v, attn_mask=mask, scale=scale
     )
     scores = (q.double() @ k.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf)
-    out, lse = block_sparse_reference(*args, **options)
+    out, lse = block_sparse_attention_reference(*args, **options)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
 
@@ -155,8 +160,9 @@ def test_rows_without_keys(interpret: Interpreter) -> None:
     """Without the local region an empty CSR row leaves nothing to attend to."""
     case = Case(density=0.15, tile=16, dtype=torch.float16)
     args, options = case.build()
-    out, lse = interpret("block_sparse.block_sparse_attention", *args, local=False, **options)
-    check((out, lse), block_sparse_reference(*args, local=False, **options), case.dtype)
+    without = AttentionOptions(local=False)
+    out, lse = interpret(block_sparse_attention, *args, options=without, **options)
+    check((out, lse), block_sparse_attention_reference(*args, local=False, **options), case.dtype)
     empty = lse == -torch.inf
     assert empty.any()
     assert not empty.all()
@@ -171,8 +177,8 @@ def test_scores_of_minus_infinity(interpret: Interpreter) -> None:
     k[:, 64:80, 0] = -torch.inf  # the local region's first tile
     k[:, :16, 0] = -torch.inf
     k[1, :, 0] = -torch.inf
-    out, lse = interpret("block_sparse.block_sparse_attention", q, k, v, csr, **options)
-    expected = block_sparse_reference(q, k, v, csr, **options)
+    out, lse = interpret(block_sparse_attention, q, k, v, csr, **options)
+    expected = block_sparse_attention_reference(q, k, v, csr, **options)
     check((out, lse), expected, case.dtype)
     assert (lse[4:] == -torch.inf).all()
     assert (out[4:] == 0).all()
@@ -184,11 +190,11 @@ def test_nan_stays_where_it_is_attended(interpret: Interpreter) -> None:
     (q, k, v, csr), options = case.build()
     kept = csr.col[csr.row_ptr[0] : csr.row_ptr[1]].tolist()
     dropped = next(j for j in range(90 // 16) if j not in kept)
-    clean, _ = interpret("block_sparse.block_sparse_attention", q, k, v, csr, **options)
+    clean, _ = interpret(block_sparse_attention, q, k, v, csr, **options)
     k[0, dropped * 16 : dropped * 16 + 16] = torch.nan
     v[0, dropped * 16 : dropped * 16 + 16] = torch.nan
     q[1, 3] = torch.nan
-    out, _ = interpret("block_sparse.block_sparse_attention", q, k, v, csr, **options)
+    out, _ = interpret(block_sparse_attention, q, k, v, csr, **options)
     assert out[1, 3].isnan().all()
     out[1, 3] = clean[1, 3]
     assert torch.equal(out[:4, :16], clean[:4, :16])  # tile 0 of KV head 0 dropped that block
@@ -202,14 +208,26 @@ def test_skip_leaves_out_what_is_negligible(interpret: Interpreter) -> None:
     q[..., 0] = 8.0
     k[:, :, 0] = 0.0
     k[:, 32:64, 0] = -20.0  # logits about 20 below the others
-    expected = block_sparse_reference(q, k, v, csr, **options)
+    expected = block_sparse_attention_reference(q, k, v, csr, **options)
     v[:, 32:64] = torch.nan
     skipping = interpret(
-        "block_sparse.block_sparse_attention", q, k, v, csr, skip_threshold=1e-4, **options
+        block_sparse_attention,
+        q,
+        k,
+        v,
+        csr,
+        options=AttentionOptions(skip_threshold=1e-4),
+        **options,
     )
     check(skipping, expected, case.dtype)
     careful = interpret(
-        "block_sparse.block_sparse_attention", q, k, v, csr, skip_threshold=1e-12, **options
+        block_sparse_attention,
+        q,
+        k,
+        v,
+        csr,
+        options=AttentionOptions(skip_threshold=1e-12),
+        **options,
     )
     assert careful[0].isnan().all()
 
@@ -221,51 +239,55 @@ def test_order_of_rows_changes_nothing(interpret: Interpreter) -> None:
     lengths = csr.row_ptr.diff()[order]
     assert (lengths.diff() <= 0).all()
     assert sorted(order.tolist()) == list(range(len(order)))
-    plain = interpret("block_sparse.block_sparse_attention", *args, **options)
-    ordered = interpret("block_sparse.block_sparse_attention", *args, order=order, **options)
+    plain = interpret(block_sparse_attention, *args, **options)
+    ordered = interpret(
+        block_sparse_attention, *args, options=AttentionOptions(order=order), **options
+    )
     assert all(map(torch.equal, plain, ordered))
-    out, lse = interpret("block_sparse.block_sparse_attention", *args, lse_only=True, **options)
-    assert out.shape == (8, 0, 64)
-    assert torch.equal(lse, plain[1])
+
+
+def test_the_log_sum_exp_alone(interpret: Interpreter) -> None:
+    args, options = Case(dtype=torch.float16, queries=40, tile=16).build()
+    q, k, _, csr = args
+    _, lse = interpret(block_sparse_attention, *args, **options)
+    assert torch.equal(interpret(block_sparse_lse, q, k, csr, **options), lse)
 
 
 def test_every_third_query(interpret: Interpreter) -> None:
     """The rows of every n-th query of a tile are those that all queries together give."""
-    case, step = Case(q_offset=90, queries=70, tile=18, summarised=True), 3
+    case = Case(q_offset=90, queries=70, tile=18, summarised=True)
+    step = 3
     (q, k, v, csr), options = case.build()
-    out, lse = block_sparse_reference(q, k, v, csr, **options)
+    out, lse = block_sparse_attention_reference(q, k, v, csr, **options)
     expected = out[:, ::step], lse[:, ::step]
-    options |= {"tile_tokens": 6, "query_step": step}
+    options["tiling"] = replace(case.tiling, tile_tokens=6, query_step=step)
     some = q[:, ::step]
-    check(block_sparse_reference(some, k, v, csr, **options), expected, torch.float64)
-    check(interpret("block_sparse.block_sparse_attention", some, k, v, csr, **options),
-          expected, case.dtype)  # fmt: skip
-    _, lse = interpret(
-        "block_sparse.block_sparse_attention", some, k, k, csr, lse_only=True, **options
-    )
+    again = block_sparse_attention_reference(some, k, v, csr, **options)
+    check(again, expected, torch.float64)
+    got = interpret(block_sparse_attention, some, k, v, csr, **options)
+    check(got, expected, case.dtype)
+    lse = interpret(block_sparse_lse, some, k, csr, **options)
     torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_what_was_tuned_with_tensor_descriptors_is_not_used_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keys = block_sparse._tuned_kernel.keys
+    keys = block_attention._tuned_kernel.keys
     launched: list[tuple[Any, ...]] = []
 
     class Recorder:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda **arguments: launched.append(tuple(arguments[key] for key in keys))
 
-    monkeypatch.setattr(block_sparse, "_tuned_kernel", Recorder())
-    queries, length = torch.zeros(2, 64, 64).half(), 8192
+    monkeypatch.setattr(block_attention, "_tuned_kernel", Recorder())
+    length = 8192
+    queries = torch.zeros(2, 64, 64).half()
     aligned = torch.zeros(2, length, 64).half()
     shifted = torch.zeros(2 * length * 64 + 1).half()[1:].view(2, length, 64)  # by two bytes
     none = BlockCSR(torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
     for k in (aligned, shifted):
-        block_sparse_attention(
-            queries, k, aligned, none, block_tokens=64, tile_tokens=128, q_offset=length - 64,
-            scale=1.0,
-        )  # fmt: skip
+        block_sparse_attention(queries, k, aligned, none, tiling=Tiling(64, 128, length - 64))
     assert len(launched) == 2
     assert launched[0] != launched[1]
 
@@ -278,24 +300,43 @@ def test_no_queries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("tiling", "message"),
     [
         ({"block_tokens": 24}, "block_tokens = 24 is not a power of two"),
-        ({"scale": -1.0}, r"scale = -1\.0 is not accepted"),
-        ({"skip_threshold": 1.5}, r"skip_threshold = 1\.5"),
-        ({"q_offset": 100}, "163 keys are fewer than the 170 up to the last query"),
+        ({"q_offset": -1}, "q_offset = -1 >= 0"),
         ({"query_step": 0}, "query_step = 0 is not accepted"),
+        ({"q_offset": 100}, "163 keys are fewer than the 170 up to the last query"),
         ({"query_step": 2}, "163 keys are fewer than the 229 up to the last query"),
         ({"tile_tokens": 70}, "row_ptr has 7 entries, expected 3"),
-        ({"bias": torch.zeros(2, 3, 11)}, "summaries and bias belong together"),
-        (
-            {"bias": torch.zeros(2, 3, 8), "summaries": (torch.zeros(2, 8, 64),) * 2},
-            "bias and summaries of 8 blocks do not reach the 9 before the last tile",
-        ),
+    ],
+)
+def test_a_bad_tiling_is_named(tiling: dict[str, int], message: str) -> None:
+    case = Case()
+    args, _ = case.build()
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*args, tiling=replace(case.tiling, **tiling))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": -1.0}, r"scale = -1\.0 is not accepted"),
+        ({"skip_threshold": 1.5}, r"skip_threshold = 1\.5"),
         ({"order": torch.arange(6)}, r"order is torch\.int64 \[6\], expected int32 \[6\]"),
     ],
 )
-def test_bad_input_is_named(changes: dict[str, Any], message: str) -> None:
-    args, options = Case().build()
+def test_a_bad_option_is_named(options: dict[str, Any], message: str) -> None:
+    case = Case()
+    args, _ = case.build()
     with pytest.raises(ValueError, match=message):
-        block_sparse_attention(*args, **{**options, **changes})
+        block_sparse_attention(*args, tiling=case.tiling, options=AttentionOptions(**options))
+
+
+def test_too_few_summaries_are_named() -> None:
+    case = Case()
+    args, _ = case.build()
+    means = torch.zeros(2, 8, 64)
+    dropped = DroppedBlocks(means, means, torch.zeros(2, 3, 8))
+    message = "bias and summaries of 8 blocks do not reach the 9 before the last tile"
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*args, tiling=case.tiling, dropped=dropped)

@@ -55,7 +55,9 @@ def compile_kernel(
 
     Pointers and integers ending in ``:16`` count as divisible by 16, as Triton specialises them.
     """
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
         argument = arguments[name]
         if isinstance(argument, Const):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from prefill_kernels.cpu.attention import attend_rows
-from prefill_kernels.cpu.matmul import product, serves
+from prefill_kernels.cpu.matmul import matmul_nt, uses_onednn
 from torch import Tensor
 
 SCALE = 0.2
@@ -30,9 +30,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> tup
 @pytest.mark.parametrize("last", [0, 1, 5, 600])
 def test_rows_equal_a_softmax(rows: int, keys: int, last: int) -> None:
     q, k, v = rand(2, rows, 16), rand(2, keys, 16, seed=1), rand(2, keys, 16, seed=2)
-    assert serves(q)
+    assert uses_onednn(q)
     hidden = rand(rows, min(last, keys), seed=3) > 0 if last else None
-    out, lse = attend_rows(q, k, v, SCALE, hidden)
+    out, lse = attend_rows(q, k, v, SCALE, hidden=hidden)
     expected, expected_lse = oracle(q, k, v, hidden)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
@@ -42,7 +42,7 @@ def test_a_row_without_keys_is_zero_in_every_dtype() -> None:
     q, k = rand(1, 4, 16), rand(1, 3, 16, seed=1)
     hidden = torch.tensor([[True] * 3, [False] * 3, [True, False, True], [False] * 3])
     for dtype in (torch.float32, torch.float64):
-        out, lse = attend_rows(q.to(dtype), k.to(dtype), k.to(dtype), SCALE, hidden)
+        out, lse = attend_rows(q.to(dtype), k.to(dtype), k.to(dtype), SCALE, hidden=hidden)
         assert lse[0, 0] == -torch.inf
         assert not out[0, 0].any()
         assert lse[0, 1:].isfinite().all()
@@ -61,7 +61,8 @@ def test_peaks_that_rise_from_strip_to_strip() -> None:
 
 def test_what_is_not_a_number_stays_in_its_row() -> None:
     q, k = rand(1, 5, 16), rand(1, 9, 16, seed=1)
-    q[0, 2, 3], q[0, 4, 0] = torch.nan, torch.inf
+    q[0, 2, 3] = torch.nan
+    q[0, 4, 0] = torch.inf
     out, lse = attend_rows(q, k, k, SCALE)
     assert out[0, [2, 4]].isnan().any(-1).all()
     good = [0, 1, 3]
@@ -80,10 +81,10 @@ def test_product_of_any_strides(dtype: torch.dtype) -> None:
         wide[:, 2].T.contiguous().T,
         wide[:0, 0],
     ):
-        torch.testing.assert_close(product(x, y), x @ y.T)
-    assert product(x[:0], wide[:, 0]).shape == (0, 7)
+        torch.testing.assert_close(matmul_nt(x, y), x @ y.T)
+    assert matmul_nt(x[:0], wide[:, 0]).shape == (0, 7)
     strided = rand(5, 48, seed=2).to(dtype)[:, ::2]
-    torch.testing.assert_close(product(strided, wide[:, 0]), strided @ wide[:, 0].T)
+    torch.testing.assert_close(matmul_nt(strided, wide[:, 0]), strided @ wide[:, 0].T)
 
 
 @pytest.mark.parametrize("rows", [4096, 4097, 9000])
@@ -92,6 +93,6 @@ def test_product_over_the_borders_of_its_strips(rows: int) -> None:
     kv = rand(rows, 2, 8, seed=1)
     q, p = rand(3, 8), rand(2, 3, rows, seed=2).softmax(-1)
     scores = q.double() @ kv[:, 0].double().T
-    torch.testing.assert_close(product(q, kv[:, 0]).double(), scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(matmul_nt(q, kv[:, 0]).double(), scores, rtol=0, atol=1e-5)
     mixed = p.double() @ kv[:, 1].double()
-    torch.testing.assert_close(product(p, kv[:, 1].T).double(), mixed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(matmul_nt(p, kv[:, 1].T).double(), mixed, rtol=0, atol=1e-6)

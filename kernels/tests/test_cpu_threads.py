@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from prefill_kernels.cpu.threads import spread
+from prefill_kernels.cpu.threads import parallel_for
 
 
 @pytest.fixture(params=[1, 3])
@@ -27,7 +27,7 @@ def test_every_piece_once(threads: int, count: int) -> None:
         inside.add(torch.get_num_threads())
         done.append((piece, worker))
 
-    spread(work, range(count))
+    parallel_for(work, range(count))
     assert sorted(piece for piece, _ in done) == list(range(count))
     assert {worker for _, worker in done} <= set(range(threads))
     assert torch.get_num_threads() == threads
@@ -40,7 +40,7 @@ def test_they_run_side_by_side() -> None:
     torch.set_num_threads(2)
     meeting = threading.Barrier(2, timeout=30)
     try:
-        spread(lambda piece, worker: meeting.wait() and None, [0, 1])
+        parallel_for(lambda piece, worker: meeting.wait() and None, [0, 1])
     finally:
         torch.set_num_threads(before)
     assert not meeting.broken
@@ -53,7 +53,7 @@ def test_inference_mode_goes_along(threads: int) -> None:
         def work(piece: int, _: int) -> None:
             made[piece] = piece
 
-        spread(work, range(4))
+        parallel_for(work, range(4))
     assert made.tolist() == [0, 1, 2, 3]
 
 
@@ -63,5 +63,5 @@ def test_an_error_is_raised(threads: int) -> None:
             raise ValueError("piece 2")
 
     with pytest.raises(ValueError, match="piece 2"):
-        spread(work, range(5))
+        parallel_for(work, range(5))
     assert torch.get_num_threads() == threads

@@ -10,6 +10,7 @@ key with an additive logit bias.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,27 @@ from torch import Tensor
 
 from prefill_kernels.autotune import CONFIGS, TUNED_FROM, fallback, prune, suitable
 from prefill_kernels.csr import BlockCSR
-from prefill_kernels.dot import dot
+from prefill_kernels.formats import AttentionOptions, DroppedBlocks, Tiling
 from prefill_kernels.inputs import (
     as_blocks,
     check_attention,
     check_rows,
     descriptor,
-    gather_pages,
     tma_usable,
 )
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a [M, K] @ b [K, N] (+ acc) in float32; float32 operands in three tf32 products."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        # The interpreter would multiply the bits of bfloat16 as integers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -42,8 +55,19 @@ def _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(desc, p_tile, o_tile, d_mask, block, i_head, within, TMA: tl.constexpr,
-               PADDED: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def _load_tile(
+    desc,
+    p_tile,
+    o_tile,
+    d_mask,
+    block,
+    i_head,
+    within,
+    TMA: tl.constexpr,
+    PADDED: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
     """[N, D] keys or values of one kept block, whole by contract."""
     if TMA:
         return desc.load([block, i_head, within, 0]).reshape(N, D)
@@ -52,23 +76,57 @@ def _load_tile(desc, p_tile, o_tile, d_mask, block, i_head, within, TMA: tl.cons
     return tl.load(p_tile + o_tile)
 
 
-# fmt: off
 @triton.jit
 def attention_kernel(
-    p_q, p_k, p_v, k_desc_64, v_desc_64, k_desc_128, v_desc_128,
-    p_k_mean, p_v_mean, p_bias, p_row_ptr, p_col, p_table, p_order, p_out, p_lse,
-    stride_q_head, stride_q_token,
-    stride_k_block, stride_k_head, stride_k_token,
-    stride_v_block, stride_v_head, stride_v_token,
-    stride_table_head, queries, tiles, tile_tokens, q_offset, blocks,
-    scale_log2, inverse_scale, skip_log2,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, LOCAL: tl.constexpr, PAGED: tl.constexpr,
-    SUMMARIES: tl.constexpr, ORDERED: tl.constexpr, SKIP: tl.constexpr, VALUES: tl.constexpr,
-    QUERY_STEP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_q,
+    p_k,
+    p_v,
+    k_desc_64,
+    v_desc_64,
+    k_desc_128,
+    v_desc_128,
+    p_k_mean,
+    p_v_mean,
+    p_bias,
+    p_row_ptr,
+    p_col,
+    p_table,
+    p_order,
+    p_out,
+    p_lse,
+    stride_q_head,
+    stride_q_token,
+    stride_k_block,
+    stride_k_head,
+    stride_k_token,
+    stride_v_block,
+    stride_v_head,
+    stride_v_token,
+    stride_table_head,
+    queries,
+    tiles,
+    tile_tokens,
+    q_offset,
+    blocks,
+    scale_log2,
+    inverse_scale,
+    skip_log2,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    LOCAL: tl.constexpr,
+    PAGED: tl.constexpr,
+    SUMMARIES: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SKIP: tl.constexpr,
+    VALUES: tl.constexpr,
+    QUERY_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    # fmt: on
     """See ``block_sparse_attention``. Packed row r: head r // tokens, token r % tokens.
 
     ALIGNED: there are tensor descriptors. It is part of the autotuner's key, so that what was
@@ -153,14 +211,16 @@ def attention_kernel(
     for i in tl.range(0, steps):
         within = i % STEPS * BLOCK_N
         p_tile = p_k + block.to(tl.int64) * stride_k_block + within * stride_k_token
-        b_k = _load_tile(k_desc, p_tile, o_k, d_mask, block, i_head, within,
-                         TMA, PADDED, BLOCK_N, BLOCK_D)  # fmt: skip
+        b_k = _load_tile(
+            k_desc, p_tile, o_k, d_mask, block, i_head, within, TMA, PADDED, BLOCK_N, BLOCK_D
+        )
         raw = dot(b_q, b_k.T)
         p_tile = p_v + block.to(tl.int64) * stride_v_block + within * stride_v_token
         b_v = b_k
         if VALUES:
-            b_v = _load_tile(v_desc, p_tile, o_v, d_mask, block, i_head, within,
-                             TMA, PADDED, BLOCK_N, BLOCK_D)  # fmt: skip
+            b_v = _load_tile(
+                v_desc, p_tile, o_v, d_mask, block, i_head, within, TMA, PADDED, BLOCK_N, BLOCK_D
+            )
         if SKIP:
             gap = tl.where(valid, tl.max(raw, 1) * scale_log2 - m, float("-inf"))
             if tl.max(gap, 0) >= skip_log2:
@@ -219,200 +279,180 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    csr: BlockCSR,
+    kept: BlockCSR,
     *,
-    block_tokens: int,
-    tile_tokens: int,
-    q_offset: int,
-    scale: float,
-    block_table: Tensor | None = None,
-    summaries: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-    skip_threshold: float | None = None,
-    local: bool = True,
-    order: Tensor | None = None,
-    query_step: int = 1,
-    lse_only: bool = False,
-    config: triton.Config | None = None,
+    tiling: Tiling,
+    dropped: DroppedBlocks | None = None,
+    options: AttentionOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query tile over its local region, kept blocks and block summaries.
 
-    Query i stands at position ``q_offset + query_step * i``. Tile t holds ``tile_tokens`` of them,
-    from position p0 = ``q_offset + query_step * tile_tokens * t`` on; its local region is
-    [floor(p0 / B) * B, own position] with B = ``block_tokens``. No host synchronisation.
+    The host does not wait for the device.
 
     Args:
         q: [q_heads, queries, head_dim] float16, bfloat16 or float32; last dimension contiguous.
-        k, v: [kv_heads, keys, head_dim] like ``q``, up to the last query's position at least; or,
-            with a block table, pages [pages, block_tokens, kv_heads, head_dim]. What lies behind
-            the last query is never used, not even NaN. A NaN inside the local region reaches all
-            rows of its tile, later keys of a row having weight 0 there rather than no part.
-        csr: kept blocks; only blocks below floor(p0 / B) may be listed.
-        block_tokens: a power of two, 16 or more.
-        tile_tokens: queries of a tile; the last tile may be shorter.
-        q_offset: position of the first query.
-        scale: factor on the scores, positive.
-        block_table: [blocks] or [kv_heads, blocks] int32, page of each logical block.
-        summaries: (k_mean, v_mean), both [kv_heads, blocks, head_dim]; comes with ``bias``.
-        bias: [kv_heads, tiles, blocks] float32, added to the score of a block's mean key; -inf
-            leaves the summary out. Only blocks below floor(p0 / B) are read; those of the last
-            tile there must be.
-        skip_threshold: in (0, 1); leaves out a key tile of a kept block if its largest score lies
-            so far below every row's running maximum that exp(difference) < threshold (BLASST,
-            arXiv 2512.12087). Such keys are missing from the LSE, too.
-        local: attend the local region. Without it a row may see no key at all.
-        order: [kv_heads * tiles] int32, the order in which rows are started (``longest_first``);
-            default: per KV head from the last tile, which sees most keys, to the first.
-        query_step: distance between the positions of neighbouring queries.
-        lse_only: read no values (``v`` may be ``k``) and return ``out`` without any query.
-        config: launch configuration. Default: the best measured for this kind of call, found
-            at its first call with 8192 keys or more and cached on disk; below, a likely one.
+        k, v: [kv_heads, keys, head_dim] like ``q``, up to the last query's position at least; or
+            pages, see ``Tiling``. What lies behind the last query is never used, not even NaN. A
+            NaN inside the local region reaches all rows of its tile, later keys of a row having
+            weight 0 there rather than no part.
+        kept: the kept blocks of each (KV head, tile); only candidates of the tile may be listed.
+        tiling: tiles, blocks and positions.
+        dropped: summaries of other candidates; without it nothing stands for them.
+        options: scale and what else a call may change.
 
     Returns:
         out [q_heads, queries, head_dim] like ``q`` and lse [q_heads, queries] float32, natural
         logarithm. A row without any key gives 0 and -inf.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
-    check_attention(q, k, v, block_tokens, tile_tokens, q_offset, query_step, scale, block_table)
-    if skip_threshold is not None and not 0 < skip_threshold < 1:
-        raise ValueError(f"skip_threshold = {skip_threshold} is not accepted; expected 0 to 1")
-    q_heads, queries, head_dim = q.shape
-    paged = block_table is not None
-    kv_heads = k.shape[2] if paged else k.shape[0]
-    tiles = triton.cdiv(queries, tile_tokens)
-    candidates = (q_offset + max(tiles - 1, 0) * tile_tokens * query_step) // block_tokens
-    check_rows(csr, kv_heads, tiles, candidates, head_dim, summaries, bias, order)
-    out = torch.empty_like(q[:, :0] if lse_only else q, memory_format=torch.contiguous_format)
+    check_attention(q, k, v, tiling)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    if queries == 0:
-        return out, lse
-    table_stride = 0 if block_table is None or block_table.dim() == 1 else block_table.stride(0)
-    k_blocks, v_blocks = as_blocks(k, block_tokens, paged), as_blocks(v, block_tokens, paged)
-    k_mean, v_mean = (x.to(q.dtype).contiguous() for x in summaries) if summaries else (None, None)
-    tma = tma_usable(k_blocks, v_blocks)
-    arguments: dict[str, Any] = {
-        "p_q": q,
-        "p_k": k,
-        "p_v": v,
+    if q.shape[1]:
+        launch = _Launch(tiling, options or AttentionOptions(), kept, dropped)
+        launch.run(q, k, v, out=out, lse=lse)
+    return out, lse
+
+
+def block_sparse_lse(
+    q: Tensor,
+    k: Tensor,
+    kept: BlockCSR,
+    *,
+    tiling: Tiling,
+    dropped: DroppedBlocks | None = None,
+    options: AttentionOptions | None = None,
+) -> Tensor:
+    """The log-sum-exp of ``block_sparse_attention`` alone, [q_heads, queries]; no value is read."""
+    check_attention(q, k, k, tiling)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.shape[1]:
+        launch = _Launch(tiling, options or AttentionOptions(), kept, dropped)
+        launch.run(q, k, k, out=None, lse=lse)
+    return lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """One launch of ``attention_kernel``: what its many arguments are made of."""
+
+    tiling: Tiling
+    options: AttentionOptions
+    kept: BlockCSR
+    dropped: DroppedBlocks | None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, *, out: Tensor | None, lse: Tensor) -> None:
+        """Write ``out`` and ``lse``; without ``out`` the values are not read."""
+        tiling = self.tiling
+        queries = q.shape[1]
+        kv_heads = k.shape[0] if tiling.block_table is None else k.shape[2]
+        tiles = tiling.tiles(queries)
+        check_rows(
+            self.kept,
+            self.dropped,
+            self.options.order,
+            kv_heads=kv_heads,
+            tiles=tiles,
+            candidates=tiling.candidates(tiles - 1),
+            head_dim=q.shape[2],
+        )
+        k_blocks = as_blocks(k, tiling.block_tokens, tiling.block_table is not None)
+        v_blocks = as_blocks(v, tiling.block_tokens, tiling.block_table is not None)
+        tma = tma_usable(k_blocks, v_blocks)
+        arguments = {
+            "p_q": q,
+            "p_k": k,
+            "p_v": v,
+            "p_out": out,
+            "p_lse": lse,
+            "VALUES": out is not None,
+            "ALIGNED": tma,
+            **self._geometry(q, kv_heads),
+            **_key_arguments(k_blocks, v_blocks, tma),
+            **self._rows(q.dtype),
+        }
+        rows = arguments["GROUP"] * min(tiling.tile_tokens, queries)
+
+        def grid(meta: dict[str, Any]) -> tuple[int]:
+            return (kv_heads * tiles * triton.cdiv(rows, meta["BLOCK_M"]),)
+
+        config = self.options.config
+        if config is None and triton.knobs.runtime.interpret:
+            config = fallback(tiling.block_tokens)  # there is nothing to time
+        elif config is None and tiling.q_offset + tiling.query_step * queries < TUNED_FROM:
+            config = suitable(q, arguments["BLOCK_D"], tiling.block_tokens, tma)[0]
+        if config is None:
+            _tuned_kernel[grid](**arguments, enable_fp_fusion=True)
+        else:
+            attention_kernel[grid](**arguments, **config.all_kwargs(), enable_fp_fusion=True)
+
+    def _geometry(self, q: Tensor, kv_heads: int) -> dict[str, Any]:
+        """Sizes, positions and scale."""
+        tiling = self.tiling
+        table = tiling.block_table
+        q_heads, queries, head_dim = q.shape
+        scale = self.options.scale or head_dim**-0.5
+        skip = self.options.skip_threshold
+        return {
+            "stride_q_head": q.stride(0),
+            "stride_q_token": q.stride(1),
+            "stride_table_head": table.stride(0) if table is not None and table.dim() == 2 else 0,
+            "queries": queries,
+            "tiles": tiling.tiles(queries),
+            "tile_tokens": tiling.tile_tokens,
+            "q_offset": tiling.q_offset,
+            "scale_log2": scale * math.log2(math.e),
+            "inverse_scale": 1 / scale,
+            "skip_log2": math.log2(skip) if skip else 0.0,
+            "GROUP": q_heads // kv_heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_TOKENS": tiling.block_tokens,
+            "LOCAL": self.options.local,
+            "SKIP": skip is not None,
+            "QUERY_STEP": tiling.query_step,
+            "p_table": table,
+            "PAGED": table is not None,
+        }
+
+    def _rows(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The kept blocks and the summaries of each (KV head, tile)."""
+        dropped = self.dropped
+        return {
+            "p_row_ptr": self.kept.row_ptr,
+            "p_col": self.kept.col,
+            "p_order": self.options.order,
+            "ORDERED": self.options.order is not None,
+            "p_k_mean": dropped.k_mean.to(dtype).contiguous() if dropped else None,
+            "p_v_mean": dropped.v_mean.to(dtype).contiguous() if dropped else None,
+            "p_bias": dropped.bias.contiguous() if dropped else None,
+            "blocks": dropped.bias.shape[2] if dropped else 0,
+            "SUMMARIES": dropped is not None,
+        }
+
+
+def _key_arguments(k_blocks: Tensor, v_blocks: Tensor, tma: bool) -> dict[str, Any]:
+    """Strides of the blocks and, where they can be used, their tensor descriptors."""
+    return {
         "k_desc_64": descriptor(k_blocks, 64) if tma else None,
         "v_desc_64": descriptor(v_blocks, 64) if tma else None,
         "k_desc_128": descriptor(k_blocks, 128) if tma else None,
         "v_desc_128": descriptor(v_blocks, 128) if tma else None,
-        "p_k_mean": k_mean,
-        "p_v_mean": v_mean,
-        "p_bias": bias.contiguous() if bias is not None else None,
-        "p_row_ptr": csr.row_ptr,
-        "p_col": csr.col,
-        "p_table": block_table,
-        "p_order": order,
-        "p_out": out,
-        "p_lse": lse,
-        "stride_q_head": q.stride(0),
-        "stride_q_token": q.stride(1),
         "stride_k_block": k_blocks.stride(0),
         "stride_k_head": k_blocks.stride(1),
         "stride_k_token": k_blocks.stride(2),
         "stride_v_block": v_blocks.stride(0),
         "stride_v_head": v_blocks.stride(1),
         "stride_v_token": v_blocks.stride(2),
-        "stride_table_head": table_stride,
-        "queries": queries,
-        "tiles": tiles,
-        "tile_tokens": tile_tokens,
-        "q_offset": q_offset,
-        "blocks": bias.shape[2] if bias is not None else 0,
-        "scale_log2": scale * math.log2(math.e),
-        "inverse_scale": 1 / scale,
-        "skip_log2": math.log2(skip_threshold) if skip_threshold else 0.0,
-        "GROUP": q_heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_TOKENS": block_tokens,
-        "LOCAL": local,
-        "PAGED": paged,
-        "SUMMARIES": bias is not None,
-        "ORDERED": order is not None,
-        "SKIP": skip_threshold is not None,
-        "VALUES": not lse_only,
-        "QUERY_STEP": query_step,
-        "ALIGNED": tma,
     }
-    rows = q_heads // kv_heads * min(tile_tokens, queries)
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (kv_heads * tiles * triton.cdiv(rows, meta["BLOCK_M"]),)
-
-    if config is None and triton.knobs.runtime.interpret:
-        config = fallback(block_tokens)  # there is nothing to time
-    elif config is None and q_offset + query_step * queries < TUNED_FROM:
-        config = suitable(q, arguments["BLOCK_D"], block_tokens, tma)[0]
-    if config is None:
-        _tuned_kernel[grid](**arguments, enable_fp_fusion=True)
-    else:
-        attention_kernel[grid](**arguments, **config.all_kwargs(), enable_fp_fusion=True)
-    return out, lse
 
 
 def longest_first(csr: BlockCSR) -> Tensor:
     """[rows] int32: row indices by falling number of kept blocks. No host synchronisation.
 
-    An ``order`` for ``block_sparse_attention`` where row lengths differ so much that the last
+    For ``AttentionOptions.order``, where row lengths differ so much that the last
     programs would otherwise run alone.
     """
     return torch.argsort(csr.row_ptr.diff(), descending=True, stable=True).to(torch.int32)
-
-
-def block_sparse_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    csr: BlockCSR,
-    *,
-    block_tokens: int,
-    tile_tokens: int,
-    q_offset: int,
-    scale: float,
-    block_table: Tensor | None = None,
-    summaries: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-    local: bool = True,
-    query_step: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """What ``block_sparse_attention`` computes (without skipping), naively and in float64."""
-    if block_table is not None:
-        k, v = (gather_pages(x, block_table) for x in (k, v))
-    q_heads, queries, _ = q.shape
-    kv_heads, keys, _ = k.shape
-    tiles = triton.cdiv(queries, tile_tokens)
-    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
-    row_ptr = csr.row_ptr.tolist()
-    position = torch.arange(keys, device=q.device)
-    for row in range(kv_heads * tiles):
-        h, t = divmod(row, tiles)
-        heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
-        tokens = slice(t * tile_tokens, min((t + 1) * tile_tokens, queries))
-        own = q_offset + query_step * torch.arange(tokens.start, tokens.stop, device=q.device)
-        candidates = int(own[0]) // block_tokens
-        kept = csr.col[row_ptr[row] : row_ptr[row + 1]]
-        seen = torch.isin(position // block_tokens, kept)[None]  # [1, keys]
-        if local:
-            seen = seen | (
-                (position >= candidates * block_tokens)[None] & (position[None] <= own[:, None])
-            )
-        seen = seen.expand(len(own), keys)
-        used = seen.any(0)
-        q_tile = q[heads, tokens].double()  # [group, tokens, head_dim]
-        scores = q_tile @ k[h, used].double().T * scale
-        scores = scores.masked_fill(~seen[:, used], -torch.inf)
-        values = v[h, used].double()
-        if summaries is not None and bias is not None:
-            k_mean, v_mean = (x[h, :candidates].double() for x in summaries)
-            scores = torch.cat([scores, q_tile @ k_mean.T * scale + bias[h, t, :candidates]], -1)
-            values = torch.cat([values, v_mean])
-        if scores.shape[-1]:
-            lse[heads, tokens] = scores.logsumexp(-1)
-            out[heads, tokens] = scores.softmax(-1).nan_to_num() @ values
-    return out, lse
