@@ -25,18 +25,18 @@ lint: setup ## Check style and types with ruff and mypy
 	$(BIN)/mypy
 
 bench-selection: setup ## Compare ways to choose key blocks: estimators, key orders, rules
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.selection \
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.quality.selection
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.quality.selection \
 		--checkpoint assets/needle-qwen3-vl
 
 bench-scaling: setup ## Measure traffic and work on 1 to 4 ranks; project to 8 and 32 GPUs
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.sp_scaling
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.parallel.scaling
 
 bench-fidelity: setup ## Measure what approximation costs in answers, by quality, length and ranks
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fidelity
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.quality.fidelity
 
 bench-attention: setup ## Time dense, sparse and FlexAttention on this CPU, 4K to 32K tokens
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention_cpu
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention.cpu
 
 bench-service: setup ## Time the first token of this service, vLLM alone and transformers
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.service

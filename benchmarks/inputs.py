@@ -69,7 +69,7 @@ def synthetic(
     q = torch.empty(q_heads, tokens, head_dim)
     k, v = torch.empty(2, kv_heads, tokens, head_dim)
     for head in range(kv_heads):
-        parts = _structures(kind, tokens, head_dim, scale, rng)
+        parts = _structures(kind, tokens, head_dim, scale=scale, rng=rng)
         # An offset that all keys share, large in a few channels: rotary keys with a bias look so.
         offset = torch.zeros(head_dim)
         offset[torch.randperm(head_dim, generator=rng)[:3]] = 5.0
@@ -89,7 +89,7 @@ def synthetic(
 
 
 def _structures(
-    kind: str, tokens: int, head_dim: int, scale: float, rng: torch.Generator
+    kind: str, tokens: int, head_dim: int, *, scale: float, rng: torch.Generator
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What keys carry and what queries want, each [tokens, head_dim], per structure.
 
@@ -102,13 +102,13 @@ def _structures(
     log_tokens = math.log(tokens)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     if kind in ("needles", "mixture"):
-        found["needles"] = _needles(tokens, spaces["needles"], log_tokens + 2, scale, rng)
+        found["needles"] = _needles(tokens, spaces["needles"], log_tokens + 2, scale=scale, rng=rng)
     if kind in ("columns", "mixture"):
         found["columns"] = _columns(tokens, spaces["columns"], scale, rng)
     if kind in ("grid", "mixture"):
-        found["grid"] = _grid(tokens, spaces["grid"], 6.0, scale, rng)
+        found["grid"] = _grid(tokens, spaces["grid"], 6.0, scale=scale, rng=rng)
     if kind in ("drift", "mixture"):
-        found["drift"] = _drift(tokens, spaces["drift"], 7.0, scale, rng)
+        found["drift"] = _drift(tokens, spaces["drift"], 7.0, scale=scale, rng=rng)
     return found
 
 
@@ -128,7 +128,7 @@ def _amplitude(gain: float, scale: float) -> float:
 
 
 def _needles(
-    tokens: int, space: Tensor, gain: float, scale: float, rng: torch.Generator
+    tokens: int, space: Tensor, gain: float, *, scale: float, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """One key in 512 is a needle; one query in six wants one of those before it."""
     count = max(2, tokens // 512)
@@ -157,7 +157,7 @@ def _columns(
 
 
 def _grid(
-    tokens: int, space: Tensor, gain: float, scale: float, rng: torch.Generator
+    tokens: int, space: Tensor, gain: float, *, scale: float, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Keys and queries carry a code of their place in the frame; neighbours have similar ones."""
     codes = torch.randn(1, len(space), *PATCH_GRID, generator=rng)
@@ -170,12 +170,14 @@ def _grid(
 
 
 def _drift(
-    tokens: int, space: Tensor, gain: float, scale: float, rng: torch.Generator
+    tokens: int, space: Tensor, gain: float, *, scale: float, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Per patch a state: its scene's code and a random walk around it; scenes cut and return."""
     patches = -(-tokens // math.prod(PATCH_GRID))
     scenes = _unit(rng, 6, len(space))
-    state, walk, scene = torch.empty(patches, len(space)), torch.zeros(len(space)), 0
+    state = torch.empty(patches, len(space))
+    walk = torch.zeros(len(space))
+    scene = 0
     for patch in range(patches):
         if patch % 8 == 0:
             scene = int(torch.randint(0, len(scenes), (1,), generator=rng))

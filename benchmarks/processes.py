@@ -103,7 +103,9 @@ class MemoryLog:
         every_s: float = 0.2,
         at_end: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._read, self._every_s, self._at_end = read, every_s, at_end
+        self._read = read
+        self._every_s = every_s
+        self._at_end = at_end
         self._added = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -46,7 +46,8 @@ FOLDER = ROOT / "build" / "demo"
 MODEL = ROOT / "assets" / "needle-qwen3-vl"
 RANKS = 2
 MAX_TOKENS = 8
-EXACT, BALANCED = "exact", "balanced"
+EXACT = "exact"
+BALANCED = "balanced"
 """Only ``exact`` is compared with vLLM alone: approximate attention may choose other tokens."""
 
 SPARSE_FROM_TOKENS = 1024
@@ -131,7 +132,8 @@ def verdict(exact: Sequence[Asked], references: Sequence[Reference]) -> str:
         DemoError: a token differs from vLLM alone.
     """
     for number, (one, reference) in enumerate(zip(exact, references, strict=True), 1):
-        ours, alone = list(one.answer.token_ids), reference.token_ids
+        ours = list(one.answer.token_ids)
+        alone = reference.token_ids
         if ours != alone:
             raise DemoError(f"answer {number} differs: tokens {ours}, from vLLM alone {alone}")
     right = [is_right(q, one.answer.text) for q, one in zip(QUESTIONS, exact, strict=True)]
@@ -150,7 +152,7 @@ def _prepare() -> Path:
         raise DemoError(f"{MODEL} is no checkpoint: it belongs to the repository, check it out")
     FOLDER.mkdir(parents=True, exist_ok=True)
     with Line(f"video of {STORY.patches} s in which shapes flash for a second each") as line:
-        path = write_mp4(FOLDER / "demo.mp4", STORY, SEED, FPS)
+        path = write_mp4(FOLDER / "demo.mp4", STORY, SEED, fps=FPS)
         line.done(f"{path.relative_to(ROOT)}, {path.stat().st_size / 1e6:.1f} MB")
     return path
 
@@ -181,7 +183,13 @@ def _ask_service(path: Path, data_dir: Path) -> Session:
             line.done("stopped")
         if killed:
             raise DemoError(f"the service left processes behind: {'; '.join(killed)}")
-    return Session(video, upload_s, exact, balanced, inspections)
+    return Session(
+        video=video,
+        upload_s=upload_s,
+        exact=exact,
+        balanced=balanced,
+        inspections=inspections,
+    )
 
 
 def _upload(client: Client, path: Path) -> tuple[Video, float]:
@@ -225,7 +233,7 @@ def _draw(path: Path, session: Session) -> None:
         "measures from where\n  on sparse is faster, and computes shorter videos exactly)"
     )
     with Line("picture") as line:
-        draw(picture, path, STORY, FPS, patches)
+        draw(picture, path, STORY, fps=FPS, masses=patches)
         line.done(str(picture.relative_to(ROOT)))
     for quality, masses in patches.items():
         print(f"  attention mass, {quality}: {contrast(STORY, masses)}")
@@ -251,7 +259,8 @@ def _job_text(job: Job) -> str:
     for stage in STAGES:
         ranks = [entry for entry in job.progress if entry.stage == stage]
         if ranks:
-            done, total = sum(r.done for r in ranks), sum(r.total for r in ranks)
+            done = sum(r.done for r in ranks)
+            total = sum(r.total for r in ranks)
             parts.append(f"{stage.value.lower()} {fraction(done, total)}")
     return "  ".join(parts) or job.state.value.lower()
 

@@ -76,6 +76,7 @@ def draw(
     path: Path,
     video: Path,
     story: Story,
+    *,
     fps: int,
     masses: Mapping[str, Sequence[PatchAttention]],
 ) -> None:
@@ -95,17 +96,22 @@ def draw(
     top = figure.add_subplot(grid[0, :])
     _over_time(top, masses)
     _needles(top, story)
-    frames, events = read_frames(video), story.events()
+    frames = read_frames(video)
+    events = story.events()
     for column, second in enumerate(shown):
         axes = figure.add_subplot(grid[1, column])
         _frame(axes, frames[second * fps + fps // 2], second, events[second])
         figure.add_artist(
             ConnectionPatch(
-                (second + 0.5, 0), (0.5, 1), top.get_xaxis_transform(), axes.transAxes,
-                color=_ink(events[second]), linewidth=0.8 if events[second] is None else 1.6,
+                (second + 0.5, 0),
+                (0.5, 1),
+                top.get_xaxis_transform(),
+                axes.transAxes,
+                color=_ink(events[second]),
+                linewidth=0.8 if events[second] is None else 1.6,
                 zorder=-1,
             )
-        )  # fmt: skip
+        )
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -137,12 +143,16 @@ def _needles(axes: Axes, story: Story) -> None:
     for needle in story.needles:
         for patch in needle.patches:
             axes.plot(
-                [patch + 0.5], [0.92], _MARKERS[needle.shape], transform=transform,
-                color=_rgb(needle), fillstyle="none" if needle.shape == "ring" else "full",
+                [patch + 0.5],
+                [0.92],
+                _MARKERS[needle.shape],
+                transform=transform,
+                color=_rgb(needle),
+                fillstyle="none" if needle.shape == "ring" else "full",
                 markersize=16 if needle.shape == "star" else 12,
                 markeredgewidth=3.5 if needle.shape == "ring" else 0.5,
                 markeredgecolor=_rgb(needle) if needle.shape == "ring" else "black",
-            )  # fmt: skip
+            )
 
 
 def _frame(axes: Axes, frame: np.ndarray, second: int, needle: Needle | None) -> None:

@@ -71,15 +71,19 @@ class HourOptions:
 
 def render_scene(number: int, options: HourOptions) -> Iterator[np.ndarray]:
     """Yield the frames of one GOP, [height * 3 / 2, width] uint8 (planes of YUV 4:2:0)."""
-    width, height = options.width, options.height
+    width = options.width
+    height = options.height
     rng = np.random.default_rng((options.seed, number))
     way = np.array([width, height]) // 4  # pixels the camera moves in a scene, at most
     plane = _texture(rng, width + 2 * way[0], height + 2 * way[1])
     tint = _texture(rng, (width + 2 * way[0]) // 2, (height + 2 * way[1]) // 2)
     grain = rng.normal(0, 3, (PIECES, height, width)).astype(np.int8)
-    start, end = rng.uniform(0, 2 * way, 2), rng.uniform(0, 2 * way, 2)
-    discs = [(rng.uniform(0, 1, 4), int(rng.integers(20, 90)), int(rng.integers(0, 256)))
-             for _ in range(6)]  # fmt: skip
+    start = rng.uniform(0, 2 * way, 2)
+    end = rng.uniform(0, 2 * way, 2)
+    discs = [
+        (rng.uniform(0, 1, 4), int(rng.integers(20, 90)), int(rng.integers(0, 256)))
+        for _ in range(6)
+    ]
     picture = np.empty((height * 3 // 2, width), np.uint8)
     for index in range(options.gop_frames):
         at = index / options.gop_frames
@@ -139,8 +143,10 @@ def write_hour(path: Path, options: HourOptions | None = None) -> Path:
         for place, scene in enumerate(scene_order(options)):
             for data, pts, dts, keyframe in scenes[scene]:
                 packet = Packet(data)
-                packet.stream, packet.time_base = stream, time_base
-                packet.pts, packet.dts = pts + place * length, dts + place * length
+                packet.stream = stream
+                packet.time_base = time_base
+                packet.pts = pts + place * length
+                packet.dts = dts + place * length
                 packet.is_keyframe = keyframe
                 container.mux(packet)
     return path
@@ -160,7 +166,9 @@ def _add_stream(container: OutputContainer, options: HourOptions) -> av.VideoStr
             "flags": "+cgop",
         },
     )
-    stream.width, stream.height, stream.pix_fmt = options.width, options.height, "yuv420p"
+    stream.width = options.width
+    stream.height = options.height
+    stream.pix_fmt = "yuv420p"
     return stream
 
 

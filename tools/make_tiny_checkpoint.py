@@ -240,7 +240,7 @@ FAMILIES: dict[str, Callable[[TinySpec, Any], tuple[Any, Any]]] = {
 
 @torch.no_grad()
 def _initialise(
-    model: torch.nn.Module, seed: int, gain: float, qk_gain: float, spoken: torch.Tensor
+    model: torch.nn.Module, seed: int, gain: float, *, qk_gain: float, spoken: torch.Tensor
 ) -> None:
     """Random weights; ``spoken`` [vocabulary] fp32 scales the output rows, 0 is never said."""
     generator = torch.Generator().manual_seed(seed)
@@ -302,8 +302,9 @@ def build(family: str, out: Path, seed: int = 0, **overrides: Any) -> Path:
     tokenizer = train_tokenizer(template)
     model, processor = FAMILIES[family](spec, tokenizer)
     vocab_size = model.config.text_config.vocab_size
-    gain, spoken = GAIN[family], _spoken(tokenizer, vocab_size, spec.any_token)
-    _initialise(model, seed, gain, spec.qk_gain or gain, spoken)
+    gain = GAIN[family]
+    spoken = _spoken(tokenizer, vocab_size, spec.any_token)
+    _initialise(model, seed, gain, qk_gain=spec.qk_gain or gain, spoken=spoken)
     model.config.dtype = "float32"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -20,7 +20,7 @@ DISCS = 4
 
 
 def render_frames(
-    seconds: float, fps: float, width: int, height: int, seed: int
+    seconds: float, fps: float, width: int, *, height: int, seed: int
 ) -> Iterator[np.ndarray]:
     """Yield ``round(seconds * fps)`` BGR frames [height, width, 3] uint8.
 
@@ -36,7 +36,8 @@ def render_frames(
         column = top * (1 - ramp) + bottom * ramp  # [height, 1, 3]
         frame = np.broadcast_to(column, (height, width, 3)).astype(np.uint8, order="C")
         for _ in range(DISCS):
-            start, speed = rng.uniform(0, size), rng.uniform(-0.4, 0.4, 2) * size
+            start = rng.uniform(0, size)
+            speed = rng.uniform(-0.4, 0.4, 2) * size
             radius = max(2, int(rng.uniform(0.08, 0.22) * min(width, height)))
             colour = rng.integers(0, 256, 3).tolist()
             position = np.abs((start + speed * within) % (2 * size) - size)
@@ -48,6 +49,7 @@ def write_video(
     path: Path,
     seconds: float = 2.0,
     fps: float = 25.0,
+    *,
     width: int = 320,
     height: int = 240,
     seed: int = 0,
@@ -66,16 +68,16 @@ def write_video(
     Raises:
         RuntimeError: OpenCV cannot write this codec or container.
     """
-    frames = render_frames(seconds, fps, width, height, seed)
+    frames = render_frames(seconds, fps, width, height=height, seed=seed)
     if len(codec) == 4:
-        _write_opencv(path, frames, fps, (width, height), codec)
+        _write_opencv(path, frames, fps, size=(width, height), codec=codec)
     else:
-        _write_pyav(path, frames, fps, (width, height), codec)
+        _write_pyav(path, frames, fps, size=(width, height), codec=codec)
     return path
 
 
 def _write_opencv(
-    path: Path, frames: Iterator[np.ndarray], fps: float, size: tuple[int, int], codec: str
+    path: Path, frames: Iterator[np.ndarray], fps: float, *, size: tuple[int, int], codec: str
 ) -> None:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), fps, size)
     try:
@@ -88,7 +90,7 @@ def _write_opencv(
 
 
 def _write_pyav(
-    path: Path, frames: Iterator[np.ndarray], fps: float, size: tuple[int, int], codec: str
+    path: Path, frames: Iterator[np.ndarray], fps: float, *, size: tuple[int, int], codec: str
 ) -> None:
     with av.open(str(path), "w") as container:
         rate = Fraction(fps).limit_denominator(1001)

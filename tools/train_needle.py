@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = os.cpu_count() or 1
     if arguments.evaluate:
-        _evaluate(arguments, *checkpoint.load(arguments.evaluate), device, workers)
+        _evaluate(arguments, *checkpoint.load(arguments.evaluate), device=device, workers=workers)
         return
     if arguments.mean:
         checkpoint.save(*checkpoint.mean(arguments.mean), arguments.out / "checkpoint")
@@ -90,12 +90,12 @@ def _run(arguments: argparse.Namespace) -> None:
         model = checkpoint.build_model(tokenizer, checkpoint.NeedleSpec(), arguments.seed)
         model.to(device)
         sight = perception.PerceptionSettings(steps=arguments.perception_steps, seed=arguments.seed)
-        perception.train(model, tokenizer, sight, arguments.out, workers, log)
-    language.train(model, tokenizer, settings, arguments.out, workers, log)
+        perception.train(model, tokenizer, sight, out=arguments.out, workers=workers, log=log)
+    language.train(model, tokenizer, settings, out=arguments.out, workers=workers, log=log)
     folder = arguments.out / "checkpoint"
     checkpoint.save(model.cpu(), tokenizer, folder)
     log(f"saved {folder}")
-    _evaluate(arguments, *checkpoint.load(folder), device, workers)
+    _evaluate(arguments, *checkpoint.load(folder), device=device, workers=workers)
 
 
 def _interrupt() -> None:
@@ -105,15 +105,19 @@ def _interrupt() -> None:
 
 
 def _evaluate(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, device: torch.device, workers: int
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, *, device: torch.device, workers: int
 ) -> None:
     """Accuracy by task and length, on clips that training never saw."""
     lengths = [int(length) for length in arguments.lengths.split(",")]
     clips = language.held_out(
-        model.to(device), tokenizer, min(50, arguments.clips), language.HELD_OUT_SEED, workers
+        model.to(device),
+        tokenizer,
+        min(50, arguments.clips),
+        seed=language.HELD_OUT_SEED,
+        workers=workers,
     )
     for length in lengths:
-        for cell in language.evaluate(model, clips, [length], arguments.questions, seed=1):
+        for cell in language.evaluate(model, clips, [length], per_task=arguments.questions, seed=1):
             print(cell, flush=True)
 
 

@@ -59,6 +59,7 @@ def answer(
     model: str | Path,
     questions: Sequence[Question],
     dtype: str = "float32",
+    *,
     timeout_s: float = 900.0,
     log: Path | None = None,
 ) -> list[Reference]:
@@ -76,7 +77,8 @@ def answer(
         TimeoutError: it took longer than ``timeout_s``.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-alone-") as folder:
-        result, request = Path(folder) / "result.json", Path(folder) / "request.json"
+        result = Path(folder) / "result.json"
+        request = Path(folder) / "request.json"
         log = log or Path(folder) / "vllm.log"
         request.write_text(json.dumps([dataclasses.asdict(question) for question in questions]))
         command = [sys.executable, "-m", "tools.vllm_alone", "--child", str(request), str(result)]

@@ -33,7 +33,9 @@ from benchmarks.processes import MemoryLog, Sample, end_on_sigterm, tree_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("ours", "vllm")
-PATCH_PIXELS, PATCH_TEXT, ROOM = 32, 12, 512
+PATCH_PIXELS = 32
+PATCH_TEXT = 12
+ROOM = 512
 """A token covers 32 x 32 pixels of two frames; before a patch there is a timestamp, after the video
 a question."""
 SAMPLED_EVERY_S = 5.0
@@ -48,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = 60 * options.minutes
     try:
         traffic = plan_traffic(
-            seconds, options.clients, options.rate, options.seed, options.known_share
+            seconds,
+            options.clients,
+            options.rate,
+            seed=options.seed,
+            known_share=options.known_share,
         )
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -83,14 +89,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records[system_name], samples[system_name], starts[system_name] = found
             commands[system_name] = list(system.arguments)
             _show(system_name, records[system_name], samples[system_name], seconds)
-    rows = [row for name, found in records.items()
-            for row in report.summarize(name, found, seconds)]  # fmt: skip
+    rows = [
+        row for name, found in records.items() for row in report.summarize(name, found, seconds)
+    ]
     settings = tables.settings(
-        minutes=options.minutes, clients=options.clients, rate=options.rate, seed=options.seed,
-        known_share=options.known_share, side=options.side, quality=options.quality,
+        minutes=options.minutes,
+        clients=options.clients,
+        rate=options.rate,
+        seed=options.seed,
+        known_share=options.known_share,
+        side=options.side,
+        quality=options.quality,
         cold_start_s=starts,
         arguments=commands,
-    )  # fmt: skip
+    )
     tables.write(options.out, report.content(settings, rows, records, samples))
     report.draw(records, samples, options.out.with_suffix(".png"))
     _summary(rows, records, samples)
@@ -120,7 +132,7 @@ async def _measure(
         for film in warm:
             await system.ask(0, film, film.question(0).text)
         with MemoryLog(lambda: tree_bytes(system.pid), SAMPLED_EVERY_S) as memory:
-            records = await drive(system, traffic, films, said)
+            records = await drive(system, traffic, films, said=said)
     return records, memory.samples, started_s
 
 
@@ -130,10 +142,15 @@ def _systems(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[]
     longest = max(LENGTHS) * ((options.side // PATCH_PIXELS) ** 2 + PATCH_TEXT) + ROOM
     return {
         "ours": lambda: Ours(
-            options.checkpoint, folder, options.clients, cores, options.quality, pool
+            options.checkpoint,
+            folder,
+            options.clients,
+            cores=cores,
+            quality=options.quality,
+            pool_bytes=pool,
         ),
         "vllm": lambda: VllmAlone(options.checkpoint, folder, cores, longest),
-    }  # fmt: skip
+    }
 
 
 def _show(name: str, records: list[Record], samples: list[Sample], seconds: float) -> None:
@@ -163,9 +180,10 @@ def _made(folder: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.load", description=__doc__,
+        prog="python -m benchmarks.load",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--minutes", type=float, default=10.0, help="in which questions come; %(default)s")
     add("--clients", type=int, default=20, help="%(default)s")

@@ -71,6 +71,7 @@ async def drive(
     asker: Asker,
     traffic: Traffic,
     films: Sequence[Film],
+    *,
     said: Callable[[Record], None] = lambda _: None,
     sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
 ) -> list[Record]:
@@ -88,15 +89,15 @@ async def drive(
     async def ask(arrival: Arrival) -> Record:
         film = films[arrival.film]
         question = film.question(arrival.turn)
-        record = Record(
-            arrival.at_s, arrival.client, arrival.film, film.patches, arrival.fresh
-        )  # fmt: skip
+        record = Record(arrival.at_s, arrival.client, arrival.film, film.patches, arrival.fresh)
         try:
             async with asyncio.timeout(QUESTION_LIMIT_S):
                 reply = await asker.ask(arrival.client, film, question.text)
             record.wait_s = reply.first_s - begin - arrival.at_s
-            record.text, record.prompt_tokens = reply.text.strip(), reply.prompt_tokens
-            record.retries, record.upload_s = reply.retries, reply.upload_s
+            record.text = reply.text.strip()
+            record.prompt_tokens = reply.prompt_tokens
+            record.retries = reply.retries
+            record.upload_s = reply.upload_s
             record.right = record.text == question.answer
             if not record.text:
                 raise ValueError("the answer is empty")

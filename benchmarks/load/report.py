@@ -27,7 +27,9 @@ answer; drained_s: how long after the last minute that was. retried: times a que
 come again later. Memory: proportional set size of all the system's processes; its slope is that of
 the second half of the run."""
 
-ALL, NEW, KNOWN = "all", "new", "known"
+ALL = "all"
+NEW = "new"
+KNOWN = "known"
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -166,8 +168,14 @@ def draw(
         for fresh, marker, name in ((True, "o", "new video"), (False, "x", "known video")):
             points = [(r.at_s / 60, r.wait_s) for r in found if r.fresh is fresh and r.wait_s]
             if points:
-                over.scatter(*zip(*points, strict=True), s=16, marker=marker, color=color,
-                             label=f"{system}, {name}", alpha=0.7)  # fmt: skip
+                over.scatter(
+                    *zip(*points, strict=True),
+                    s=16,
+                    marker=marker,
+                    color=color,
+                    label=f"{system}, {name}",
+                    alpha=0.7,
+                )
         waits = sorted(r.wait_s for r in found if r.wait_s)
         shares = [(i + 1) / len(waits) for i in range(len(waits))]
         spread.plot(waits, shares, color=color, label=system, drawstyle="steps-post")

@@ -74,15 +74,25 @@ class Ours:
         checkpoint: Path,
         folder: Path,
         clients: int,
+        *,
         cores: int,
         quality: str,
         pool_bytes: int,
     ) -> None:
-        self._clients, self._quality = clients, quality
+        self._clients = clients
+        self._quality = quality
         self.arguments = [
-            "--model", str(checkpoint), "--ranks", str(cores), "--device", "cpu",
-            "--engine-threads-per-rank", "1", "--engine-kv-pool-bytes", str(pool_bytes),
-        ]  # fmt: skip
+            "--model",
+            str(checkpoint),
+            "--ranks",
+            str(cores),
+            "--device",
+            "cpu",
+            "--engine-threads-per-rank",
+            "1",
+            "--engine-kv-pool-bytes",
+            str(pool_bytes),
+        ]
         data = ["--data-dir", str(folder / "data")]
         self._process = ServiceProcess([*self.arguments, *data], folder / "service.log")
         self._stack = AsyncExitStack()
@@ -128,7 +138,8 @@ class Ours:
                 await asyncio.sleep((error.retry_after_s or 1.0) * random.uniform(1.0, 1.5))
 
     async def _ask(self, client: int, film: Film, question: str, retries: int) -> Reply:
-        connection, start = self._connections[client], time.monotonic()
+        connection = self._connections[client]
+        start = time.monotonic()
         video = self._videos.get((client, film.path))
         if video is None:
             video = self._videos[client, film.path] = await connection.upload(film.path)
@@ -197,7 +208,9 @@ class VllmAlone:
 
 async def _read(lines: Any) -> Reply:
     """Server-sent events of a chat completion; ``lines`` yields bytes."""
-    first_s, text, tokens = None, "", 0
+    first_s = None
+    text = ""
+    tokens = 0
     async for line in lines:
         data = line.decode().removeprefix("data: ").strip()
         if not data or data == "[DONE]":

@@ -60,6 +60,7 @@ def plan_traffic(
     seconds: float,
     clients: int,
     per_minute: float,
+    *,
     seed: int,
     known_share: float = 0.5,
     lengths: Mapping[int, float] = LENGTHS,
@@ -82,7 +83,10 @@ def plan_traffic(
         raise ValueError(f"known share = {known_share!r} is not accepted; expected 0 to below 1")
     rng = np.random.default_rng((seed, 1))
     shares = np.array(list(lengths.values()))
-    at_s, found, patches, turns = 0.0, [], [], []
+    at_s = 0.0
+    found = []
+    patches = []
+    turns = []
     while True:
         at_s += float(rng.exponential(60 / per_minute))
         if at_s >= seconds:
@@ -130,9 +134,7 @@ def _write(path: Path, frames: Iterable[np.ndarray], side: int) -> Path:
     Raises:
         RuntimeError: OpenCV cannot write it.
     """
-    writer = cv2.VideoWriter(
-        str(path), cv2.VideoWriter.fourcc(*"mp4v"), SAMPLED_FPS, (side, side)
-    )  # fmt: skip
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), SAMPLED_FPS, (side, side))
     try:
         if not writer.isOpened():
             raise RuntimeError(f"OpenCV cannot write {path}")

@@ -25,12 +25,12 @@ COMMANDS = {
     "selection": "make bench-selection",
     "selection-trained": "make bench-selection",
     "attention-cpu": "make bench-attention",
-    "profile-cpu": "python -m benchmarks.profile_prefill",
+    "profile-cpu": "python -m benchmarks.attention.profile_prefill",
     "load-cpu": "python -m benchmarks.load",
-    "ingest-cpu": "python -m benchmarks.ingest",
-    "hour-cpu": "python -m benchmarks.hour",
-    "sp-sparse": "python -m benchmarks.sp_sparse",
-    "sp-balance": "python -m benchmarks.sp_balance",
+    "ingest-cpu": "python -m benchmarks.ingest.decoding",
+    "hour-cpu": "python -m benchmarks.ingest.hour",
+    "sp-sparse": "python -m benchmarks.parallel.sparse",
+    "sp-balance": "python -m benchmarks.parallel.balance",
     "sp-scaling": "make bench-scaling",
 }
 

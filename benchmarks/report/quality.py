@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks import tables
+from benchmarks.quality.selection_tables import DENSITIES, METHODS
 from benchmarks.report.results import Row, content, one, only, rows, share
-from benchmarks.selection_tables import DENSITIES, METHODS
 from prefill_service.attention.quality import Quality, resolve_policy
 
 _STEPS = tuple(step.value for step in Quality if step is not Quality.CUSTOM)
@@ -67,7 +67,8 @@ def through_service() -> str:
     for row in rows("fidelity"):
         if row["where"] == "process":
             continue
-        density, mass = row["density"], row["kept_mass_certified"]
+        density = row["density"]
+        mass = row["kept_mass_certified"]
         lines.append(
             [
                 row["where"],

@@ -179,7 +179,8 @@ def profile() -> str:
     lines = []
     for row in rows("profile-cpu"):
         part = row["part"].replace("  ", "&nbsp;&nbsp;")
-        flops, alone = row["flops"], row["alone_flop_s"]
+        flops = row["flops"]
+        alone = row["alone_flop_s"]
         rates = ["", "", "", ""]
         if flops:
             rate = flops / row["seconds"]
@@ -248,7 +249,8 @@ def _with_ratio(row: Row | None) -> str:
     """Seconds, and in brackets vLLM alone's time over them."""
     if row is None or row["first_token_s"] is None:
         return ""
-    text, ratio = seconds(row["first_token_s"]), row["speedup_over_vllm"]
+    text = seconds(row["first_token_s"])
+    ratio = row["speedup_over_vllm"]
     return text if ratio is None or row["system"] == "vllm" else f"{text} ({ratio:.2f})"
 
 

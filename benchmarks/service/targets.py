@@ -24,9 +24,13 @@ def lines(found: Sequence[Row], checkpoint: str) -> list[list[object]]:
     return [
         *_speedups(rows, "balanced", {16384: 3.0, 32768: 5.0}),
         *_speedups(rows, "exact", {}),
-        *_shares(rows, "second question / first", 0.05, lambda r: r["second_first_token_s"]),
+        *_shares(rows, "second question / first", 0.05, part=lambda r: r["second_first_token_s"]),
         *_shares(
-            rows, "hand-off / (vision + prefill)", 0.03, lambda r: r["stages"]["handoff"], _prefill
+            rows,
+            "hand-off / (vision + prefill)",
+            0.03,
+            part=lambda r: r["stages"]["handoff"],
+            whole=_prefill,
         ),
         *_ranks(rows),
         *_per_token(rows),
@@ -45,9 +49,15 @@ def _speedups(rows: Sequence[Row], mode: str, aims: dict[int, float]) -> list[li
         # A video has at least as many tokens as were asked for, and at most one patch more.
         near = [aim for tokens, aim in aims.items() if tokens <= row["video_tokens"] < 1.1 * tokens]
         aim = f">= {near[0] if near else 1.0:g}" if near or mode == "exact" else None
-        lines.append([
-            "vLLM alone / ours", mode, row["video_tokens"], aim, row["speedup_over_vllm"],
-        ])  # fmt: skip
+        lines.append(
+            [
+                "vLLM alone / ours",
+                mode,
+                row["video_tokens"],
+                aim,
+                row["speedup_over_vllm"],
+            ]
+        )
     return lines
 
 
@@ -65,6 +75,7 @@ def _shares(
     rows: Sequence[Row],
     what: str,
     aim: float,
+    *,
     part: Callable[[Row], float | None],
     whole: Callable[[Row], float] = _first,
 ) -> list[list[object]]:
@@ -93,10 +104,12 @@ def _per_token(rows: Sequence[Row]) -> list[list[object]]:
     base = _first(known[0]) / known[0]["video_tokens"]
     return [
         [
-            "time per token / that at 8 K", "balanced", row["video_tokens"],
+            "time per token / that at 8 K",
+            "balanced",
+            row["video_tokens"],
             "<= 2" if 65536 <= row["video_tokens"] < 1.1 * 65536 else None,
             _first(row) / row["video_tokens"] / base,
         ]
         for row in balanced
         if row is not known[0]
-    ]  # fmt: skip
+    ]

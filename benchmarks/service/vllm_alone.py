@@ -58,22 +58,32 @@ class VllmServer:
         environment: dict[str, str] | None = None,
     ) -> None:
         self._log = setup.folder / "vllm.log"
-        self.cold_start_s, self._port = 0.0, _free_port()
+        self.cold_start_s = 0.0
+        self._port = _free_port()
         self.arguments = [
-            "--model", str(setup.checkpoint),
-            "--served-model-name", NAME,
-            "--host", "127.0.0.1",
-            "--port", str(self._port),
-            "--dtype", "float32",
-            "--max-model-len", str(setup.longest),
-            "--kv-cache-memory-bytes", str(KV_BYTES),
+            "--model",
+            str(setup.checkpoint),
+            "--served-model-name",
+            NAME,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self._port),
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            str(setup.longest),
+            "--kv-cache-memory-bytes",
+            str(KV_BYTES),
             "--enable-prefix-caching",
-            "--allowed-local-media-path", "/",
-            "--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0}),
+            "--allowed-local-media-path",
+            "/",
+            "--limit-mm-per-prompt",
+            json.dumps({"video": 1, "image": 0}),
             "--enforce-eager",
             "--disable-uvicorn-access-log",
             *extra,
-        ]  # fmt: skip
+        ]
         # Both cores for the worker (vLLM's "auto" leaves it one of two), as for the ranks.
         self.environment = {
             "OMP_NUM_THREADS": str(setup.cores),
@@ -134,7 +144,8 @@ class VllmServer:
         return Measured(first, second, third)
 
     def _ask(self, video: Path, question: str) -> Asked:
-        start, first = time.perf_counter(), None
+        start = time.perf_counter()
+        first = None
         token_ids: list[int] = []
         prompt: list[int] | None = None
         for event in self._stream(video, question):
@@ -165,9 +176,11 @@ class VllmServer:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_ANSWER_S)
         try:
             connection.request(
-                "POST", "/v1/chat/completions", json.dumps(body),
+                "POST",
+                "/v1/chat/completions",
+                json.dumps(body),
                 {"Content-Type": "application/json"},
-            )  # fmt: skip
+            )
             response = connection.getresponse()
             if response.status != 200:
                 text = response.read(2000).decode(errors="replace")

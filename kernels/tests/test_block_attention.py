@@ -51,7 +51,8 @@ class Case:
         q = torch.randn(self.kv_heads * self.group, self.queries, self.head_dim).to(self.dtype)
         kv = torch.randn(keys + 3, 2, self.kv_heads, self.head_dim).to(self.dtype)
         kv[keys:] = torch.nan
-        k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+        k = kv[:, 0].transpose(0, 1)
+        v = kv[:, 1].transpose(0, 1)
         csr, bias = self.rows(blocks)
         options: dict[str, Any] = {"tiling": self.tiling}
         if self.summarised:
@@ -70,7 +71,8 @@ class Case:
     def rows(self, blocks: int) -> tuple[BlockCSR, Tensor]:
         tiles = -(-self.queries // self.tile)
         bias = torch.full((self.kv_heads, tiles, blocks), torch.nan)
-        row_ptr, col = [0], []
+        row_ptr = [0]
+        col = []
         for h in range(self.kv_heads):
             for t in range(tiles):
                 candidates = (self.q_offset + t * self.tile) // self.block

@@ -15,7 +15,8 @@ def test_summaries(interpret: Interpreter, dtype: torch.dtype, head_dim: int, bl
     torch.manual_seed(0)
     kv = torch.randn(3 * block + 5, 2, 3, head_dim).to(dtype)
     kv[3 * block :] = torch.nan
-    k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+    k = kv[:, 0].transpose(0, 1)
+    v = kv[:, 1].transpose(0, 1)
     expected = summarize_blocks_reference(k, v, block_tokens=block)
     got = interpret(summarize_blocks, k, v, block_tokens=block)
     assert [x.shape for x in got] == [(3, 3, head_dim)] * 4 + [(3, 3)]

@@ -29,7 +29,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> tup
 )
 @pytest.mark.parametrize("last", [0, 1, 5, 600])
 def test_rows_equal_a_softmax(rows: int, keys: int, last: int) -> None:
-    q, k, v = rand(2, rows, 16), rand(2, keys, 16, seed=1), rand(2, keys, 16, seed=2)
+    q = rand(2, rows, 16)
+    k = rand(2, keys, 16, seed=1)
+    v = rand(2, keys, 16, seed=2)
     assert uses_onednn(q)
     hidden = rand(rows, min(last, keys), seed=3) > 0 if last else None
     out, lse = attend_rows(q, k, v, SCALE, hidden=hidden)
@@ -39,7 +41,8 @@ def test_rows_equal_a_softmax(rows: int, keys: int, last: int) -> None:
 
 
 def test_a_row_without_keys_is_zero_in_every_dtype() -> None:
-    q, k = rand(1, 4, 16), rand(1, 3, 16, seed=1)
+    q = rand(1, 4, 16)
+    k = rand(1, 3, 16, seed=1)
     hidden = torch.tensor([[True] * 3, [False] * 3, [True, False, True], [False] * 3])
     for dtype in (torch.float32, torch.float64):
         out, lse = attend_rows(q.to(dtype), k.to(dtype), k.to(dtype), SCALE, hidden=hidden)
@@ -51,7 +54,8 @@ def test_a_row_without_keys_is_zero_in_every_dtype() -> None:
 
 def test_peaks_that_rise_from_strip_to_strip() -> None:
     """The running maximum moves in every strip, over more than exp2's range in float32."""
-    q, v = torch.ones(1, 2048, 1), rand(1, 3000, 1)  # strips of 512 keys
+    q = torch.ones(1, 2048, 1)
+    v = rand(1, 3000, 1)  # strips of 512 keys
     k = torch.arange(0.0, 300_000.0, 100.0)[None, :, None]
     for keys, values in ((k, v), (k.flip(1), v.flip(1))):
         out, lse = attend_rows(q, keys, values, SCALE)
@@ -60,7 +64,8 @@ def test_peaks_that_rise_from_strip_to_strip() -> None:
 
 
 def test_what_is_not_a_number_stays_in_its_row() -> None:
-    q, k = rand(1, 5, 16), rand(1, 9, 16, seed=1)
+    q = rand(1, 5, 16)
+    k = rand(1, 9, 16, seed=1)
     q[0, 2, 3] = torch.nan
     q[0, 4, 0] = torch.inf
     out, lse = attend_rows(q, k, k, SCALE)
@@ -73,7 +78,8 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_product_of_any_strides(dtype: torch.dtype) -> None:
-    x, wide = rand(5, 24).to(dtype), rand(7, 3, 24, seed=1).to(dtype)
+    x = rand(5, 24).to(dtype)
+    wide = rand(7, 3, 24, seed=1).to(dtype)
     for y in (
         wide[:, 0],
         wide[:, 1].contiguous(),
@@ -91,7 +97,8 @@ def test_product_of_any_strides(dtype: torch.dtype) -> None:
 def test_product_over_the_borders_of_its_strips(rows: int) -> None:
     """Keys and values of one head among several, more of them than are copied at once."""
     kv = rand(rows, 2, 8, seed=1)
-    q, p = rand(3, 8), rand(2, 3, rows, seed=2).softmax(-1)
+    q = rand(3, 8)
+    p = rand(2, 3, rows, seed=2).softmax(-1)
     scores = q.double() @ kv[:, 0].double().T
     torch.testing.assert_close(matmul_nt(q, kv[:, 0]).double(), scores, rtol=0, atol=1e-5)
     mixed = p.double() @ kv[:, 1].double()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_cpu, cpu_problem
-from benchmarks.flex import Flex
+from benchmarks.attention import cpu as attention_cpu
+from benchmarks.attention import problem as cpu_problem
+from benchmarks.attention.flex import Flex
 
 KEYS = {"tokens", "density", "threads", "dense_s", "ours_s", "select_s", "flex_s"}
 
@@ -49,7 +50,7 @@ def test_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_densities_below_the_floor_collapse_into_one() -> None:
-    plan = cpu_problem.plan(cpu_problem.make(2048, 8, 2, 64, 512))
+    plan = cpu_problem.plan(cpu_problem.make(2048, 8, 2, head_dim=64, chunk=512))
     found = attention_cpu.reachable(plan, (0.01, 0.02, 0.3, 1.0))
     assert list(found) == [0.02, 0.3, 1.0]
     assert plan.density(found[0.02]) > 0.02
@@ -59,7 +60,7 @@ def test_densities_below_the_floor_collapse_into_one() -> None:
 
 def test_flex_attends_to_the_blocks_of_the_plan() -> None:
     """Its mask in dense form, uncompiled, against the blocks that the plan keeps."""
-    problem = cpu_problem.make(1536, 8, 2, 64, 256)
+    problem = cpu_problem.make(1536, 8, 2, head_dim=64, chunk=256)
     plan = cpu_problem.plan(problem)
     epsilon = plan.epsilon(0.4)
     mask = Flex(problem, plan).mask(epsilon)

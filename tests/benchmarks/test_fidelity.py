@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fidelity import adversarial, results
-from benchmarks.fidelity.scoring import Asked, Reader, Setting, fresh_video
+from benchmarks.quality.fidelity import adversarial, results
+from benchmarks.quality.fidelity.scoring import Asked, Reader, Setting, fresh_video
 from prefill_service.engine.messages import BaselineTask
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.baselines.method import Comparison
@@ -29,7 +29,8 @@ KEYS = {
 
 @pytest.mark.parametrize(("quality", "ranks"), [("exact", 1), ("balanced", 2)])
 async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ranks: int) -> None:
-    patches, setting = 70, Setting(quality, ranks)
+    patches = 70
+    setting = Setting(quality, ranks)
     story = stories.sample_story(patches, np.random.default_rng(4))
     path = videos.write_mp4(tmp_path / "a.mp4", story, seed=4)
     async with standalone_executor(
@@ -49,12 +50,14 @@ async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ra
 
 async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
     """APB, whose later ranks have the question twice; and with all passing, what is exact."""
-    patches, ranks = 40, 2
+    patches = 40
+    ranks = 2
     story = stories.sample_story(patches, np.random.default_rng(4))
     path = videos.write_mp4(tmp_path / "a.mp4", story, seed=4)
     reader = Reader(ASSET)
     prefix = reader.prefix(videos.read_frames(path))
-    tokens, text = len(prefix.token_ids), "What color is the ring?"
+    tokens = len(prefix.token_ids)
+    text = "What color is the ring?"
     mode = baseline_method(Comparison.APB, tokens, ranks)
     async with standalone_executor(ASSET, tmp_path, ranks, chunk_tokens=200) as standalone:
         plan, _ = await standalone.plan(path, FrameSampling())
@@ -75,7 +78,7 @@ async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
 def test_a_slice_of_the_table(tmp_path: Path) -> None:
     """New videos, another seed: retrieval survives the default quality."""
     out = tmp_path / "fidelity.json"
-    command = [sys.executable, "-m", "benchmarks.fidelity", "--checkpoint", str(ASSET)]
+    command = [sys.executable, "-m", "benchmarks.quality.fidelity", "--checkpoint", str(ASSET)]
     command += ["--patches", "64", "192", "--videos", "3", "--seed", "77", "--questions", "4"]
     command += ["--ranks", "1", "--sweep", "0.5", "--workers", "2", "--out", str(out)]
     command += ["--no-service", "--no-adversarial", "--published", "star"]
@@ -97,7 +100,8 @@ def test_a_slice_of_the_table(tmp_path: Path) -> None:
     assert pooled[64, "star"]["questions"] >= 20
     assert pooled[64, "star"]["kept_mass"] is pooled[64, "star"]["density"] is None
     for patches in (64, 192):
-        exact, balanced = pooled[patches, "exact"], pooled[patches, "balanced"]
+        exact = pooled[patches, "exact"]
+        balanced = pooled[patches, "balanced"]
         assert exact["questions"] >= 36
         assert exact["agreement_with_exact"] == 1
         assert exact["density"] == 1
@@ -107,8 +111,13 @@ def test_a_slice_of_the_table(tmp_path: Path) -> None:
         assert pooled[patches, "epsilon=0.5"]["density"] <= balanced["density"]
     assert pooled[192, "balanced"]["density"] < pooled[64, "balanced"]["density"] < 1
     assert {loss["quality"] for loss in meta["losses"]} == {
-        "exact", "high", "balanced", "fast", "epsilon=0.5", "star",
-    }  # fmt: skip
+        "exact",
+        "high",
+        "balanced",
+        "fast",
+        "epsilon=0.5",
+        "star",
+    }
     assert "points of accuracy lost" in done.stdout
 
 
@@ -159,7 +168,8 @@ def test_adversarial_videos_are_what_they_say(case: str) -> None:
 
 def test_silent_failures_are_counted() -> None:
     def asked(quality: str, same: list[bool], floor_met: bool) -> Asked:
-        tasks, sure = [0] * 4, [True, True, False, True]
+        tasks = [0] * 4
+        sure = [True, True, False, True]
         right = [True, True, True, False] if quality == "exact" else same
         return Asked(
             Setting(quality), 3, 64, 955, tasks, right, same, sure, 0.5, 0.9, None, floor_met

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_attention import add_peak, main
-from benchmarks.gpu_problem import Problem, Shape
+from benchmarks.gpu.attention import add_peak, main
+from benchmarks.gpu.attention_problem import Problem, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,8 @@ def test_pairs_are_those_of_the_written_out_mask() -> None:
     shape = Shape(tokens=300, q_heads=6, kv_heads=2, head_dim=16, block=32, tile=48, chunk=130)
     problem = Problem(shape, torch.float32, torch.device("cpu"))
     rows = problem.rows(0.5)
-    query, key = torch.arange(170, 300)[:, None], torch.arange(300)
+    query = torch.arange(170, 300)[:, None]
+    key = torch.arange(300)
     tile = torch.arange(130) // 48
     first = (170 + tile * 48) // 32
     local = (key >= first[:, None] * 32) & (key <= query)
@@ -53,7 +54,7 @@ def test_refuses_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_dry_run() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_attention", "--dry-run"],
+        [sys.executable, "-m", "benchmarks.gpu.attention", "--dry-run"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from benchmarks.gpu_prefill import check, report
-from benchmarks.gpu_prefill.__main__ import main
-from benchmarks.gpu_prefill.cells import Budget, Cell, plan_cells
-from benchmarks.gpu_prefill.device import Device
-from benchmarks.gpu_prefill.inputs import SINKS, video_attention
-from benchmarks.gpu_prefill.model import RandomModel
-from benchmarks.gpu_prefill.runs import DENSE, MODES, Run, Settings, prefill, torch_flash
-from benchmarks.gpu_prefill.shapes import QWEN3_8B, QWEN25_7B, SHAPES, TINY, ModelShape
+from benchmarks.gpu.prefill import check, report
+from benchmarks.gpu.prefill.__main__ import main
+from benchmarks.gpu.prefill.cells import Budget, Cell, plan_cells
+from benchmarks.gpu.prefill.device import Device
+from benchmarks.gpu.prefill.inputs import SINKS, video_attention
+from benchmarks.gpu.prefill.model import RandomModel
+from benchmarks.gpu.prefill.runs import DENSE, MODES, Run, Settings, prefill, torch_flash
+from benchmarks.gpu.prefill.shapes import QWEN3_8B, QWEN25_7B, SHAPES, TINY, ModelShape
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
@@ -44,11 +44,28 @@ def test_refuses_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_rehearsal(tmp_path: Path) -> None:
     result = tmp_path / "rehearsed.json"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_prefill", "--device", "cpu", "--tiny",
-         "--turns", "1", "--modes", "dense", "exact", "balanced", "--output", str(result)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.prefill",
+            "--device",
+            "cpu",
+            "--tiny",
+            "--turns",
+            "1",
+            "--modes",
+            "dense",
+            "exact",
+            "balanced",
+            "--output",
+            str(result),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         timeout=600,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     table = run.stdout.splitlines()[-18:]
     assert table[0].startswith("| model")
@@ -90,9 +107,15 @@ def test_plans_have_the_family_s_own_layout(shape: ModelShape) -> None:
 
 
 def test_inputs_have_sinks_needles_and_a_scene() -> None:
-    tokens, patch, dim = 768, 24, 32
-    inputs = video_attention(tokens, patch, 8, 2, dim, torch.float32, CPU.torch)
-    again = video_attention(tokens, patch, 8, 2, dim, torch.float32, CPU.torch)
+    tokens = 768
+    patch = 24
+    dim = 32
+    inputs = video_attention(
+        tokens, patch, 8, 2, head_dim=dim, dtype=torch.float32, device=CPU.torch
+    )
+    again = video_attention(
+        tokens, patch, 8, 2, head_dim=dim, dtype=torch.float32, device=CPU.torch
+    )
     assert all(torch.equal(a, b) for a, b in zip(_parts(inputs), _parts(again), strict=True))
     position = torch.arange(tokens)
     causal = position <= position[:, None]
@@ -103,7 +126,7 @@ def test_inputs_have_sinks_needles_and_a_scene() -> None:
     assert 0.1 < float(p[:, :SINKS].sum(-1).mean()) < 0.7
     assert float((p * recent).sum(-1).mean()) > 0.15
     with pytest.raises(ValueError, match="7 query heads are no multiple of 2"):
-        video_attention(64, 8, 7, 2, dim, torch.float32, CPU.torch)
+        video_attention(64, 8, 7, 2, head_dim=dim, dtype=torch.float32, device=CPU.torch)
 
 
 def _parts(inputs: object) -> list[Tensor]:
@@ -112,13 +135,20 @@ def _parts(inputs: object) -> list[Tensor]:
 
 @pytest.mark.parametrize("wrong", ["nothing", "scale", "merge", "raises"])
 def test_check_finds_a_wrong_kernel(wrong: str) -> None:
-    def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Partial:
         if wrong == "raises":
             raise RuntimeError("no such kernel")
-        part = torch_flash(q, k, v, causal, scale * (1.01 if wrong == "scale" else 1))
+        part = torch_flash(q, k, v, causal=causal, scale=scale * (1.01 if wrong == "scale" else 1))
         return Partial(part.out, part.lse + (0.1 if wrong == "merge" and causal else 0))
 
-    rows = check.check(CPU, TINY[0], 240, SETTINGS, {"flash": torch_flash, "mine": kernel}, 64)
+    rows = check.check(
+        CPU,
+        TINY[0],
+        240,
+        settings=SETTINGS,
+        kernels={"flash": torch_flash, "mine": kernel},
+        mlp_chunk_tokens=64,
+    )
     found = {row["mode"]: row["ok"] for row in rows}
     assert found.pop("dense mine") == (wrong == "nothing")
     assert len(found) == len(MODES)
@@ -131,7 +161,10 @@ def test_check_finds_a_certificate_that_says_too_much() -> None:
     wanted = check.Wanted(torch.ones(2, 300, 4), torch.ones(300, 2, 1, 4))
     for off, fine in ((0.02, True), (0.1, False), (float("nan"), False)):
         run = Run(1.0, 0.5, [report_of_layer], None, wanted.attended + off, {1: wanted.stored})
-        assert check.compare(run, wanted, "balanced", torch.bfloat16, 128)["ok"] == fine
+        assert (
+            check.compare(run, wanted, "balanced", dtype=torch.bfloat16, sparse_from=128)["ok"]
+            == fine
+        )
 
 
 def test_lengths_are_left_out_from_the_longest_on() -> None:
@@ -157,7 +190,8 @@ def test_lengths_are_left_out_from_the_longest_on() -> None:
 
 
 def test_whole_models_are_extrapolated_part_by_part() -> None:
-    peak, tokens = 1e14, 1000
+    peak = 1e14
+    tokens = 1000
     cell = Cell(QWEN3_8B, tokens, DENSE, 3)
     linear = QWEN3_8B.linear_flops(tokens, 3) / peak / 0.8
     dense = report.make_row(cell, tokens, Run(linear + 2.0, 2.0), peak)
@@ -171,7 +205,10 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
     layer = LayerReport(0, [100.0] * 8, causal=200.0)
     layer.kept_mass.add(torch.tensor([0.96, 0.98]))
     layer.output_error.add(torch.tensor([0.1]))
-    layer.select_s, layer.attend_s, layer.certify_s, layer.tiles = 1.0, 2.0, 1.0, 8
+    layer.select_s = 1.0
+    layer.attend_s = 2.0
+    layer.certify_s = 1.0
+    layer.tiles = 8
     fast = report.make_row(
         Cell(QWEN3_8B, tokens, "fast", 3), tokens, Run(linear + 1.0, 1.0, [layer]), peak
     )
@@ -186,12 +223,28 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
 def test_pages_are_written_as_for_a_hand_off() -> None:
     shape = TINY[1]
     plan = shape.plan(240)
-    model = RandomModel(shape, 3, torch.float32, CPU.torch, 64)
+    model = RandomModel(shape, 3, torch.float32, device=CPU.torch, mlp_chunk_tokens=64)
     inputs = video_attention(
-        plan.num_tokens, 24, shape.heads, shape.kv_heads, shape.head_dim, torch.float32, CPU.torch
+        plan.num_tokens,
+        24,
+        shape.heads,
+        shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=torch.float32,
+        device=CPU.torch,
     )
     plain, paged = (
-        prefill(CPU, model, plan, inputs, "exact", SETTINGS, torch_flash, capture=True, pages=pages)
+        prefill(
+            CPU,
+            model,
+            plan,
+            inputs,
+            mode="exact",
+            settings=SETTINGS,
+            kernel=torch_flash,
+            capture=True,
+            pages=pages,
+        )
         for pages in (False, True)
     )
     assert plain.attended is not None

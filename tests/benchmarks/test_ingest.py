@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks import ingest
-from benchmarks.hour import intervals, overlap, read_trace
+from benchmarks.ingest import decoding
+from benchmarks.ingest.hour import intervals, overlap, read_trace
 from benchmarks.processes import MemoryLog, pss_bytes, tree
 from prefill_service.engine.spans import Span
 from prefill_service.scheduling.traces import JobTrace, render_trace
@@ -23,11 +23,24 @@ from tools.make_hour_video import HourOptions, write_hour
 
 def test_both_hand_over_the_same_frames(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = HourOptions(seconds=40, fps=10, width=320, height=240, scenes=3)
-    video, out = write_hour(tmp_path / "v.mp4", options), tmp_path / "out.json"
-    ingest.main([
-        "--video", str(video), "--frames", "12", "--run", "2", "--rounds", "1",
-        "--scratch", str(tmp_path), "--out", str(out),
-    ])  # fmt: skip
+    video = write_hour(tmp_path / "v.mp4", options)
+    out = tmp_path / "out.json"
+    decoding.main(
+        [
+            "--video",
+            str(video),
+            "--frames",
+            "12",
+            "--run",
+            "2",
+            "--rounds",
+            "1",
+            "--scratch",
+            str(tmp_path),
+            "--out",
+            str(out),
+        ]
+    )
     written = json.loads(out.read_text())
     assert [row["contestant"] for row in written["rows"]] == ["ours", "opencv"]
     assert all(row["frames"] == 12 and row["memory_mib"] > 0 for row in written["rows"])
@@ -41,21 +54,21 @@ def test_other_frames_are_noticed(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3)).astype(np.uint8)
     np.save(tmp_path / "a.npy", frames)
     np.save(tmp_path / "b.npy", frames[[0, 1, 3, 2, 4]])
-    assert ingest.compare(tmp_path / "a.npy", tmp_path / "a.npy") == 0
+    assert decoding.compare(tmp_path / "a.npy", tmp_path / "a.npy") == 0
     with pytest.raises(AssertionError, match="differs from OpenCV's by"):
-        ingest.compare(tmp_path / "a.npy", tmp_path / "b.npy")
+        decoding.compare(tmp_path / "a.npy", tmp_path / "b.npy")
     np.save(tmp_path / "c.npy", frames[:4])
     with pytest.raises(AssertionError, match=r"\(5, 3, 4, 3\), of OpenCV \(4, 3, 4, 3\)"):
-        ingest.compare(tmp_path / "a.npy", tmp_path / "c.npy")
+        decoding.compare(tmp_path / "a.npy", tmp_path / "c.npy")
 
 
 def test_frames_are_dealt_in_runs_and_none_is_lost() -> None:
-    wanted = ingest.wanted_frames(1000, 25, 0.5)
+    wanted = decoding.wanted_frames(1000, 25, 0.5)
     assert (wanted[0], wanted[-1], len(wanted)) == (0, 499, 12)
-    shares = ingest.deal(wanted, 2, 5)
+    shares = decoding.deal(wanted, 2, 5)
     assert [len(share) for share in shares] == [7, 5]
     assert sorted(frame for share in shares for frame in share) == wanted.tolist()
-    assert ingest.deal(wanted, 4, 12) == [wanted.tolist()]
+    assert decoding.deal(wanted, 4, 12) == [wanted.tolist()]
 
 
 def test_bound_and_overlap_are_those_of_the_trace() -> None:
@@ -67,17 +80,21 @@ def test_bound_and_overlap_are_those_of_the_trace() -> None:
         [span("questions", "hand-off and first token", 12, 12.5)],
         {
             0: (
-                span("decode", "chunk 0", 1, 3), span("decode", "chunk 1", 3, 7),
-                span("vision", "chunk 0", 3, 4), span("prefill", "chunk 0", 4, 6),
-                span("prefill", "layer 0", 4, 5), span("vision", "chunk 1", 7, 8),
+                span("decode", "chunk 0", 1, 3),
+                span("decode", "chunk 1", 3, 7),
+                span("vision", "chunk 0", 3, 4),
+                span("prefill", "chunk 0", 4, 6),
+                span("prefill", "layer 0", 4, 5),
+                span("vision", "chunk 1", 7, 8),
                 span("prefill", "chunk 1", 8, 11),
             ),
             1: (
-                span("decode", "chunk 0", 1, 2), span("vision", "chunk 0", 2, 3),
+                span("decode", "chunk 0", 1, 2),
+                span("vision", "chunk 0", 2, 3),
                 span("prefill", "chunk 0", 4, 8),
             ),
         },
-    )  # fmt: skip
+    )
     row = read_trace(json.loads(render_trace("job_a", trace)), first_token_s=13.0)
     assert (row["decode_s"], row["compute_s"], row["handoff_s"]) == (6, 7, 0.5)
     assert row["hidden"] == pytest.approx(

@@ -113,7 +113,7 @@ async def test_clients_ask_one_after_the_other_and_late_questions_count_from_the
 async def test_a_full_queue_is_asked_again_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = Ours(tmp_path, tmp_path, 1, 1, "balanced", 1 << 20)
+    ours = Ours(tmp_path, tmp_path, 1, cores=1, quality="balanced", pool_bytes=1 << 20)
     answers: list[Reply | PrefillError] = [
         PrefillError("QUEUE_FULL", "later", retry_after_s=0.01),
         PrefillError("KV_POOL_FULL", "later"),

@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import inputs, selection
-from benchmarks.estimators import ESTIMATORS, ORACLE, ORDERS, OURS, Estimate, cut, segment_order
-from benchmarks.evaluation import Sample
-from benchmarks.rules import RULES, stack
+from benchmarks import inputs
+from benchmarks.quality import selection
+from benchmarks.quality.estimators import (
+    ESTIMATORS,
+    ORACLE,
+    ORDERS,
+    OURS,
+    Estimate,
+    cut,
+    segment_order,
+)
+from benchmarks.quality.evaluation import Sample
+from benchmarks.quality.rules import RULES, stack
 
 
 def test_inputs_have_the_structure_they_are_named_after() -> None:
@@ -58,7 +67,9 @@ def test_sample_agrees_with_attention_written_out() -> None:
     source = inputs.AttentionInput(
         source.name, source.q.double(), source.k.double(), source.v.double(), 0.125, source.place
     )
-    tile = cut(source, 1, 480, 64, 32, torch.randperm(448))  # 15 candidates, a local region of 64
+    tile = cut(
+        source, 1, 480, tile=64, block=32, order=torch.randperm(448)
+    )  # 15 candidates, a local region of 64
     keep = torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.4
     sample = Sample(tile, rows=10**6)
     q = tile.q.flatten(0, 1)

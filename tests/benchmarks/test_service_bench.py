@@ -41,7 +41,9 @@ def maker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> CaseMaker:
 def test_a_session_measures_a_real_system(tiny: Path, maker: CaseMaker, tmp_path: Path) -> None:
     written: list[int] = []
     system = Transformers(Setup(tiny, 1024, tmp_path, 1))
-    session = Session([system], "tiny", 0.0, lambda: written.append(1), lambda _: None)
+    session = Session(
+        [system], "tiny", 0.0, on_change=lambda: written.append(1), say=lambda _: None
+    )
     with session:
         for tokens in (12, 24):  # the second one is over the budget of no seconds
             session.run(Length(tokens, 2, ("transformers",)), lambda n: maker.make(12, n))
@@ -73,10 +75,17 @@ def test_rows_compare_the_same_videos_only(maker: CaseMaker) -> None:
         return case, Measured(asked, None, None, stages={"vision": stage})
 
     vllm = Cell("vllm", "exact", 1, "m", 6, {0: measured(8.0, [1, 2, 3, 4], 0)})
-    ours = Cell("ours", "balanced", 2, "m", 6, {
-        0: measured(2.0, [1, 2, 9, 4], 1.0),
-        1: measured(40.0, [7, 7, 7, 7], 3.0),
-    })  # fmt: skip
+    ours = Cell(
+        "ours",
+        "balanced",
+        2,
+        "m",
+        6,
+        {
+            0: measured(2.0, [1, 2, 9, 4], 1.0),
+            1: measured(40.0, [7, 7, 7, 7], 3.0),
+        },
+    )
     other = Cell("ours", "balanced", 2, "m", 12, {0: measured(1.0, [1], 1.0)})
     base, row, alone = rows.rows([vllm, ours, other])
     assert row["speedup_over_vllm"] == 4.0  # repeat 1 has no counterpart
@@ -92,10 +101,15 @@ def test_rows_compare_the_same_videos_only(maker: CaseMaker) -> None:
 def test_aims_are_read_off_the_rows_of_one_checkpoint() -> None:
     def row(system: str, tokens: int, first: float, **more: Any) -> dict[str, Any]:
         return {
-            "system": system, "mode": "balanced", "checkpoint": "m", "video_tokens": tokens,
-            "first_token_s": first, "second_first_token_s": first / 50,
-            "stages": {"handoff": 0.1, "prefill": 3.0, "vision": 1.0}, "speedup_over_vllm": 3.2,
-        } | more  # fmt: skip
+            "system": system,
+            "mode": "balanced",
+            "checkpoint": "m",
+            "video_tokens": tokens,
+            "first_token_s": first,
+            "second_first_token_s": first / 50,
+            "stages": {"handoff": 0.1, "prefill": 3.0, "vision": 1.0},
+            "speedup_over_vllm": 3.2,
+        } | more
 
     text = targets.table(
         [

@@ -172,9 +172,9 @@ def test_picture_shows_the_needles(tmp_path: Path) -> None:
     empty = Story(STORY.patches, (), 0)
     hues = []
     for name, story in (("needles", STORY), ("empty", empty)):
-        video = write_mp4(tmp_path / f"{name}.mp4", story, SEED, 2)
+        video = write_mp4(tmp_path / f"{name}.mp4", story, SEED, fps=2)
         picture = tmp_path / f"{name}.png"
-        draw(picture, video, STORY, 2, {"exact": FLAT, "balanced": FLAT})
+        draw(picture, video, STORY, fps=2, masses={"exact": FLAT, "balanced": FLAT})
         hues.append(_vivid(picture))
     for degrees, color in ((0, "red"), (55, "yellow"), (180, "cyan"), (235, "blue")):
         near = [(abs((hue - degrees + 180) % 360 - 180) < 15).sum() for hue in hues]

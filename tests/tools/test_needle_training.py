@@ -30,7 +30,8 @@ def test_phases_are_read() -> None:
 
 
 def test_perception_learns_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     models = []
     for out, stops in ((whole, (40,)), (parts, (25, 40))):
         out.mkdir()
@@ -38,7 +39,7 @@ def test_perception_learns_and_resumes(tmp_path: Path, capsys: pytest.CaptureFix
             tokenizer = checkpoint.build_tokenizer()
             model = checkpoint.build_model(tokenizer, checkpoint.NeedleSpec(), seed=0)
             with stopped_at(stop):
-                perception.train(model, tokenizer, SIGHT, out, workers=1, log=Log(out / "log"))
+                perception.train(model, tokenizer, SIGHT, out=out, workers=1, log=Log(out / "log"))
         models.append(model)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -75,10 +76,26 @@ class stopped_at:
 
 def test_command_trains_from_a_checkpoint_saves_and_evaluates(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "tools.train_needle", "--out", str(tmp_path), "--start", str(ASSET),
-        "--phases", "2:4:4:8,2:4-6:4-40:8", "--rate", "1e-6", "--lengths", "8",
-        "--questions", "4", "--clips", "12", "--threads", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tools.train_needle",
+        "--out",
+        str(tmp_path),
+        "--start",
+        str(ASSET),
+        "--phases",
+        "2:4:4:8,2:4-6:4-40:8",
+        "--rate",
+        "1e-6",
+        "--lengths",
+        "8",
+        "--questions",
+        "4",
+        "--clips",
+        "12",
+        "--threads",
+        "1",
+    ]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -115,7 +132,7 @@ def test_the_committed_checkpoint_answers() -> None:
     """A small slice of the model card's table."""
     model, tokenizer = checkpoint.load(ASSET)
     batches = language.held_out(model, tokenizer, 12, seed=31, workers=1)
-    (cell,) = language.evaluate(model, batches, [64], 40, seed=9)
+    (cell,) = language.evaluate(model, batches, [64], per_task=40, seed=9)
     shares = [r / a for r, a in zip(cell.right, cell.asked, strict=True)]
     assert shares[0] > 0.9, cell
     assert shares[1] > 0.9, cell

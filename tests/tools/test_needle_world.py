@@ -116,8 +116,9 @@ def test_features_are_the_processors_and_the_towers() -> None:
     frames = frames[:5]
     inputs = checkpoint.processor(tokenizer).video_processor(
         [torch.from_numpy(frames.reshape(10, SIDE, SIDE, 3)).permute(0, 3, 1, 2)],
-        do_sample_frames=False, return_tensors="pt",
-    )  # fmt: skip
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
     output = model.model.visual(
         inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"], return_dict=True
     )

@@ -22,7 +22,8 @@ from tools.needle.tower import batched, clips, feature_bank
 from tools.needle.training import Log, Run, learning_rate, optimizer
 from tools.tiny_tokenizer import END_OF_TURN
 
-_TRAIN_SEED, HELD_OUT_SEED = 200_000, 700_000
+_TRAIN_SEED = 200_000
+HELD_OUT_SEED = 700_000
 _REPORT_EVERY = 50
 _END_WEIGHT = 0.05
 
@@ -105,7 +106,7 @@ class LanguageSettings:
         raise ValueError(f"the phases end {step} steps before")
 
 
-def held_out(model: Any, tokenizer: Any, count: int, seed: int, workers: int) -> Batches:
+def held_out(model: Any, tokenizer: Any, count: int, *, seed: int, workers: int) -> Batches:
     """Batches from freshly rendered clips."""
     device = next(model.parameters()).device
     frames, labels = clips(count, seed, workers)
@@ -114,19 +115,22 @@ def held_out(model: Any, tokenizer: Any, count: int, seed: int, workers: int) ->
 
 
 def train(
-    model: Any, tokenizer: Any, settings: LanguageSettings, out: Path, workers: int, log: Log
+    model: Any, tokenizer: Any, settings: LanguageSettings, *, out: Path, workers: int, log: Log
 ) -> None:
     """Train the language model in place; resumes from ``out / "<name>.pt"``."""
     named = list(model.model.language_model.named_parameters())
     run = Run(
-        out / f"{settings.name}.pt", asdict(settings), model, optimizer(named),
+        out / f"{settings.name}.pt",
+        asdict(settings),
+        model,
+        optimizer(named),
         np.random.default_rng(settings.seed),
-    )  # fmt: skip
+    )
     run.resume()
     if run.step >= settings.steps:
         log(f"{settings.name}: {run.step} steps were done before")
         return
-    batches = held_out(model, tokenizer, settings.clips, _TRAIN_SEED, workers)
+    batches = held_out(model, tokenizer, settings.clips, seed=_TRAIN_SEED, workers=workers)
     log(f"{settings.name}: {settings.clips} clips rendered; step {run.step}")
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     counts = np.zeros((2, len(TASKS)))
@@ -176,7 +180,7 @@ class Accuracy:
 
 @torch.no_grad()
 def evaluate(
-    model: Any, batches: Batches, lengths: Sequence[int], per_task: int, seed: int
+    model: Any, batches: Batches, lengths: Sequence[int], *, per_task: int, seed: int
 ) -> list[Accuracy]:
     """Answer questions of unsketched videos, at least ``per_task`` of each task and length.
 
@@ -193,8 +197,9 @@ def evaluate(
         rng = np.random.default_rng((seed, patches))
         counts = np.zeros((2, len(TASKS)), int)
         while counts[1].min() < per_task:
-            batch = batches.make(patches, patches, max(1, min(32, 1024 // patches)), 8, rng,
-                                 (1.0,) * len(TASKS))  # fmt: skip
+            batch = batches.make(
+                patches, patches, max(1, min(32, 1024 // patches)), 8, rng, (1.0,) * len(TASKS)
+            )
             counts += _score(predict(model, batch)[0], batch).astype(int)
         right, asked = counts.tolist()
         found.append(Accuracy(patches, tuple(right), tuple(asked)))

@@ -23,7 +23,8 @@ from tools.needle.training import Log, Run, learning_rate, optimizer
 
 _SHARPNESS = 8.0
 _DEEPSTACK_WEIGHT = 0.3
-_TRAIN_SEED, _VALIDATION_SEED = 1_000, 900_000
+_TRAIN_SEED = 1_000
+_VALIDATION_SEED = 900_000
 _VALIDATION_CLIPS = 12
 _REPORT_EVERY = 100
 
@@ -81,6 +82,7 @@ def train(
     model: Any,
     tokenizer: Any,
     settings: PerceptionSettings,
+    *,
     out: Path,
     workers: int,
     log: Log,
@@ -90,10 +92,13 @@ def train(
     words = _Words(model, tokenizer, device)
     named = list(model.model.visual.named_parameters())
     run = Run(
-        out / "perception.pt", asdict(settings), model,
+        out / "perception.pt",
+        asdict(settings),
+        model,
         optimizer([*named, ("nothing.embed", words.nothing)]),
-        np.random.default_rng(settings.seed), {"nothing": words.nothing},
-    )  # fmt: skip
+        np.random.default_rng(settings.seed),
+        {"nothing": words.nothing},
+    )
     run.resume()
     if run.step >= settings.steps:
         log(f"perception: {run.step} steps were done before")

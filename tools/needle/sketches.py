@@ -58,7 +58,9 @@ def layout(tokenizer: Any, seconds: np.ndarray) -> Layout:
     ids: list[int] = []
     positions: list[tuple[int, int, int]] = []
     patch: list[int] = []
-    at, current, side = 0, -1, GRID // MERGE
+    at = 0
+    current = -1
+    side = GRID // MERGE
     special = tokenizer.convert_tokens_to_ids
     start, end, pad = special(["<|vision_start|>", "<|vision_end|>", "<|video_pad|>"])
 
@@ -122,7 +124,9 @@ class Batches:
     """
 
     def __init__(self, tokenizer: Any, bank: Tensor, labels: Tensor, device: torch.device) -> None:
-        self._tokenizer, self._bank, self._device = tokenizer, bank, device
+        self._tokenizer = tokenizer
+        self._bank = bank
+        self._device = device
         numbers = labels.numpy()
         self._members = [np.nonzero(numbers == label)[0] for label in range(NOTHING + 1)]
         empty = [label for label, members in enumerate(self._members) if not len(members)]
@@ -233,7 +237,14 @@ def predict(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     log_weight = batch.weights.log()
     cache = _read(model, batch, log_weight)
-    hidden = ask(model, cache, batch.layout.next, batch.questions, batch.slot, log_weight)
+    hidden = ask(
+        model,
+        cache,
+        batch.layout.next,
+        questions=batch.questions,
+        slot=batch.slot,
+        log_weight=log_weight,
+    )
     at = hidden[batch.video, batch.answer_at], hidden[batch.video, batch.answer_at + 1]
     return model.lm_head(at[0]), model.lm_head(at[1])
 
@@ -242,7 +253,9 @@ def _read(model: Any, batch: Batch, log_weight: Tensor) -> Any:
     """The videos' KV, as a transformers cache."""
     from transformers import DynamicCache
 
-    plan, videos, device = batch.layout, len(batch.features), batch.questions.device
+    plan = batch.layout
+    videos = len(batch.features)
+    device = batch.questions.device
     tokens = len(plan.ids)
     vision = torch.from_numpy(plan.vision).to(device)
     ids = torch.from_numpy(plan.ids).to(device)
@@ -270,7 +283,7 @@ def _read(model: Any, batch: Batch, log_weight: Tensor) -> Any:
 
 
 def ask(
-    model: Any, cache: Any, position: int, questions: Tensor, slot: int, log_weight: Tensor
+    model: Any, cache: Any, position: int, *, questions: Tensor, slot: int, log_weight: Tensor
 ) -> Tensor:
     """Hidden states of questions behind a prefix, [videos, questions * slot, hidden].
 
@@ -286,9 +299,9 @@ def ask(
     index = torch.arange(asked, device=questions.device)
     own = (index[:, None] // slot == index // slot) & (index[:, None] >= index)
     behind = torch.zeros(asked, asked, device=questions.device).masked_fill(~own, -torch.inf)
-    mask = torch.cat([
-        log_weight[:, None, :].expand(-1, asked, -1), behind.expand(videos, -1, -1)
-    ], -1)[:, None]  # fmt: skip
+    mask = torch.cat(
+        [log_weight[:, None, :].expand(-1, asked, -1), behind.expand(videos, -1, -1)], -1
+    )[:, None]
     states: Tensor = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(questions),
         position_ids=(position + index % slot).expand(3, videos, -1),

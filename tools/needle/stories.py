@@ -103,7 +103,8 @@ def sample_story(
         counts[int(np.argmax(counts))] -= 1
     chosen = rng.permutation(free)[: sum(counts)]
     names = list(COLORS)
-    needles, start = [], 0
+    needles = []
+    start = 0
     for shape, color, count in zip(shapes, colors, counts, strict=True):
         at = tuple(sorted(int(p) for p in chosen[start : start + count]))
         needles.append(Needle(SHAPES[shape], names[color], at))

@@ -88,7 +88,8 @@ def feature_bank(model: Any, frames: Tensor, device: torch.device) -> Tensor:
 
 def _pixels(frames: Tensor) -> Tensor:
     """As Qwen's video processor orders and scales them: [patches * GRID^2, 2 * 3 * PATCH^2]."""
-    count, blocks = len(frames), GRID // MERGE
+    count = len(frames)
+    blocks = GRID // MERGE
     x = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # [count, 2, 3, SIDE, SIDE]
     x = x.view(count, 2, 3, blocks, MERGE, PATCH, blocks, MERGE, PATCH)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
@@ -122,9 +123,12 @@ def batched(model: Any) -> Iterator[None]:
         (block.attn, types.MethodType(attention, block.attn)) for block in visual.blocks
     ]
     # A convolution whose kernel is its input is a matrix product, and a faster one.
-    modules.append((embed, lambda x: torch.nn.functional.linear(
-        x, embed.proj.weight.flatten(1), embed.proj.bias
-    )))  # fmt: skip
+    modules.append(
+        (
+            embed,
+            lambda x: torch.nn.functional.linear(x, embed.proj.weight.flatten(1), embed.proj.bias),
+        )
+    )
     for module, forward in modules:
         module.forward = forward
     try:

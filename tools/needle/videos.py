@@ -54,7 +54,7 @@ def render(
 
 
 def write_mp4(
-    path: Path, story: Story, seed: int, fps: int = SAMPLED_FPS, look: Look = PLAIN
+    path: Path, story: Story, seed: int, *, fps: int = SAMPLED_FPS, look: Look = PLAIN
 ) -> Path:
     """Write the story as an mp4 (MPEG-4 part 2) and return ``path``.
 
@@ -87,7 +87,8 @@ def _background(frames: int, step: float, rng: np.random.Generator) -> Iterator[
     textures = [_texture(rng) for _ in range(2)]
     corner = rng.uniform(0, 2 * SIDE, 2)
     speed = rng.uniform(-6, 6, 2) * step
-    base, contrast = rng.uniform(70, 140), rng.uniform(15, 40)
+    base = rng.uniform(70, 140)
+    contrast = rng.uniform(15, 40)
     period = rng.integers(20, 60) / step
     for index in range(frames):
         outside = (corner + speed < 0) | (corner + speed > 2 * SIDE)
@@ -115,7 +116,8 @@ class _Paint:
     def __init__(self, needle: Needle, rng: np.random.Generator) -> None:
         self._shape = needle.shape
         self._radius = int(rng.integers(27, 40))
-        low, high = self._radius - 2, SIDE - self._radius + 3
+        low = self._radius - 2
+        high = SIDE - self._radius + 3
         self._x, self._y = (int(v) for v in rng.integers(low, high, 2))
         shade = np.array(COLORS[needle.color]) + rng.integers(-12, 13, 3)
         self._color = tuple(int(v) for v in np.clip(shade, 0, 255))
@@ -123,7 +125,8 @@ class _Paint:
     def on(self, frame: np.ndarray) -> np.ndarray:
         """A copy of the frame with the needle on it."""
         frame = np.ascontiguousarray(frame).copy()
-        center, r = (self._x, self._y), self._radius
+        center = (self._x, self._y)
+        r = self._radius
         if self._shape == "circle":
             cv2.circle(frame, center, r, self._color, -1, cv2.LINE_AA)
         elif self._shape == "ring":

@@ -40,7 +40,8 @@ def descriptor(blocks: Tensor, tokens: int) -> TensorDescriptor | None:
     """Loads [1, 1, tokens, head_dim] at a time; ``None`` if a block is shorter."""
     if blocks.shape[2] < tokens:
         return None
-    shape, strides = list(blocks.shape), list(blocks.stride())
+    shape = list(blocks.shape)
+    strides = list(blocks.stride())
     return TensorDescriptor(blocks, shape, strides, [1, 1, tokens, shape[3]])
 
 

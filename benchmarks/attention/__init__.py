@@ -1,0 +1,1 @@
+"""Speed of attention on one CPU rank: by itself, and within a prefill."""

@@ -1,0 +1,1 @@
+"""An hour of video: decoding, and a question about it."""

@@ -1,0 +1,1 @@
+"""Sequence parallelism: traffic, work and balance of several ranks."""

@@ -1,0 +1,1 @@
+"""Quality: which blocks selection keeps, and what approximation costs in answers."""
