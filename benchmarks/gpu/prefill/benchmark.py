@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -192,8 +193,9 @@ class Benchmark:
             torch.randn(heads, tokens, shape.head_dim, dtype=device.dtype, device=device.torch)
             for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
         )
+        scale = shape.head_dim**-0.5
         taken = {
-            name: device.seconds(lambda kernel=kernel: kernel(q, k, v, True, shape.head_dim**-0.5))
+            name: device.seconds(functools.partial(kernel, q, k, v, causal=True, scale=scale))
             for name, kernel in kernels.items()
         }
         flops = shape.attention_flops(tokens * (tokens + 1) / 2)
