@@ -187,7 +187,7 @@ class Service:
         components = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
         executor = components.executor
         generation = components.generation
-        store = JobStore(data_dir / "jobs.db")
+        store = JobStore.open(data_dir / "jobs.db")
         stack.callback(store.close)
         reports = ReportServer(runtime_dir / "reports.sock")
         await reports.start()

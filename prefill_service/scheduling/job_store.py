@@ -55,33 +55,43 @@ _UPGRADES = {0: _SCHEMA + _REPORTS, 1: _REPORTS}
 
 
 class JobStore:
-    """The job database.
+    """The job database, opened by ``open``.
 
     Raises:
-        ServiceError: CONFIG_INVALID if the file is not a job database of this version;
-            STORAGE_FULL when a write finds the disk full.
+        ServiceError: STORAGE_FULL when a write finds the disk full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._db = database
+
+    @classmethod
+    def open(cls, path: Path) -> JobStore:
+        """Open a database, which is made or brought to this version if need be.
+
+        Raises:
+            ServiceError: CONFIG_INVALID if the file is not a job database of this version.
+        """
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            database = sqlite3.connect(path, isolation_level=None)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            version = database.execute("PRAGMA user_version").fetchone()[0]
             if version in _UPGRADES:
-                self._db.executescript(f"BEGIN;{_UPGRADES[version]}COMMIT;")
+                database.executescript(f"BEGIN;{_UPGRADES[version]}COMMIT;")
                 version = SCHEMA_VERSION
         except sqlite3.Error as error:
             raise ServiceError(
                 Reason.CONFIG_INVALID, f"cannot use the job database {path}: {error}", path=path
             ) from error
         if version != SCHEMA_VERSION:
+            database.close()
             raise ServiceError(
                 Reason.CONFIG_INVALID,
                 f"the job database {path} has version {version}, this build reads {SCHEMA_VERSION}",
                 path=path,
                 version=version,
             )
+        return cls(database)
 
     def close(self) -> None:
         """Close the database."""

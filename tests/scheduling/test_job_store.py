@@ -42,11 +42,11 @@ def test_records_survive_unchanged(tmp_path: Path) -> None:
         progress=(Progress("job", 1, Stage.VISION, 3, 4, 0.5),),
     )
     failed = record(state=JobState.FAILED, error={"reason": "X", "message": "m", "metadata": {}})
-    store = JobStore(tmp_path / "jobs.db")
+    store = JobStore.open(tmp_path / "jobs.db")
     for each in (job, failed):
         store.insert_record(each)
     store.close()
-    store = JobStore(tmp_path / "jobs.db")
+    store = JobStore.open(tmp_path / "jobs.db")
     assert store.get_record(job.job_id) == job
     assert store.get_record(failed.job_id) == failed
 
@@ -61,11 +61,11 @@ def test_recovery_after_a_crash(tmp_path: Path) -> None:
         "cancelled": record(state=JobState.CANCELLED),
         "old": record(state=JobState.FAILED, create_time=1.0),
     }
-    store = JobStore(tmp_path / "jobs.db")
+    store = JobStore.open(tmp_path / "jobs.db")
     for job in jobs.values():
         store.insert_record(job)
     store.close()
-    store = JobStore(tmp_path / "jobs.db")
+    store = JobStore.open(tmp_path / "jobs.db")
     queue = store.recover(max_attempts=2)
     assert [job.job_id for job in queue] == [jobs["queued"].job_id, jobs["running"].job_id]
     assert queue[1].attempts == 1  # the lost start counts
@@ -89,27 +89,27 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     path.write_bytes(b"this is no database, but it is long enough to look at" * 40)
     with pytest.raises(ServiceError, match="cannot use the job database") as error:
-        JobStore(path)
+        JobStore.open(path)
     assert error.value.reason is Reason.CONFIG_INVALID
     path.unlink()
-    JobStore(path).close()
+    JobStore.open(path).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 7")
     with pytest.raises(ServiceError, match="has version 7, this build reads 2"):
-        JobStore(path)
+        JobStore.open(path)
 
 
 def test_reports_live_as_long_as_their_jobs(tmp_path: Path) -> None:
     kept = record()
     old = record(state=JobState.EVICTED, create_time=1.0)
     report = AttentionDetail(SUMMARY, BlockMap(0, 1, 1, 2, [0.5, -1.0]), ((0.0, 1.5), (0.5, 0.25)))
-    store = JobStore(tmp_path / "jobs.db")
+    store = JobStore.open(tmp_path / "jobs.db")
     for job in (kept, old):
         store.insert_record(job)
         store.save_report(job.job_id, report)
     assert store.count_by_state() == {**dict.fromkeys(JobState, 0), "QUEUED": 1, "EVICTED": 1}
     store.close()
-    store = JobStore(tmp_path / "jobs.db")
+    store = JobStore.open(tmp_path / "jobs.db")
     assert store.find_report(old.job_id) == report
     store.recover(max_attempts=2)
     assert store.find_report(kept.job_id) == report
@@ -121,7 +121,7 @@ def test_a_database_from_before_sparse_attention_is_taken_over(tmp_path: Path) -
     path = tmp_path / "jobs.db"
     queued = record()
     done = record(state=JobState.SUCCEEDED, result=RESULT)
-    store = JobStore(path)
+    store = JobStore.open(path)
     for job in (queued, done):
         store.insert_record(job)
     store.remember_request("request", SPEC, queued.job_id)
@@ -141,7 +141,7 @@ def test_a_database_from_before_sparse_attention_is_taken_over(tmp_path: Path) -
         db.execute("DROP TABLE reports")
         db.execute("PRAGMA user_version = 1")
     db.close()
-    store = JobStore(path)
+    store = JobStore.open(path)
     exact = replace(SPEC, attention=resolve_policy(Quality.EXACT))
     assert store.get_record(queued.job_id) == replace(queued, spec=exact)
     result = store.get_record(done.job_id).result
