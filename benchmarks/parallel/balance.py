@@ -103,7 +103,7 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     exchange = GatherExchange(group, shape, balancer=balancer)
     unit_attention = UnitAttention(attention, units)
     data = [problem.layer(number) for number in range(LAYERS)]
-    group.agree(0)  # begin together
+    group.all_reduce_max(0)  # begin together
     start = time.perf_counter()
     before = time.process_time()
     for shares in layout.shares:
@@ -115,7 +115,7 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
             exchange.store_kv(layer, *kv)
             exchange.attend_adaptive(layer, q[:, first:end], unit_attention)
     exchange.finish()
-    group.agree(0)  # as the last rank is done
+    group.all_reduce_max(0)  # as the last rank is done
     seconds = time.perf_counter() - start
     cpu_s = time.process_time() - before
     return {"seconds": seconds, "cpu_s": cpu_s, "report": attention.report()}

@@ -199,10 +199,10 @@ def run_exchange(
     layout = problem.layout(kind, group.size)
     exchange = problem.exchange(kind, meshes, dtype, device)
     data = [problem.layer(layer, dtype, device) for layer in range(problem.layers)]
-    before = dict(group.meter.uses)
+    before = dict(group.comm_stats.uses)
     parts = []
     mine = []
-    group.agree(0)  # begin together
+    group.all_reduce_max(0)  # begin together
     start = time.perf_counter()
     for chunk in layout.shares:
         tokens = positions(chunk[group.rank])
@@ -217,7 +217,7 @@ def run_exchange(
     exchange.finish()
     out = torch.cat(parts, 2).cpu()  # waits for the device
     seconds = time.perf_counter() - start
-    return Run(torch.cat(mine), out, moved(group.meter.since(before)), seconds)
+    return Run(torch.cat(mine), out, moved(group.comm_stats.since(before)), seconds)
 
 
 def positions(share: Share) -> Tensor:

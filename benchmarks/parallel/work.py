@@ -137,7 +137,7 @@ def _prefill(
     back = weights(q_width, shape.hidden)
     up = weights(shape.hidden, 2 * shape.intermediate)
     down = weights(shape.intermediate, shape.hidden)
-    before = dict(group.meter.uses)
+    before = dict(group.comm_stats.uses)
     seconds = 0.0
     for chunk in layout.shares:
         tokens = len(positions(chunk[group.rank]))
@@ -156,7 +156,7 @@ def _prefill(
             x = x + (torch.nn.functional.silu(gate) * value) @ down
         seconds += time.thread_time() - start
     exchange.finish()
-    return moved(group.meter.since(before)), seconds
+    return moved(group.comm_stats.since(before)), seconds
 
 
 def _problem(shape: ModelShape, tokens: int, chunk: int) -> Problem:

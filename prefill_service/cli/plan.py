@@ -16,7 +16,7 @@ from prefill_service.errors import Reason, ServiceError
 if TYPE_CHECKING:
     from prefill_service.cost_model.cost import CostModel
     from prefill_service.cost_model.model_shape import ModelShape
-    from prefill_service.cost_model.request import PlanRequest
+    from prefill_service.cost_model.request import SearchRequest
 
 _PRESET = "qwen3-vl-8b"
 _MEMORY_GIB = 40.0
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
         ServiceError: CONFIG_INVALID for options, KV_POOL_FULL if nothing fits.
     """
     from prefill_service.cost_model.profile import save_profile
-    from prefill_service.cost_model.request import PlanRequest
-    from prefill_service.cost_model.search import plan_prefill
-    from prefill_service.cost_model.table import best_of_each, plan_json, table
+    from prefill_service.cost_model.request import SearchRequest
+    from prefill_service.cost_model.search import search_candidates
+    from prefill_service.cost_model.table import best_of_each, result_json, table
     from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
     for option in ("tokens", "ranks", "parallel_links"):
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     cost, assumed = _cost(args, shape)
     if args.save:
         save_profile(cost, args.save)
-    request = PlanRequest(
+    request = SearchRequest(
         shape=shape,
         tokens=args.tokens,
         max_ranks=args.ranks,
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         density=density,
         parallel_links=args.parallel_links,
     )
-    plan = plan_prefill(request, cost)
+    plan = search_candidates(request, cost)
     if not (args.model or args.preset):
         assumed.insert(0, shape.name)
     if args.density is None:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(exchange.name for exchange in EXCHANGES if exchange.sparse)
         assumed.append(f"that density with {names}, and dense attention with the others")
     if args.json:
-        print(json.dumps(_context(request, cost, assumed) | plan_json(plan), indent=2))
+        print(json.dumps(_context(request, cost, assumed) | result_json(plan), indent=2))
         return 0
     print(f"{shape.name}, {args.tokens:,} tokens, up to {args.ranks} ranks")
     if assumed:
@@ -171,7 +171,7 @@ def _rates(cost: CostModel, shape: ModelShape) -> str:
     )
 
 
-def _context(request: PlanRequest, cost: CostModel, assumed: list[str]) -> dict[str, object]:
+def _context(request: SearchRequest, cost: CostModel, assumed: list[str]) -> dict[str, object]:
     return {
         "model": dataclasses.asdict(request.shape),
         "tokens": request.tokens,

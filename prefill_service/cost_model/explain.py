@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefill_service.cost_model.number_format import duration, gibibytes, gigabytes
-from prefill_service.cost_model.request import Candidate, PlanRequest
+from prefill_service.cost_model.request import Candidate, SearchRequest
 from prefill_service.cost_model.traffic import queries_move_from
 from prefill_service.parallel.exchanges.catalog import ExchangeKind, MeshForm
 
 
-def explain(request: PlanRequest, chosen: Candidate, fitting: Sequence[Candidate]) -> str:
+def explain(request: SearchRequest, chosen: Candidate, fitting: Sequence[Candidate]) -> str:
     """The choice, what it beats, and what its transfers and memory come to."""
     sentences = [_choice(chosen, fitting), *_rivals(chosen, fitting), _transfers(chosen)]
     sentences.append(

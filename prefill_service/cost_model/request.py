@@ -16,7 +16,7 @@ _TILE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class PlanRequest:
+class SearchRequest:
     """A prefix, the ranks and the memory that there are for it, and what may be chosen.
 
     Attributes:
@@ -96,7 +96,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SearchResult:
     """The outcome.
 
     Attributes:

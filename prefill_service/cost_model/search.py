@@ -9,7 +9,7 @@ import numpy as np
 from prefill_service.cost_model.cost import CostModel
 from prefill_service.cost_model.explain import explain
 from prefill_service.cost_model.number_format import gibibytes
-from prefill_service.cost_model.request import Candidate, Plan, PlanRequest
+from prefill_service.cost_model.request import Candidate, SearchRequest, SearchResult
 from prefill_service.cost_model.schemes import Scheme, schemes
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import prefill_work
@@ -24,7 +24,7 @@ TOLERANCE = 0.02
 _ALL_DEGREES_UP_TO = 16
 
 
-def plan_prefill(request: PlanRequest, cost: CostModel) -> Plan:
+def search_candidates(request: SearchRequest, cost: CostModel) -> SearchResult:
     """Choose the fastest way that fits the memory.
 
     Those within ``TOLERANCE`` of the fastest are equal as far as the model can tell. Of them, the
@@ -40,7 +40,7 @@ def plan_prefill(request: PlanRequest, cost: CostModel) -> Plan:
         raise _nothing_fits(request, candidates)
     chosen = choose(fitting)
     ordered = sorted(candidates, key=lambda c: (c.rejected is not None, c.seconds))
-    return Plan(chosen, explain(request, chosen, fitting), tuple(ordered))
+    return SearchResult(chosen, explain(request, chosen, fitting), tuple(ordered))
 
 
 def choose(fitting: Sequence[Candidate]) -> Candidate:
@@ -73,7 +73,7 @@ def degrees(max_ranks: int) -> list[int]:
     return [ranks for ranks in every if max_ranks % ranks == 0 or ranks & (ranks - 1) == 0]
 
 
-def _candidates(request: PlanRequest, cost: CostModel) -> Iterator[Candidate]:
+def _candidates(request: SearchRequest, cost: CostModel) -> Iterator[Candidate]:
     for ranks in degrees(request.max_ranks):
         if ranks < request.min_ranks:
             continue
@@ -95,7 +95,7 @@ def _candidates(request: PlanRequest, cost: CostModel) -> Iterator[Candidate]:
 
 
 def _evaluate(
-    request: PlanRequest, cost: CostModel, scheme: Scheme, chunk_tokens: int, chunking: Chunking
+    request: SearchRequest, cost: CostModel, scheme: Scheme, chunk_tokens: int, chunking: Chunking
 ) -> Candidate:
     shape, options = request.shape, request.options(chunk_tokens)
     work = prefill_work(scheme, shape, chunking, request.density, request.parallel_links, options)
@@ -122,7 +122,7 @@ def _evaluate(
     )
 
 
-def _nothing_fits(request: PlanRequest, candidates: Sequence[Candidate]) -> ServiceError:
+def _nothing_fits(request: SearchRequest, candidates: Sequence[Candidate]) -> ServiceError:
     able = [candidate for candidate in candidates if candidate.memory_bytes]
     where = f"{request.tokens:,} tokens of {request.shape.name} on up to {request.max_ranks} ranks"
     if not able:

@@ -1,4 +1,4 @@
-"""A plan as a table, as text and as JSON."""
+"""The result of a search as a table, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import asdict
 from typing import Any
 
 from prefill_service.cost_model.number_format import duration, gibibytes, gigabytes
-from prefill_service.cost_model.request import Candidate, Plan
+from prefill_service.cost_model.request import Candidate, SearchResult
 from prefill_service.parallel.exchanges.catalog import ExchangeKind
 
 _HEADER = ("", "exchange", "ranks", "chunk", "seconds", "received/rank", "K/V per rank", "")
 _LEFT_COLUMNS = (0, 1, 7)
 
 
-def best_of_each(plan: Plan) -> list[Candidate]:
+def best_of_each(result: SearchResult) -> list[Candidate]:
     """Of each exchange and mesh the candidate that would be chosen first.
 
     Where none can be chosen, the one that was rejected with the least memory, or the one on the
     most ranks if it cannot run at all.
     """
     best: dict[tuple[ExchangeKind, int], Candidate] = {}
-    for candidate in (plan.chosen, *plan.candidates):
+    for candidate in (result.chosen, *result.candidates):
         key = (candidate.scheme.exchange, _degree(candidate))
         first = best.setdefault(key, candidate)
         if first.rejected is not None and _tells_more(candidate, first):
@@ -36,12 +36,12 @@ def table(candidates: Iterable[Candidate], chosen: Candidate) -> str:
     return "\n".join(_line(row, widths) for row in rows)
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def result_json(result: SearchResult) -> dict[str, Any]:
     """Everything, in seconds and bytes."""
     return {
-        "chosen": candidate_json(plan.chosen),
-        "reason": plan.reason,
-        "candidates": [candidate_json(candidate) for candidate in plan.candidates],
+        "chosen": candidate_json(result.chosen),
+        "reason": result.reason,
+        "candidates": [candidate_json(candidate) for candidate in result.candidates],
     }
 
 

@@ -173,7 +173,7 @@ def _agree(
     elif control.cancelled.is_set():
         status = CollectiveStatus.CANCELLED
     layer_ms = interval.layer_ms if interval is not None else 0
-    packed = group.agree(pack_status(status, can_pause, layer_ms))
+    packed = group.all_reduce_max(pack_status(status, can_pause, layer_ms))
     status, all_can_pause, layer_ms = unpack_status(packed)
     if status is not CollectiveStatus.RUNNING:
         raise TaskAborted(status, error)

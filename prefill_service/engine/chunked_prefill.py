@@ -56,7 +56,7 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
         self._rank_task = rank_task
         self._worker = rank_task.worker
         self._clock = rank_task.clock
-        self._stats = rank_task.worker.group.meter
+        self._stats = rank_task.worker.group.comm_stats
         self._layout = layout
         self._shares = list(layout.of_rank(rank_task.worker.group.rank))
         self._exchange = exchange

@@ -201,7 +201,7 @@ def run_task(
     Raises:
         TaskAborted: on every rank, when the task was cancelled or one failed with a ServiceError.
     """
-    with worker.group.meter.anew():
+    with worker.group.comm_stats.anew():
         return _run_task(worker, task, control, build)
 
 
@@ -243,7 +243,7 @@ def _run_task(
         job_id=task.job_id,
         rank=worker.spec.rank,
         stage_seconds={str(stage): seconds for stage, seconds in clock.seconds.items()},
-        communication=worker.group.meter.since({}),
+        communication=worker.group.comm_stats.since({}),
         attention=method.attention_report(),
         offloaded=offloaded,
         spans=clock.spans.spans(),

@@ -139,7 +139,7 @@ class Worker:
         The slowest rank decides, so that all of them report one number.
         """
         engine = self._spec.engine
-        return group.agree(engine.sparse_from_tokens or self._measure_crossover(model))
+        return group.all_reduce_max(engine.sparse_from_tokens or self._measure_crossover(model))
 
     def _measure_crossover(self, model: PrefillModel) -> int:
         spec = self._spec

@@ -1,9 +1,15 @@
 """Keys that are on every rank, and ranks that attend to some of each other's selected blocks.
 
-After selection every rank knows how much all have to attend to (``balance.plan_moves``). What moves
-are the queries of a tile and the numbers of kept blocks; output and log-sum-exp come back and are
-merged with what the tile's own rank computed. Only blocks that all ranks of the chunk hold in the
-same order can be attended to elsewhere: those before what the chunk's first unit keeps by place.
+After selection every rank knows how much all have to attend to, and which rank computes which kept
+blocks is decided by all alike (db-SP, 2511.23113). The paper assigns whole blocks of queries
+greedily, with a reward for those that stay. Here results over disjoint keys are merged anyway, so
+what moves is a run of kept blocks of one query tile, of whatever length evens out two ranks: few
+tiles move, and the largest ones first.
+
+What travels are the queries of a tile and the numbers of kept blocks; output and log-sum-exp come
+back and are merged with what the tile's own rank computed. Only blocks that all ranks of the chunk
+hold in the same order can be attended to elsewhere: those before what the chunk's first unit keeps
+by place.
 """
 
 from __future__ import annotations
@@ -14,20 +20,116 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.key_source import ReplicatedKeys, Segments
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.gathered_attention import PackedTiles, attend_listed
+from prefill_service.attention.sparse.hooks import DelegatedBlocks
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.parallel.attention_shape import AttentionShape
-from prefill_service.parallel.balance_plan import Load, Move, imbalance, plan_moves
 from prefill_service.parallel.process_group import SPGroup, Transfer
 from prefill_service.parallel.selection_units import SelectionUnits
 
-Moved = Callable[[int], None]
-"""Told the (query, key) pairs that this rank attends to for others; negative if they do for it."""
+_EVEN_ENOUGH = 1.02
+"""Busiest rank over the mean that is good enough."""
+
+_PRICE_BLOCKS = 2
+"""A moved tile costs both ranks as much as so many blocks: its queries and results travel."""
+
+_FEWEST_BLOCKS = 2 * _PRICE_BLOCKS
+"""Fewer blocks are not worth it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one rank has to compute.
+
+    Attributes:
+        fixed: (query, key) pairs that it computes itself in any case.
+        blocks: [kv_heads][tiles] kept blocks that others could attend to.
+        pairs: [tiles] (query, key) pairs of one block.
+    """
+
+    fixed: int
+    blocks: Sequence[Sequence[int]]
+    pairs: Sequence[int]
+
+    @property
+    def total(self) -> int:
+        """All pairs."""
+        return self.fixed + sum(
+            count * pairs
+            for head in self.blocks
+            for count, pairs in zip(head, self.pairs, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Kept blocks ``first`` to ``first + count`` of one tile are another rank's to attend to."""
+
+    giver: int
+    taker: int
+    head: int
+    tile: int
+    first: int
+    count: int
+
+
+def imbalance(totals: Sequence[float]) -> float:
+    """Busiest rank over the mean; 1 where there is nothing to do."""
+    return max(totals) * len(totals) / sum(totals) if sum(totals) else 1.0
+
+
+def choose_moves(loads: Sequence[Load], above: float) -> list[Move]:
+    """Even out what ranks have to compute; every rank finds the same.
+
+    Args:
+        loads: of every rank.
+        above: imbalance up to which nothing moves.
+
+    Returns:
+        At most one move for a tile and taker. No rank both gives and takes, and none becomes
+        busier than the busiest was.
+    """
+    totals = [load.total for load in loads]
+    if imbalance(totals) <= above:
+        return []
+    mean = sum(totals) / len(totals)
+    left = [
+        {
+            (h, t): count
+            for h, head in enumerate(load.blocks)
+            for t, count in enumerate(head)
+            if count
+        }
+        for load in loads
+    ]
+    moves: list[Move] = []
+    while True:
+        giver = totals.index(max(totals))
+        taker = totals.index(min(totals))
+        if totals[giver] <= _EVEN_ENOUGH * mean or not left[giver]:
+            return moves
+        (head, tile), there = max(left[giver].items(), key=lambda item: item[1])
+        pairs = loads[giver].pairs[tile]
+        room = int(min(totals[giver] - mean, mean - totals[taker] - _PRICE_BLOCKS * pairs) // pairs)
+        count = min(there, room)
+        if count < _FEWEST_BLOCKS:
+            return moves
+        left[giver][head, tile] -= count
+        if count == there:
+            del left[giver][head, tile]
+        moves.append(Move(giver, taker, head, tile, there - count, count))
+        totals[giver] -= count * pairs
+        totals[taker] += (count + _PRICE_BLOCKS) * pairs
+
+
+NotePairs = Callable[[int], None]
+"""Called with the (query, key) pairs that this rank attends to for others; negative if they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +149,8 @@ class Balancing:
 class Balancer:
     """This rank's side of the exchange of work.
 
-    All ranks call ``share`` or ``close`` equally often: ``close`` goes on for as long as any rank
-    shares.
+    All ranks call ``exchange_loads`` equally often, with a load or in ``close``, which goes on for
+    as long as any rank has one.
 
     Attributes:
         group, shape: of the prefill.
@@ -77,14 +179,16 @@ class Balancer:
             first: (query, key) pairs of this rank's queries in the first layer, to compare now.
         """
         if first is not None:
-            totals = [row[0] for row in self.group.share([first])]
+            totals = [row[0] for row in self.group.all_gather_ints([first])]
             flops = 4 * self.shape.head_dim * self.shape.q_heads // self.shape.kv_heads
             gain = (max(totals) - sum(totals) / len(totals)) * flops
             limits = self.balancing
             self._due = imbalance(totals) > limits.above and gain >= limits.least_gain
         return self._due
 
-    def share(self, mine: Load | None, pairs: int = 0) -> tuple[list[Move], list[Load], bool]:
+    def exchange_loads(
+        self, mine: Load | None, pairs: int = 0
+    ) -> tuple[list[Move], list[Load], bool]:
         """What every rank has to do, and who does what of it for whom.
 
         Args:
@@ -102,7 +206,7 @@ class Balancer:
                 at = 2 + head * self.max_tiles
                 row[at : at + len(counts)] = counts
             row[2 + width : 2 + width + len(mine.pairs)] = mine.pairs
-        rows = self.group.share(row)
+        rows = self.group.all_gather_ints(row)
         loads = [
             Load(
                 row[1],
@@ -112,7 +216,7 @@ class Balancer:
             for row in rows
         ]
         any_work = any(row[0] for row in rows)
-        return plan_moves(loads, self.balancing.above) if any_work else [], loads, any_work
+        return choose_moves(loads, self.balancing.above) if any_work else [], loads, any_work
 
     def begin(
         self,
@@ -254,21 +358,23 @@ class BalancedKeys(ReplicatedKeys):
         kv, segments: see ``ReplicatedKeys``.
         balancer: of the prefill.
         common: what the first unit of the chunk keeps by place begins here.
-        moved: told what moved.
+        note_pairs: called with the pairs of each agreement.
     """
 
     def __init__(
-        self, kv: Tensor, segments: Segments, balancer: Balancer, common: int, moved: Moved
+        self, kv: Tensor, segments: Segments, balancer: Balancer, common: int, note_pairs: NotePairs
     ) -> None:
         super().__init__(kv, segments, balancer.scratch)
-        self._buffer, self._balancer, self._moved = kv, balancer, moved
+        self._buffer = kv
+        self._balancer = balancer
+        self._note_pairs = note_pairs
         self.common = common // segments.segment_tokens * segments.segment_tokens
         """Tokens before this one are in the same order on every rank."""
 
-    def share(
+    @override
+    def delegate(
         self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> SharedBlocks:
-        """See ``KeySource``."""
+    ) -> MovedBlocks:
         blocks = min(self.common // tiles.block_tokens, keep.shape[2])
         movable, of = keep[:, :, :blocks], heads.tolist()
         counts = torch.zeros(self._buffer.shape[2], tiles.count, dtype=torch.long)
@@ -276,26 +382,27 @@ class BalancedKeys(ReplicatedKeys):
         of_block = [tiles.tokens(tile) * tiles.block_tokens for tile in range(tiles.count)]
         load = Load(0, counts.tolist(), of_block)
         load = replace(load, fixed=int(pairs.sum()) - load.total)
-        moves, loads, _ = self._balancer.share(load)
+        moves, loads, _ = self._balancer.exchange_loads(load)
         self._note(moves, loads)
         help_ = self._balancer.begin(moves, rows, movable, of)
-        here, given = keep, [move for move in moves if move.giver == self._balancer.group.rank]
+        here = keep
+        given = [move for move in moves if move.giver == self._balancer.group.rank]
         if given:
             here = keep.clone()
             for move in given:
                 at = of.index(move.head), move.tile
                 here[at][_numbers(movable[at], move)] = False
         mine = torch.tensor(sorted({of.index(move.head) for move in given}), dtype=torch.long)
-        return SharedBlocks(here, mine, of, help_, self._buffer)
+        return MovedBlocks(here, mine, of, help_, self._buffer)
 
     def close(self, pairs: int = 0) -> None:
-        """Help the others until none has anything to share any more.
+        """Help the others until none has anything to give any more.
 
         Args:
-            pairs: that this rank attended to otherwise, since it last shared.
+            pairs: that this rank attended to otherwise, since the last agreement.
         """
         while True:
-            moves, loads, any_work = self._balancer.share(None, pairs)
+            moves, loads, any_work = self._balancer.exchange_loads(None, pairs)
             if not any_work:
                 return
             self._note(moves, loads)
@@ -308,21 +415,31 @@ class BalancedKeys(ReplicatedKeys):
         for move in moves:
             size = move.count * loads[move.giver].pairs[move.tile]
             pairs += size * ((move.taker == rank) - (move.giver == rank))
-        self._moved(pairs)
+        self._note_pairs(pairs)
 
 
 @dataclass(slots=True)
-class SharedBlocks:
-    """See ``attention.sharing.Shared``."""
+class MovedBlocks(DelegatedBlocks):
+    """Kept blocks of this rank's queries that other ranks attend to."""
 
-    here: Tensor
-    heads: Tensor
+    _here: Tensor
+    _heads: Tensor
     _of: Sequence[int]  # KV heads of ``here``
     _help: Help
     _kv: Tensor
 
-    def add(self, result: Partial) -> Partial:
-        """See ``attention.sharing.Shared``."""
+    @property
+    @override
+    def here(self) -> Tensor:
+        return self._here
+
+    @property
+    @override
+    def heads(self) -> Tensor:
+        return self._heads
+
+    @override
+    def merge_results(self, result: Partial) -> Partial:
         for move, part in self._help.finish(self._kv):
             at = self._of.index(move.head), move.tile
             out, lse = result.out[at], result.lse[at]

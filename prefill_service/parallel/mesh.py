@@ -83,7 +83,7 @@ class _Builder:
 
     def _group(self, candidates: list[list[int]]) -> SPGroup:
         """The one that this rank is in. Every rank takes part in building all of them."""
-        mine = SPGroup(0, 1, None, None, self._world.meter, self._world.staged)
+        mine = SPGroup(0, 1, None, None, self._world.comm_stats, self._world.staged)
         for ranks in candidates:
             if len(ranks) > 1:
                 group = self._join(ranks)
@@ -98,5 +98,7 @@ class _Builder:
             if world.control is not world.data:  # which is NCCL's, so that agreeing needs gloo
                 control = dist.new_group(ranks, timeout=self._timeout, backend="gloo")
             place = ranks.index(world.rank) if world.rank in ranks else 0
-            self._built[key] = SPGroup(place, len(ranks), data, control, world.meter, world.staged)
+            self._built[key] = SPGroup(
+                place, len(ranks), data, control, world.comm_stats, world.staged
+            )
         return self._built[key]

@@ -1,4 +1,4 @@
-"""The sequence-parallel group: ranks, their collectives, and a meter on them."""
+"""The sequence-parallel group: ranks and their collectives, which are counted."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Transfer:
     """Messages under way. Holds what is being sent until it is gone."""
 
     name: str
-    meter: CommStats
+    comm_stats: CommStats
     works: list[dist.Work]
     arriving: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
 
     def wait(self) -> None:
         """Block until all has arrived and left (on CUDA: until the stream may go on)."""
-        with self.meter.timed(self.name):
+        with self.comm_stats.timed(self.name):
             for work in self.works:
                 work.wait()
             for place, staged in self.arriving:
@@ -34,7 +34,7 @@ class Transfer:
 
 
 @dataclass(slots=True)
-class PendingSlice:
+class PendingPart:
     """A broadcast under way from ``source``."""
 
     source: int
@@ -50,7 +50,7 @@ class SPGroup:
     """One sequence-parallel group as this rank sees it.
 
     Data travels over ``data`` (gloo on CPU, NCCL on CUDA); small host-side decisions over
-    ``control``, which is always gloo, so that agreeing never synchronises a GPU.
+    ``control``, which is always gloo, so that a decision never synchronises a GPU.
 
     Attributes:
         rank, size: of this rank in this group.
@@ -62,10 +62,10 @@ class SPGroup:
     size: int
     data: dist.ProcessGroup | None
     control: dist.ProcessGroup | None
-    meter: CommStats = field(default_factory=CommStats)
+    comm_stats: CommStats = field(default_factory=CommStats)
     staged: bool = False
 
-    def broadcast_slices(self, slices: list[Tensor]) -> list[PendingSlice]:
+    def all_gather_v(self, slices: list[Tensor]) -> list[PendingPart]:
         """Each rank sends its slice to all; ``slices[r]`` is rank r's, received in place.
 
         Together this is the all-gather of LASP-2H and LSS with uneven parts and no padding:
@@ -80,12 +80,12 @@ class SPGroup:
                 continue
             mine = source == self.rank
             staged = self._outgoing(part) if mine else self._incoming(part)
-            with self.meter.timed("broadcast"):
+            with self.comm_stats.timed("broadcast"):
                 work = dist.broadcast(staged, group=self.data, group_src=source, async_op=True)
-            self.meter.received("broadcast", 0 if mine else _bytes(part))
+            self.comm_stats.received("broadcast", 0 if mine else _bytes(part))
             arriving = [] if mine or staged is part else [(part, staged)]
-            transfer = Transfer("broadcast", self.meter, [work], arriving, [staged])
-            pending.append(PendingSlice(source, transfer))
+            transfer = Transfer("broadcast", self.comm_stats, [work], arriving, [staged])
+            pending.append(PendingPart(source, transfer))
         return pending
 
     def send_recv(
@@ -96,7 +96,7 @@ class SPGroup:
         Args:
             send: per rank, a contiguous tensor; empty ones are skipped on both sides.
             receive: per rank, the contiguous tensor to fill.
-            name: under which the meter counts it, as one call.
+            name: under which it is counted, as one call.
         """
         ops, arriving, kept = [], [], []
         for peer, part in send.items():
@@ -111,10 +111,10 @@ class SPGroup:
                 if staged is not place:
                     arriving.append((place, staged))
                 ops.append(dist.P2POp(dist.irecv, staged, group=self.data, group_peer=peer))
-        with self.meter.timed(name):
+        with self.comm_stats.timed(name):
             works = dist.batch_isend_irecv(ops) if ops else []
-        self.meter.received(name, sum(_bytes(place) for place in receive.values()))
-        return Transfer(name, self.meter, works, arriving, kept)
+        self.comm_stats.received(name, sum(_bytes(place) for place in receive.values()))
+        return Transfer(name, self.comm_stats, works, arriving, kept)
 
     def all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Transfer:
         """Rank r gets ``send[r]``; ``receive[r]`` is filled from rank r, sizes as they are.
@@ -127,25 +127,25 @@ class SPGroup:
             {r: send[r].contiguous() for r in others}, {r: receive[r] for r in others}, "all_to_all"
         )
 
-    def agree(self, status: int) -> int:
+    def all_reduce_max(self, status: int) -> int:
         """The largest ``status`` of all ranks. Every rank calls it at the same points."""
         if self.size == 1:
             return status
         flag = torch.tensor([status], dtype=torch.int64)
-        with self.meter.timed(CONTROL):
+        with self.comm_stats.timed(CONTROL):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
-        self.meter.received(CONTROL, _bytes(flag) * (self.size - 1))
+        self.comm_stats.received(CONTROL, _bytes(flag) * (self.size - 1))
         return int(flag)
 
-    def share(self, values: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's ``values``, equally many on each. Every rank calls it at the same points."""
         if self.size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        with self.meter.timed(CONTROL):
+        with self.comm_stats.timed(CONTROL):
             dist.all_gather(found, mine, group=self.control)
-        self.meter.received(CONTROL, _bytes(mine) * (self.size - 1))
+        self.comm_stats.received(CONTROL, _bytes(mine) * (self.size - 1))
         return [row.tolist() for row in found]
 
     def _outgoing(self, part: Tensor) -> Tensor:

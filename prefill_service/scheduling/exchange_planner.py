@@ -16,9 +16,9 @@ from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
 from prefill_service.cost_model.history import CostHistory
 from prefill_service.cost_model.model_shape import ModelShape
-from prefill_service.cost_model.request import PlanRequest
+from prefill_service.cost_model.request import SearchRequest
 from prefill_service.cost_model.schemes import Scheme
-from prefill_service.cost_model.search import plan_prefill
+from prefill_service.cost_model.search import search_candidates
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.shard_map import token_layout
@@ -66,7 +66,7 @@ class ExchangePlanner:
 
     def choose(self, plan: PrefixPlan, policy: AttentionPolicy, ranks: int) -> ExchangeChoice:
         """The exchange for a prefix on so many ranks; ``gather`` where none fits, which says so."""
-        request = PlanRequest(
+        request = SearchRequest(
             shape=self._shape,
             tokens=plan.num_tokens,
             max_ranks=ranks,
@@ -77,7 +77,7 @@ class ExchangePlanner:
             exchanges=CONSIDERED,
         )
         try:
-            found = plan_prefill(request, self.model)
+            found = search_candidates(request, self.model)
         except ServiceError as error:
             logger.info("gather for %d tokens: %s", plan.num_tokens, error)
             return ExchangeChoice()

@@ -11,8 +11,8 @@ import pytest
 
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.model_shape import PRESETS, ModelShape
-from prefill_service.cost_model.request import PlanRequest
-from prefill_service.cost_model.search import TOLERANCE, degrees, plan_prefill
+from prefill_service.cost_model.request import SearchRequest
+from prefill_service.cost_model.search import TOLERANCE, degrees, search_candidates
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.parallel.exchanges.catalog import (
     DEMAND,
@@ -85,7 +85,7 @@ def by_hand(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
     return seconds, max(received), layers * held + max(buffers)
 
 
-def brute_force(request: PlanRequest, cost: CostModel) -> Found | None:
+def brute_force(request: SearchRequest, cost: CostModel) -> Found | None:
     found = {}
     for way in every_way(request.max_ranks, request.tokens):
         seconds, received, memory = by_hand(way, request.tokens, cost)
@@ -125,14 +125,14 @@ def small_cases() -> list[tuple[int, int, CostModel, float]]:
 def test_the_choice_equals_brute_force() -> None:
     chosen = []
     for tokens, ranks, cost, memory in small_cases():
-        request = PlanRequest(SHAPE, tokens, ranks, memory, chunk_tokens=CHUNKS, exchanges=PLAIN)
+        request = SearchRequest(SHAPE, tokens, ranks, memory, chunk_tokens=CHUNKS, exchanges=PLAIN)
         expected = brute_force(request, cost)
         if expected is None:
             with pytest.raises(ServiceError) as refused:
-                plan_prefill(request, cost)
+                search_candidates(request, cost)
             assert refused.value.reason is Reason.KV_POOL_FULL
             continue
-        plan = plan_prefill(request, cost)
+        plan = search_candidates(request, cost)
         best = plan.chosen
         found = (
             str(best.scheme.exchange), best.scheme.ranks, best.scheme.ulysses, best.chunk_tokens
@@ -154,8 +154,8 @@ def test_the_choice_equals_brute_force() -> None:
 def test_the_plan_fits_and_is_never_beaten_by_a_single_degree() -> None:
     shape = PRESETS["qwen3-vl-8b"]
     for tokens, memory in itertools.product((4096, 131_072, 1_000_000), (24, 200)):
-        request = PlanRequest(shape, tokens, 8, memory * 2**30)
-        plan = plan_prefill(request, ASSUMED)
+        request = SearchRequest(shape, tokens, 8, memory * 2**30)
+        plan = search_candidates(request, ASSUMED)
         assert plan.chosen.memory_bytes <= request.kv_memory_bytes
         fitting = [c for c in plan.candidates if c.rejected is None]
         assert plan.chosen in fitting
@@ -166,19 +166,19 @@ def test_the_plan_fits_and_is_never_beaten_by_a_single_degree() -> None:
 def test_replicated_keys_need_memory_for_all_tokens() -> None:
     """On 4 ranks 1 M tokens of 8 KV heads replicated take 35 layers x 4 KiB each: 133.5 GiB."""
     shape = PRESETS["qwen3-vl-8b"]
-    roomy = PlanRequest(shape, 1_000_000, 4, 134 * 2**30, exchanges=[GATHER])
-    assert plan_prefill(roomy, ASSUMED).chosen.memory_bytes == 1_000_000 * 35 * 4096
+    roomy = SearchRequest(shape, 1_000_000, 4, 134 * 2**30, exchanges=[GATHER])
+    assert search_candidates(roomy, ASSUMED).chosen.memory_bytes == 1_000_000 * 35 * 4096
     with pytest.raises(ServiceError) as refused:
-        plan_prefill(replace(roomy, kv_memory_bytes=133 * 2**30), ASSUMED)
+        search_candidates(replace(roomy, kv_memory_bytes=133 * 2**30), ASSUMED)
     assert refused.value.reason is Reason.KV_POOL_FULL
     assert "1,000,000 tokens of Qwen3-VL-8B on up to 4 ranks do not fit" in str(refused.value)
     assert "133.5 GiB per rank (gather on 1" in str(refused.value)
     assert "the limit is 133.0 GiB" in str(refused.value)
     tight = replace(roomy, kv_memory_bytes=133 * 2**30, exchanges=EXCHANGES)
-    assert plan_prefill(tight, ASSUMED).chosen.scheme.exchange != GATHER
+    assert search_candidates(tight, ASSUMED).chosen.scheme.exchange != GATHER
     gathers = [
         candidate.rejected or ""
-        for candidate in plan_prefill(tight, ASSUMED).candidates
+        for candidate in search_candidates(tight, ASSUMED).candidates
         if candidate.scheme.exchange == GATHER
     ]
     assert gathers
@@ -190,8 +190,8 @@ def test_regimes_have_their_exchange() -> None:
     slow = replace(ASSUMED, per_byte=1 / 1e9)
 
     def best(cost: CostModel = ASSUMED, **changes: object) -> str:
-        request = PlanRequest(shape, 400_000, 8, 100 * 2**30)
-        return str(plan_prefill(replace(request, **changes), cost).chosen.scheme.exchange)  # type: ignore[arg-type]
+        request = SearchRequest(shape, 400_000, 8, 100 * 2**30)
+        return str(search_candidates(replace(request, **changes), cost).chosen.scheme.exchange)  # type: ignore[arg-type]
 
     # Few keys selected: only gather has all of them at hand.
     assert best(density=0.1) == "gather"
@@ -213,10 +213,10 @@ def test_regimes_have_their_exchange() -> None:
 @pytest.mark.parametrize("ranks", [4, 6, 10])
 def test_no_disjoint_rings_means_a_ring(ranks: int) -> None:
     assert not prime(ranks)
-    request = PlanRequest(PRESETS["qwen3-vl-8b"], 100_000, ranks, 2**40, parallel_links=9)
+    request = SearchRequest(PRESETS["qwen3-vl-8b"], 100_000, ranks, 2**40, parallel_links=9)
     rejected = [
         candidate.rejected
-        for candidate in plan_prefill(request, ASSUMED).candidates
+        for candidate in search_candidates(request, ASSUMED).candidates
         if candidate.scheme.exchange == MULTI_RING and candidate.scheme.ranks == ranks
     ]
     assert len(rejected) == 1
@@ -227,24 +227,24 @@ def test_no_disjoint_rings_means_a_ring(ranks: int) -> None:
 
 def test_what_cannot_run_says_why() -> None:
     shape = replace(SHAPE, q_heads=2, kv_heads=1)
-    plan = plan_prefill(PlanRequest(shape, 100, 3, 2**30), ASSUMED)
+    plan = search_candidates(SearchRequest(shape, 100, 3, 2**30), ASSUMED)
     reasons = {(c.scheme.label, c.scheme.ranks): c.rejected for c in plan.candidates}
     assert reasons["ulysses", 3] == "3 ranks cannot share 2 query heads"
     assert "density 1" in (reasons["demand", 2] or "")
     with pytest.raises(ServiceError, match=r"no exchange can run 100 tokens .* demand: density 1"):
-        plan_prefill(
-            PlanRequest(shape, 100, 3, 2**30, exchanges=[DEMAND]), ASSUMED
+        search_candidates(
+            SearchRequest(shape, 100, 3, 2**30, exchanges=[DEMAND]), ASSUMED
         )  # fmt: skip
 
 
 def test_the_reason_names_what_decided() -> None:
     shape = PRESETS["qwen2.5-vl-7b"]
-    plan = plan_prefill(PlanRequest(shape, 1_000_000, 4, 20 * 2**30), ASSUMED)
+    plan = search_candidates(SearchRequest(shape, 1_000_000, 4, 20 * 2**30), ASSUMED)
     best = plan.chosen.scheme
     assert plan.reason.startswith(f"{best.label} on {best.ranks} ranks")
     for part in ("candidates that fit", "Of other exchanges", "A rank receives", "of 20.0 GiB"):
         assert part in plan.reason
-    alone = plan_prefill(PlanRequest(shape, 1000, 1, 20 * 2**30), ASSUMED)
+    alone = search_candidates(SearchRequest(shape, 1000, 1, 20 * 2**30), ASSUMED)
     assert "Nothing is exchanged." in alone.reason
 
 
@@ -270,4 +270,4 @@ def test_many_ranks_are_planned_over_divisors_and_powers_of_two() -> None:
 )
 def test_requests_are_checked(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(PlanRequest(SHAPE, 10, 2, 2**30), **changes)  # type: ignore[arg-type]
+        replace(SearchRequest(SHAPE, 10, 2, 2**30), **changes)  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
         exchange.local_kv_heads,
     )
     attention = UnitAttention(adaptive, setup.units)
-    data, before = qkv(case), dict(group.meter.uses)
+    data, before = qkv(case), dict(group.comm_stats.uses)
     out = torch.zeros(LAYERS, case.q_heads, case.tokens, HEAD_DIM, dtype=torch.float64)
     with Wire() as wire:
         for shares in layout.shares:
@@ -151,7 +151,7 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
     return {
         "out": out,
         "wire": wire.received,
-        "uses": group.meter.since(before),
+        "uses": group.comm_stats.since(before),
     }
 
 

@@ -56,12 +56,12 @@ def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dic
         pairs += n * (n + 1) // 2 if causal else n * k.shape[1]
         return attend(q, k, *rest, causal=causal, scale=scale)
 
-    before = dict(group.meter.uses)
+    before = dict(group.comm_stats.uses)
     with Wire() as wire, monkeypatch.context() as patch:
         patch.setattr(comparison_attention, "attend", counted)
         out = BaselineAttention(group, split, mode, SCALE).attend(q, k, v)
     return {
-        "out": out, "wire": wire.received, "uses": group.meter.since(before), "pairs": pairs,
+        "out": out, "wire": wire.received, "uses": group.comm_stats.since(before), "pairs": pairs,
         "needle": {} if case.passing == ALL else needle_reaches(group, case, split, mode),
     }  # fmt: skip
 

@@ -209,7 +209,7 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         cached = kind == "demand"
         exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
     selection = Selection(case, exchange.local_kv_heads)
-    data, before = case.data(), dict(group.meter.uses)
+    data, before = case.data(), dict(group.comm_stats.uses)
     attention = UnitAttention(selection, units)
     out = torch.zeros_like(data[:, : case.q_heads])
     for shares in layout.shares:
@@ -225,7 +225,7 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         "out": out,
         "kept": selection.kept,
         "report": selection.report(),
-        "uses": group.meter.since(before),
+        "uses": group.comm_stats.since(before),
         "needed": getattr(exchange, "needed", None),
     }
 

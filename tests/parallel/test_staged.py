@@ -60,7 +60,7 @@ def copies(group: SPGroup) -> None:
     # Parts of something larger, as the buffers of keys and values are.
     buffer = torch.full((2, 3, 4), -1.0)
     buffer[group.rank] = group.rank
-    pending = staged.broadcast_slices(list(buffer))
+    pending = staged.all_gather_v(list(buffer))
     buffer[group.rank] = 7.0  # after it was sent
     assert bool((buffer[other] == -1).all()), "nothing arrives before it is waited for"
     for one in pending:

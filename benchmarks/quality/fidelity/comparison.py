@@ -21,7 +21,7 @@ from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
 from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_patches
-from prefill_service.parallel.process_group import PendingSlice, SPGroup
+from prefill_service.parallel.process_group import PendingPart, SPGroup
 
 METHODS = tuple(str(method) for method in Comparison)
 
@@ -99,7 +99,7 @@ class _ThreadRank(SPGroup):
 
     board: Timeline = field(default_factory=lambda: Timeline(1))
 
-    def broadcast_slices(self, slices: list[Tensor]) -> list[PendingSlice]:
+    def all_gather_v(self, slices: list[Tensor]) -> list[PendingPart]:
         """See ``SPGroup``; nothing is left to wait for."""
         self.board.exchange(self.rank, slices)
         return []

@@ -92,9 +92,9 @@ class CpuBackend(SparseBackend):
         hooks.fetch(keep.any(1), problem.heads)
         clock.lap("fetch")
         pairs = attended_columns(keep, bias, tiles)
-        shared = hooks.share(packed.rows, keep, tiles, pairs, problem.heads)
-        if shared:
-            dense[shared.heads] = False
+        delegated = hooks.delegate(packed.rows, keep, tiles, pairs, problem.heads)
+        if delegated:
+            dense[delegated.heads] = False
         if tiles.blocks:
             past = _Past(
                 packed=packed,
@@ -103,11 +103,11 @@ class CpuBackend(SparseBackend):
                 k_mean=problem.summaries.k_mean,
                 v_mean=problem.summaries.v_mean,
                 keep=keep,
-                here=shared.here if shared else keep,
+                here=delegated.here if delegated else keep,
             )
             result = self._join_past(past, problem, dense)
-        if shared:
-            result = shared.add(result)
+        if delegated:
+            result = delegated.merge_results(result)
         out = tiles.unpack(result.out, len(problem.q))
         lse = tiles.unpack(result.lse, len(problem.q))
         clock.lap("attend")

@@ -11,7 +11,7 @@ from prefill_service.attention.dense import Partial
 from prefill_service.attention.sparse.tiles import Tiles
 
 
-class Shared(Protocol):
+class DelegatedBlocks(Protocol):
     """Kept blocks that other ranks attend to."""
 
     @property
@@ -22,7 +22,7 @@ class Shared(Protocol):
     def heads(self) -> Tensor:
         """Those KV heads, as indices of ``here``, of which others attend to some."""
 
-    def add(self, result: Partial) -> Partial:
+    def merge_results(self, result: Partial) -> Partial:
         """Wait for the others' results, and merge them in; of packed rows, in place."""
 
 
@@ -32,9 +32,9 @@ class BlockHooks(Protocol):
     def fetch(self, wanted: Tensor, heads: Tensor) -> None:
         """Have blocks here: ``wanted`` is [len(heads), blocks] bool, ``heads`` are KV heads."""
 
-    def share(
+    def delegate(
         self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> Shared | None:
+    ) -> DelegatedBlocks | None:
         """Have other ranks attend to a part of what was selected, if they have less to do.
 
         Args:
@@ -54,7 +54,7 @@ class NoHooks(BlockHooks):
         pass
 
     @override
-    def share(
+    def delegate(
         self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> Shared | None:
+    ) -> DelegatedBlocks | None:
         return None

@@ -17,7 +17,7 @@ from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.parallel.baselines.method import BaselineMethod
 from prefill_service.parallel.baselines.passing import passing_counts, start_passing
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit
-from prefill_service.parallel.process_group import PendingSlice, SPGroup
+from prefill_service.parallel.process_group import PendingPart, SPGroup
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class _Gathered:
 
     out: Tensor
     lse: Tensor
-    arriving: list[PendingSlice]
+    arriving: list[PendingPart]
 
     def merged(self) -> Tensor:
         """[q_heads, tokens, head_dim] over all ranks' keys."""
@@ -106,7 +106,7 @@ class BaselineAttention:
         out = mine.out.new_empty((group.size, *mine.out.shape))
         lse = mine.lse.new_empty((group.size, *mine.lse.shape))
         out[group.rank], lse[group.rank] = mine.out, mine.lse
-        arriving = group.broadcast_slices(list(out)) + group.broadcast_slices(list(lse))
+        arriving = group.all_gather_v(list(out)) + group.all_gather_v(list(lse))
         return _Gathered(out, lse, arriving)
 
     def _part(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefill_service.parallel.baselines.method import PassingScore
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit
-from prefill_service.parallel.process_group import PendingSlice, SPGroup
+from prefill_service.parallel.process_group import PendingPart, SPGroup
 
 POOL = 5
 """Neighbouring keys over which a score is the maximum (APB and Spava)."""
@@ -67,7 +67,7 @@ class PassedKV:
 
     kv: Tensor
     ends: list[int]
-    arriving: dict[int, PendingSlice] = field(default_factory=dict)
+    arriving: dict[int, PendingPart] = field(default_factory=dict)
 
     def rows(self, block: int) -> Tensor:
         """One block's set."""
@@ -132,6 +132,6 @@ def start_passing(
             for part, source in enumerate((k, v)):
                 place[:, part] = source[:, where].gather(1, index).transpose(0, 1)
         theirs = [split.blocks_of(rank)[turn] for rank in range(group.size)]
-        for pending in group.broadcast_slices([passed.rows(block) for block in theirs]):
+        for pending in group.all_gather_v([passed.rows(block) for block in theirs]):
             passed.arriving[theirs[pending.source]] = pending
     return passed

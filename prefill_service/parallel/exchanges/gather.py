@@ -20,7 +20,7 @@ from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 from prefill_service.parallel.load_balance import BalancedKeys, Balancer, make_balancer
-from prefill_service.parallel.process_group import PendingSlice, SPGroup
+from prefill_service.parallel.process_group import PendingPart, SPGroup
 from prefill_service.parallel.token_layout import Range, Share, span
 from prefill_service.parallel.unit_attention import UnitAttention
 
@@ -53,7 +53,7 @@ class GatherExchange(Exchange):
         self._scale = shape.scale
         self._buffers = buffers or ResidentKV(shape)
         self._balancer = balancer
-        self._pending: list[list[PendingSlice]] = [[] for _ in range(shape.num_layers)]
+        self._pending: list[list[PendingPart]] = [[] for _ in range(shape.num_layers)]
         self._ranges: list[Range] = []
         self._chunk = (0, 0)
 
@@ -79,7 +79,7 @@ class GatherExchange(Exchange):
         start, end = self._ranges[self._group.rank]
         kv[start:end, 0] = k
         kv[start:end, 1] = v
-        self._pending[layer] = self._group.broadcast_slices([kv[a:b] for a, b in self._ranges])
+        self._pending[layer] = self._group.all_gather_v([kv[a:b] for a, b in self._ranges])
         if layer:
             self._let_go(layer - 1)
 
@@ -131,7 +131,7 @@ class GatherExchange(Exchange):
         self, layer: int, q: Tensor, start: int, attention: UnitAttention
     ) -> Tensor:
         """``attend_exact``, its time without waiting and its sampled rows noted."""
-        comm_stats = self._group.meter
+        comm_stats = self._group.comm_stats
         clock = Stopwatch(q.device)
         waited = comm_stats.seconds
         out = self.attend_exact(layer, q)

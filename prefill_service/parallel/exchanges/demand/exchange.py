@@ -217,7 +217,9 @@ class DemandExchange(Exchange, KeySource):
         for r, part in requests.items():
             self._put(r, part, replies[r])
 
-    def share(self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor) -> None:
+    def delegate(
+        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
+    ) -> None:
         """See ``KeySource``: others do not have the blocks."""
 
     def verify_rows(
@@ -321,7 +323,7 @@ class DemandExchange(Exchange, KeySource):
         packed = [torch.empty(size, dtype=work, device=shape.device) for size in sizes]
         if counts[rank]:
             packed[rank].copy_(self._own.summaries(layer, of_raster[rank], of_ordered[rank]))
-        for pending in self._group.broadcast_slices(packed):
+        for pending in self._group.all_gather_v(packed):
             pending.wait()
         both = torch.cat(packed, 1)
         in_order = torch.cat([

@@ -71,7 +71,7 @@ class CollectiveRpc:
         """
         self.count += 1
         row = [int(header.ask), header.heads, header.samples, header.clustered]
-        headers = [Header(Ask(ask), *rest) for ask, *rest in self.group.share(row)]
+        headers = [Header(Ask(ask), *rest) for ask, *rest in self.group.all_gather_ints(row)]
         asking = [
             rank
             for rank, other in enumerate(headers)

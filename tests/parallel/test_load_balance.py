@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.parallel.balance_plan import Load, Move, imbalance, plan_moves
+from prefill_service.parallel.load_balance import Load, Move, choose_moves, imbalance
 
 
 def random_loads(seed: int, ranks: int, skew: float) -> list[Load]:
@@ -39,7 +39,7 @@ def after(loads: list[Load], moves: list[Move]) -> list[int]:
 @pytest.mark.parametrize("seed", range(12))
 def test_loads_are_evened_out(ranks: int, skew: int, seed: int) -> None:
     loads = random_loads(seed, ranks, skew)
-    moves = plan_moves(loads, 1.0)
+    moves = choose_moves(loads, 1.0)
     totals, mean = after(loads, moves), sum(load.total for load in loads) / ranks
     assert imbalance(totals) <= imbalance([load.total for load in loads])
     assert imbalance(totals) <= 1.02 + 8 * 128 * 64 / mean  # to two moved tiles' price
@@ -58,12 +58,12 @@ def test_loads_are_evened_out(ranks: int, skew: int, seed: int) -> None:
 
 def test_few_tiles_move_and_the_largest_ones() -> None:
     loads = [Load(0, [[10, 300, 20, 30]], [8192] * 4), Load(0, [[10, 10, 10, 10]], [8192] * 4)]
-    assert plan_moves(loads, 1.1) == [Move(0, 1, 0, 1, 142, 158)]
+    assert choose_moves(loads, 1.1) == [Move(0, 1, 0, 1, 142, 158)]
 
 
 def test_nothing_moves_up_to_the_threshold_or_where_nothing_can() -> None:
     loads = [Load(0, [[110]], [8192]), Load(0, [[90]], [8192])]
-    assert plan_moves(loads, 1.1) == []
-    assert plan_moves(loads, 1.09) != []
-    assert plan_moves([Load(10**9, [[3]], [8192]), Load(0, [[0]], [8192])], 1.0) == []
-    assert plan_moves([Load(0, [[0]], [0]), Load(0, [[0]], [0])], 1.0) == []
+    assert choose_moves(loads, 1.1) == []
+    assert choose_moves(loads, 1.09) != []
+    assert choose_moves([Load(10**9, [[3]], [8192]), Load(0, [[0]], [8192])], 1.0) == []
+    assert choose_moves([Load(0, [[0]], [0]), Load(0, [[0]], [0])], 1.0) == []
