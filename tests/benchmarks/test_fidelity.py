@@ -62,7 +62,7 @@ async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
     async with standalone_executor(ASSET, tmp_path, ranks, chunk_tokens=200) as standalone:
         plan, _ = await standalone.plan(path, FrameSampling())
         how = BaselineTask(mode, tuple(reader.turn(text)))
-        task = standalone.task(path, plan, comparison=how)
+        task = standalone.task(path, plan, baseline=how)
         await standalone.prefill(task)
         served = standalone.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
     ours = torch.stack(reader.published(prefix, mode, ranks, text)).transpose(2, 3)

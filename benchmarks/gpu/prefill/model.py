@@ -13,11 +13,11 @@ from transformers import AutoModel
 from benchmarks.gpu.prefill.inputs import AttentionInputs
 from benchmarks.gpu.prefill.shapes import ModelShape
 from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import (
     ATTENTION_IMPLEMENTATION,
     LayerKV,
     PrefillModel,
-    VisionFeatures,
 )
 from prefill_service.models.prefix_plan import PrefixPlan
 
