@@ -30,7 +30,7 @@ from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.store import VideoStore
 
 if TYPE_CHECKING:
-    from prefill_service.attention.head_budgets import HeadBudgetProfile
+    from prefill_service.attention.head_budgets import HeadBudgets
     from prefill_service.engine.executor import PrefillExecutor
     from prefill_service.engine.supervisor import WorkerSupervisor
     from prefill_service.generation.server import GenerationServer
@@ -56,7 +56,7 @@ class Components:
     executor: PrefillExecutor
     generation: GenerationServer
     submit_early: bool = True
-    budgets: HeadBudgetProfile | None = None
+    budgets: HeadBudgets | None = None
     memory: KVBudget | None = None
     exchanges: ExchangePlanner | None = None
 
@@ -67,7 +67,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     Raises:
         ServiceError: MODEL_INVALID, CONFIG_INVALID.
     """
-    from prefill_service.attention.head_budgets import load_profile
+    from prefill_service.attention.head_budgets import load_head_budgets
     from prefill_service.engine.executor import PrefillExecutor
     from prefill_service.engine.resolve import kv_budget
     from prefill_service.engine.startup_probe import model_shape
@@ -83,8 +83,8 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     budgets = None
     if engine.head_budgets:
         path = Path(engine.head_budgets).expanduser()
-        layers = checkpoint.num_layers - 1  # the last one does not attend
-        budgets = load_profile(path, checkpoint.fingerprint, layers, checkpoint.num_kv_heads)
+        shape = (checkpoint.num_layers - 1, checkpoint.num_kv_heads)  # the last one does not attend
+        budgets = load_head_budgets(path, checkpoint.fingerprint, shape=shape)
     executor = PrefillExecutor(
         engine, config.video, checkpoint, dtype, device=device, runtime_dir=runtime_dir
     )

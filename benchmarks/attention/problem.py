@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.inputs import PATCH_GRID, synthetic
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
@@ -202,18 +203,23 @@ def run(problem: Problem, epsilon: float, kv: Tensor) -> tuple[Tensor, LayerRepo
     attention = AdaptiveAttention(
         SETTINGS,
         AttentionPolicy(Quality.CUSTOM, epsilon, 0.0),
-        layers=1,
-        kv_heads=kv.shape[2],
-        head_dim=kv.shape[3],
-        dtype=kv.dtype,
-        device=kv.device,
-        patch_ends=problem.patch_ends,
+        AttentionShape(
+            num_layers=1,
+            num_tokens=problem.tokens,
+            q_heads=len(problem.q),
+            kv_heads=kv.shape[2],
+            head_dim=kv.shape[3],
+            scale=problem.scale,
+            dtype=kv.dtype,
+            device=kv.device,
+        ),
+        problem.patch_ends,
     )
     out = torch.empty_like(problem.q)
     for start in range(0, problem.tokens, problem.chunk):
         part = slice(start, min(start + problem.chunk, problem.tokens))
-        out[:, part] = attention.attend(0, problem.q[:, part], kv, start, problem.scale)
-    return out, attention.report().layers[0]
+        out[:, part] = attention.attend_unit(0, problem.q[:, part], kv, start=start)
+    return out, attention.stats.report().layers[0]
 
 
 def reference(problem: Problem, made: Plan, keeps: list[Tensor]) -> Tensor:

@@ -30,8 +30,8 @@ from prefill_service.attention.dense import attend
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.calibration.prefill import LocalPrefill
-from prefill_service.calibration.prefix import EncodedVideo, PlannedVideo, encode_video
+from prefill_service.calibration.encoded_video import EncodedVideo, PlannedVideo, encode_video
+from prefill_service.calibration.local_prefill import LocalPrefill
 from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import Checkpoint, open_checkpoint
 from prefill_service.models.packed_linear import PackedLinear

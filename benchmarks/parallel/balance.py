@@ -26,11 +26,11 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.parallel.ranks import Transport, run_ranks
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.config import EngineConfig
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.load_balance import Balancing, make_balancer
 from prefill_service.parallel.process_group import SPGroup
@@ -88,16 +88,7 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     units = SelectionUnits.of(problem.ends, CHUNK)
     layout = deal_patches(problem.ends, group.size, CHUNK, whole_units=True)
     settings = SparseSettings(1024)
-    attention = AdaptiveAttention(
-        settings,
-        resolve_policy(Quality.BALANCED),
-        LAYERS,
-        KV_HEADS,
-        HEAD_DIM,
-        torch.float32,
-        device,
-        problem.ends,
-    )
+    attention = AdaptiveAttention(settings, resolve_policy(Quality.BALANCED), shape, problem.ends)
     balancing = Balancing(above, EngineConfig().balance_least_gflop * 1e9)
     balancer = make_balancer(group, shape, settings, units, balancing)
     exchange = GatherExchange(group, shape, balancer=balancer)
@@ -108,7 +99,7 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     before = time.process_time()
     for shares in layout.shares:
         exchange.start_chunk(shares)
-        attention.start_chunk()
+        attention.stats.start_chunk()
         first, end = shares[group.rank].contiguous
         for layer, (q, k, v) in enumerate(data):
             kv = (x[:, first:end].transpose(0, 1) for x in (k, v))
@@ -118,7 +109,7 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     group.all_reduce_max(0)  # as the last rank is done
     seconds = time.perf_counter() - start
     cpu_s = time.process_time() - before
-    return {"seconds": seconds, "cpu_s": cpu_s, "report": attention.report()}
+    return {"seconds": seconds, "cpu_s": cpu_s, "report": attention.stats.report()}
 
 
 def rounds(

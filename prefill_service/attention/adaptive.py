@@ -12,18 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.fallback import FallbackAttention
 from prefill_service.attention.key_source import (
     KeySource,
     LayerState,
     ReplicatedKeys,
-    Segments,
     all_heads,
 )
 from prefill_service.attention.quality import AttentionPolicy
-from prefill_service.attention.report import RankAttention
-from prefill_service.attention.sampling import certified_rows
-from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention.settings import Segments, SparseSettings
 from prefill_service.attention.sparse.backends import make_backend
 from prefill_service.attention.sparse.problem import SparseProblem
 from prefill_service.attention.sparse.scratch import ScratchBuffers
@@ -32,7 +30,7 @@ from prefill_service.attention.sparse.summaries import empty_summaries
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.stats import AttentionStats
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.attention.verification import SampledRows
+from prefill_service.attention.verification import SampledRows, choose_rows
 
 
 class AdaptiveAttention:
@@ -41,8 +39,7 @@ class AdaptiveAttention:
     Args:
         settings: sizes.
         policy: the request's epsilon and floor, and how heads share the epsilon.
-        layers: layers that attend.
-        kv_heads, head_dim, dtype, device: of K and V.
+        shape: of the model's attention and of the prompt.
         patch_ends: [patches] one past each temporal patch's last token.
         heads: KV heads that are attended to here, where others have the rest.
 
@@ -57,85 +54,51 @@ class AdaptiveAttention:
         self,
         settings: SparseSettings,
         policy: AttentionPolicy,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        shape: AttentionShape,
         patch_ends: np.ndarray,
+        *,
         heads: slice | None = None,
     ) -> None:
         self._settings = settings
         self._policy = policy
         self._patch_ends = patch_ends
-        heads = slice(0, kv_heads) if heads is None else heads
-        epsilons = [layer[heads] for layer in policy.head_epsilons(layers, kv_heads)]
-        self._epsilons = [torch.tensor(layer, device=device) for layer in epsilons]
+        self._shape = shape
+        heads = slice(0, shape.kv_heads) if heads is None else heads
+        epsilons = policy.head_epsilons(shape.num_layers, shape.kv_heads)
+        self._epsilons = [torch.tensor(layer[heads], device=shape.device) for layer in epsilons]
         self._row_limits = [
-            torch.tensor([policy.row_limit(value) for value in layer], device=device)
+            torch.tensor([policy.row_limit(value) for value in layer[heads]], device=shape.device)
             for layer in epsilons
         ]
-        self.stats = AttentionStats(
-            settings,
-            layers=layers,
-            kv_heads=kv_heads,
-            heads=heads,
-            patch_ends=patch_ends,
-            device=device,
-        )
-        self._backend = make_backend(device)
+        self.stats = AttentionStats(settings, shape, patch_ends, heads=heads)
+        self._backend = make_backend(shape.device)
         self._scratch = ScratchBuffers()
-        here = heads.stop - heads.start
-        tokens = int(patch_ends[-1])
-        blocks = tokens // settings.block_tokens if self._sparse_at(tokens) else 0
-        raster = torch.arange(tokens, device=device).expand(here, -1)
-        self._states = [
-            LayerState(empty_summaries(here, blocks, head_dim, dtype, device), raster)
-            for _ in range(layers)
-        ]
-
-    def start_chunk(self) -> None:
-        """What follows is of the next chunk: ranks wait for each other at every layer of it."""
-        self.stats.start_chunk()
-
-    def moved(self, layer: int, pairs: int) -> None:
-        """Note pairs that this rank attended to for others, or if negative they for it."""
-        self.stats.add_moved_pairs(layer, pairs)
-
-    def pairs(self, layer: int) -> int:
-        """(query, key) pairs of this rank's queries of the chunk, so far."""
-        return self.stats.selected_pairs(layer)
+        self._states = self._unclustered(heads.stop - heads.start)
 
     @property
     def segments(self) -> Segments:
         """How past keys are cut."""
         return self._settings.segments
 
-    def catch_up(self, layer: int, start: int, source: KeySource) -> None:
+    def advance_keys(self, layer: int, start: int, source: KeySource) -> None:
         """Bring this rank's view of the keys to where queries from ``start`` on want it."""
         tiles = self._settings.tiles(start, 1)
-        source.prepare(layer, self._states[layer], self.recent(start), tiles)
+        source.prepare_keys(layer, self._states[layer], self.recent_from(start), tiles)
 
     def is_sparse(self, start: int, queries: int) -> bool:
-        """Whether queries [start, start + queries) are to go through ``attend``."""
+        """Whether queries [start, start + queries) are to go through ``attend_unit``."""
         return queries > 0 and self._sparse_at(start + queries)
 
-    def state(self, layer: int) -> LayerState:
-        """What is known of a layer's keys."""
+    def layer_state(self, layer: int) -> LayerState:
+        """How far a layer's keys are clustered, and their summaries."""
         return self._states[layer]
 
-    def recent(self, start: int) -> int:
+    def recent_from(self, start: int) -> int:
         """Token from which on queries from ``start`` on keep all by place: the patch before."""
         return int(previous_patch(self._patch_ends, start))
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        kv: Tensor,
-        start: int,
-        scale: float,
-        source: KeySource | None = None,
+    def attend_unit(
+        self, layer: int, q: Tensor, kv: Tensor, *, start: int, source: KeySource | None = None
     ) -> Tensor:
         """Sparse causal attention of queries [start, start + queries), a unit.
 
@@ -145,9 +108,8 @@ class AdaptiveAttention:
             layer: which.
             q: [q_heads, queries, head_dim].
             kv: [tokens, 2, kv_heads, head_dim], complete up to the last query; rows before
-                ``recent(start)`` may be reordered, and no later call may have a query there.
+                ``recent_from(start)`` may be reordered, and no later call may have a query there.
             start: position of the first query.
-            scale: factor on the scores.
             source: brings into ``kv`` what is not there; without it all is.
 
         Returns:
@@ -159,9 +121,9 @@ class AdaptiveAttention:
         state = self._states[layer]
         clock = Stopwatch(k.device)
         # What is kept by place stays in place: the sinks, and the patch before this unit.
-        source.prepare(layer, state, self.recent(start), tiles)
+        source.prepare_keys(layer, state, self.recent_from(start), tiles)
         clock.lap("cluster")
-        sampled, recheck = certified_rows(self._settings, tiles, layer)
+        sampled, recheck = choose_rows(self._settings, tiles, layer)
         position = start + sampled.to(k.device)
         attention = FallbackAttention(
             backend=self._backend,
@@ -180,12 +142,13 @@ class AdaptiveAttention:
             epsilon=self._epsilons[layer],
             row_limit=self._row_limits[layer],
             forced=self._forced(tiles),
-            scale=scale,
+            scale=self._shape.scale,
         )
         used = attention.attend_verified(problem)
         self.stats.record_sparse(layer, tiles, used, position=position, order=state.order)
         clock.lap("sparse")
-        select, attend = used.seconds("select"), used.seconds("attend")
+        select = used.seconds("select")
+        attend = used.seconds("attend")
         self.stats.add_seconds(
             layer,
             select=clock.seconds("cluster") + select,
@@ -195,22 +158,20 @@ class AdaptiveAttention:
         )
         return used.out
 
-    def observe(self, layer: int, q: Tensor, kv: Tensor, start: int, scale: float) -> None:
-        """Note queries that were attended to exactly elsewhere; arguments as of ``attend``."""
-        order = self._states[layer].order
-        self.stats.observe_exact(layer, q, kv, start=start, order=order, scale=scale)
+    def observe_exact(self, layer: int, q: Tensor, kv: Tensor, *, start: int) -> None:
+        """Note queries that were attended to exactly elsewhere; see ``attend_unit``."""
+        self.stats.observe_exact(layer, q, kv, start=start, order=self._states[layer].order)
 
-    def attended(self, layer: int, seconds: float) -> None:
-        """Note the time of exact attention that was computed elsewhere."""
-        self.stats.add_attend_seconds(layer, seconds)
-
-    def count(self, layer: int, start: int, queries: int) -> None:
-        """Count queries attended to exactly, of whose keys this rank holds only a part."""
-        self.stats.count_exact(layer, start, queries)
-
-    def report(self) -> RankAttention:
-        """What was measured so far."""
-        return self.stats.report()
+    def _unclustered(self, heads: int) -> list[LayerState]:
+        """States of all layers before any key is known, of ``heads`` KV heads."""
+        tokens = self._shape.num_tokens
+        blocks = tokens // self._settings.block_tokens if self._sparse_at(tokens) else 0
+        raster = torch.arange(tokens, device=self._shape.device).expand(heads, -1)
+        shape = (heads, blocks, self._shape.head_dim)
+        return [
+            LayerState(empty_summaries(shape, self._shape.dtype, self._shape.device), raster)
+            for _ in range(self._shape.num_layers)
+        ]
 
     def _sparse_at(self, keys: int) -> bool:
         return not self._policy.exact and keys >= self._settings.from_tokens

@@ -12,32 +12,31 @@ from torch import Tensor
 
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.report import NEVER
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.backends import make_backend
 from prefill_service.attention.sparse.clustering import cluster_order
 from prefill_service.attention.sparse.hooks import NoHooks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.summaries import summarize
-from prefill_service.attention.sparse.tiles import Tiles
 
 logger = logging.getLogger("prefill_service.attention")
 
 _LENGTHS = tuple(1 << power for power in range(10, 18))
-_DENSITY = 4  # every fourth block is kept: what balanced keeps of a hard input
+_KEPT_EVERY = 4  # every fourth block is kept: what balanced keeps of a hard input
 _GAIN = 0.9  # sparse has to win by more than the noise
 _BUDGET_S = 3.0
-_TURNS = 3
+_ROUNDS = 3
 
 
 def measure_crossover(
+    settings: SparseSettings,
+    chunk_tokens: int,
+    *,
     q_heads: int,
     kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    chunk_tokens: int,
-    block_tokens: int,
-    tile_tokens: int,
-    segment_tokens: int,
 ) -> int:
     """The shortest of a few lengths at which a sparse chunk beats a dense one.
 
@@ -56,48 +55,50 @@ def measure_crossover(
         queries = min(chunk_tokens, keys // 2)
         q = torch.randn(q_heads, queries, head_dim, dtype=dtype, device=device)
         k, v = torch.randn(2, kv_heads, keys, head_dim, dtype=dtype, device=device)
-        tiles = Tiles(queries, keys - queries, tile_tokens, block_tokens)
         dense_s, sparse_s = _fastest(
             device,
-            partial(attend_causal, q, k, v, tiles.q_offset, 1.0),
-            _sparse(q, k, v, tiles, segment_tokens),
+            partial(attend_causal, q, k, v, q_offset=keys - queries, scale=1.0),
+            sparse_chunk(q, k, v, settings),
         )
         logger.debug("%d keys: dense %.2g s, sparse %.2g s", keys, dense_s, sparse_s)
-        spent_s += _TURNS * (dense_s + sparse_s)
+        spent_s += _ROUNDS * (dense_s + sparse_s)
         if sparse_s < _GAIN * dense_s:
             return keys
     return NEVER
 
 
-def _sparse(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, segment_tokens: int
+def sparse_chunk(
+    q: Tensor, k: Tensor, v: Tensor, settings: SparseSettings
 ) -> Callable[[], SparseResult]:
-    """One chunk: order as many keys as there are queries, summarise, select, attend."""
-    block = tiles.block_tokens
-    known = summarize(k[:, : tiles.blocks * block], v[:, : tiles.blocks * block], block)
-    forced = (torch.arange(tiles.blocks) % _DENSITY == 0).expand(tiles.count, -1)
-    limit = torch.tensor([tiles.candidates(tile) for tile in range(tiles.count)])[:, None]
-    forced = (forced & (torch.arange(tiles.blocks) < limit)).to(q.device)
+    """What a chunk of queries at the end of the keys takes when it is sparse, to be timed.
+
+    Order as many keys as there are queries, summarise them, select every fourth block, attend.
+    """
+    block = settings.block_tokens
+    tiles = settings.tiles(k.shape[1] - q.shape[1], q.shape[1])
+    past = slice(0, tiles.blocks * block)
+    kept = (torch.arange(tiles.blocks) % _KEPT_EVERY == 0).to(q.device)
     unlimited = torch.full((len(k),), torch.inf, device=q.device)  # no other block is kept
     problem = SparseProblem(
         q=q,
         k=k,
         v=v,
         heads=torch.arange(len(k), device=q.device),
-        summaries=known,
+        summaries=summarize(k[:, past], v[:, past], block),
         tiles=tiles,
         epsilon=unlimited,
         row_limit=unlimited,
-        forced=forced,
+        forced=kept & ~tiles.hidden(q.device),
         scale=1.0,
     )
     backend = make_backend(q.device)
-    segments = -(-tiles.queries // segment_tokens)
-    past = k[:, : segments * segment_tokens].reshape(len(k), segments, -1, k.shape[-1])
+    segments = -(-tiles.queries // settings.segment_tokens)
+    unordered = k[:, : segments * settings.segment_tokens]
+    unordered = unordered.reshape(len(k), segments, -1, k.shape[-1])
+    fresh = slice(0, tiles.queries // block * block)
 
     def run() -> SparseResult:
-        cluster_order(past, block)
-        fresh = slice(0, tiles.queries // block * block)
+        cluster_order(unordered, block)
         summarize(k[:, fresh], v[:, fresh], block)
         return backend.attend_sparse(problem, NoHooks())
 
@@ -105,15 +106,15 @@ def _sparse(
 
 
 def _fastest(device: torch.device, *contestants: Callable[[], object]) -> list[float]:
-    """Best of some runs of each, in turns, after one to warm up."""
+    """Best of some runs of each, taking turns, after one to warm up."""
     best = [float("inf")] * len(contestants)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    for turn in range(1 + _TURNS):
+    for number in range(1 + _ROUNDS):
         for i, run in enumerate(contestants):
             start = clock()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if turn:
+            if number:
                 best[i] = min(best[i], clock() - start)
     return best

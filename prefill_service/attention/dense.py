@@ -55,24 +55,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Pa
         return empty_partial(q)
     group = q_heads // kv_heads
     if q.device.type == "cpu":
-        return _attend_on_cpu(q, k, v, causal, scale)
+        return _attend_on_cpu(q, k, v, causal=causal, scale=scale)
     if causal:
         # Packed rows would break the causal diagonal, so repeat K and V; this part is short.
         k = k.repeat_interleave(group, 0)
         v = v.repeat_interleave(group, 0)
-        out, lse = _flash(q[None], k[None], v[None], True, scale)
+        out, lse = _flash(q[None], k[None], v[None], causal=True, scale=scale)
         return Partial(out[0], lse[0])
     packed = q.reshape(1, kv_heads, group * queries, head_dim)
-    out, lse = _flash(packed, k[None], v[None], False, scale)
+    out, lse = _flash(packed, k[None], v[None], causal=False, scale=scale)
     return Partial(out.reshape(q_heads, queries, head_dim), lse.reshape(q_heads, queries))
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, q_offset: int, scale: float) -> Partial:
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, q_offset: int, scale: float) -> Partial:
     """Dense attention of queries that stand at ``q_offset`` and after, to all keys up to each.
 
     Args:
         q: [q_heads, queries, head_dim].
         k, v: [kv_heads, q_offset + queries, head_dim]; the first ``q_offset`` in any order.
+        q_offset: position of the first query.
+        scale: factor on the scores.
     """
     parts = [attend(q, k[:, q_offset:], v[:, q_offset:], causal=True, scale=scale)]
     if q_offset:
@@ -101,16 +103,18 @@ def merge(partials: list[Partial]) -> Partial:
     return Partial(out.to(partials[0].out.dtype), total)
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Partial:
     """``attend``: the query heads of a KV head are rows that share their keys."""
     grouped = q.reshape(len(k), -1, *q.shape[1:])  # [kv_heads, group, queries, head_dim]
     queries = q.shape[1]
     size = min(queries, _CAUSAL_ROWS) if causal else queries
-    outs, lses = [], []
+    outs = []
+    lses = []
     for start in range(0, queries, size):
         part = grouped[:, :, start : start + size]
         group, count = part.shape[1:3]
-        end, hidden = k.shape[1], None
+        end = k.shape[1]
+        hidden = None
         if causal:  # what lies before the strip is seen by all of it
             end = start + count
             hidden = torch.ones(count, count, dtype=torch.bool).triu(1).repeat(group, 1)
@@ -121,7 +125,7 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
     return Partial(out.reshape(q.shape), lse.reshape(q.shape[:2]))
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """torch's own CUDA kernels that return the LSE. All of [1, heads, length, head_dim]."""
     aten = torch.ops.aten
     if q.dtype in (torch.float16, torch.bfloat16):

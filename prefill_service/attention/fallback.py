@@ -17,7 +17,7 @@ from prefill_service.attention.sparse.problem import (
     by_kv_head,
 )
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.attention.verification import Certificate, SampledRows, finite_rows
+from prefill_service.attention.verification import SampledRows, Verification, finite_rows
 
 EPSILON_FACTORS = (1.0, 1 / 4, 1 / 16)
 """Epsilons that are tried, relative to the one asked for, before attention goes dense."""
@@ -65,7 +65,7 @@ class VerifiedAttention:
     out: Tensor = field(init=False)
     keep: Tensor = field(init=False)
     attended: Tensor = field(init=False)
-    verification: Certificate = field(init=False)
+    verification: Verification = field(init=False)
     attempts: int = 0
     retried: int = 0
     dense: int = 0
@@ -73,7 +73,7 @@ class VerifiedAttention:
     clocks: list[Stopwatch] = field(default_factory=list)
 
     def record(
-        self, problem: SparseProblem, result: SparseResult, verification: Certificate
+        self, problem: SparseProblem, result: SparseResult, verification: Verification
     ) -> None:
         """Use a sparse result; the first one is of all KV heads, others of ``problem.heads``."""
         attended = result.attended(problem.tiles)
@@ -97,8 +97,12 @@ class VerifiedAttention:
 
     def record_dense(self, problem: SparseProblem, sampled: Tensor) -> None:
         """Attend to all keys of the KV heads of ``problem``, and use that."""
-        clock, tiles, heads = Stopwatch(problem.k.device), problem.tiles, problem.heads
-        exact = attend_causal(problem.q, problem.k, problem.v, tiles.q_offset, problem.scale)
+        clock = Stopwatch(problem.k.device)
+        tiles = problem.tiles
+        heads = problem.heads
+        exact = attend_causal(
+            problem.q, problem.k, problem.v, q_offset=tiles.q_offset, scale=problem.scale
+        )
         dense = by_kv_head(exact.out, len(heads))
         by_kv_head(self.out, len(self.keep))[heads] = dense
         clock.lap("attend")
@@ -145,7 +149,9 @@ class FallbackAttention:
         Args:
             problem: of all KV heads that are attended to on this rank.
         """
-        used, sampled, failing = VerifiedAttention(), self.sampled, problem.heads
+        used = VerifiedAttention()
+        sampled = self.sampled
+        failing = problem.heads
         for factor in EPSILON_FACTORS:
             attempt = problem.of_heads(failing).stricter(factor)
             result = self.backend.attend_sparse(attempt, self.source)  # select, attend
@@ -177,4 +183,6 @@ class FallbackAttention:
 
     def _fetch_all_blocks(self, problem: SparseProblem, heads: Tensor) -> None:
         shape = (len(heads), problem.tiles.blocks)
-        self.source.fetch(torch.ones(shape, dtype=torch.bool, device=problem.k.device), heads)
+        self.source.fetch_blocks(
+            torch.ones(shape, dtype=torch.bool, device=problem.k.device), heads
+        )

@@ -25,12 +25,12 @@ _DIGEST_LETTERS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class HeadBudgetProfile:
+class HeadBudgets:
     """Epsilons of every head of one model, calibrated together.
 
     Attributes:
         model_fingerprint: of the checkpoint that was calibrated (``kv.fingerprint``).
-        epsilon: at which all heads together attend as many keys as with the profile.
+        epsilon: at which all heads together attend as many keys as with these budgets.
         head_epsilons: [layers that attend][kv_heads] attention mass that a head may misplace
             where a request asks for ``epsilon``; 0 to ``MAX_EPSILON``.
         layer_sensitivity: [layers that attend] relative deviation of the prefix's KV when one
@@ -82,8 +82,8 @@ class HeadBudgetProfile:
     @property
     def digest(self) -> str:
         """Short hash of all that changes the KV."""
-        told = json.dumps([self.model_fingerprint, self.epsilon, self.head_epsilons])
-        return hashlib.sha256(told.encode()).hexdigest()[:_DIGEST_LETTERS]
+        identity = json.dumps([self.model_fingerprint, self.epsilon, self.head_epsilons])
+        return hashlib.sha256(identity.encode()).hexdigest()[:_DIGEST_LETTERS]
 
     def at(self, epsilon: float) -> tuple[tuple[float, ...], ...]:
         """[layers][kv_heads] epsilons of a request that asks for ``epsilon``: in proportion."""
@@ -103,19 +103,19 @@ class HeadBudgetProfile:
         staging.replace(path)
 
 
-def load_profile(
-    path: Path, fingerprint: str, layers: int, kv_heads: int, option: str = "engine.head_budgets"
-) -> HeadBudgetProfile:
-    """Read a profile that is to serve a checkpoint.
+def load_head_budgets(
+    path: Path, fingerprint: str, *, shape: tuple[int, int], option: str = "engine.head_budgets"
+) -> HeadBudgets:
+    """Read budgets that are to serve a checkpoint.
 
     Args:
+        path: of the JSON file.
         fingerprint: of the checkpoint.
-        layers: of it that attend in a prefill: all but the last.
-        kv_heads: of each.
+        shape: its layers that attend in a prefill, which are all but the last, and KV heads.
         option: that names the file, for errors.
 
     Raises:
-        ServiceError: CONFIG_INVALID; the file cannot be read, is no profile, or is another
+        ServiceError: CONFIG_INVALID; the file cannot be read, holds no budgets, or is another
             model's.
     """
     try:
@@ -125,30 +125,32 @@ def load_profile(
     except ValueError as error:
         raise _invalid(option, path, f"is no JSON: {error}") from error
     try:
-        profile = _from_json(data)
+        budgets = _from_json(data)
     except ValueError as error:
-        raise _invalid(option, path, f"is no profile: {error}") from error
-    if profile.model_fingerprint != fingerprint:
+        raise _invalid(option, path, f"holds no head budgets: {error}") from error
+    if budgets.model_fingerprint != fingerprint:
         raise _invalid(
             option,
             path,
-            f"was made for the model {profile.model_fingerprint[:_DIGEST_LETTERS]}, but this one "
+            f"was made for the model {budgets.model_fingerprint[:_DIGEST_LETTERS]}, but this one "
             f"is {fingerprint[:_DIGEST_LETTERS]}: calibrate it",
         )
-    if profile.shape != (layers, kv_heads):
+    if budgets.shape != shape:
+        (layers, kv_heads) = budgets.shape
+        (wanted_layers, wanted_heads) = shape
         raise _invalid(
             option,
             path,
-            f"has {profile.shape[0]} layers of {profile.shape[1]} KV heads; expected {layers} "
-            f"of {kv_heads}",
+            f"has {layers} layers of {kv_heads} KV heads; expected {wanted_layers} of "
+            f"{wanted_heads}",
         )
-    return profile
+    return budgets
 
 
-def _from_json(data: Any) -> HeadBudgetProfile:
+def _from_json(data: Any) -> HeadBudgets:
     if not isinstance(data, dict):
         raise ValueError(f"it holds {type(data).__name__}, expected an object")
-    names = {"version", *HeadBudgetProfile.__dataclass_fields__}
+    names = {"version", *HeadBudgets.__dataclass_fields__}
     if missing := names - data.keys():
         raise ValueError(f"{', '.join(sorted(missing))} missing")
     if unknown := data.keys() - names:
@@ -160,11 +162,13 @@ def _from_json(data: Any) -> HeadBudgetProfile:
     rows = data["head_epsilons"]
     if not isinstance(rows, list):
         raise ValueError(f"head_epsilons = {rows!r}; expected a list of lists of numbers")
-    return HeadBudgetProfile(
-        data["model_fingerprint"],
-        _numbers("epsilon", [data["epsilon"]])[0],
-        tuple(_numbers(f"head_epsilons[{layer}]", row) for layer, row in enumerate(rows)),
-        _numbers("layer_sensitivity", data["layer_sensitivity"]),
+    return HeadBudgets(
+        model_fingerprint=data["model_fingerprint"],
+        epsilon=_numbers("epsilon", [data["epsilon"]])[0],
+        head_epsilons=tuple(
+            _numbers(f"head_epsilons[{layer}]", row) for layer, row in enumerate(rows)
+        ),
+        layer_sensitivity=_numbers("layer_sensitivity", data["layer_sensitivity"]),
     )
 
 

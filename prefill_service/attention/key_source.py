@@ -9,28 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from prefill_service.attention.settings import Segments
 from prefill_service.attention.sparse.clustering import order_segments
 from prefill_service.attention.sparse.hooks import BlockHooks, NoHooks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention.verification import Certificate, SampledRows, verify_rows
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """How past keys are cut: segments are clustered, blocks are kept or dropped.
-
-    Attributes:
-        block_tokens: tokens per block.
-        segment_tokens: tokens per segment, a power-of-two multiple of the block.
-        fixed_tokens: first tokens of the prompt, whose blocks keep their place.
-    """
-
-    block_tokens: int
-    segment_tokens: int
-    fixed_tokens: int
+from prefill_service.attention.verification import SampledRows, Verification, verify_rows
 
 
 @dataclass(slots=True)
@@ -51,7 +37,7 @@ class LayerState:
 class KeySource(BlockHooks, Protocol):
     """Keys and values for sparse attention. Buffers are [tokens, 2, kv_heads, head_dim]."""
 
-    def prepare(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
+    def prepare_keys(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
         """Cluster what has become old, bring summaries up to date, have the local region here.
 
         Args:
@@ -63,7 +49,7 @@ class KeySource(BlockHooks, Protocol):
 
     def verify_rows(
         self, problem: SparseProblem, result: SparseResult, sampled: SampledRows
-    ) -> Certificate:
+    ) -> Verification:
         """Attend to the sampled rows exactly, and measure what ``result`` made of them."""
 
 
@@ -84,11 +70,13 @@ class ReplicatedKeys(NoHooks, KeySource):
         self._scratch = ScratchBuffers() if scratch is None else scratch
 
     @override
-    def prepare(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
+    def prepare_keys(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
         # Rows are reordered in place.
-        sizes, blocks = self._segments, tiles.blocks
+        sizes = self._segments
+        blocks = tiles.blocks
         k, v = self._kv.permute(1, 2, 0, 3)  # each [kv_heads, tokens, head_dim]
-        start, end = state.clustered, recent // sizes.segment_tokens * sizes.segment_tokens
+        start = state.clustered
+        end = recent // sizes.segment_tokens * sizes.segment_tokens
         if end > start:
             fixed = 0 if start else sizes.fixed_tokens
             order = start + order_segments(
@@ -107,7 +95,7 @@ class ReplicatedKeys(NoHooks, KeySource):
     @override
     def verify_rows(
         self, problem: SparseProblem, result: SparseResult, sampled: SampledRows
-    ) -> Certificate:
+    ) -> Verification:
         return verify_rows(problem, result, sampled, self._scratch)
 
 

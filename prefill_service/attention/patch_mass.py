@@ -146,7 +146,8 @@ class BlockGrids:
         return self._last[1]
 
     def _count(self, tiles: Tiles) -> _Pairs:
-        grid, total = self._grid, self._tokens
+        grid = self._grid
+        total = self._tokens
         edges = -(-np.arange(grid + 1) * total // grid)  # first token of each cell
         tokens = np.array([tiles.tokens(tile) for tile in range(tiles.count)])
         first = tiles.q_offset + np.arange(tiles.count) * tiles.tile_tokens
@@ -154,7 +155,8 @@ class BlockGrids:
         local = np.zeros((tiles.count, grid))
         causal = np.zeros((tiles.count, grid))
         for tile in range(tiles.count):
-            start, end = tiles.local_start(tile), int(first[tile] + tokens[tile])
+            start = tiles.local_start(tile)
+            end = int(first[tile] + tokens[tile])
             keys = np.arange(start, end)
             queries = end - np.maximum(keys, first[tile])
             local[tile] = np.bincount(keys * grid // total, queries, grid)

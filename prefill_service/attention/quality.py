@@ -4,31 +4,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Self
 
-from prefill_service.attention.head_budgets import HeadBudgetProfile
-
-
-class Quality(StrEnum):
-    """Steps of the dial (``prefill.v1.Quality``); ``CUSTOM`` is an explicit epsilon."""
-
-    EXACT = "exact"
-    HIGH = "high"
-    BALANCED = "balanced"
-    FAST = "fast"
-    CUSTOM = "custom"
-
-
-EPSILON = {Quality.EXACT: 0.0, Quality.HIGH: 0.1, Quality.BALANCED: 0.2, Quality.FAST: 0.3}
-"""Attention mass that selection may misplace, per step (docs/attention.md says why these)."""
-
-ROW_LIMIT = {Quality.HIGH: 0.05, Quality.BALANCED: 0.05, Quality.FAST: 0.05}
-"""Loss in one row, by either of its two parts, from which a block is kept whatever its mean is."""
-
-_ROW_SHARE = 0.5
-"""The same as a share of an explicit epsilon: no row then loses more than epsilon in a block."""
+from prefill_service.attention.head_budgets import HeadBudgets
 
 FLOOR_TOLERANCE = 1e-6
-"""The certificate's own float32 rounding, which must not miss a floor of 1."""
+"""Verification's own float32 rounding, which must not miss a floor of 1."""
+
+_ROW_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class QualityStep:
+    """What a step of the dial stands for (docs/attention.md says why these values).
+
+    Attributes:
+        epsilon: attention mass that selection may misplace; ``None``: the request says.
+        row_limit: loss in one row, by either of its two parts, from which a block is kept whatever
+            its mean is. ``None``: half the epsilon, so that no row loses more than epsilon in a
+            block.
+    """
+
+    epsilon: float | None
+    row_limit: float | None = None
+
+    def row_limit_at(self, epsilon: float) -> float:
+        """The limit of a head with that epsilon."""
+        return _ROW_SHARE * epsilon if self.row_limit is None else self.row_limit
+
+
+ASKED_STEP = QualityStep(epsilon=None)
+"""The step of an explicit epsilon."""
+
+
+class QualityDial(StrEnum):
+    """A dial without steps. A step is one line, ``NAME = "name", QualityStep(...)``."""
+
+    _value_: str
+    step: QualityStep
+
+    def __new__(cls, name: str, step: QualityStep = ASKED_STEP) -> Self:
+        """A string that carries what it stands for."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.step = step
+        return member
+
+
+class Quality(QualityDial):
+    """Steps of the dial (``prefill.v1.Quality``); ``CUSTOM`` is an explicit epsilon."""
+
+    EXACT = "exact", QualityStep(epsilon=0.0)
+    HIGH = "high", QualityStep(epsilon=0.1, row_limit=0.05)
+    BALANCED = "balanced", QualityStep(epsilon=0.2, row_limit=0.05)
+    FAST = "fast", QualityStep(epsilon=0.3, row_limit=0.05)
+    CUSTOM = "custom", ASKED_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +68,16 @@ class AttentionPolicy:
     Attributes:
         quality: step of the dial.
         epsilon: attention mass that may be misplaced, 0 (exact) to below 1.
-        min_kept_mass: the certificate's floor. A KV head one of whose query heads is measured below
-            it is computed again with a smaller epsilon, then densely.
+        min_kept_mass: the floor. A KV head one of whose query heads is measured below it is
+            computed again with a smaller epsilon, then densely.
         budgets: how ``epsilon`` is shared among the heads; ``None``: each has the same. What the
             service is configured with, not what a request asks for.
     """
 
-    quality: Quality
+    quality: QualityDial
     epsilon: float
     min_kept_mass: float
-    budgets: HeadBudgetProfile | None = None
+    budgets: HeadBudgets | None = None
 
     @property
     def exact(self) -> bool:
@@ -56,10 +86,10 @@ class AttentionPolicy:
 
     def row_limit(self, epsilon: float) -> float:
         """Loss in one row from which a head of that epsilon keeps a block."""
-        return ROW_LIMIT.get(self.quality, _ROW_SHARE * epsilon)
+        return self.quality.step.row_limit_at(epsilon)
 
     @property
-    def profile(self) -> str:
+    def attention_key(self) -> str:
         """Name for the manifest; part of the prefix id, so that unequal KV has unequal ids."""
         if self.exact:
             return "exact"
@@ -67,7 +97,7 @@ class AttentionPolicy:
         name = f"sparse:epsilon={self.epsilon!r},{limits}"
         return f"{name},budgets={self.budgets.digest}" if self.budgets else name
 
-    def with_budgets(self, budgets: HeadBudgetProfile | None) -> AttentionPolicy:
+    def with_budgets(self, budgets: HeadBudgets | None) -> AttentionPolicy:
         """The same policy, its epsilon shared among the heads; ``exact`` has none to share."""
         return self if self.exact else replace(self, budgets=budgets)
 
@@ -88,7 +118,7 @@ class AttentionPolicy:
 
 
 def resolve_policy(
-    quality: Quality | None = None,
+    quality: QualityDial | None = None,
     epsilon: float | None = None,
     min_kept_mass: float | None = None,
 ) -> AttentionPolicy:
@@ -103,10 +133,10 @@ def resolve_policy(
         ValueError: a combination or value that is not accepted, named with what is.
     """
     if epsilon is None:
-        if quality is Quality.CUSTOM:
-            raise ValueError("quality custom needs an epsilon")
         quality = quality or Quality.BALANCED
-        epsilon = EPSILON[quality]
+        epsilon = quality.step.epsilon
+        if epsilon is None:
+            raise ValueError(f"quality {quality} needs an epsilon")
     elif quality not in (None, Quality.CUSTOM):
         raise ValueError(f"epsilon = {epsilon!r} contradicts quality {quality}; set one of them")
     elif not 0 <= epsilon < 1:

@@ -117,7 +117,8 @@ class LayerReport:
     def among(self, heads: slice, kv_heads: int) -> LayerReport:
         """The same as a part of more KV heads; keys are counted where the first one is."""
         group = len(self.head_mass) // max(1, len(self.attended))
-        before, after = heads.start, kv_heads - heads.stop
+        before = heads.start
+        after = kv_heads - heads.stop
         attended = [*[0.0] * before, *self.attended, *[0.0] * after]
         mass = [*[0.0] * (before * group), *self.head_mass, *[0.0] * (after * group)]
         causal = 0.0 if before else self.causal

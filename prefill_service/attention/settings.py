@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefill_service.attention.key_source import Segments
 from prefill_service.attention.sparse.tiles import Tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """How past keys are cut: segments are clustered, blocks are kept or dropped.
+
+    Attributes:
+        block_tokens: tokens per block.
+        segment_tokens: tokens per segment, a power-of-two multiple of the block.
+        fixed_tokens: first tokens of the prompt, whose blocks keep their place.
+    """
+
+    block_tokens: int
+    segment_tokens: int
+    fixed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +32,8 @@ class SparseSettings:
         tile_tokens: tokens per query tile, a multiple of the block.
         segment_blocks: blocks per clustered segment, a power of two.
         sink_blocks: first blocks of the prompt that every tile keeps; at most a segment.
-        certify_every_row: instead of some of each tile; to measure what sampling misses.
-        certify_rows: of each chunk, if it has so many; 0: a 64th of them, 8 at most.
+        verify_every_row: instead of some of each tile; to measure what sampling misses.
+        verified_rows: of each chunk, if it has so many; 0: a 64th of them, 8 at most.
     """
 
     from_tokens: int
@@ -27,8 +41,8 @@ class SparseSettings:
     tile_tokens: int = 128
     segment_blocks: int = 16
     sink_blocks: int = 1
-    certify_every_row: bool = False
-    certify_rows: int = 0
+    verify_every_row: bool = False
+    verified_rows: int = 0
 
     @property
     def segment_tokens(self) -> int:

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.fallback import VerifiedAttention
 from prefill_service.attention.patch_mass import BlockGrids, PatchMass
 from prefill_service.attention.report import LayerReport, RankAttention
-from prefill_service.attention.sampling import observed_rows
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.attention.verification import exact_rows, visible_mass
+from prefill_service.attention.verification import choose_observed_rows, exact_rows, visible_mass
 
 
 class WorkLog:
@@ -45,31 +45,27 @@ class AttentionStats:
 
     Args:
         settings: sizes.
-        layers: layers that attend.
-        kv_heads: of the model.
-        heads: KV heads that are attended to on this rank.
+        shape: of the model's attention and of the prompt.
         patch_ends: [patches] one past each temporal patch's last token.
-        device: of Q, K and V.
+        heads: KV heads that are attended to on this rank.
     """
 
     def __init__(
         self,
         settings: SparseSettings,
-        *,
-        layers: int,
-        kv_heads: int,
-        heads: slice,
+        shape: AttentionShape,
         patch_ends: np.ndarray,
-        device: torch.device,
+        *,
+        heads: slice,
     ) -> None:
         self._settings = settings
+        self._shape = shape
         self._heads = heads
-        self._all_heads = kv_heads
         here = heads.stop - heads.start
-        self._reports = [LayerReport(layer, [0.0] * here) for layer in range(layers)]
-        self._patch_mass = PatchMass(patch_ends, device)
-        self._grids = BlockGrids(layers, here, int(patch_ends[-1]))
-        self._work = WorkLog(layers)
+        self._reports = [LayerReport(layer, [0.0] * here) for layer in range(shape.num_layers)]
+        self._patch_mass = PatchMass(patch_ends, shape.device)
+        self._grids = BlockGrids(shape.num_layers, here, shape.num_tokens)
+        self._work = WorkLog(shape.num_layers)
 
     def start_chunk(self) -> None:
         """What follows is of the next chunk: ranks wait for each other at every layer of it."""
@@ -89,14 +85,15 @@ class AttentionStats:
 
     def count_exact(self, layer: int, start: int, queries: int) -> None:
         """Count queries attended to exactly, of whose keys this rank may hold only a part."""
-        tiles, report = self._tiles(start, queries), self._reports[layer]
+        tiles = self._tiles(start, queries)
+        report = self._reports[layer]
         heads = len(report.attended)
         self._grids.add_dense(layer, tiles, range(heads))
         self._count(layer, tiles, [float(tiles.causal_keys)] * heads)
         self._work.add(layer, float(tiles.causal_keys * heads))
 
     def observe_exact(
-        self, layer: int, q: Tensor, kv: Tensor, *, start: int, order: Tensor, scale: float
+        self, layer: int, q: Tensor, kv: Tensor, *, start: int, order: Tensor
     ) -> None:
         """Count queries that were attended to exactly elsewhere, and sample where they looked.
 
@@ -106,24 +103,24 @@ class AttentionStats:
             kv: [tokens, 2, kv_heads, head_dim], complete up to the last query.
             start: position of the first query.
             order: [kv_heads, tokens] original position of each row of ``kv``.
-            scale: factor on the scores.
         """
         if not q.shape[1]:
             return
         tiles = self._tiles(start, q.shape[1])
         clock = Stopwatch(kv.device)
         k = kv[: tiles.keys, 0].transpose(0, 1)
-        sampled = observed_rows(tiles, layer).to(q.device)
+        sampled = choose_observed_rows(tiles, layer).to(q.device)
         position = start + sampled
         weights = self.patch_weights(position, tiles.keys)
-        masses, scratch = [], ScratchBuffers()
+        masses = []
+        scratch = ScratchBuffers()
         for rows, keys in zip(q.chunk(len(k)), k, strict=True):
             p, _ = exact_rows(
                 rows[:, sampled],
                 keys,
                 position=position,
                 q_offset=start,
-                scale=scale,
+                scale=self._shape.scale,
                 scratch=scratch,
             )
             masses.append(visible_mass(p, weights))
@@ -148,7 +145,8 @@ class AttentionStats:
             position: [samples] of the rows verified.
             order: [kv_heads, tokens] original position of each key.
         """
-        report, verification = self._reports[layer], used.verification
+        report = self._reports[layer]
+        verification = used.verification
         report.tiles_redone += used.retried * tiles.count
         report.tiles_dense += used.dense * tiles.count
         self._grids.add(layer, tiles, used.keep, order)
@@ -180,7 +178,7 @@ class AttentionStats:
             selected=np.stack(self._work.selected),
             computed=np.stack(self._work.computed),
         )
-        return found.among(self._heads, self._all_heads)
+        return found.among(self._heads, self._shape.kv_heads)
 
     def _tiles(self, start: int, queries: int) -> Tiles:
         return self._settings.tiles(start, queries)

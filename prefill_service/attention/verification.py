@@ -1,4 +1,4 @@
-"""The certificate: a few query rows attended exactly, and what the approximation made of them.
+"""Verification: a few query rows attended exactly, and what the approximation made of them.
 
 The kept mass of a row is ``sum_i min(p_i, p~_i) = 1 - TV(p, p~)``, p being the exact attention
 distribution over its keys and p~ the one that was used: exact probabilities for tokens of kept
@@ -16,15 +16,44 @@ import torch
 from prefill_kernels.cpu.matmul import matmul_nt
 from torch import Tensor
 
+from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult, by_kv_head
 from prefill_service.attention.sparse.scratch import ScratchBuffers
+from prefill_service.attention.sparse.tiles import Tiles
 
-_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 25}
-"""Probabilities held at once: with a million keys even a few rows of all heads are gigabytes."""
+_MIN_SAMPLES = 2
+_MAX_SAMPLES = 8  # where a chunk has more tiles, one row of each is verified
+_VERIFIED_EVERY = 64
+_OBSERVED_EVERY = 256
+
+_ONE_A_TILE_FROM = 8192
+"""Keys from which one row of each tile is verified: a row costs as much as all keys, and prompts
+of that length have many chunks to look at."""
+
+_RECHECK_FACTOR = 3
+"""Before anything is computed again, so many times as many rows are verified."""
+
+_PROBABILITIES_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""With a million keys even the probabilities of a few rows of all heads are gigabytes."""
+
+_GOLDEN_RATIO = 0.6180339887
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Queries that are attended exactly as well.
+
+    Attributes:
+        rows: [samples] numbers of the queries, on any device.
+        weights: [samples, keys] for ``Verification.weighted``, or nothing.
+    """
+
+    rows: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
+class Verification:
     """Measurements of sampled rows.
 
     Attributes:
@@ -38,17 +67,57 @@ class Certificate:
     weighted: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class SampledRows:
-    """Queries that are attended exactly as well.
+def choose_rows(settings: SparseSettings, tiles: Tiles, layer: int) -> tuple[Tensor, Tensor]:
+    """Which queries are verified: some of every tile, others in each layer and chunk.
 
-    Attributes:
-        rows: [samples] numbers of the queries, on any device.
-        weights: [samples, keys] for ``Certificate.weighted``, or nothing.
+    Returns:
+        Their numbers, and those of the queries that are verified where these miss the floor.
     """
+    if settings.verify_every_row:
+        rows = torch.arange(tiles.queries)
+        return rows, rows  # no other row could add to these
+    few = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _VERIFIED_EVERY))
+    if tiles.keys >= _ONE_A_TILE_FROM:
+        few = max(_MIN_SAMPLES, min(few, tiles.count))
+    wanted = min(settings.verified_rows, tiles.queries) or few
+    per_tile = -(-wanted // tiles.count)
+    seed = _seed(tiles, layer)
+    recheck = sample_tiles(tiles, _RECHECK_FACTOR * per_tile, seed + tiles.count)
+    return sample_tiles(tiles, per_tile, seed), recheck
 
-    rows: Tensor
-    weights: Tensor | None = None
+
+def choose_observed_rows(tiles: Tiles, layer: int) -> Tensor:
+    """Which queries of exact attention are sampled for the mass that patches get."""
+    samples = max(_MIN_SAMPLES, min(_MAX_SAMPLES, tiles.queries // _OBSERVED_EVERY))
+    return sample_rows(tiles.queries, samples, _seed(tiles, layer))
+
+
+def sample_rows(queries: int, samples: int, seed: int) -> Tensor:
+    """Evenly spaced numbers of queries, shifted by ``seed``, so that chunks differ.
+
+    Returns:
+        [min(samples, queries)] int64, ascending and distinct.
+    """
+    samples = min(samples, queries)
+    shift = (seed * _GOLDEN_RATIO) % 1  # which leaves no stretch unvisited
+    return ((torch.arange(samples) + shift) * (queries / samples)).long()
+
+
+def sample_tiles(tiles: Tiles, per_tile: int, seed: int) -> Tensor:
+    """The same for every tile by itself, so that none is left out; each has its own shift.
+
+    Returns:
+        [samples] int64, ascending and distinct.
+    """
+    of_tile = [
+        tile * tiles.tile_tokens + sample_rows(tiles.tokens(tile), per_tile, seed + tile)
+        for tile in range(tiles.count)
+    ]
+    return torch.cat(of_tile)
+
+
+def _seed(tiles: Tiles, layer: int) -> int:
+    return tiles.q_offset // tiles.tile_tokens + 7 * layer
 
 
 def exact_rows(
@@ -84,71 +153,89 @@ def visible_mass(p: Tensor, weights: Tensor) -> Tensor:
 
 def verify_rows(
     problem: SparseProblem, result: SparseResult, sampled: SampledRows, scratch: ScratchBuffers
-) -> Certificate:
+) -> Verification:
     """Attend to the sampled rows exactly, and measure what ``result`` made of them."""
-    measured = _Measured(problem, result, scratch)
-    rows, weights = sampled.rows, sampled.weights
+    comparison = _Comparison(problem, result, scratch)
+    rows = sampled.rows
+    weights = sampled.weights
     per_sample = len(problem.q) // len(problem.k) * problem.tiles.keys
-    size = max(1, _AT_ONCE[problem.q.device.type] // per_sample)
+    size = max(1, _PROBABILITIES_AT_ONCE[problem.q.device.type] // per_sample)
     strips = [slice(start, start + size) for start in range(0, len(rows), size)]
-    parts = [measured.strip(rows[s], None if weights is None else weights[s]) for s in strips]
-    kept, errors, masses = zip(*parts, strict=True)
-    return Certificate(
-        kept_mass=torch.cat(kept, 2),
-        output_error=torch.cat(errors, 2),
-        weighted=torch.stack(masses).sum(0),
+    parts = [comparison.strip(rows[s], None if weights is None else weights[s]) for s in strips]
+    return Verification(
+        kept_mass=torch.cat([part.kept_mass for part in parts], 2),
+        output_error=torch.cat([part.output_error for part in parts], 2),
+        weighted=torch.stack([part.weighted for part in parts]).sum(0),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
-    """What a ``verify_rows`` compares."""
+class _Comparison:
+    """A sparse attention, to be compared with exact attention of some of its rows."""
 
     problem: SparseProblem
     result: SparseResult
     scratch: ScratchBuffers
 
-    def strip(self, sampled: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept mass and output error [kv_heads, queries_per_kv, samples], and weighted mass.
-
-        The weighted mass is [kv_heads, keys].
-        """
-        problem, result, tiles = self.problem, self.result, self.problem.tiles
-        kv_heads, device = len(problem.k), problem.q.device
+    def strip(self, sampled: Tensor, weights: Tensor | None) -> Verification:
+        """Verify as many rows as fit into memory at once."""
+        tiles = self.problem.tiles
+        device = self.problem.q.device
         tile = sampled // tiles.tile_tokens
         visible = torch.tensor([tiles.candidates(i) for i in tile.tolist()], device=device)
         # A block that the row's tile has no candidate for is part of the local region.
         local = torch.arange(tiles.blocks, device=device) >= visible[:, None]  # [samples, blocks]
-        rows, tile = sampled.to(device), tile.to(device)
-        k_mean = problem.summaries.first(tiles.blocks).k_mean
-        measured = []
-        for head in range(kv_heads):
-            q, out, lse = (
-                by_kv_head(x, kv_heads)[head][:, rows] for x in (problem.q, result.out, result.lse)
-            )
-            p, exact_lse = exact_rows(
-                q,
-                problem.k[head],
-                position=tiles.q_offset + rows,
-                q_offset=tiles.q_offset,
-                scale=problem.scale,
-                scratch=self.scratch,
-            )
-            out, lse = out.to(p.dtype), lse.to(p.dtype)
-            # Of tokens that were attended p~ is p times this, as their scores are the same.
-            ratio = torch.exp(exact_lse.view_as(lse) - lse).clamp(max=1)
-            logit = (q.to(p.dtype) * problem.scale) @ k_mean[head].to(p.dtype).T
-            logit = logit + result.bias[head, tile] - lse[..., None]  # [group, samples, blocks]
-            kept = self._kept_mass(p, ratio, logit, result.keep[head, tile] | local)
-            exact = matmul_nt(p, problem.v[head].to(p.dtype).T).view_as(out)
-            error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
-            # What is not a number is not verified: an infinite LSE would make p~ anything.
-            sound = finite_rows(out) & lse.isfinite() & error.isfinite()
-            kept, error = torch.where(sound, kept, 0.0), torch.where(sound, error, 1.0)
-            mass = p.new_empty(0) if weights is None else visible_mass(p, weights)
-            measured.append((kept, error, mass))
-        kepts, errors, masses = (torch.stack(part) for part in zip(*measured, strict=True))
-        return kepts, errors, masses
+        rows = sampled.to(device)
+        tile = tile.to(device)
+        heads = range(len(self.problem.k))
+        parts = [self._head(head, rows, tile, local=local, weights=weights) for head in heads]
+        return Verification(
+            kept_mass=torch.stack([part.kept_mass for part in parts]),
+            output_error=torch.stack([part.output_error for part in parts]),
+            weighted=torch.stack([part.weighted for part in parts]),
+        )
+
+    def _head(
+        self, head: int, rows: Tensor, tile: Tensor, *, local: Tensor, weights: Tensor | None
+    ) -> Verification:
+        """Verify rows of one KV head: measurements without their first dimension.
+
+        Args:
+            head: which.
+            rows: [samples] numbers of the queries.
+            tile: [samples] which tile each is in.
+            local: [samples, blocks] bool, blocks of the local region.
+            weights: [samples, keys].
+        """
+        problem = self.problem
+        result = self.result
+        tiles = self.problem.tiles
+        q = by_kv_head(problem.q, len(problem.k))[head][:, rows]
+        p, exact_lse = exact_rows(
+            q,
+            problem.k[head],
+            position=tiles.q_offset + rows,
+            q_offset=tiles.q_offset,
+            scale=problem.scale,
+            scratch=self.scratch,
+        )
+        out = by_kv_head(result.out, len(problem.k))[head][:, rows].to(p.dtype)
+        lse = by_kv_head(result.lse, len(problem.k))[head][:, rows].to(p.dtype)
+        # Of tokens that were attended p~ is p times this, as their scores are the same.
+        ratio = torch.exp(exact_lse.view_as(lse) - lse).clamp(max=1)
+        k_mean = problem.summaries.k_mean[head, : tiles.blocks]
+        logit = (q.to(p.dtype) * problem.scale) @ k_mean.to(p.dtype).T
+        logit = logit + result.bias[head, tile] - lse[..., None]  # [queries_per_kv, samples, b]
+        kept = self._kept_mass(p, ratio, logit, result.keep[head, tile] | local)
+        exact = matmul_nt(p, problem.v[head].to(p.dtype).T).view_as(out)
+        error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+        # What is not a number is not verified: an infinite LSE would make p~ anything.
+        sound = finite_rows(out) & lse.isfinite() & error.isfinite()
+        return Verification(
+            kept_mass=torch.where(sound, kept, 0.0),
+            output_error=torch.where(sound, error, 1.0),
+            weighted=p.new_empty(0) if weights is None else visible_mass(p, weights),
+        )
 
     def _kept_mass(self, p: Tensor, ratio: Tensor, logit: Tensor, whole: Tensor) -> Tensor:
         """[queries_per_kv, samples] of min(p, p~), summed over the keys.

@@ -63,7 +63,8 @@ def fit(
     shape = before.density.shape
     points = [(np.full(shape, point), found) for point, found in measured.items()]
     best = Fit(np.full(shape, epsilon), before, before)
-    budget, floor = before.total, before.worst
+    budget = before.total
+    floor = before.worst
     for _ in range(_ROUNDS):
         curves = measured_curves(
             np.stack([epsilons for epsilons, _ in points], -1),

@@ -78,10 +78,12 @@ class BudgetCurves:
     def _between(
         self, curves: np.ndarray, values: np.ndarray, before: np.ndarray, after: np.ndarray
     ) -> np.ndarray:
-        high, low = _pick(curves, before), _pick(curves, after)
+        high = _pick(curves, before)
+        low = _pick(curves, after)
         drop = high - low
         share = np.where(drop > 0, (high - values) / np.where(drop > 0, drop, 1.0), 0.0).clip(0, 1)
-        start, end = _pick(self.epsilons, before), _pick(self.epsilons, after)
+        start = _pick(self.epsilons, before)
+        end = _pick(self.epsilons, after)
         found: np.ndarray = start + share * (end - start)
         return found
 
@@ -154,7 +156,8 @@ def assign_epsilons(
 
     if pays(best := at(0.0)):
         return best
-    low, high = 0.0, float(weight.max()) * (1 - floor)
+    low = 0.0
+    high = float(weight.max()) * (1 - floor)
     if not pays(paid := at(high)):
         least = float(curves.density_at(paid).sum())
         raise ValueError(
@@ -164,8 +167,10 @@ def assign_epsilons(
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if pays(at(middle)) else (middle, high)
-    paid, beyond = at(high), at(low)  # beyond is nowhere the larger epsilon
-    nearest, farthest = 0.0, 1.0
+    paid = at(high)
+    beyond = at(low)  # beyond is nowhere the larger epsilon
+    nearest = 0.0
+    farthest = 1.0
     for _ in range(_HALVINGS):
         share = (nearest + farthest) / 2
         between = paid + share * (beyond - paid)

@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from prefill_service.attention.head_budgets import HeadBudgetProfile
+from prefill_service.attention.head_budgets import HeadBudgets
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.calibration.prefill import LocalPrefill
-from prefill_service.calibration.prefix import EncodedVideo
+from prefill_service.calibration.encoded_video import EncodedVideo
+from prefill_service.calibration.local_prefill import LocalPrefill
 from prefill_service.models.prefill_model import PrefillModel
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Over all videos.
+    """What some budgets did to all videos together.
 
     Attributes:
         density: [layers, kv_heads] attended over causal keys.
-        kept_mass: [layers, kv_heads] mean over the certified rows, of the KV head's worst query
+        kept_mass: [layers, kv_heads] mean over the verified rows, of the KV head's worst query
             head: the floor, too, is held by each of them.
     """
 
@@ -44,7 +44,7 @@ class Bench:
     """Prefills the same videos under different budgets, without a floor, which would hide them.
 
     Args:
-        settings: sizes, and how many rows are certified.
+        settings: sizes, and how many rows are verified.
         step: called with what is being measured, before each prefill.
     """
 
@@ -55,15 +55,21 @@ class Bench:
         settings: SparseSettings,
         step: Callable[[str], None],
     ) -> None:
-        self._model, self._videos, self._settings, self._step = model, videos, settings, step
+        self._model = model
+        self._videos = videos
+        self._settings = settings
+        self._step = step
         checkpoint = model.checkpoint
         self.shape = (checkpoint.num_layers - 1, checkpoint.num_kv_heads)
 
     def measure(self, epsilons: np.ndarray, label: str) -> Measured:
         """Prefill all videos with an epsilon per head, [layers, kv_heads]."""
         policy = self._policy(epsilons)
-        attended, mass = np.zeros(self.shape), np.zeros((self.shape[0], self._model.num_heads))
-        causal, rows = np.zeros(self.shape[0]), np.zeros(self.shape[0])
+        layers = self.shape[0]
+        attended = np.zeros(self.shape)
+        causal = np.zeros(layers)
+        mass = np.zeros((layers, self._model.num_heads))
+        rows = np.zeros(layers)
         for video in self._videos:
             self._step(f"{label}: {video.name}")
             reports = LocalPrefill(self._model, video, self._settings, policy).run()
@@ -87,7 +93,7 @@ class Bench:
         prefix hands on is its KV, so the cost is the KV's relative error, mean over all layers
         (those before the approximated one have none) and videos.
         """
-        few = replace(self._settings, certify_rows=0)  # nothing is read of the certificate
+        few = replace(self._settings, verified_rows=0)  # kept mass is not read
         policy = self._policy(self.uniform(epsilon))
         deviation = np.zeros(self.shape[0])
         for video in self._videos:
@@ -110,12 +116,17 @@ class Bench:
         policy: AttentionPolicy,
         only: int | None,
     ) -> list[Tensor]:
-        prefill = LocalPrefill(self._model, video, settings, policy, only, keep=True)
+        """The prefix's keys and values per layer, with one layer alone approximated, or all."""
+        prefill = LocalPrefill(self._model, video, settings, policy, only=only, keep=True)
         prefill.run()
         return prefill.pages
 
     def _policy(self, epsilons: np.ndarray) -> AttentionPolicy:
         largest = float(epsilons.max())
         rows = tuple(tuple(row) for row in epsilons.tolist())
-        budgets = HeadBudgetProfile(self._model.checkpoint.fingerprint, largest, rows)
+        budgets = HeadBudgets(
+            model_fingerprint=self._model.checkpoint.fingerprint,
+            epsilon=largest,
+            head_epsilons=rows,
+        )
         return AttentionPolicy(Quality.CUSTOM, largest, 0.0, budgets)

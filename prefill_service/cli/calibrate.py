@@ -6,7 +6,7 @@ import argparse
 import typing
 from pathlib import Path
 
-from prefill_service.attention.quality import EPSILON, Quality
+from prefill_service.attention.quality import Quality
 
 _TEXT = """\
 Measure how much attention each layer and KV head keeps at several epsilons, and write the budgets
@@ -22,7 +22,7 @@ def add_calibrate(commands: argparse._SubParsersAction[typing.Any]) -> None:
     """Add the command to ``prefill-service``."""
     parser = commands.add_parser(
         "calibrate",
-        help="write a profile of head budgets for engine.head_budgets",
+        help="write head budgets for engine.head_budgets",
         description=_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -31,17 +31,17 @@ def add_calibrate(commands: argparse._SubParsersAction[typing.Any]) -> None:
     add("--model", required=True, metavar="TEXT", help="folder or hub id of the checkpoint")
     add("--videos", required=True, nargs="+", type=Path, metavar="FILE", help="to calibrate on")
     result = parser.add_mutually_exclusive_group(required=True)
-    result.add_argument("--out", type=Path, metavar="FILE", help="the profile to write")
+    result.add_argument("--out", type=Path, metavar="FILE", help="the budgets to write")
     result.add_argument(
         "--check",
         type=Path,
         metavar="FILE",
-        help="write nothing: print what this profile does to the videos",
+        help="write nothing: print what these budgets do to the videos",
     )
     add(
         "--epsilon",
         type=float,
-        default=EPSILON[Quality.BALANCED],
+        default=Quality.BALANCED.step.epsilon,
         metavar="X",
         help="the heads share the keys that this one attends; default: %(default)s, balanced",
     )
@@ -50,7 +50,7 @@ def add_calibrate(commands: argparse._SubParsersAction[typing.Any]) -> None:
         choices=["off", "report", "weigh"],
         default="report",
         help="what each layer's approximation alone does to the KV: leave out, put into the "
-        "profile, or let it weigh the layers' budgets too; default: %(default)s",
+        "file, or let it weigh the layers' budgets too; default: %(default)s",
     )
     add(
         "--rows",

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.engine.agreement import SyncInterval
@@ -22,7 +23,6 @@ from prefill_service.kv.offload.shape import OffloadReport, OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV, open_working
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import LayerKV
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.registry import make_exchange
 from prefill_service.parallel.load_balance import Balancing
@@ -134,7 +134,7 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
             start = time.perf_counter()
             received = self._stats.bytes_received
             self._exchange.start_chunk(chunk)
-            self._attention.adaptive.start_chunk()
+            self._attention.adaptive.stats.start_chunk()
             self._share = share
             if share.num_tokens:
                 self._prefill(share, features)
@@ -158,7 +158,7 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
 
     @override
     def attention_report(self) -> RankAttention:
-        return self._attention.adaptive.report()
+        return self._attention.adaptive.stats.report()
 
     @override
     def offload_report(self) -> OffloadReport | None:
@@ -304,11 +304,7 @@ def _adaptive_attention(
     return AdaptiveAttention(
         settings,
         rank_task.task.policy,
-        shape.num_layers,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.dtype,
-        shape.device,
+        shape,
         rank_task.task.plan.patch_ends,
-        local_kv_heads,
+        heads=local_kv_heads,
     )

@@ -145,15 +145,13 @@ class Worker:
         spec = self._spec
         sizes = sparse_settings(spec.engine, 0)
         return measure_crossover(
-            model.num_heads,
-            spec.checkpoint.num_kv_heads,
-            spec.checkpoint.head_dim,
-            model.dtype,
-            model.device,
+            sizes,
             chunk_tokens(spec.engine, model.device.type),
-            sizes.block_tokens,
-            sizes.tile_tokens,
-            sizes.segment_tokens,
+            q_heads=model.num_heads,
+            kv_heads=spec.checkpoint.num_kv_heads,
+            head_dim=spec.checkpoint.head_dim,
+            dtype=model.dtype,
+            device=model.device,
         )
 
     def _form_contexts(

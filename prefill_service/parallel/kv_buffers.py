@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.attention.attention_shape import AttentionShape
 
 
 class KVBuffers(Protocol):

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial
-from prefill_service.attention.key_source import ReplicatedKeys, Segments
-from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention.key_source import ReplicatedKeys
+from prefill_service.attention.settings import Segments, SparseSettings
 from prefill_service.attention.sparse.gathered_attention import PackedTiles, attend_listed
-from prefill_service.attention.sparse.hooks import DelegatedBlocks
+from prefill_service.attention.sparse.hooks import DelegatedBlocks, SelectedBlocks
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.process_group import SPGroup, Transfer
 from prefill_service.parallel.selection_units import SelectionUnits
 
@@ -372,19 +372,20 @@ class BalancedKeys(ReplicatedKeys):
         """Tokens before this one are in the same order on every rank."""
 
     @override
-    def delegate(
-        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> MovedBlocks:
+    def delegate_blocks(self, selected: SelectedBlocks) -> MovedBlocks:
+        keep = selected.keep
+        tiles = selected.tiles
+        heads = selected.heads
         blocks = min(self.common // tiles.block_tokens, keep.shape[2])
         movable, of = keep[:, :, :blocks], heads.tolist()
         counts = torch.zeros(self._buffer.shape[2], tiles.count, dtype=torch.long)
         counts[heads] = movable.sum(-1)
         of_block = [tiles.tokens(tile) * tiles.block_tokens for tile in range(tiles.count)]
         load = Load(0, counts.tolist(), of_block)
-        load = replace(load, fixed=int(pairs.sum()) - load.total)
+        load = replace(load, fixed=int(selected.pairs.sum()) - load.total)
         moves, loads, _ = self._balancer.exchange_loads(load)
         self._note(moves, loads)
-        help_ = self._balancer.begin(moves, rows, movable, of)
+        help_ = self._balancer.begin(moves, selected.rows, movable, of)
         here = keep
         given = [move for move in moves if move.giver == self._balancer.group.rank]
         if given:
@@ -422,21 +423,11 @@ class BalancedKeys(ReplicatedKeys):
 class MovedBlocks(DelegatedBlocks):
     """Kept blocks of this rank's queries that other ranks attend to."""
 
-    _here: Tensor
-    _heads: Tensor
-    _of: Sequence[int]  # KV heads of ``here``
+    kept_here: Tensor
+    delegated_heads: Tensor
+    _of: Sequence[int]  # KV heads of ``kept_here``
     _help: Help
     _kv: Tensor
-
-    @property
-    @override
-    def here(self) -> Tensor:
-        return self._here
-
-    @property
-    @override
-    def heads(self) -> Tensor:
-        return self._heads
 
     @override
     def merge_results(self, result: Partial) -> Partial:

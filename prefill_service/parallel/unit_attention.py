@@ -29,4 +29,4 @@ class UnitAttention:
     def count_exact(self, layer: int, ranges: Iterable[Range]) -> None:
         """Count queries attended to exactly, of whose keys this rank holds only a part."""
         for start, end in ranges:
-            self.adaptive.count(layer, start, end - start)
+            self.adaptive.stats.count_exact(layer, start, end - start)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from prefill_service.attention.head_budgets import HeadBudgetProfile
+from prefill_service.attention.head_budgets import HeadBudgets
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.engine.messages import BaselineTask
 from prefill_service.errors import Reason, ServiceError
@@ -48,7 +48,7 @@ class Admission:
         planner: PrefixPlanner,
         context_limit: Callable[[], int],
         *,
-        budgets: HeadBudgetProfile | None = None,
+        budgets: HeadBudgets | None = None,
         memory: KVBudget | None = None,
         ranks: int = 1,
     ) -> None:
@@ -84,7 +84,7 @@ class Admission:
         """How a prefix's KV is computed (``Manifest.profile``); part of its id."""
         if spec.comparison is not None:
             return spec.comparison.approximation(self._ranks)
-        return self.resolve_policy(spec.attention).profile
+        return self.resolve_policy(spec.attention).attention_key
 
     async def baseline_task(self, spec: PrefillSpec, plan: PrefixPlan) -> BaselineTask | None:
         """How the ranks compute a spec's baseline, if it has one.

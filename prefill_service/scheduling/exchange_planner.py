@@ -72,7 +72,7 @@ class ExchangePlanner:
             max_ranks=ranks,
             min_ranks=ranks,
             kv_memory_bytes=self._kv_bytes,
-            density=self._density.get(policy.profile, 1.0),
+            density=self._density.get(policy.attention_key, 1.0),
             chunk_tokens=(self._chunk_tokens,),
             exchanges=CONSIDERED,
         )
@@ -110,7 +110,7 @@ class ExchangePlanner:
         density = outcome.attention.density
         if choice.kind.sparse:
             # A density of 0 cannot be: the queries' own tiles are always attended.
-            self._density[task.policy.profile] = density = min(1.0, max(density, 1e-3))
+            self._density[task.policy.attention_key] = density = min(1.0, max(density, 1e-3))
         layout = token_layout(
             task.plan,
             ranks,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
@@ -13,6 +14,20 @@ from prefill_service.attention.settings import SparseSettings
 
 SCALE = 0.3
 PATCH = 50
+
+
+def layer_shape(q: torch.Tensor, k: torch.Tensor) -> AttentionShape:
+    """The shape of one layer of [heads, tokens, head_dim] queries and keys on the CPU."""
+    return AttentionShape(
+        num_layers=1,
+        num_tokens=k.shape[1],
+        q_heads=len(q),
+        kv_heads=len(k),
+        head_dim=k.shape[-1],
+        scale=SCALE,
+        dtype=k.dtype,
+        device=torch.device("cpu"),
+    )
 
 
 def run(
@@ -28,21 +43,19 @@ def run(
     """One layer of a prefill on one rank; the buffer is reordered on the way."""
     tokens = k.shape[1]
     ends = np.append(np.arange(patch, tokens, patch), tokens)
-    attention = AdaptiveAttention(
-        SparseSettings(from_tokens, block, segment_blocks=4), policy, 1, len(k), k.shape[-1],
-        k.dtype, torch.device("cpu"), ends,
-    )  # fmt: skip
+    settings = SparseSettings(from_tokens, block, segment_blocks=4)
+    attention = AdaptiveAttention(settings, policy, layer_shape(q, k), ends)
     kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
     outs = []
     for start in range(0, tokens, chunk):
         part = q[:, start : start + chunk]
         if attention.is_sparse(start, part.shape[1]):
-            outs.append(attention.attend(0, part, kv, start, SCALE))
+            outs.append(attention.attend_unit(0, part, kv, start=start))
         else:
             keys, values = kv[: start + part.shape[1]].permute(1, 2, 0, 3)
-            outs.append(attend_causal(part, keys, values, start, SCALE).out)
-            attention.observe(0, part, kv, start, SCALE)
-    return torch.cat(outs, 1), combine([attention.report()])
+            outs.append(attend_causal(part, keys, values, q_offset=start, scale=SCALE).out)
+            attention.observe_exact(0, part, kv, start=start)
+    return torch.cat(outs, 1), combine([attention.stats.report()])
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from tests.attention import oracle
-from tests.attention.layer import SCALE, error, run
+from tests.attention.layer import SCALE, error, layer_shape, run
 from tests.attention.oracle import rand
 
 
@@ -76,14 +76,12 @@ def test_sinks_and_the_previous_patch_are_attended_whole(patch: int) -> None:
     tokens, chunk = 4200, patch * (300 // patch or 1)
     ends = np.append(np.arange(patch, tokens, patch), tokens)
     k, v, q = rand(2, tokens, 16, seed=1), rand(2, tokens, 16, seed=2), rand(2, tokens, 16)
-    attention = AdaptiveAttention(
-        SparseSettings(1), resolve_policy(epsilon=0.999, min_kept_mass=0), 1, 2, 16, k.dtype,
-        torch.device("cpu"), ends,
-    )  # fmt: skip
+    policy = resolve_policy(epsilon=0.999, min_kept_mass=0)
+    attention = AdaptiveAttention(SparseSettings(1), policy, layer_shape(q, k), ends)
     kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
-        attention.attend(0, q[:, part], kv, start, SCALE)
+        attention.attend_unit(0, q[:, part], kv, start=start)
         for name, token in (("sink", 0), ("sink", 63), ("previous", max(0, start - patch))):
             assert torch.equal(kv[token, 0], k[:, token]), (name, token, start)
     reordered = (kv[:, 0] != k.transpose(0, 1)).any(-1)  # [tokens, kv_heads]
@@ -111,13 +109,12 @@ def test_ranks_combine_to_what_one_rank_reports() -> None:
     parts = []
     for rank in range(2):
         attention = AdaptiveAttention(
-            SparseSettings(1), resolve_policy(epsilon=0.3), 1, 2, 16, k.dtype,
-            torch.device("cpu"), ends,
-        )  # fmt: skip
+            SparseSettings(1), resolve_policy(epsilon=0.3), layer_shape(q, k), ends
+        )
         for start in range(0, 1024, 512):
             mine = start + 256 * rank
-            attention.attend(0, q[:, mine : mine + 256], kv, mine, SCALE)
-        parts.append(attention.report())
+            attention.attend_unit(0, q[:, mine : mine + 256], kv, start=mine)
+        parts.append(attention.stats.report())
     report = combine(parts)
     layer = report.layers[0]
     assert layer.causal == 1024 * 1025 / 2

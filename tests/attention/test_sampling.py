@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prefill_service.attention.sampling import certified_rows, sample_rows, sample_tiles
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention.verification import choose_rows, sample_rows, sample_tiles
 
 
 def test_sampled_rows_are_spread_and_differ() -> None:
@@ -32,14 +32,14 @@ def test_every_tile_is_sampled() -> None:
 
 def test_a_closer_look_is_at_other_rows() -> None:
     settings, tiles = SparseSettings(200), Tiles(512, 1024, 128, 64)
-    rows, closer = (set(found.tolist()) for found in certified_rows(settings, tiles, 0))
+    rows, closer = (set(found.tolist()) for found in choose_rows(settings, tiles, 0))
     assert len(rows) == 8
     assert len(closer) == 24
     assert len(rows & closer) < 4
-    others, _ = certified_rows(settings, tiles, 1)  # of the next layer
+    others, _ = choose_rows(settings, tiles, 1)  # of the next layer
     assert rows != set(others.tolist())
 
 
 def test_long_prompts_certify_one_row_of_each_tile() -> None:
-    rows, _ = certified_rows(SparseSettings(200), Tiles(512, 8192, 128, 64), 3)
+    rows, _ = choose_rows(SparseSettings(200), Tiles(512, 8192, 128, 64), 3)
     assert [int(row) // 128 for row in rows] == [0, 1, 2, 3]

@@ -57,7 +57,7 @@ def test_half_precision_is_summarised_in_float32() -> None:
 
 
 def test_parts_of_a_store() -> None:
-    store = empty_summaries(2, 6, 8, torch.float32, torch.device("cpu"))
+    store = empty_summaries((2, 6, 8), torch.float32, torch.device("cpu"))
     part = summarize(rand(2, 128, 8).float(), rand(2, 128, 8, seed=1).float(), 64)
     store.put(3, part)
     assert torch.equal(store.first(5).k_far[:, 3:], part.k_far)

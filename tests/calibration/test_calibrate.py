@@ -1,4 +1,4 @@
-"""``prefill-service calibrate`` on a tiny model: its profile, used by the ranks, holds its word."""
+"""``prefill-service calibrate`` on a tiny model: its budgets, used by the ranks, holds its word."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from prefill_service.attention.head_budgets import HeadBudgetProfile, load_profile
+from prefill_service.attention.head_budgets import HeadBudgets, load_head_budgets
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.calibration.prefill import LocalPrefill
-from prefill_service.calibration.prefix import encode_video, plan_video
+from prefill_service.calibration.encoded_video import encode_video, plan_video
+from prefill_service.calibration.local_prefill import LocalPrefill
 from prefill_service.cli.main import main
 from prefill_service.config import EngineConfig, ServiceConfig
 from prefill_service.errors import Reason, ServiceError
@@ -51,17 +51,19 @@ def model(checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def profile(model: Path, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def budgets_file(model: Path, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("profile") / "budgets.json"
     arguments = ["--model", str(model), "--videos", str(video), "--epsilon", str(EPSILON)]
     assert main(["calibrate", *arguments, "--out", str(out), *SIZES]) == 0
     return out
 
 
-def load(path: Path, model: Path) -> HeadBudgetProfile:
+def load(path: Path, model: Path) -> HeadBudgets:
     checkpoint = open_checkpoint(str(model))
-    return load_profile(
-        path, checkpoint.fingerprint, checkpoint.num_layers - 1, checkpoint.num_kv_heads
+    return load_head_budgets(
+        path,
+        checkpoint.fingerprint,
+        shape=(checkpoint.num_layers - 1, checkpoint.num_kv_heads),
     )
 
 
@@ -70,7 +72,7 @@ async def prefill(
 ) -> tuple[list[LayerReport], torch.Tensor]:
     """By a rank: its report, and KV [layers, 2, tokens, kv_heads, head_dim]."""
     plan, _ = await standalone.plan(video, FrameSampling(fps=FPS))
-    plan = replace(plan, prefix_id=f"pfx_{policy.profile}")
+    plan = replace(plan, prefix_id=f"pfx_{policy.attention_key}")
     task = standalone.task(video, plan, policy=policy)
     layers = (await standalone.prefill(task)).attention.layers
     return layers, standalone.read_kv(task)
@@ -91,7 +93,7 @@ class InProcess:
     ) -> tuple[list[LayerReport], torch.Tensor]:
         """Report and KV, as of the ranks."""
         settings = SparseSettings(400)
-        run = LocalPrefill(self._model, self._video, settings, policy, only, keep=True)
+        run = LocalPrefill(self._model, self._video, settings, policy, only=only, keep=True)
         return run.run(), torch.stack(run.pages).transpose(1, 2)
 
 
@@ -103,9 +105,9 @@ def worst(layers: list[LayerReport]) -> float:
 
 
 async def test_the_ranks_attend_no_more_and_the_worst_head_does_not_fall(
-    model: Path, video: Path, profile: Path, tmp_path: Path
+    model: Path, video: Path, budgets_file: Path, tmp_path: Path
 ) -> None:
-    budgets = load(profile, model)
+    budgets = load(budgets_file, model)
     assert budgets.epsilon == EPSILON
     assert len({value for row in budgets.head_epsilons for value in row}) > 1
     assert len(budgets.layer_sensitivity) == budgets.shape[0]
@@ -146,10 +148,10 @@ def test_one_layer_alone_is_approximated(model: Path, video: Path, tmp_path: Pat
         ]
 
 
-def test_check_prints_what_the_profile_does(
-    model: Path, video: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+def test_check_prints_what_the_budgets_do(
+    model: Path, video: Path, budgets_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model", str(model), "--videos", str(video), "--check", str(profile)]
+    arguments = ["--model", str(model), "--videos", str(video), "--check", str(budgets_file)]
     assert main(["calibrate", *arguments, *SIZES]) == 0
     printed = capsys.readouterr()
     last = printed.out.splitlines()[-1]
@@ -158,7 +160,7 @@ def test_check_prints_what_the_profile_does(
     )
     assert after >= before
     assert 0.95 <= float(last.split("attended keys ")[1].split()[0]) <= 1
-    assert f"the profile: {video.name}" in printed.err
+    assert f"the budgets: {video.name}" in printed.err
 
 
 def config(model: Path, path: Path) -> ServiceConfig:
@@ -167,15 +169,15 @@ def config(model: Path, path: Path) -> ServiceConfig:
     )
 
 
-def test_the_service_takes_a_profile_of_its_model_only(
-    model: Path, profile: Path, checkpoint: Callable[..., Path], tmp_path: Path
+def test_the_service_takes_budgets_of_its_model_only(
+    model: Path, budgets_file: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    parts = build_components(config(model, profile), tmp_path, tmp_path)
-    assert parts.budgets == load(profile, model)
+    parts = build_components(config(model, budgets_file), tmp_path, tmp_path)
+    assert parts.budgets == load(budgets_file, model)
     with pytest.raises(ServiceError, match="was made for the model") as error:
-        build_components(config(checkpoint("qwen3_vl", seed=1), profile), tmp_path, tmp_path)
+        build_components(config(checkpoint("qwen3_vl", seed=1), budgets_file), tmp_path, tmp_path)
     assert error.value.reason is Reason.CONFIG_INVALID
-    fewer = json.loads(profile.read_text())
+    fewer = json.loads(budgets_file.read_text())
     fewer["head_epsilons"].pop()
     fewer["layer_sensitivity"].pop()
     other = tmp_path / "other.json"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from prefill_service.attention.head_budgets import MAX_EPSILON
+from prefill_service.calibration.command import format_table
 from prefill_service.calibration.fit import fit, grid
 from prefill_service.calibration.measure import Measured
-from prefill_service.calibration.table import table
 
 BASE = 0.15
 NEED = np.array([[0.2, 1.0], [0.6, 3.0]])
@@ -54,9 +54,11 @@ def test_without_a_gain_the_epsilons_stay_uniform() -> None:
 
 def test_the_table_says_before_and_after() -> None:
     found = fit(BASE, measured(), world)
-    lines = table(found.before, found.after, found.epsilons, [0.25, 0.125]).splitlines()
+    lines = format_table(found.before, found.after, found.epsilons, [0.25, 0.125]).splitlines()
     assert lines[0].split()[0] == "layer"
     assert len(lines) == 4
     assert lines[2].split()[-1] == "0.1250"
     assert f"{found.before.worst:.4f} -> {found.after.worst:.4f}" in lines[3]
-    assert table(found.before, found.after, found.epsilons, []).splitlines()[1].endswith(" -")
+    assert (
+        format_table(found.before, found.after, found.epsilons, []).splitlines()[1].endswith(" -")
+    )

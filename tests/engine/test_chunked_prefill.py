@@ -28,7 +28,7 @@ async def prefill(
     exchange: ExchangeKind = GATHER,
 ) -> tuple[torch.Tensor, PrefillOutcome]:
     plan, _ = await standalone.plan(video, FrameSampling(fps=8.0))
-    plan = replace(plan, prefix_id=f"pfx_{policy.profile}_{exchange}")
+    plan = replace(plan, prefix_id=f"pfx_{policy.attention_key}_{exchange}")
     model = standalone.planner.checkpoint
     ranks = standalone.executor.all_ranks.size
     choice = choose_exchange(exchange, ranks, q_heads=model.num_heads, kv_heads=model.num_kv_heads)

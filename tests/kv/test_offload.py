@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
@@ -26,7 +27,6 @@ from prefill_service.kv.offload.working_set import (
     hidden_share,
     open_working,
 )
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def run(kv: KVBuffers, shape: OffloadShape, reorder: bool = False) -> Tensor:
                 kv.touch(layer, first, first + 1)
                 kv.touch(layer, first, start)
             k, v = buffer[:end].permute(1, 2, 0, 3)
-            x = attend_causal(x, k, v, start, 0.5).out + x
+            x = attend_causal(x, k, v, q_offset=start, scale=0.5).out + x
         kv.release(shape.layers - 1)
         outputs.append(x.cpu())
     return torch.cat(outputs, 1)

@@ -125,10 +125,12 @@ def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PrefixPlanner], fami
     assert planner.plan(index, "sha", FrameSampling(), "").prefix_id == base
     for exact in (resolve_policy(Quality.EXACT), resolve_policy(epsilon=0.0, min_kept_mass=0.5)):
         assert (
-            planner.plan(index, "sha", FrameSampling(), "", attention_key=exact.profile).prefix_id
+            planner.plan(
+                index, "sha", FrameSampling(), "", attention_key=exact.attention_key
+            ).prefix_id
             == base
         )
-    key = resolve_policy().profile
+    key = resolve_policy().attention_key
     others = {
         planner.plan(index, "other", FrameSampling(), "").prefix_id,
         planner.plan(index, "sha", FrameSampling(fps=1.0), "").prefix_id,

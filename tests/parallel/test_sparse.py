@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.fallback import VerifiedAttention
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
@@ -22,7 +23,6 @@ from prefill_service.engine.resolve import is_sparse
 from prefill_service.kv.offload.file_copies import FileCopyEngine
 from prefill_service.kv.offload.shape import OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import exchange_named
 from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
@@ -123,10 +123,7 @@ class Selection(AdaptiveAttention):
     """Notes which blocks every unit keeps, by layer and first token."""
 
     def __init__(self, case: Case, heads: slice | None = None) -> None:
-        super().__init__(
-            case.settings, case.policy, LAYERS, case.kv_heads, HEAD_DIM, torch.float64, CPU,
-            case.ends, heads,
-        )  # fmt: skip
+        super().__init__(case.settings, case.policy, case.shape, case.ends, heads=heads)
         self.kept: dict[tuple[int, int], Tensor] = {}
         record = self.stats.record_sparse
 
@@ -160,13 +157,13 @@ class Spied(DemandExchange):
         ordered = range(old // 16, clustered // 16)
         self.have[layer] -= {(head, b) for head in range(KV_HEADS) for b in ordered}
 
-    def fetch(self, wanted: Tensor, heads: Tensor) -> None:
+    def fetch_blocks(self, wanted: Tensor, heads: Tensor) -> None:
         for row, block in wanted.nonzero().tolist():
             one = (int(heads[row]), block)
             if one not in self.have[self._layer]:
                 self.have[self._layer].add(one)
                 self.needed += int(self._homes.block_home[block] != self._group.rank)
-        super().fetch(wanted, heads)
+        super().fetch_blocks(wanted, heads)
 
 
 def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
@@ -214,7 +211,7 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
     out = torch.zeros_like(data[:, : case.q_heads])
     for shares in layout.shares:
         exchange.start_chunk(shares)
-        selection.start_chunk()
+        selection.stats.start_chunk()
         start, end = shares[group.rank].contiguous
         for layer in range(LAYERS):
             q, k, v = case.split(data[layer][:, start:end])
@@ -224,7 +221,7 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
     return {
         "out": out,
         "kept": selection.kept,
-        "report": selection.report(),
+        "report": selection.stats.report(),
         "uses": group.comm_stats.since(before),
         "needed": getattr(exchange, "needed", None),
     }
@@ -240,12 +237,12 @@ def one_rank(case: Case) -> dict[str, Any]:
         for start, end in SelectionUnits.of(case.ends, case.chunk).cut(0, int(case.ends[-1])):
             q = whole[:, start:end]
             if selection.is_sparse(start, end - start):
-                out[layer][:, start:end] = selection.attend(layer, q, kv, start, SCALE)
+                out[layer][:, start:end] = selection.attend_unit(layer, q, kv, start=start)
             else:
                 k, v = kv[:end].permute(1, 2, 0, 3)
-                out[layer][:, start:end] = attend_causal(q, k, v, start, SCALE).out
-                selection.observe(layer, q, kv, start, SCALE)
-    return {"out": out, "kept": selection.kept, "report": selection.report()}
+                out[layer][:, start:end] = attend_causal(q, k, v, q_offset=start, scale=SCALE).out
+                selection.observe_exact(layer, q, kv, start=start)
+    return {"out": out, "kept": selection.kept, "report": selection.stats.report()}
 
 
 def kinds(name: str, ranks: int) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from prefill.v1 import prefill_service_pb2 as pb
 
-from prefill_service.attention.head_budgets import HeadBudgetProfile
+from prefill_service.attention.head_budgets import HeadBudgets
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.kv.manifest import Manifest
@@ -61,10 +61,10 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
             name: Manifest.from_json(job.result.manifest_json).profile for name, job in jobs.items()
         }
         assert profiles["exact"] == "exact"
-        assert profiles["default"] == BALANCED.profile
+        assert profiles["default"] == BALANCED.attention_key
         assert profiles["custom"] == "sparse:epsilon=0.0625,row_limit=0.03125,min_kept_mass=0.875"
         for task in s.executor.tasks:  # what the ranks are sent is what the id stands for
-            assert task.policy.profile == task.manifest.profile
+            assert task.policy.attention_key == task.manifest.profile
         assert len({task.plan.prefix_id for task in s.executor.tasks}) == 6
         for job in jobs.values():  # a spec can be sent as it came
             request = pb.CreatePrefillJobRequest(spec=job.spec)
@@ -74,7 +74,7 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
 
 
 async def test_head_budgets_reach_the_ranks_and_the_prefix_id(serve: Serve) -> None:
-    budgets = HeadBudgetProfile("model", 0.15, ((0.1, 0.2),))
+    budgets = HeadBudgets("model", 0.15, ((0.1, 0.2),))
     async with serve() as s:
         plain = (await s.ended((await create(s)).job_id))[-1]
     async with serve(components={"budgets": budgets}) as s:
@@ -83,7 +83,7 @@ async def test_head_budgets_reach_the_ranks_and_the_prefix_id(serve: Serve) -> N
         shared, other = (task.policy for task in s.executor.tasks)
     assert job.result.prefix_id != plain.result.prefix_id
     profile = Manifest.from_json(job.result.manifest_json).profile
-    assert profile == shared.profile == f"{BALANCED.profile},budgets={budgets.digest}"
+    assert profile == shared.attention_key == f"{BALANCED.attention_key},budgets={budgets.digest}"
     assert shared.budgets == budgets
     assert job.spec == plain.spec  # the request's own words
     assert other == resolve_policy(Quality.EXACT)

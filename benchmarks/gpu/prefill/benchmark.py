@@ -118,15 +118,13 @@ class Benchmark:
             return sizes
         shape = self.shapes[0]
         found = measure_crossover(
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            self.device.dtype,
-            self.device.torch,
+            sizes,
             chunk,
-            sizes.block_tokens,
-            sizes.tile_tokens,
-            sizes.segment_tokens,
+            q_heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=self.device.dtype,
+            device=self.device.torch,
         )
         used = min(found, min(self._lengths()) // 2)
         print(f"the product would attend sparsely from {found} keys on; here from {used}")

@@ -13,6 +13,7 @@ from benchmarks.gpu.prefill.device import Device
 from benchmarks.gpu.prefill.inputs import AttentionInputs
 from benchmarks.gpu.prefill.model import RandomModel, Substituted, run_chunks
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
@@ -22,7 +23,6 @@ from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
@@ -113,14 +113,7 @@ class OursKV:
         )
         self._exchange = GatherExchange(SPGroup(0, 1, None, None), shape)
         self.attention = AdaptiveAttention(
-            settings,
-            resolve_policy(quality),
-            self._attending,
-            checkpoint.num_kv_heads,
-            checkpoint.head_dim,
-            model.dtype,
-            model.device,
-            plan.patch_ends,
+            settings, resolve_policy(quality), shape, plan.patch_ends
         )
         units = SelectionUnits.of(plan.patch_ends, chunk_tokens)
         self._unit_attention = UnitAttention(self.attention, units)
@@ -132,7 +125,7 @@ class OursKV:
         if layer == 0:
             self._chunk += 1
             self._exchange.start_chunk(self._layout.shares[self._chunk])
-            self.attention.start_chunk()
+            self.attention.stats.start_chunk()
         if self._writer is not None:
             self._write(self._writer, layer, k, v)
         if layer < self._attending:
@@ -269,7 +262,7 @@ def prefill(
     run = Run(time.perf_counter() - begin, clock.seconds("attention"))
     run.peak_bytes = device.peak_bytes()
     if isinstance(kv, OursKV):
-        run.reports = kv.attention.report().layers
+        run.reports = kv.attention.stats.report().layers
     if attended is not None and stored is not None:
         run.attended = torch.cat(attended, 1)
         run.stored = {layer: torch.cat(parts) for layer, parts in stored.items()}

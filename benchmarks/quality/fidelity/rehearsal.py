@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
@@ -81,22 +82,23 @@ def rehearse(
     checkpoint = model.checkpoint
     tokens = len(prefix.token_ids)
     layers = checkpoint.num_layers
-    shape = (tokens, 2, checkpoint.num_kv_heads, checkpoint.head_dim)
-    pages = [torch.empty(shape, dtype=model.dtype) for _ in range(layers)]
+    shape = AttentionShape(
+        num_layers=layers - 1,
+        num_tokens=tokens,
+        q_heads=model.num_heads,
+        kv_heads=checkpoint.num_kv_heads,
+        head_dim=checkpoint.head_dim,
+        scale=model.attention_scale,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    buffer = (tokens, 2, shape.kv_heads, shape.head_dim)
+    pages = [torch.empty(buffer, dtype=model.dtype) for _ in range(layers)]
     members = [
         _Rank(
-            [torch.empty(shape, dtype=model.dtype) for _ in range(layers - 1)],
+            [torch.empty(buffer, dtype=model.dtype) for _ in range(shape.num_layers)],
             pages,
-            AdaptiveAttention(
-                settings,
-                policy,
-                layers - 1,
-                checkpoint.num_kv_heads,
-                checkpoint.head_dim,
-                model.dtype,
-                model.device,
-                prefix.patch_ends,
-            ),
+            AdaptiveAttention(settings, policy, shape, prefix.patch_ends),
         )
         for _ in range(ranks)
     ]
@@ -115,7 +117,7 @@ def rehearse(
                 features=prefix.features_of(share),
                 kv=member,
             )
-    report = combine([member.attention.report() for member in members])
+    report = combine([member.attention.stats.report() for member in members])
     return Rehearsal([page.permute(1, 2, 0, 3) for page in pages], report)
 
 
@@ -155,9 +157,9 @@ class _Rank:
         for start, end in self._units:
             part = q[:, start - begin : end - begin]
             if self.attention.is_sparse(start, end - start):
-                parts.append(self.attention.attend(layer, part, kv, start, scale))
+                parts.append(self.attention.attend_unit(layer, part, kv, start=start))
                 continue
             k, v = kv[:end].permute(1, 2, 0, 3)
-            parts.append(attend_causal(part, k, v, start, scale).out)
-            self.attention.observe(layer, part, kv, start, scale)
+            parts.append(attend_causal(part, k, v, q_offset=start, scale=scale).out)
+            self.attention.observe_exact(layer, part, kv, start=start)
         return torch.cat(parts, 1)

@@ -250,7 +250,7 @@ class Reader:
             return None
         # With a floor, knowing every row would have other heads computed again.
         policy = replace(setting.policy, min_kept_mass=0.0)
-        every = replace(self._sparse, certify_every_row=True)
+        every = replace(self._sparse, verify_every_row=True)
         report = self.prefill(prefix, setting, policy, every).report
         masses = [layer.kept_mass for layer in report.layers]
         rows = sum(mass.count for mass in masses)

@@ -16,7 +16,7 @@ from prefill_service.attention.sparse.gathered_attention import (
     kept_attention,
     local_attention,
 )
-from prefill_service.attention.sparse.hooks import BlockHooks
+from prefill_service.attention.sparse.hooks import BlockHooks, SelectedBlocks
 from prefill_service.attention.sparse.problem import (
     SparseBackend,
     SparseProblem,
@@ -89,12 +89,18 @@ class CpuBackend(SparseBackend):
         found = estimate(packed.rows, local.lse, problem.summaries, tiles=tiles, scale=packed.scale)
         keep, bias, dense = self._select(problem, found)
         clock.lap("select")
-        hooks.fetch(keep.any(1), problem.heads)
+        hooks.fetch_blocks(keep.any(1), problem.heads)
         clock.lap("fetch")
-        pairs = attended_columns(keep, bias, tiles)
-        delegated = hooks.delegate(packed.rows, keep, tiles, pairs, problem.heads)
+        selected = SelectedBlocks(
+            rows=packed.rows,
+            keep=keep,
+            tiles=tiles,
+            pairs=attended_columns(keep, bias, tiles),
+            heads=problem.heads,
+        )
+        delegated = hooks.delegate_blocks(selected)
         if delegated:
-            dense[delegated.heads] = False
+            dense[delegated.delegated_heads] = False
         if tiles.blocks:
             past = _Past(
                 packed=packed,
@@ -103,7 +109,7 @@ class CpuBackend(SparseBackend):
                 k_mean=problem.summaries.k_mean,
                 v_mean=problem.summaries.v_mean,
                 keep=keep,
-                here=delegated.here if delegated else keep,
+                kept_here=delegated.kept_here if delegated else keep,
             )
             result = self._join_past(past, problem, dense)
         if delegated:
@@ -142,8 +148,8 @@ class CpuBackend(SparseBackend):
             by_kv_head(problem.q, len(problem.k))[heads].flatten(0, 1),
             problem.k[heads, : tiles.keys],
             problem.v[heads, : tiles.keys],
-            tiles.q_offset,
-            problem.scale,
+            q_offset=tiles.q_offset,
+            scale=problem.scale,
         )
         out[heads] = tiles.pack(exact.out, len(heads))
         lse[heads] = tiles.pack(exact.lse[..., None], len(heads))[..., 0]
@@ -164,7 +170,7 @@ class _Past:
         found: what each candidate block was estimated to lose.
         k_mean, v_mean: [kv_heads, blocks, head_dim] of the blocks.
         keep: [kv_heads, tiles, blocks] bool, selected blocks.
-        here: [kv_heads, tiles, blocks] bool, those of them that this rank attends to itself.
+        kept_here: [kv_heads, tiles, blocks] bool, those of them that this rank attends to itself.
     """
 
     packed: PackedTiles
@@ -173,7 +179,7 @@ class _Past:
     k_mean: Tensor
     v_mean: Tensor
     keep: Tensor
-    here: Tensor
+    kept_here: Tensor
 
     def of_heads(self, index: Tensor) -> _Past:
         """The same for the KV heads at ``index`` (copies)."""
@@ -184,12 +190,12 @@ class _Past:
             k_mean=self.k_mean[index],
             v_mean=self.v_mean[index],
             keep=self.keep[index],
-            here=self.here[index],
+            kept_here=self.kept_here[index],
         )
 
     def join_blocks(self, scratch: ScratchBuffers) -> Partial:
         """Local region, kept blocks and the summaries of the dropped ones in one softmax."""
-        kept = kept_attention(self.packed, to_csr(self.here), scratch)
+        kept = kept_attention(self.packed, to_csr(self.kept_here), scratch)
         dropped = (self.found.bias > -torch.inf) & ~self.keep
         values = self.v_mean
         merged = merge_with_summaries(

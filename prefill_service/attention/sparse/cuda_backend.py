@@ -36,7 +36,7 @@ class CudaBackend(SparseBackend):
         csr, bias = select_blocks(losses, candidates, forced, problem.epsilon.float())
         keep = (bias == -torch.inf) & (candidates != -torch.inf)  # NaN is a candidate, and kept
         clock.lap("select")
-        hooks.fetch(keep.any(1), problem.heads)
+        hooks.fetch_blocks(keep.any(1), problem.heads)
         clock.lap("fetch")
         out, lse = block_sparse_attention(
             problem.q,

@@ -61,9 +61,11 @@ def local_attention(packed: PackedTiles, scratch: ScratchBuffers) -> Partial:
     Raises:
         ValueError: a tile that is no whole number of blocks.
     """
-    rows, tiles = packed.rows, packed.tiles
+    rows = packed.rows
+    tiles = packed.tiles
     kv_heads, count, row_count, head_dim = rows.shape
-    tile, block = tiles.tile_tokens, tiles.block_tokens
+    tile = tiles.tile_tokens
+    block = tiles.block_tokens
     if tile % block:
         raise ValueError(f"a tile of {tile} tokens is no whole number of blocks of {block}")
     before = tiles.q_offset % block  # keys of the local region before the tile's first query
@@ -177,7 +179,8 @@ class _Gathered:
 
     def gather(self, kept: int, batch: list[int], worker: int) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, kept * block_tokens, head_dim] of rows with ``kept`` blocks."""
-        block, head_dim = self.tiles.block_tokens, self.rows.shape[-1]
+        block = self.tiles.block_tokens
+        head_dim = self.rows.shape[-1]
         shape = (len(batch), kept * block, head_dim)
         keys = self.scratch.get(f"kept keys {worker}", shape, self.k_blocks[0])
         values = self.scratch.get(f"kept values {worker}", shape, self.v_blocks[0])

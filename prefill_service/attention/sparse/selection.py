@@ -181,7 +181,8 @@ def _losses(
     )
     present = asked > 0
     if not present.all():
-        far, mass = far.mul_(present[..., None]), mass * present[..., None]
+        far = far.mul_(present[..., None])
+        mass = mass * present[..., None]
     share = asked / asked.sum(1, keepdim=True)  # token 0 is asked of every tile
     mean = _mean_rows(share, mass) * misplaced + _mean_rows(share, far)
     if not known.blocks:

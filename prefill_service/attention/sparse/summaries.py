@@ -73,11 +73,10 @@ class BlockSummaries:
 
 
 def empty_summaries(
-    kv_heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> BlockSummaries:
-    """Room for ``blocks`` blocks of keys of ``dtype``."""
+    """Zeros for [kv_heads, blocks, head_dim] blocks of keys of ``dtype``."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    shape = (kv_heads, blocks, head_dim)
     shapes = [shape] * 4 + [shape[:2]]
     return BlockSummaries(*(torch.zeros(s, dtype=work, device=device) for s in shapes))
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.parallel.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 from prefill_service.parallel.load_balance import BalancedKeys, Balancer, make_balancer
@@ -102,7 +102,7 @@ class GatherExchange(Exchange):
     @override
     def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
         adaptive = attention.adaptive
-        state = adaptive.state(layer)
+        state = adaptive.layer_state(layer)
         (start, border), units = attention.split(*self._ranges[self._group.rank])
         parts: list[Tensor] = []
         clustered = state.clustered
@@ -111,13 +111,13 @@ class GatherExchange(Exchange):
         kv = self._complete(layer)
         balanced = self._balanced(layer, kv, attention)
         for first, last in units:
-            self._complete(layer, reorder_before=adaptive.recent(first))
+            self._complete(layer, reorder_before=adaptive.recent_from(first))
             part = q[:, first - start : last - start]
-            parts.append(adaptive.attend(layer, part, kv, first, self._scale, balanced))
+            parts.append(adaptive.attend_unit(layer, part, kv, start=first, source=balanced))
         if balanced is not None:
             if not units:
-                adaptive.catch_up(layer, self._chunk[0], balanced)
-            balanced.close(0 if units else adaptive.pairs(layer))
+                adaptive.advance_keys(layer, self._chunk[0], balanced)
+            balanced.close(0 if units else adaptive.stats.selected_pairs(layer))
         self._note_reordered(layer, clustered, state.clustered)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -137,8 +137,8 @@ class GatherExchange(Exchange):
         out = self.attend_exact(layer, q)
         clock.lap("attend")
         seconds = clock.seconds("attend") - (comm_stats.seconds - waited)
-        attention.adaptive.attended(layer, seconds)
-        attention.adaptive.observe(layer, q, self._complete(layer), start, self._scale)
+        attention.adaptive.stats.add_attend_seconds(layer, seconds)
+        attention.adaptive.observe_exact(layer, q, self._complete(layer), start=start)
         return out
 
     def _balanced(self, layer: int, kv: Tensor, attention: UnitAttention) -> BalancedKeys | None:
@@ -153,12 +153,14 @@ class GatherExchange(Exchange):
             kv,
             adaptive.segments,
             balancer,
-            adaptive.recent(self._chunk[0]),
-            lambda pairs: adaptive.moved(layer, pairs),
+            adaptive.recent_from(self._chunk[0]),
+            lambda pairs: adaptive.stats.add_moved_pairs(layer, pairs),
         )
         if not keys.common:
             return None
-        return keys if balancer.due(adaptive.pairs(0) if layer == 1 else None) else None
+        return (
+            keys if balancer.due(adaptive.stats.selected_pairs(0) if layer == 1 else None) else None
+        )
 
     def _complete(self, layer: int, reorder_before: int = 0) -> Tensor:
         """The layer's buffer, complete up to this rank's last token of the chunk.

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
-from prefill_service.attention.key_source import KeySource, LayerState, Segments
+from prefill_service.attention.key_source import KeySource, LayerState
+from prefill_service.attention.settings import Segments
+from prefill_service.attention.sparse.hooks import SelectedBlocks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.summaries import BlockSummaries
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention.verification import Certificate, SampledRows
-from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.attention.verification import SampledRows, Verification
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
@@ -162,20 +164,22 @@ class DemandExchange(Exchange, KeySource):
 
     @override
     def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
-        adaptive, scale = attention.adaptive, self._shape.scale
+        adaptive = attention.adaptive
         (start, border), units = attention.split(*self._ranges[self._group.rank])
         _, of_chunk = attention.split(self._chunk_start, self._chunk_end)
         if of_chunk:  # some rank has sparse units: then summaries are due
-            oldest, newest = (adaptive.recent(at) for at in (self._chunk_start, of_chunk[-1][0]))
-            self._advance(layer, adaptive.state(layer), oldest, newest)
+            oldest, newest = (
+                adaptive.recent_from(at) for at in (self._chunk_start, of_chunk[-1][0])
+            )
+            self._advance(layer, adaptive.layer_state(layer), oldest, newest)
         parts = []
         if border > start or not units:
             part = q[:, : border - start]
             parts.append(self._attend_first(layer, part))
-            adaptive.observe(layer, part, self.kv, start, scale)
+            adaptive.observe_exact(layer, part, self.kv, start=start)
         for first, last in units:
             part = q[:, first - start : last - start]
-            parts.append(adaptive.attend(layer, part, self.kv, first, scale, self))
+            parts.append(adaptive.attend_unit(layer, part, self.kv, start=first, source=self))
         self.close()
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -185,17 +189,19 @@ class DemandExchange(Exchange, KeySource):
 
     # ---- KeySource -------------------------------------------------------------------------
 
-    def prepare(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
-        """See ``KeySource``; most of it was done in ``advance``."""
+    @override
+    def prepare_keys(self, layer: int, state: LayerState, recent: int, tiles: Tiles) -> None:
+        # Most of it is done in ``_advance``.
         self._see(layer, recent // self._sizes.segment_tokens * self._sizes.segment_tokens)
         first = tiles.local_start(0)
         if first < tiles.q_offset:  # the block in which the first query stands began before it
             wanted = torch.zeros(self._shape.kv_heads, self._homes.blocks, dtype=torch.bool)
             wanted[:, first // self._sizes.block_tokens] = True
-            self.fetch(wanted, torch.arange(self._shape.kv_heads))
+            self.fetch_blocks(wanted, torch.arange(self._shape.kv_heads))
 
-    def fetch(self, wanted: Tensor, heads: Tensor) -> None:
-        """See ``KeySource``. Blocks that are here are not asked for again."""
+    @override
+    def fetch_blocks(self, wanted: Tensor, heads: Tensor) -> None:
+        # Blocks that are here are not asked for again.
         need = torch.zeros_like(self._here)
         need[heads.cpu(), : wanted.shape[1]] = wanted.cpu()
         need &= ~self._here
@@ -217,15 +223,15 @@ class DemandExchange(Exchange, KeySource):
         for r, part in requests.items():
             self._put(r, part, replies[r])
 
-    def delegate(
-        self, rows: Tensor, keep: Tensor, tiles: Tiles, pairs: Tensor, heads: Tensor
-    ) -> None:
-        """See ``KeySource``: others do not have the blocks."""
+    @override
+    def delegate_blocks(self, selected: SelectedBlocks) -> None:
+        """Nothing is delegated: other ranks do not have the blocks."""
 
+    @override
     def verify_rows(
         self, problem: SparseProblem, result: SparseResult, sampled: SampledRows
-    ) -> Certificate:
-        """See ``KeySource``: the sampled rows are attended to where the keys are."""
+    ) -> Verification:
+        # The sampled rows are attended to where the keys are.
         known = [self._known(r) for r in range(self._group.size)]
         witness = VerificationRequest(problem, result, sampled.rows, known)
         mask = sum(1 << int(head) for head in problem.heads.tolist())
@@ -278,9 +284,9 @@ class DemandExchange(Exchange, KeySource):
         if end > start:
             blocks = -(-start // self._sizes.block_tokens)
             wanted = torch.ones(self._shape.kv_heads, blocks, dtype=torch.bool)
-            self.fetch(wanted, torch.arange(self._shape.kv_heads))
+            self.fetch_blocks(wanted, torch.arange(self._shape.kv_heads))
             k, v = self.kv[:end].permute(1, 2, 0, 3)
-            out = attend_causal(q, k, v, start, self._shape.scale).out
+            out = attend_causal(q, k, v, q_offset=start, scale=self._shape.scale).out
         return out
 
     def _zeros(self, *sizes: int) -> Tensor:

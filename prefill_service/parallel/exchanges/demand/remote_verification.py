@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
-from prefill_service.attention.verification import Certificate, finite_rows
-from prefill_service.parallel.attention_shape import AttentionShape
+from prefill_service.attention.verification import Verification, finite_rows
 from prefill_service.parallel.exchanges.demand.rpc import Ask, Header
 
 
@@ -86,7 +86,7 @@ class VerificationRequest:
         """Room for what a home's keys kept."""
         return self._lse.new_empty(self._lse.numel())
 
-    def certificate(self, kept: Mapping[int, Tensor]) -> Certificate:
+    def certificate(self, kept: Mapping[int, Tensor]) -> Verification:
         """The measurements, from all homes' kept mass."""
         assert self._exact is not None, "certificate() comes after merge()"
         mass = torch.stack(list(kept.values())).sum(0).view_as(self._lse)
@@ -96,7 +96,7 @@ class VerificationRequest:
         mass, error = torch.where(sound, mass, 0.0), torch.where(sound, error, 1.0)
         heads = len(self._problem.heads)
         shape = (heads, -1, len(self._sampled))
-        return Certificate(
+        return Verification(
             kept_mass=mass.view(shape),
             output_error=error.view(shape),
             weighted=mass.new_empty(heads, 0),

@@ -66,15 +66,19 @@ def plan_video(
             f"{path}: its prefix of {plan.num_tokens} tokens is too short to be sparse, which "
             f"begins at {sparse_from_tokens} tokens (--sparse-from-tokens); take a longer video, "
             "or more or larger frames of it",
-            path=path, tokens=plan.num_tokens, limit=sparse_from_tokens,
-        )  # fmt: skip
+            path=path,
+            tokens=plan.num_tokens,
+            limit=sparse_from_tokens,
+        )
     if plan.num_tokens > (limit := planner.checkpoint.max_position_embeddings):
         raise ServiceError(
             Reason.CONTEXT_EXCEEDED,
             f"{path}: its prefix has {plan.num_tokens} tokens, but the model's context holds "
             f"{limit}; take fewer or smaller frames of it",
-            path=path, tokens=plan.num_tokens, limit=limit,
-        )  # fmt: skip
+            path=path,
+            tokens=plan.num_tokens,
+            limit=limit,
+        )
     return PlannedVideo(path, index, plan)
 
 
@@ -84,6 +88,8 @@ def encode_video(
     """Decode a planned video and run the vision tower over it, chunk by chunk.
 
     Args:
+        video: to decode.
+        model: with the vision tower.
         chunk_tokens: tokens of a chunk to aim at; chunks are the units that a rank computes.
         folder: for the index that the decoder reads.
 
@@ -110,4 +116,4 @@ def encode_video(
     except ServiceError as error:
         raise ServiceError(error.reason, f"{video.path}: {error}", path=video.path) from error
     chunks = tuple((starts[first], starts[end]) for first, end in pairwise(firsts))
-    return EncodedVideo(video.path.name, plan, chunks, tuple(features))
+    return EncodedVideo(name=video.path.name, plan=plan, chunks=chunks, features=tuple(features))
