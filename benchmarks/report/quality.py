@@ -9,7 +9,7 @@ from benchmarks.quality.selection_tables import DENSITIES, METHODS
 from benchmarks.report.results import Row, content, one, only, rows, share
 from prefill_service.attention.quality import Quality, resolve_policy
 
-_STEPS = tuple(step.value for step in Quality if step is not Quality.CUSTOM)
+_STEPS = tuple(str(step) for step in Quality if step.step.epsilon is not None)
 _APPROXIMATE = ("high", "balanced", "fast")
 _METHODS = ("exact", "spava", "star", "apb")
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
-from prefill.v1 import prefill_service_pb2 as pb
-from prefill_client.attention import Quality as ClientQuality
 
 from prefill_service.attention.quality import Quality, QualityDial, QualityStep, resolve_policy
 from tests.attention.layer import error, run
 from tests.attention.oracle import rand
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_default_is_balanced() -> None:
@@ -74,15 +67,3 @@ def test_one_more_step_is_one_row() -> None:
     assert of_sketch.density < of_fast.density < 1
     assert 0.01 < error(fast, exact) < error(sketch, exact) < 1
     assert of_sketch.layers[0].kept_mass.mean(1) < of_fast.layers[0].kept_mass.mean(1)
-
-
-def test_the_steps_are_those_of_the_api_the_client_and_the_documents() -> None:
-    names = [step.name for step in Quality]
-    assert pb.Quality.keys() == ["QUALITY_UNSPECIFIED", *(f"QUALITY_{name}" for name in names)]
-    assert [step.name for step in ClientQuality] == ["UNSPECIFIED", *names]
-    table = (ROOT / "docs" / "attention.md").read_text()
-    for step in Quality:
-        if step.step.epsilon is not None:
-            row = re.search(rf"^\| `{step}`.*\|", table, re.M)
-            assert row is not None, step
-            assert f"| {step.step.epsilon:g} |" in row[0]
