@@ -48,7 +48,7 @@ class PatchMass:
         hidden = torch.arange(keys, device=position.device) >= own[:, None]
         return ((position + 1)[:, None] * ~hidden).float()
 
-    def add(
+    def add_mass(
         self,
         weighted: Tensor,
         heads: int,
@@ -57,7 +57,7 @@ class PatchMass:
         order: Tensor,
         stand_for: float = 1.0,
     ) -> None:
-        """Take in exact attention probabilities.
+        """Add exact attention probabilities of sampled rows.
 
         Args:
             weighted: [kv_heads, keys] probabilities times ``weights``, summed over the rows.
@@ -108,10 +108,12 @@ class BlockGrids:
         self._tokens = tokens
         self._last: tuple[Tiles, _Pairs] | None = None  # layers ask for the same tiles in turn
 
-    def add(self, layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
-        """Take in one sparse attention.
+    def add_sparse(self, layer: int, tiles: Tiles, keep: Tensor, order: Tensor) -> None:
+        """Count the pairs of one sparse attention.
 
         Args:
+            layer: which.
+            tiles: of the queries.
             keep: [kv_heads, tiles, blocks] bool.
             order: [kv_heads, keys] original position of the keys.
         """
@@ -121,23 +123,23 @@ class BlockGrids:
         of_block = torch.zeros(kv_heads, blocks, self._grid, device=keep.device)
         of_block.scatter_add_(2, cell, torch.ones_like(cell, dtype=torch.float32))
         kept = (keep.float() @ of_block).cpu().numpy()  # [kv_heads, tiles, grid]
-        known = self._pairs(tiles)
-        self._put(layer, slice(None), known, kept * known.tokens[:, None] + known.local)
+        fixed = self._pairs(tiles)
+        self._put(layer, slice(None), fixed, kept * fixed.tokens[:, None] + fixed.local)
 
     def add_dense(self, layer: int, tiles: Tiles, heads: Sequence[int]) -> None:
-        """Take in dense attention of some KV heads."""
-        known = self._pairs(tiles)
-        self._put(layer, list(heads), known, known.causal)
+        """Count the pairs of dense attention of some KV heads."""
+        fixed = self._pairs(tiles)
+        self._put(layer, list(heads), fixed, fixed.causal)
 
     def add_causal(self, tiles: Tiles) -> None:
-        """Take in what dense attention of the queries would attend to."""
-        known = self._pairs(tiles)
-        np.add.at(self.causal, known.row, known.causal)
+        """Count the pairs that dense attention of the queries would attend to."""
+        fixed = self._pairs(tiles)
+        np.add.at(self.causal, fixed.row, fixed.causal)
 
-    def _put(self, layer: int, heads: slice | list[int], known: _Pairs, pairs: np.ndarray) -> None:
+    def _put(self, layer: int, heads: slice | list[int], fixed: _Pairs, pairs: np.ndarray) -> None:
         """Add [.., tiles, grid] to the rows of some heads; several tiles may share a row."""
         summed = np.zeros((*pairs.shape[:-2], self._grid, self._grid), np.float32)
-        np.add.at(np.moveaxis(summed, -2, 0), known.row, np.moveaxis(pairs, -2, 0))
+        np.add.at(np.moveaxis(summed, -2, 0), fixed.row, np.moveaxis(pairs, -2, 0))
         self.pairs[layer, heads] += summed
 
     def _pairs(self, tiles: Tiles) -> _Pairs:
@@ -161,4 +163,4 @@ class BlockGrids:
             queries = end - np.maximum(keys, first[tile])
             local[tile] = np.bincount(keys * grid // total, queries, grid)
             causal[tile] = local[tile] + np.diff(np.minimum(edges, start)) * tokens[tile]
-        return _Pairs(row, tokens, local, causal)
+        return _Pairs(row=row, tokens=tokens, local=local, causal=causal)

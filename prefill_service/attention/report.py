@@ -1,4 +1,4 @@
-"""What a prefill reports of its attention: density, certificate, times; per layer and KV head."""
+"""What a prefill reports of its attention: density, kept mass, times; per layer and KV head."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Distribution:
     least: float = 1.0
     bins: list[int] = field(default_factory=lambda: [0] * _BINS)
 
-    def add(self, values: Tensor) -> None:
-        """Take in float values of any shape."""
+    def add_values(self, values: Tensor) -> None:
+        """Count float values of any shape."""
         if values.numel() == 0:
             return
         values = values.detach().double().flatten().cpu()
@@ -45,7 +45,7 @@ class Distribution:
         self.bins = [a + b for a, b in zip(self.bins, other.bins, strict=True)]
 
     def mean(self, default: float) -> float:
-        """Mean, ``default`` of nothing."""
+        """The mean of all values; ``default`` if there are none."""
         return self.total / self.count if self.count else default
 
     def percentile(self, share: float, default: float) -> float:
@@ -73,7 +73,7 @@ class LayerReport:
         output_error: of the same pairs: norm of the output's error over that of the exact output.
         select_s, attend_s, certify_s: seconds (of the slowest rank) in clustering + summaries +
             selection, in the attention itself (of what was computed again, too), and in the
-            certificate.
+            verification.
         head_mass: [q_heads] sum of ``kept_mass`` over the sampled rows; empty if there were none.
     """
 
@@ -91,8 +91,8 @@ class LayerReport:
     head_mass: list[float] = field(default_factory=list)
 
     def add_kept_mass(self, values: Tensor) -> None:
-        """Take in [kv_heads, group, samples] of a certificate."""
-        self.kept_mass.add(values)
+        """Take in the [kv_heads, queries_per_kv, samples] of a verification."""
+        self.kept_mass.add_values(values)
         self._add_head_mass(values.double().sum(-1).flatten().tolist())
 
     def _add_head_mass(self, sums: list[float]) -> None:
@@ -131,7 +131,7 @@ class LayerReport:
 
     @property
     def density(self) -> float:
-        """Mean over the KV heads."""
+        """Attended over causal keys, mean over the KV heads."""
         heads = self.head_density
         return sum(heads) / len(heads)
 
@@ -238,12 +238,12 @@ def combine(parts: Sequence[RankAttention]) -> AttentionReport:
     pairs = np.sum([part.pairs for part in parts], axis=0)
     causal = np.sum([part.causal for part in parts], axis=0)
     return AttentionReport(
-        first.sparse_from_tokens,
-        first.layers,
-        (mass / np.maximum(rows, 1)).tolist() if rows.any() else [],
-        _sparsest_map(first.layers, pairs, causal),
-        after,
-        before,
+        sparse_from_tokens=first.sparse_from_tokens,
+        layers=first.layers,
+        patch_mass=(mass / np.maximum(rows, 1)).tolist() if rows.any() else [],
+        block_map=_sparsest_map(first.layers, pairs, causal),
+        imbalance=after,
+        imbalance_before=before,
     )
 
 
@@ -257,10 +257,17 @@ def _imbalance(ranks: Sequence[np.ndarray]) -> float:
 def _sparsest_map(
     layers: list[LayerReport], pairs: np.ndarray, causal: np.ndarray
 ) -> BlockMap | None:
+    """The map of the head of the lowest density; ``None`` if all attend to all keys."""
     density = np.array([layer.head_density for layer in layers])
     if not density.size or density.min() == 1:
         return None
     layer, head = (int(i) for i in np.unravel_index(density.argmin(), density.shape))
-    share = np.where(causal > 0, pairs[layer, head] / np.maximum(causal, 1), -1.0)
+    cells = np.where(causal > 0, pairs[layer, head] / np.maximum(causal, 1), -1.0)
     rows, columns = causal.shape
-    return BlockMap(layer, head, rows, columns, share.round(4).flatten().tolist())
+    return BlockMap(
+        layer=layer,
+        kv_head=head,
+        rows=rows,
+        columns=columns,
+        density=cells.round(4).flatten().tolist(),
+    )

@@ -30,12 +30,12 @@ class WorkLog:
         self.computed = [np.zeros(layers)]
 
     def start_chunk(self) -> None:
-        """Go on in a new row."""
+        """Count in a new row of both arrays."""
         self.selected.append(np.zeros(self._layers))
         self.computed.append(np.zeros(self._layers))
 
-    def add(self, layer: int, pairs: float) -> None:
-        """Note what queries of this rank had to attend to."""
+    def add_pairs(self, layer: int, pairs: float) -> None:
+        """Count pairs of this rank's queries."""
         self.selected[-1][layer] += pairs
         self.computed[-1][layer] += pairs
 
@@ -90,7 +90,7 @@ class AttentionStats:
         heads = len(report.attended)
         self._grids.add_dense(layer, tiles, range(heads))
         self._count(layer, tiles, [float(tiles.causal_keys)] * heads)
-        self._work.add(layer, float(tiles.causal_keys * heads))
+        self._work.add_pairs(layer, float(tiles.causal_keys * heads))
 
     def observe_exact(
         self, layer: int, q: Tensor, kv: Tensor, *, start: int, order: Tensor
@@ -149,11 +149,11 @@ class AttentionStats:
         verification = used.verification
         report.tiles_redone += used.retried * tiles.count
         report.tiles_dense += used.dense * tiles.count
-        self._grids.add(layer, tiles, used.keep, order)
+        self._grids.add_sparse(layer, tiles, used.keep, order)
         self._count(layer, tiles, used.attended.tolist())
         report.add_kept_mass(verification.kept_mass)
-        report.output_error.add(verification.output_error)
-        self._work.add(layer, used.pairs)
+        report.output_error.add_values(verification.output_error)
+        self._work.add_pairs(layer, used.pairs)
         if verification.weighted.shape[1]:
             heads = verification.kept_mass.shape[:2].numel()
             self._add_mass(verification.weighted, heads, position, tiles=tiles, order=order)
@@ -195,7 +195,7 @@ class AttentionStats:
         self, weighted: Tensor, heads: int, position: Tensor, *, tiles: Tiles, order: Tensor
     ) -> None:
         """Take [kv_heads, keys] mass of the sampled rows at ``position``, of ``heads`` heads."""
-        self._patch_mass.add(
+        self._patch_mass.add_mass(
             weighted,
             heads,
             position,

@@ -48,7 +48,7 @@ def test_needles_that_the_estimate_misses_trigger_the_floor() -> None:
     blind, without = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0))
     missed = without.layers[0]
     assert missed.tiles_redone == missed.tiles_dense == 0
-    assert missed.kept_mass.least < 0.5  # the certificate sees what the estimate did not
+    assert missed.kept_mass.least < 0.5  # verification sees what the estimate did not
     assert error(blind, expected) > 0.3
 
     seen, report = run(q, k, v, resolve_policy(epsilon=0.3, min_kept_mass=0.9))
@@ -69,15 +69,17 @@ def test_what_a_smaller_epsilon_cannot_mend_is_computed_densely() -> None:
     assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 1e-3
 
 
-def test_only_the_heads_below_the_floor_are_redone() -> None:
+def test_only_the_heads_below_the_floor_are_retried() -> None:
     q, k, v = hidden_needles()
     plain = 0.05 * rand(1, 2048, 32, seed=8)
     q = torch.cat([0.05 * rand(2, 2048, 32, seed=9), q])
     k, v = torch.cat([plain, k]), torch.cat([rand(1, 2048, 32, seed=10), v])
     policy = resolve_policy(epsilon=0.3, min_kept_mass=0.9)
     got, report = run(q, k, v, policy)
-    redone = report.layers[0].tiles_redone
-    assert 0 < redone <= report.layers[0].tiles / 2  # one of two heads; a second retry is none more
+    retried = report.layers[0].tiles_redone
+    assert (
+        0 < retried <= report.layers[0].tiles / 2
+    )  # one of two heads; a second retry is none more
     alone, _ = run(q[:2], k[:1], v[:1], policy)
     torch.testing.assert_close(got[:2], alone, rtol=0, atol=1e-9)
 
@@ -118,7 +120,7 @@ def test_a_stretch_without_its_needles_is_enough() -> None:
     assert error(got[1, rows], expected[1, rows]) < 0.01
 
 
-def test_time_of_what_is_computed_again_is_not_the_certificates(
+def test_time_of_what_is_computed_again_is_not_that_of_verification(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept_attention, calls = cpu_backend.kept_attention, []
@@ -167,7 +169,7 @@ def test_what_is_not_a_number_misses_the_floor() -> None:
 
 
 def test_rounding_misses_no_floor() -> None:
-    # All of it is attended densely, so that the certificate sees nothing but float32's rounding.
+    # All of it is attended densely, so that verification sees nothing but float32's rounding.
     q, k, v = (rand(2, 1024, 16, seed=seed, dtype=torch.float32) for seed in range(3))
     policy = resolve_policy(epsilon=1e-9, min_kept_mass=1.0)
     _, report = run(q, k, v, policy, 512)

@@ -38,9 +38,12 @@ def test_epsilons_follow_the_request_and_stay_below_1() -> None:
 
 def change(name: str, value: Any) -> dict[str, Any]:
     data = {
-        "version": 1, "model_fingerprint": BUDGETS.model_fingerprint, "epsilon": 0.15,
-        "head_epsilons": [[0.1, 0.3], [0.15, 0.0], [0.2, 0.05]], "layer_sensitivity": [],
-    }  # fmt: skip
+        "version": 1,
+        "model_fingerprint": BUDGETS.model_fingerprint,
+        "epsilon": 0.15,
+        "head_epsilons": [[0.1, 0.3], [0.15, 0.0], [0.2, 0.05]],
+        "layer_sensitivity": [],
+    }
     return {**data, name: value} if name else data
 
 
@@ -58,17 +61,23 @@ def change(name: str, value: Any) -> dict[str, Any]:
         (json.dumps(change("head_epsilons", 1)), "head_epsilons = 1; expected a list of lists"),
         (json.dumps(change("head_epsilons", [1])), r"head_epsilons[0] = 1; expected a list of"),
         (json.dumps(change("head_epsilons", [[0.1], [0.1, 1.0]])), "layers of [1, 2] heads"),
-        (json.dumps(change("head_epsilons", [[0.1, 0.99]])),
-         "head_epsilons[0][1] = 0.99 is not accepted; expected 0 to 0.95"),
+        (
+            json.dumps(change("head_epsilons", [[0.1, 0.99]])),
+            "head_epsilons[0][1] = 0.99 is not accepted; expected 0 to 0.95",
+        ),
         (json.dumps(change("head_epsilons", [[0.1, float("nan")]])), "[0][1] = nan is not accep"),
-        (json.dumps(change("head_epsilons", [[0.1, 0.2]])),
-         "has 1 layers of 2 KV heads; expected 3 of 2"),
+        (
+            json.dumps(change("head_epsilons", [[0.1, 0.2]])),
+            "has 1 layers of 2 KV heads; expected 3 of 2",
+        ),
         (json.dumps(change("layer_sensitivity", [1.0])), "layer_sensitivity has 1 layers; expect"),
         (json.dumps(change("layer_sensitivity", [1.0, -1.0, 0.0])), "layer_sensitivity[1] = -1.0"),
-        (json.dumps(change("model_fingerprint", "a" * 64)),
-         "was made for the model aaaaaaaaaaaa, but this one is ffffffffffff"),
+        (
+            json.dumps(change("model_fingerprint", "a" * 64)),
+            "was made for the model aaaaaaaaaaaa, but this one is ffffffffffff",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_budgets_of_this_model(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "budgets.json"
     path.write_text(text)

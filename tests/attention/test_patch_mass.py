@@ -22,7 +22,7 @@ def test_dense_and_everything_kept_are_all_causal_pairs(tokens: int) -> None:
         keep = torch.zeros(2, tiles.count, tiles.blocks, dtype=torch.bool)
         for tile in range(tiles.count):
             keep[:, tile, : tiles.candidates(tile)] = True
-        grids.add(0, tiles, keep, order)
+        grids.add_sparse(0, tiles, keep, order)
     assert grids.causal.sum() == pytest.approx(tokens * (tokens + 1) / 2)
     np.testing.assert_allclose(grids.pairs[0, 1], grids.causal)
     assert (grids.causal.sum(1) > 0).all()  # no row of the map without a tile
@@ -39,7 +39,7 @@ def test_kept_blocks_count_where_their_keys_came_from() -> None:
     tiles = Tiles(128, 1920, 128, 64)
     keep = torch.zeros(1, 1, tiles.blocks, dtype=torch.bool)
     keep[0, 0, 0] = True  # block 0 holds keys of the last cell
-    grids.add(1, tiles, keep, order)
+    grids.add_sparse(1, tiles, keep, order)
     assert not grids.pairs[0].any()
     expected = np.zeros((8, 8))
     expected[7, 7] = 64 * 128 + 128 * 129 / 2
@@ -55,7 +55,7 @@ def test_patch_mass_against_a_loop() -> None:
     p = rand(2, 6, 100).softmax(-1)  # two KV heads, three query heads each, two samples
     weights = mass.weights(position, 100)
     weighted = torch.stack([visible_mass(head, weights) for head in p])
-    mass.add(weighted, 6, position, order=order)
+    mass.add_mass(weighted, 6, position, order=order)
     got, rows = mass.totals()
     expected = np.zeros(4)
     for head in range(2):
@@ -68,7 +68,7 @@ def test_patch_mass_against_a_loop() -> None:
     np.testing.assert_allclose(got, expected)
     assert rows.tolist() == [12, 12, 0, 0]
     # Samples that stand for twice as many queries count twice.
-    mass.add(weighted, 6, position, order=order, stand_for=2.0)
+    mass.add_mass(weighted, 6, position, order=order, stand_for=2.0)
     got, rows = mass.totals()
     np.testing.assert_allclose(got, 3 * expected)
     assert rows.tolist() == [36, 36, 0, 0]

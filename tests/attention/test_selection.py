@@ -90,9 +90,7 @@ def test_forced_blocks_are_candidates_only() -> None:
     tiles = Tiles(300, 1000, 128, 64)
     forced = forced_blocks(tiles, 2, [950, 1100, 1250])
     assert forced.shape == (3, tiles.blocks)
-    assert [row.nonzero()[:, 0].tolist() for row in forced] == [
-        [0, 1, 14], [0, 1], [0, 1]
-    ]  # fmt: skip
+    assert [row.nonzero()[:, 0].tolist() for row in forced] == [[0, 1, 14], [0, 1], [0, 1]]
     assert forced_blocks(Tiles(10, 5, 128, 64), 2, [0]).shape == (1, 0)
 
 

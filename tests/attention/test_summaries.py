@@ -63,7 +63,7 @@ def test_parts_of_a_store() -> None:
     assert torch.equal(store.first(5).k_far[:, 3:], part.k_far)
     sent = BlockSummaries.unpack(part.pack())
     assert all(map(torch.equal, sent.parts, part.parts))
-    assert torch.equal(store.heads(torch.tensor([1])).v_mean[0, 3:5], part.v_mean[1])
+    assert torch.equal(store.of_heads(torch.tensor([1])).v_mean[0, 3:5], part.v_mean[1])
     assert not store.k_mean[:, 5:].any()
 
 

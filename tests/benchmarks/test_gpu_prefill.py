@@ -157,7 +157,7 @@ def test_check_finds_a_wrong_kernel(wrong: str) -> None:
 
 def test_check_finds_a_certificate_that_says_too_much() -> None:
     report_of_layer = LayerReport(0, [1.0])
-    report_of_layer.output_error.add(torch.full((8,), 0.02))
+    report_of_layer.output_error.add_values(torch.full((8,), 0.02))
     wanted = check.Wanted(torch.ones(2, 300, 4), torch.ones(300, 2, 1, 4))
     for off, fine in ((0.02, True), (0.1, False), (float("nan"), False)):
         run = Run(1.0, 0.5, [report_of_layer], None, wanted.attended + off, {1: wanted.stored})
@@ -203,8 +203,8 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
         (whole * 0.8 * peak + 4 * 128 * 32 * pairs) / dense["prefill_s"] / peak
     )
     layer = LayerReport(0, [100.0] * 8, causal=200.0)
-    layer.kept_mass.add(torch.tensor([0.96, 0.98]))
-    layer.output_error.add(torch.tensor([0.1]))
+    layer.kept_mass.add_values(torch.tensor([0.96, 0.98]))
+    layer.output_error.add_values(torch.tensor([0.1]))
     layer.select_s = 1.0
     layer.attend_s = 2.0
     layer.certify_s = 1.0

@@ -192,22 +192,37 @@ def test_the_service_takes_budgets_of_its_model_only(
     [
         (["--videos", "nothing.mp4", "--out", "p.json"], 1, "nothing.mp4: no such file"),
         (["--videos", "text.mp4", "--out", "p.json"], 1, "text.mp4: "),
-        (["--videos", "v.mp4", "--out", "p.json", "--sparse-from-tokens", "9000"], 1,
-         "too short to be sparse, which begins at 9000 tokens"),
-        (["--videos", "v.mp4", "--out", "p.json", "--epsilon", "1"], 2,
-         "--epsilon 1.0 is not accepted; expected more than 0 and at most 0.95"),
+        (
+            ["--videos", "v.mp4", "--out", "p.json", "--sparse-from-tokens", "9000"],
+            1,
+            "too short to be sparse, which begins at 9000 tokens",
+        ),
+        (
+            ["--videos", "v.mp4", "--out", "p.json", "--epsilon", "1"],
+            2,
+            "--epsilon 1.0 is not accepted; expected more than 0 and at most 0.95",
+        ),
         (["--videos", "v.mp4", "--out", "no/p.json"], 2, "--out no/p.json is not accepted"),
         (["--videos", "v.mp4", "--out", "p.json", "--rows", "0"], 2, "--rows 0 is not accepted"),
         (["--videos", "v.mp4", "--check", "p.json"], 2, "--check: p.json cannot be read: No such"),
         (["--videos", "v.mp4"], 2, "one of the arguments --out --check is required"),
-        (["--videos", "v.mp4", "--out", "p.json", "--fps", "2", "--num-frames", "8"], 1,
-         "v.mp4: fps and num_frames exclude each other"),
+        (
+            ["--videos", "v.mp4", "--out", "p.json", "--fps", "2", "--num-frames", "8"],
+            1,
+            "v.mp4: fps and num_frames exclude each other",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_calibrated_is_said_in_one_line(
-    model: Path, video: Path, arguments: list[str], code: int, text: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    model: Path,
+    video: Path,
+    arguments: list[str],
+    code: int,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(video, "v.mp4")
     Path("text.mp4").write_text("not a video " * 100)
@@ -227,9 +242,12 @@ def test_ctrl_c_leaves_nothing(model: Path, video: Path, tmp_path: Path) -> None
     command = [sys.executable, "-m", "prefill_service.cli.main", "calibrate", "--model", str(model)]
     arguments = ["--videos", str(video), "--out", str(out), *SIZES]
     with subprocess.Popen(
-        [*command, *arguments], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True,
-    ) as process:  # fmt: skip
+        [*command, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        start_new_session=True,
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epsilon"):

@@ -199,7 +199,7 @@ def test_the_documented_dial_is_the_real_one() -> None:
 
 def test_what_is_exact_in_every_sample_is_exact_in_all_statistics() -> None:
     layer = LayerReport(0, [1.0], 1.0)
-    layer.kept_mass.add(torch.ones(50))
+    layer.kept_mass.add_values(torch.ones(50))
     total = attention.summarize(
         resolve_policy(Quality.EXACT), AttentionReport(layers=[layer])
     ).total
@@ -211,9 +211,9 @@ def test_what_is_exact_in_every_sample_is_exact_in_all_statistics() -> None:
 def test_a_missed_floor_is_said() -> None:
     policy = resolve_policy(epsilon=0.1, min_kept_mass=0.95)
     layers = [LayerReport(n, [1.0], 1.0) for n in range(2)]
-    layers[0].kept_mass.add(torch.tensor([0.97, 0.93]))
+    layers[0].kept_mass.add_values(torch.tensor([0.97, 0.93]))
     assert attention.summarize(policy, AttentionReport(layers=layers)).floor_met
-    layers[1].kept_mass.add(torch.tensor([0.97, 0.92]))
+    layers[1].kept_mass.add_values(torch.tensor([0.97, 0.92]))
     assert not attention.summarize(policy, AttentionReport(layers=layers)).floor_met
 
 

@@ -99,8 +99,8 @@ def report(task: PrefillTask) -> AttentionReport:
     for number in range(0 if policy.exact else 3):
         density = [0.5 / (number + 1), 0.3 / (number + 1)]
         layer = LayerReport(number, [causal * d for d in density], causal, 20, 2, 1)
-        layer.kept_mass.add(torch.linspace(0.8, 1, 101))
-        layer.output_error.add(torch.linspace(0, 0.1, 101))
+        layer.kept_mass.add_values(torch.linspace(0.8, 1, 101))
+        layer.output_error.add_values(torch.linspace(0, 0.1, 101))
         layer.select_s = 0.25
         layer.attend_s = 1.0
         layer.certify_s = 0.125

@@ -51,7 +51,7 @@ class SparseProblem:
             k=self.k[index],
             v=self.v[index],
             heads=self.heads[index],
-            summaries=self.summaries.heads(index),
+            summaries=self.summaries.of_heads(index),
             epsilon=self.epsilon[index],
             row_limit=self.row_limit[index],
         )

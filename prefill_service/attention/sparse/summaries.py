@@ -31,7 +31,7 @@ class BlockSummaries:
 
     @property
     def blocks(self) -> int:
-        """How many."""
+        """The number of blocks."""
         return self.k_mean.shape[1]
 
     @property
@@ -39,20 +39,20 @@ class BlockSummaries:
         """Each statistic, in the order above."""
         return self.k_mean, self.k_var, self.v_mean, self.k_far, self.far_count
 
-    def heads(self, index: Tensor) -> BlockSummaries:
-        """Of some KV heads."""
+    def of_heads(self, index: Tensor) -> BlockSummaries:
+        """The part of the KV heads at ``index``."""
         return BlockSummaries(*(part[index] for part in self.parts))
 
     def first(self, blocks: int) -> BlockSummaries:
-        """Of the first ``blocks`` blocks (views)."""
+        """The part of the first ``blocks`` blocks (views)."""
         return BlockSummaries(*(part[:, :blocks] for part in self.parts))
 
-    def of(self, index: Tensor) -> BlockSummaries:
-        """Of some blocks."""
+    def of_blocks(self, index: Tensor) -> BlockSummaries:
+        """The part of the blocks at ``index``."""
         return BlockSummaries(*(part[:, index] for part in self.parts))
 
     def scatter(self, index: Tensor, other: BlockSummaries) -> None:
-        """Overwrite some blocks."""
+        """Overwrite the blocks at ``index``."""
         for part, new in zip(self.parts, other.parts, strict=True):
             part[:, index] = new
 
@@ -67,9 +67,9 @@ class BlockSummaries:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> BlockSummaries:
-        """The reverse (views)."""
+        """The reverse of ``pack`` (views)."""
         mean, var, value, far = packed[..., :-1].chunk(4, -1)
-        return cls(mean, var, value, far, packed[..., -1])
+        return cls(k_mean=mean, k_var=var, v_mean=value, k_far=far, far_count=packed[..., -1])
 
 
 def empty_summaries(
@@ -112,7 +112,13 @@ def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
     outliers.scatter_(2, farthest, 1.0)
     count = outliers.sum(2)  # [kv_heads, blocks]
     k_far = (outliers[:, :, None] @ kb).squeeze(2) / count[..., None]
-    return BlockSummaries(mean, squared.mean(2), v.to(work).reshape(shape).mean(2), k_far, count)
+    return BlockSummaries(
+        k_mean=mean,
+        k_var=squared.mean(2),
+        v_mean=v.to(work).reshape(shape).mean(2),
+        k_far=k_far,
+        far_count=count,
+    )
 
 
 def lift(variance: Tensor, block_tokens: int) -> Tensor:

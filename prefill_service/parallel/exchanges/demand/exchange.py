@@ -313,7 +313,7 @@ class DemandExchange(Exchange, KeySource):
         self._here[:, first:last] = False
         new = torch.from_numpy((told.ids >= first) & (told.ids < last))
         assert told.summaries is not None, "segments are seen in clustered order once that is told"
-        state.summaries.scatter(torch.from_numpy(told.ids)[new], told.summaries.of(new))
+        state.summaries.scatter(torch.from_numpy(told.ids)[new], told.summaries.of_blocks(new))
         state.clustered = clustered
 
     def _tell(self, layer: int, state: LayerState, raster: range, ordered: range) -> None:
@@ -376,7 +376,7 @@ class DemandExchange(Exchange, KeySource):
     def _kept_mass(self, rank: int, header: Header, request: Tensor) -> Tensor:
         ids = torch.from_numpy(self._known(self._group.rank))
         summaries = self._states[self._layer].summaries
-        known = summaries.of(ids[ids < summaries.blocks]).k_mean
+        known = summaries.of_blocks(ids[ids < summaries.blocks]).k_mean
         # The prompt's last block may be short of tokens: it has no summary, and needs none.
         k_mean = torch.nn.functional.pad(known, (0, 0, 0, len(ids) - known.shape[1]))
         k_mean, orders = self._own.as_seen(self._layer, k_mean, header.clustered)
