@@ -123,13 +123,9 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
     adaptive = AdaptiveAttention(
         SETTINGS,
         resolve_policy(epsilon=0.0),
-        LAYERS,
-        case.kv_heads,
-        HEAD_DIM,
-        torch.float64,
-        CPU,
+        shape,
         np.array(case.ends),
-        exchange.local_kv_heads,
+        heads=exchange.local_kv_heads,
     )
     attention = UnitAttention(adaptive, setup.units)
     data, before = qkv(case), dict(group.comm_stats.uses)
@@ -137,7 +133,7 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
     with Wire() as wire:
         for shares in layout.shares:
             exchange.start_chunk(shares)
-            adaptive.start_chunk()
+            adaptive.stats.start_chunk()
             share = shares[group.rank]
             mine = torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in share.ranges)])
             for layer in range(LAYERS):

@@ -58,7 +58,7 @@ class SendToAll(Exchange):
         if start == end:
             return q
         k, v = self._kv[layer, :end].permute(1, 2, 0, 3)
-        return attend_causal(q, k, v, start, self._scale).out
+        return attend_causal(q, k, v, q_offset=start, scale=self._scale).out
 
     @override
     def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
