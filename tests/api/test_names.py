@@ -38,7 +38,9 @@ def members(prefix: str, proto: Any) -> set[str]:
     return {name.removeprefix(f"{prefix}_") for name in proto.keys()} - {"UNSPECIFIED"}  # noqa: SIM118
 
 
-@pytest.mark.parametrize(("proto", "prefix", "ours", "theirs"), PAIRS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("proto", "prefix", "ours", "theirs"), PAIRS, ids=[prefix for _, prefix, *_ in PAIRS]
+)
 def test_enums_have_the_same_members(
     proto: Any, prefix: str, ours: type[Enum], theirs: type[Enum]
 ) -> None:
