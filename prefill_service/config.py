@@ -135,7 +135,10 @@ class EngineConfig:
         choices=(*(kind.name for kind in EXCHANGES), AUTO),
     )
     ulysses_degree: int = _opt(
-        0, "Of usp and ulysses_gather: ranks that share heads; 0: chosen.", low=0
+        0,
+        f"Of {' and '.join(kind.name for kind in EXCHANGES if kind.two_dimensional)}: "
+        "ranks that share heads; 0: chosen.",
+        low=0,
     )
     chunk_tokens: int = _opt(0, "Tokens per chunk and rank; 0: 512 on CPU, 4096 on CUDA.", low=0)
     mlp_chunk_tokens: int = _opt(

@@ -231,14 +231,14 @@ def _of_scheme(
     chunking = deal_tokens(tokens, scheme.ranks, chunk, scheme.order)
     # Sparse attention's rate is lower: as if it computed more pairs at that of dense attention.
     density = min(1.0, given.density / given.sparse) if sparse else 1.0
-    scheme = scheme.at(density)
+    scheme = scheme.with_density(density)
     if scheme.exchange == DEMAND:
         work, received = _demand(shape, chunking, density, given)
         # Room for all blocks, beside those at home here.
         memory = memory_bytes(Scheme(GATHER, scheme.ranks), shape, chunking)
         memory += int(chunking.held[-1].max()) * shape.kv_bytes * shape.attending_layers
     else:
-        work = prefill_work(scheme, shape, chunking, density)
+        work = prefill_work(scheme, shape, chunking, density=density)
         received = int(traffic(scheme, shape, chunking).received.max()) * shape.attending_layers
         memory = memory_bytes(scheme, shape, chunking)
     name = f"{prefix}{scheme.label}{', sparse' if sparse else ''}"
@@ -251,8 +251,8 @@ def _of_scheme(
 def _projection(
     name: str, chunk: int, work: Work, *, received: int, memory: int, model: CostModel
 ) -> Projection:
-    slowest = model.slowest(work)
-    seconds = float(model.seconds(slowest).sum())
+    slowest = model.slowest_ranks(work)
+    seconds = float(model.chunk_seconds(slowest).sum())
     computing = float(np.sum(model.compute(slowest) + model.attention(slowest)))
     return Projection(name, chunk, seconds, max(0.0, seconds - computing), received, memory)
 
@@ -287,7 +287,7 @@ def _demand(
 ) -> tuple[Work, int]:
     """As ``gather``, but of K and V only what is wanted, once, and all summaries."""
     scheme = Scheme(GATHER, chunking.ranks)
-    gather = prefill_work(scheme, shape, chunking, density)
+    gather = prefill_work(scheme, shape, chunking, density=density)
     share = given.wanted + summary_bytes(shape) / 64 / shape.kv_bytes
     sizes = gather.hidden_bytes * share
     # Summaries, what is wanted, the blocks.

@@ -26,7 +26,16 @@ from prefill_service.parallel.exchanges.catalog import GATHER, ExchangeKind
 from prefill_service.parallel.mesh import SPMesh, form_meshes
 from prefill_service.parallel.process_group import SPGroup
 
-REDUCED = ModelShape("reduced", 3, 256, 1024, 8, 2, 64, bytes_per_element=4)
+REDUCED = ModelShape(
+    name="reduced",
+    layers=3,
+    hidden=256,
+    intermediate=1024,
+    q_heads=8,
+    kv_heads=2,
+    head_dim=64,
+    bytes_per_element=4,
+)
 TURNS = 2
 
 
@@ -75,7 +84,9 @@ class Measured:
     def predicted_seconds(self, model: CostModel) -> float:
         """CPU time of the busiest rank."""
         work = self.work()
-        return max(float(model.seconds(_computing(work, rank)).sum()) for rank in range(self.ranks))
+        return max(
+            float(model.chunk_seconds(_computing(work, rank)).sum()) for rank in range(self.ranks)
+        )
 
 
 def _computing(work: Work, rank: int) -> Work:

@@ -16,7 +16,7 @@ from prefill_service.cli.completion import add_completion
 from prefill_service.cli.config_show import add_config
 from prefill_service.cli.doctor import add_doctor
 from prefill_service.cli.healthcheck import add_healthcheck
-from prefill_service.cli.plan import add_arguments as add_plan_arguments
+from prefill_service.cli.plan import add_plan
 from prefill_service.cli.serve import add_serve
 from prefill_service.errors import Reason, ServiceError
 
@@ -41,21 +41,11 @@ def make_parser() -> CommandParser:
     add_doctor(commands)
     add_config(commands)
     add_healthcheck(commands)
-    plan = commands.add_parser(
-        "plan", help="show how a prefill would be spread over ranks, and why"
-    )
-    add_plan_arguments(plan)
-    plan.set_defaults(run=_plan)
+    add_plan(commands)
     add_calibrate(commands)
     add_completion(commands, parser)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from prefill_service.cli.plan import run
-
-    return run(args)
 
 
 def _version(args: argparse.Namespace) -> int:

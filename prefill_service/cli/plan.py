@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefill_service.errors import Reason, ServiceError
 
@@ -22,8 +22,11 @@ _PRESET = "qwen3-vl-8b"
 _MEMORY_GIB = 40.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the command to ``prefill-service``."""
+    parser = commands.add_parser(
+        "plan", help="show how a prefill would be spread over ranks, and why"
+    )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="FOLDER", help="checkpoint; its config.json is enough")
@@ -57,10 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="FILE", help="write the cost model that was used")
     add("--all", action="store_true", help="every candidate, not only the best of each exchange")
     add("--json", action="store_true", help="everything as JSON")
+    parser.set_defaults(run=_plan)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the plan; returns the exit code.
+def _plan(args: argparse.Namespace) -> int:
+    """Print the search result; returns the exit code.
 
     Raises:
         ServiceError: CONFIG_INVALID for options, KV_POOL_FULL if nothing fits.
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from prefill_service.cost_model.profile import save_profile
     from prefill_service.cost_model.request import SearchRequest
     from prefill_service.cost_model.search import search_candidates
-    from prefill_service.cost_model.table import best_of_each, result_json, table
+    from prefill_service.cost_model.search_table import best_of_each, result_json, table
     from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
     for option in ("tokens", "ranks", "parallel_links"):
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         density=density,
         parallel_links=args.parallel_links,
     )
-    plan = search_candidates(request, cost)
+    found = search_candidates(request, cost)
     if not (args.model or args.preset):
         assumed.insert(0, shape.name)
     if args.density is None:
@@ -101,14 +105,14 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(exchange.name for exchange in EXCHANGES if exchange.sparse)
         assumed.append(f"that density with {names}, and dense attention with the others")
     if args.json:
-        print(json.dumps(_context(request, cost, assumed) | result_json(plan), indent=2))
+        print(json.dumps(_context(request, cost, assumed) | result_json(found), indent=2))
         return 0
     print(f"{shape.name}, {args.tokens:,} tokens, up to {args.ranks} ranks")
     if assumed:
         print(f"assumed: {'; '.join(assumed)}")
     print(f"cost model ({cost.provenance}): {_rates(cost, shape)}\n")
-    print(table(plan.candidates if args.all else best_of_each(plan), plan.chosen))
-    print(f"\n{plan.reason}")
+    print(table(found.candidates if args.all else best_of_each(found), found.chosen))
+    print(f"\n{found.reason}")
     return 0
 
 
@@ -164,7 +168,7 @@ def _probed(shape: ModelShape) -> CostModel:
 
 
 def _rates(cost: CostModel, shape: ModelShape) -> str:
-    fixed, token, pair = cost.of_shape(shape)
+    fixed, token, pair = cost.rates(shape)
     return (
         f"A = {fixed * 1e3:.3g} ms per chunk, B = {token * 1e6:.3g} us per token, "
         f"C = {pair * 1e9:.3g} ns per pair"

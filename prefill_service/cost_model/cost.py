@@ -51,7 +51,7 @@ class CostModel:
                 raise ValueError(f"{name} = {value!r} is not accepted; expected 0 or more seconds")
 
     def coefficients(self) -> Floats:
-        """In the order of ``COEFFICIENTS``."""
+        """The coefficients as a vector, in the order of ``COEFFICIENTS``."""
         return np.array([getattr(self, name) for name in COEFFICIENTS])
 
     def attention(self, work: Work) -> Amount:
@@ -70,29 +70,29 @@ class CostModel:
         """Seconds of everything that is neither attention nor transfer."""
         return self.per_pass * work.passes + self.per_linear_flop * work.linear_flops
 
-    def seconds(self, work: Work) -> Floats:
-        """Of each chunk and rank of ``work``."""
+    def chunk_seconds(self, work: Work) -> Floats:
+        """Predict the seconds of each chunk and rank; the result has the shape of the amounts."""
         overlapped = np.maximum(self.attention(work), self.hidden(work))
         return np.asarray(self.compute(work) + self.exposed(work) + overlapped, np.float64)
 
-    def slowest(self, work: Work) -> Work:
-        """Of each chunk the work of the rank that takes longest; all of a prefill that counts.
+    def slowest_ranks(self, work: Work) -> Work:
+        """Keep of each chunk the work of the rank that takes longest: nothing else counts.
 
         Args:
             work: arrays of [chunks, ranks].
         """
-        return work.of_ranks(self.seconds(work).argmax(1))
+        return work.select_ranks(self.chunk_seconds(work).argmax(1))
 
     def prefill_seconds(self, work: Work) -> float:
-        """Of a whole prefill.
+        """Predict the seconds of a whole prefill: of all chunks, each as long as its slowest rank.
 
         Args:
             work: arrays of [chunks, ranks].
         """
-        return float(self.seconds(work).max(1).sum())
+        return float(self.chunk_seconds(work).max(1).sum())
 
-    def of_shape(self, shape: ModelShape) -> tuple[float, float, float]:
-        """A in s per chunk, B in s per token and C in s per attended pair, for one model."""
+    def rates(self, shape: ModelShape) -> tuple[float, float, float]:
+        """One model's A in s per chunk, B in s per token and C in s per attended pair."""
         return (
             self.per_pass * shape.layers,
             self.per_linear_flop * shape.linear_flops,
@@ -110,4 +110,4 @@ ASSUMED = CostModel(
     per_call=20e-6,
     provenance="assumed",
 )
-"""Round numbers, of an H100-class GPU in bfloat16 behind PCIe 4.0 x16; nobody measured them."""
+"""Round numbers, of an H100-class GPU in bfloat16 behind PCIe 4.0 x16, not measured."""

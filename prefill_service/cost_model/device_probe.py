@@ -1,4 +1,4 @@
-"""A short look at what this device and its link can do, for the first cost model.
+"""What this device and its link can do, timed briefly at start for the first cost model.
 
 Three things are timed: a linear layer's product, dense attention, and a layer's worth of tiny
 operations, whose time is all overhead. Each is repeated until its share of the time is spent, and
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefill_service.cost_model.fitting import Observation
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 LINK_BYTES = (1 << 10, 1 << 20, 4 << 20)
-LINK_TURNS = 3
+LINK_REPEATS = 3
 
-_MOST_FLOPS = {"cpu": 1e9, "cuda": 1e12}
+_MAX_FLOPS = {"cpu": 1e9, "cuda": 1e12}
 _OPERATIONS_PER_LAYER = 20  # kernels of a layer beside its large products: norms, rotary, adds
-_TURNS = 3
+_REPEATS = 3
 
 
 def probe_device(
@@ -36,21 +37,21 @@ def probe_device(
         shape: of the model; matrices have its widths as far as a small fraction of a second allows.
         device: where it will run.
         dtype: of its weights and activations.
-        budget_s: seconds to spend. The first turn of each operation may overrun it.
+        budget_s: seconds to spend. The first run of each operation may overrun it.
 
     Returns:
         For ``fitting.fit``; they say nothing of the link.
     """
     import torch
 
-    share = budget_s / 3
-    most = _MOST_FLOPS.get(device.type, 1e9)
+    target = _Target(
+        device=device,
+        dtype=dtype,
+        max_flops=_MAX_FLOPS.get(device.type, 1e9),
+        budget_s=budget_s / 3,
+    )
     with torch.inference_mode():
-        return [
-            _linear(shape, device, dtype, most, share),
-            _attention(shape, device, dtype, most, share),
-            _overhead(device, dtype, share),
-        ]
+        return [_linear(shape, target), _attention(shape, target), _overhead(target)]
 
 
 def probe_link(move: Callable[[int], None]) -> list[Observation]:
@@ -68,47 +69,60 @@ def probe_link(move: Callable[[int], None]) -> list[Observation]:
     found = []
     for size in LINK_BYTES:
         move(size)  # connections are made on first use
-        turns = []
-        for _ in range(LINK_TURNS):
+        times = []
+        for _ in range(LINK_REPEATS):
             start = time.perf_counter()
             move(size)
-            turns.append(time.perf_counter() - start)
-        found.append(Observation(Work(exposed_bytes=float(size), exposed_calls=1.0), min(turns)))
+            times.append(time.perf_counter() - start)
+        found.append(Observation(Work(exposed_bytes=float(size), exposed_calls=1.0), min(times)))
     return found
 
 
-def _linear(
-    shape: ModelShape, device: torch.device, dtype: torch.dtype, most: float, budget_s: float
-) -> Observation:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """Where operations are timed, and how much of them.
+
+    Attributes:
+        device, dtype: of the operands.
+        max_flops: of one operation.
+        budget_s: seconds to spend on repeating one operation.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    max_flops: float
+    budget_s: float
+
+
+def _linear(shape: ModelShape, target: _Target) -> Observation:
     import torch
 
-    width, inner = shape.hidden, shape.intermediate
-    inner = max(1, min(inner, int(most / (2 * width * 256))))
-    tokens = max(1, min(1024, int(most / (2 * width * inner))))
-    x = torch.ones(tokens, width, dtype=dtype, device=device)
-    weight = torch.ones(width, inner, dtype=dtype, device=device)
-    seconds = _shortest(lambda: x @ weight, device, budget_s)
+    width = shape.hidden
+    inner = max(1, min(shape.intermediate, int(target.max_flops / (2 * width * 256))))
+    tokens = max(1, min(1024, int(target.max_flops / (2 * width * inner))))
+    x = torch.ones(tokens, width, dtype=target.dtype, device=target.device)
+    weight = torch.ones(width, inner, dtype=target.dtype, device=target.device)
+    seconds = _shortest(lambda: x @ weight, target)
     return Observation(Work(linear_flops=2.0 * tokens * width * inner), seconds)
 
 
-def _attention(
-    shape: ModelShape, device: torch.device, dtype: torch.dtype, most: float, budget_s: float
-) -> Observation:
+def _attention(shape: ModelShape, target: _Target) -> Observation:
     import torch
 
     # Every head has keys of its own: how they are shared is up to the real back end.
-    heads, size = min(shape.q_heads, 8), shape.head_dim
-    tokens = max(16, min(8192, int((most / (4 * heads * size)) ** 0.5)))
-    q, k, v = torch.ones(3, 1, heads, tokens, size, dtype=dtype, device=device)
+    heads = min(shape.q_heads, 8)
+    size = shape.head_dim
+    tokens = max(16, min(8192, int((target.max_flops / (4 * heads * size)) ** 0.5)))
+    q, k, v = torch.ones(3, 1, heads, tokens, size, dtype=target.dtype, device=target.device)
     attend = torch.nn.functional.scaled_dot_product_attention
-    seconds = _shortest(lambda: attend(q, k, v), device, budget_s)
+    seconds = _shortest(lambda: attend(q, k, v), target)
     return Observation(Work(attention_flops=4.0 * heads * tokens * tokens * size), seconds)
 
 
-def _overhead(device: torch.device, dtype: torch.dtype, budget_s: float) -> Observation:
+def _overhead(target: _Target) -> Observation:
     import torch
 
-    x = torch.ones(1, 16, dtype=dtype, device=device)
+    x = torch.ones(1, 16, dtype=target.dtype, device=target.device)
 
     def layer() -> object:
         y = x
@@ -116,22 +130,22 @@ def _overhead(device: torch.device, dtype: torch.dtype, budget_s: float) -> Obse
             y = y + x
         return y
 
-    return Observation(Work(passes=1.0), _shortest(layer, device, budget_s))
+    return Observation(Work(passes=1.0), _shortest(layer, target))
 
 
-def _shortest(run: Callable[[], object], device: torch.device, budget_s: float) -> float:
+def _shortest(run: Callable[[], object], target: _Target) -> float:
     import torch
 
     def timed() -> float:
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
         return time.perf_counter() - start
 
-    end = time.perf_counter() + budget_s
+    end = time.perf_counter() + target.budget_s
     best = timed()  # also warms up: kernels are loaded, threads started
-    for _ in range(_TURNS):
+    for _ in range(_REPEATS):
         best = min(best, timed())
         if time.perf_counter() > end:
             break

@@ -14,15 +14,15 @@ from prefill_service.parallel.chunking import Floats
 
 _ROUNDS = 20
 _PRIOR_WEIGHT = 1e-4
-"""Of an observation: enough to settle what no observation tells, too little to argue with one."""
+"""Weight of the prior relative to an observation: it settles only what no observation says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Something that was timed.
+    """Work that was timed.
 
     Attributes:
-        work: amounts, one number or one for each chunk (``CostModel.slowest`` of a prefill).
+        work: amounts, one number or one for each chunk (``CostModel.slowest_ranks`` of a prefill).
         seconds: what all of it took together.
 
     Raises:
@@ -64,19 +64,21 @@ def fit(
     if not observations:
         raise ValueError("a fit needs at least one observation")
     weight = np.sqrt(np.ones(len(observations)) if weights is None else np.asarray(weights))
-    best, best_error = prior, np.inf
+    best = prior
+    best_error = np.inf
     model = prior
-    observed = np.array([seen.seconds for seen in observations])
+    observed = np.array([one.seconds for one in observations])
     predicted = observed
     for _ in range(_ROUNDS):
         factor = weight / np.maximum(observed, predicted)
-        rows = np.array([_row(model, seen.work) for seen in observations])
+        rows = np.array([_row(model, one.work) for one in observations])
         values = _solve(rows * factor[:, None], observed * factor, prior.coefficients())
         before, model = model, _model(values, provenance)
-        predicted = np.array([model.seconds(seen.work).sum() for seen in observations])
+        predicted = np.array([model.chunk_seconds(one.work).sum() for one in observations])
         errors = weight * (predicted - observed) / np.maximum(observed, predicted)
         if (error := float(errors @ errors)) < best_error:
-            best, best_error = model, error
+            best = model
+            best_error = error
         if np.allclose(values, before.coefficients(), rtol=1e-9, atol=0):
             break
     return best
@@ -93,7 +95,8 @@ def nonnegative_least_squares(matrix: Floats, target: Floats) -> Floats:
         target: [rows].
     """
     columns = matrix.shape[1]
-    best, best_error = np.zeros(columns), float(target @ target)
+    best = np.zeros(columns)
+    best_error = float(target @ target)
     for size in range(1, columns + 1):
         for subset in combinations(range(columns), size):
             found = np.linalg.lstsq(matrix[:, subset], target, rcond=None)[0]
@@ -101,13 +104,14 @@ def nonnegative_least_squares(matrix: Floats, target: Floats) -> Floats:
                 continue
             rest = matrix[:, subset] @ found - target
             if (error := float(rest @ rest)) < best_error:
-                best, best_error = np.zeros(columns), error
+                best = np.zeros(columns)
+                best_error = error
                 best[list(subset)] = found
     return best
 
 
 def _row(model: CostModel, work: Work) -> Floats:
-    """By what each coefficient is multiplied in the seconds of ``work``, as ``model`` sees it."""
+    """[coefficients] by which each one is multiplied in the seconds that ``model`` predicts."""
     transfer = np.asarray(model.hidden(work)) > np.asarray(model.attention(work))
     return np.array(
         [
@@ -122,7 +126,7 @@ def _row(model: CostModel, work: Work) -> Floats:
 
 
 def _solve(rows: Floats, target: Floats, prior: Floats) -> Floats:
-    """Least squares of the rows, and faintly of the distance from the prior.
+    """Solve the rows by least squares, with a small penalty on the distance from the prior.
 
     That distance is relative to the larger of the prior and of what the rows alone say, so that a
     prior which is off by orders of magnitude cannot outweigh them.
@@ -132,9 +136,9 @@ def _solve(rows: Floats, target: Floats, prior: Floats) -> Floats:
     alone = nonnegative_least_squares(rows / norms, target) / norms
     scale = np.maximum(prior, alone)
     scale[scale == 0] = 1.0
-    faint = np.sqrt(_PRIOR_WEIGHT)
-    matrix = np.concatenate([rows * scale, faint * np.eye(len(prior))])
-    found = nonnegative_least_squares(matrix, np.concatenate([target, faint * prior / scale]))
+    penalty = np.sqrt(_PRIOR_WEIGHT)
+    matrix = np.concatenate([rows * scale, penalty * np.eye(len(prior))])
+    found = nonnegative_least_squares(matrix, np.concatenate([target, penalty * prior / scale]))
     return np.asarray(scale * found)
 
 

@@ -39,7 +39,7 @@ class CostHistory:
         """Fitted to all jobs so far; the prior before the first one."""
         return self._model
 
-    def add(self, work: Work, seconds: float) -> CostModel:
+    def add_job(self, work: Work, seconds: float) -> CostModel:
         """Learn from a finished job.
 
         Args:
@@ -52,11 +52,11 @@ class CostHistory:
         Raises:
             ValueError: seconds that are not above 0.
         """
-        self._jobs.append(Observation(self._model.slowest(work), seconds))
+        self._jobs.append(Observation(self._model.slowest_ranks(work), seconds))
         self._finished += 1
         count = len(self._jobs)
         weights = [self._forgetting ** (count - 1 - index) for index in range(count)]
         origin = self._prior.provenance
-        told = f"{origin}; refined by {self._finished} job{'s' if self._finished > 1 else ''}"
-        self._model = fit(list(self._jobs), self._prior, told, weights)
+        provenance = f"{origin}; refined by {self._finished} job{'s' if self._finished > 1 else ''}"
+        self._model = fit(list(self._jobs), self._prior, provenance, weights)
         return self._model

@@ -82,8 +82,24 @@ class ModelShape:
 
 
 PRESETS: Mapping[str, ModelShape] = {
-    "qwen2.5-vl-7b": ModelShape("Qwen2.5-VL-7B", 28, 3584, 18944, 28, 4, 128),
-    "qwen3-vl-8b": ModelShape("Qwen3-VL-8B", 36, 4096, 12288, 32, 8, 128),
+    "qwen2.5-vl-7b": ModelShape(
+        name="Qwen2.5-VL-7B",
+        layers=28,
+        hidden=3584,
+        intermediate=18944,
+        q_heads=28,
+        kv_heads=4,
+        head_dim=128,
+    ),
+    "qwen3-vl-8b": ModelShape(
+        name="Qwen3-VL-8B",
+        layers=36,
+        hidden=4096,
+        intermediate=12288,
+        q_heads=32,
+        kv_heads=8,
+        head_dim=128,
+    ),
 }
 """Public configurations, in bfloat16."""
 
@@ -126,7 +142,8 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     dtype = next(filter(None, named), "float32")
     if dtype not in _DTYPE_BYTES:
         raise _invalid(name, f"dtype = {dtype!r}; expected one of {', '.join(_DTYPE_BYTES)}")
-    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    heads = size("num_attention_heads")
+    hidden = size("hidden_size")
     try:
         return ModelShape(
             name=name,

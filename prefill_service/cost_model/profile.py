@@ -56,7 +56,8 @@ def load_profile(path: Path) -> CostModel:
         raise _invalid(path, f"is not a cost profile: expected format {_FORMAT!r}")
     if content.get("version") != _VERSION:
         raise _invalid(path, f"version = {content.get('version')!r}; expected {_VERSION}")
-    provenance, entries = content.get("provenance"), content.get("coefficients")
+    provenance = content.get("provenance")
+    entries = content.get("coefficients")
     if not isinstance(provenance, str):
         raise _invalid(path, f"provenance = {provenance!r}; expected text")
     if not isinstance(entries, dict):

@@ -97,7 +97,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The outcome.
+    """The chosen candidate, why it is chosen, and all others.
 
     Attributes:
         chosen: the best candidate.

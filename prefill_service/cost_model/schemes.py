@@ -60,8 +60,8 @@ class Scheme:
         splits = self.exchange.mesh is not MeshForm.COLUMN
         return self.exchange.sparse and (self.whole_kv_heads or not splits)
 
-    def at(self, density: float) -> Scheme:
-        """As it computes a prefix that attends to such a share of the keys."""
+    def with_density(self, density: float) -> Scheme:
+        """The scheme that computes a prefix which attends to this share of the keys."""
         return replace(self, sparse=True) if self.exchange.sparse and density < 1 else self
 
     def unsuitable(self, shape: ModelShape, density: float, parallel_links: int) -> str | None:

@@ -40,7 +40,9 @@ def search_candidates(request: SearchRequest, cost: CostModel) -> SearchResult:
         raise _nothing_fits(request, candidates)
     chosen = choose(fitting)
     ordered = sorted(candidates, key=lambda c: (c.rejected is not None, c.seconds))
-    return SearchResult(chosen, explain(request, chosen, fitting), tuple(ordered))
+    return SearchResult(
+        chosen=chosen, reason=explain(request, chosen, fitting), candidates=tuple(ordered)
+    )
 
 
 def choose(fitting: Sequence[Candidate]) -> Candidate:
@@ -85,22 +87,37 @@ def _candidates(request: SearchRequest, cost: CostModel) -> Iterator[Candidate]:
             for order in Order
         }
         for exact in schemes(ranks, request.exchanges):
-            scheme = exact.at(request.density)
+            scheme = exact.with_density(request.density)
             unsuitable = scheme.unsuitable(request.shape, request.density, request.parallel_links)
             if unsuitable:
                 yield Candidate(scheme, sizes[-1], rejected=unsuitable)
                 continue
             for size in sizes:
-                yield _evaluate(request, cost, scheme, size, cuts[size, scheme.order])
+                yield _evaluate(
+                    request, cost, scheme, chunk_tokens=size, chunking=cuts[size, scheme.order]
+                )
 
 
 def _evaluate(
-    request: SearchRequest, cost: CostModel, scheme: Scheme, chunk_tokens: int, chunking: Chunking
+    request: SearchRequest,
+    cost: CostModel,
+    scheme: Scheme,
+    *,
+    chunk_tokens: int,
+    chunking: Chunking,
 ) -> Candidate:
-    shape, options = request.shape, request.options(chunk_tokens)
-    work = prefill_work(scheme, shape, chunking, request.density, request.parallel_links, options)
-    slowest = cost.slowest(work)
-    seconds = float(cost.seconds(slowest).sum())
+    shape = request.shape
+    options = request.options(chunk_tokens)
+    work = prefill_work(
+        scheme,
+        shape,
+        chunking,
+        density=request.density,
+        parallel_links=request.parallel_links,
+        options=options,
+    )
+    slowest = cost.slowest_ranks(work)
+    seconds = float(cost.chunk_seconds(slowest).sum())
     computing = float(np.sum(cost.compute(slowest) + cost.attention(slowest)))
     transfer = float(np.sum(cost.exposed(slowest) + cost.hidden(slowest)))
     received = traffic(scheme, shape, chunking, options).received.max()

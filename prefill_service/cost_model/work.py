@@ -36,25 +36,28 @@ class Work:
     hidden_bytes: Amount = 0.0
     hidden_calls: Amount = 0.0
 
-    def of_ranks(self, ranks: NDArray[np.int64]) -> Work:
-        """Of each chunk the work of one rank.
+    def select_ranks(self, ranks: NDArray[np.int64]) -> Work:
+        """Keep the work of one rank in each chunk: [chunks, ranks] to [chunks].
 
         Args:
             ranks: [chunks] which one.
         """
-        rows = np.arange(len(ranks))
-        return Work(*(np.asarray(getattr(self, f.name))[rows, ranks] for f in fields(self)))
+        chunks = np.arange(len(ranks))
+        return Work(
+            **{f.name: np.asarray(getattr(self, f.name))[chunks, ranks] for f in fields(self)}
+        )
 
 
 def prefill_work(
     scheme: Scheme,
     shape: ModelShape,
     chunking: Chunking,
+    *,
     density: float = 1.0,
     parallel_links: int = 1,
     options: TrafficOptions = DEFAULT_OPTIONS,
 ) -> Work:
-    """Work of every chunk and rank, over all layers.
+    """Compute the work of every chunk and rank, over all layers.
 
     Args:
         density: share of the (query, key) pairs that attention computes, 1 if exact; without

@@ -78,7 +78,8 @@ def chunking_of(ranges: Sequence[Sequence[Sequence[tuple[int, int]]]]) -> Chunki
 
 
 def _from_pieces(cuts: Ints, order: Order) -> Chunking:
-    start, end = cuts[:, :-1], cuts[:, 1:]
+    start = cuts[:, :-1]
+    end = cuts[:, 1:]
     tokens = end - start
     # The query at position t sees t + 1 keys.
     pairs = tokens * (start + end + 1.0) / 2

@@ -105,6 +105,7 @@ def total(ranks: Iterable[Mapping[str, CollectiveUse]]) -> dict[str, CollectiveU
         for name, use in uses.items():
             so_far = found.get(name, CollectiveUse())
             slowest = max(so_far.seconds, use.seconds)
-            calls, received = so_far.calls + use.calls, so_far.bytes_received + use.bytes_received
+            calls = so_far.calls + use.calls
+            received = so_far.bytes_received + use.bytes_received
             found[name] = CollectiveUse(calls, received, slowest)
     return found

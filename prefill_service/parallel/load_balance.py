@@ -232,7 +232,8 @@ class Balancer:
             keep: [n, tiles, blocks] bool, what can be moved.
             heads: [n] KV heads that those are of.
         """
-        rank, device = self.group.rank, self.shape.device
+        rank = self.group.rank
+        device = self.shape.device
         group = self.shape.q_heads // self.shape.kv_heads
         given: dict[int, list[Move]] = {}
         taken: dict[int, list[Move]] = {}
@@ -241,7 +242,8 @@ class Balancer:
                 given.setdefault(move.taker, []).append(move)
             if move.taker == rank:
                 taken.setdefault(move.giver, []).append(move)
-        queries, blocks = {}, {}
+        queries = {}
+        blocks = {}
         for taker, some in given.items():
             assert rows is not None, "only who has work gives some"
             assert keep is not None, "only who has work gives some"
@@ -277,7 +279,8 @@ class Balancer:
         found = torch.empty((*q.shape[:2], q.shape[2] + 1), dtype=work, device=q.device)
         for head in sorted({move.head for move in moves}):
             which = [i for i, move in enumerate(moves) if move.head == head]
-            one, queries = slice(head, head + 1), len(which) * self.tile_tokens
+            one = slice(head, head + 1)
+            queries = len(which) * self.tile_tokens
             packed = PackedTiles(
                 rows=q[which][None],
                 k=k[one],
@@ -286,7 +289,8 @@ class Balancer:
                 scale=self.shape.scale,
             )
             part = attend_listed(packed, [lists[i] for i in which], self.scratch)
-            found[which, :, :-1], found[which, :, -1] = part.out.to(work), part.lse.to(work)
+            found[which, :, :-1] = part.out.to(work)
+            found[which, :, -1] = part.lse.to(work)
         return found
 
 
@@ -377,7 +381,8 @@ class BalancedKeys(ReplicatedKeys):
         tiles = selected.tiles
         heads = selected.heads
         blocks = min(self.common // tiles.block_tokens, keep.shape[2])
-        movable, of = keep[:, :, :blocks], heads.tolist()
+        movable = keep[:, :, :blocks]
+        of = heads.tolist()
         counts = torch.zeros(self._buffer.shape[2], tiles.count, dtype=torch.long)
         counts[heads] = movable.sum(-1)
         of_block = [tiles.tokens(tile) * tiles.block_tokens for tile in range(tiles.count)]
@@ -433,9 +438,11 @@ class MovedBlocks(DelegatedBlocks):
     def merge_results(self, result: Partial) -> Partial:
         for move, part in self._help.finish(self._kv):
             at = self._of.index(move.head), move.tile
-            out, lse = result.out[at], result.lse[at]
+            out = result.out[at]
+            lse = result.lse[at]
             total = torch.logaddexp(lse.to(part.dtype), part[:, -1])
-            mine, theirs = torch.exp(lse - total), torch.exp(part[:, -1] - total)
+            mine = torch.exp(lse - total)
+            theirs = torch.exp(part[:, -1] - total)
             merged = out.to(part.dtype) * mine[:, None] + part[:, :-1] * theirs[:, None]
             out.copy_(merged)
             lse.copy_(total)

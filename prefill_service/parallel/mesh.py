@@ -58,7 +58,8 @@ def form_subgroup_meshes(
     Returns:
         Of the teams that this rank is in, Ulysses degree to mesh.
     """
-    builder, found = _Builder(world, timeout_s), {}
+    builder = _Builder(world, timeout_s)
+    found = {}
     for team in teams:
         degrees = [u for u in range(1, team.size + 1) if team.size % u == 0]
         meshes = {u: builder.mesh(team, u) for u in degrees}
@@ -71,7 +72,8 @@ class _Builder:
     """Builds groups of ranks, each once, however many meshes it is part of."""
 
     def __init__(self, world: SPGroup, timeout_s: float) -> None:
-        self._world, self._timeout = world, timedelta(seconds=timeout_s)
+        self._world = world
+        self._timeout = timedelta(seconds=timeout_s)
         self._built: dict[tuple[int, ...], SPGroup] = {tuple(range(world.size)): world}
 
     def mesh(self, team: Subgroup, ulysses: int) -> SPMesh:
@@ -91,7 +93,8 @@ class _Builder:
         return mine
 
     def _join(self, ranks: list[int]) -> SPGroup:
-        key, world = tuple(ranks), self._world
+        key = tuple(ranks)
+        world = self._world
         if key not in self._built:
             data = dist.new_group(ranks, timeout=self._timeout)
             control = data

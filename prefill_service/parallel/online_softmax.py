@@ -23,7 +23,9 @@ class OnlineSoftmax:
     def __init__(
         self, q: Tensor, ranges: list[Range], heads: HeadSplit, part: int, scale: float
     ) -> None:
-        self._heads, self._part, self._scale = heads, part, scale
+        self._heads = heads
+        self._part = part
+        self._scale = scale
         self._ranges = ranges
         sizes = [end - start for start, end in ranges]
         self._queries = list(torch.split(q, sizes, 1)) if ranges else []

@@ -30,7 +30,9 @@ class Transfer:
                 work.wait()
             for place, staged in self.arriving:
                 place.copy_(staged)
-        self.works, self.arriving, self.kept = [], [], []
+        self.works = []
+        self.arriving = []
+        self.kept = []
 
 
 @dataclass(slots=True)
@@ -98,7 +100,9 @@ class SPGroup:
             receive: per rank, the contiguous tensor to fill.
             name: under which it is counted, as one call.
         """
-        ops, arriving, kept = [], [], []
+        ops = []
+        arriving = []
+        kept = []
         for peer, part in send.items():
             if part.numel():
                 staged = self._outgoing(part)

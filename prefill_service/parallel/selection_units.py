@@ -20,7 +20,8 @@ import numpy as np
 _TAIL_UNITS = 4
 """So many units before the prompt's end are cut in parts."""
 
-_PARTS, _PART_TOKENS = 4, 200
+_PARTS = 4
+_PART_TOKENS = 200
 """At most so many, of at least so many tokens: the floor needs rows to judge by, tiles queries."""
 
 
@@ -50,7 +51,8 @@ class SelectionUnits:
             patch_ends: [patches] one past each patch's last token, ascending.
             chunk_tokens: tokens per chunk and rank (``deal_patches``).
         """
-        count, whole = len(patch_ends), patches_per_unit(patch_ends, chunk_tokens)
+        count = len(patch_ends)
+        whole = patches_per_unit(patch_ends, chunk_tokens)
         unit_tokens = whole * int(patch_ends[-1]) // count
         part = -(-whole // max(1, min(_PARTS, unit_tokens // _PART_TOKENS)))
         tail = (-(-count // whole) - _TAIL_UNITS) * whole

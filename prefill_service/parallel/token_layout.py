@@ -172,7 +172,9 @@ class HeldTokens:
 
     def extend(self, member: int, ranges: Iterable[Range]) -> None:
         """Append ascending ranges that lie after all that the member holds."""
-        starts, ends, rows = self._starts[member], self._ends[member], self._rows[member]
+        starts = self._starts[member]
+        ends = self._ends[member]
+        rows = self._rows[member]
         for start, end in ranges:
             if ends and ends[-1] == start:
                 ends[-1] = end
@@ -183,7 +185,9 @@ class HeldTokens:
 
     def rows(self, member: int) -> int:
         """Tokens that the member holds."""
-        starts, ends, rows = self._starts[member], self._ends[member], self._rows[member]
+        starts = self._starts[member]
+        ends = self._ends[member]
+        rows = self._rows[member]
         return rows[-1] + ends[-1] - starts[-1] if rows else 0
 
     def before(self, member: int, token: int) -> int:
@@ -191,5 +195,6 @@ class HeldTokens:
         index = bisect_right(self._starts[member], token) - 1
         if index < 0:
             return 0
-        start, end = self._starts[member][index], self._ends[member][index]
+        start = self._starts[member][index]
+        end = self._ends[member][index]
         return self._rows[member][index] + min(token, end) - start

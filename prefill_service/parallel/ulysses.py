@@ -22,7 +22,9 @@ class UlyssesRow:
     """
 
     def __init__(self, mesh: SPMesh, heads: HeadSplit) -> None:
-        self._mesh, self._group, self._heads = mesh, mesh.ulysses, heads
+        self._mesh = mesh
+        self._group = mesh.ulysses
+        self._heads = heads
         self._counts = [0] * mesh.ulysses.size
 
     @property

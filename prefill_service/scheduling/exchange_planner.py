@@ -1,9 +1,9 @@
 """Which exchange computes a prefix, where the configuration leaves it open.
 
 A cost model of this machine, from the ranks' probe at start and refined by every finished prefill,
-costs the exchanges for a prefix's length (docs/planner.md). All are exact; of those considered,
-attention cannot be sparse under rings, ``usp`` and ``pass_q``, so that another one is chosen where
-computing all of it is faster still.
+costs the exchanges for a prefix's length (docs/planner.md). All are exact. Attention is dense under
+an exchange that is not ``sparse`` in the catalogue, and such a one is chosen only where computing
+all of it is faster still.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CONSIDERED = tuple(exchange for exchange in EXCHANGES if exchange.predictable)
 
 
 class ExchangePlanner:
-    """Chooses, and learns from what came of it.
+    """Chooses an exchange for each prefix, and refines its cost model with every finished prefill.
 
     Args:
         shape: of the model.
         chunk_tokens: per chunk and rank, as the ranks have it.
         kv_bytes: for K, V and buffers on each rank.
-        observed: what the ranks' probe measured; asked for once they are up.
+        observed: returns what the ranks' probe measured; called once they are up.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class ExchangePlanner:
         observed: Callable[[], Sequence[Observation]],
     ) -> None:
         self._shape = shape
-        self._chunk_tokens, self._kv_bytes = chunk_tokens, kv_bytes
+        self._chunk_tokens = chunk_tokens
+        self._kv_bytes = kv_bytes
         self._observed = observed
         self._history: CostHistory | None = None
         self._density: dict[str, float] = {}
@@ -61,8 +62,8 @@ class ExchangePlanner:
 
     @property
     def model(self) -> CostModel:
-        """As of now."""
-        return self._costs().model
+        """The cost model, with all prefills so far."""
+        return self._cost_history().model
 
     def choose(self, plan: PrefixPlan, policy: AttentionPolicy, ranks: int) -> ExchangeChoice:
         """The exchange for a prefix on so many ranks; ``gather`` where none fits, which says so."""
@@ -85,23 +86,23 @@ class ExchangePlanner:
         logger.info("%s for %d tokens: %s", scheme.label, plan.num_tokens, found.reason)
         return ExchangeChoice(scheme.exchange, scheme.ulysses)
 
-    def seconds(self, tokens: int, ranks: int) -> float:
-        """Predicted time of a prefix of so many whole chunks, by ``gather``, all of it attended.
+    def predict_seconds(self, tokens: int, ranks: int) -> float:
+        """Predict the seconds of a prefix of whole chunks by ``gather`` with dense attention.
 
-        Meant for comparing numbers of ranks (``placement``); without anything measured,
+        It is for comparing numbers of ranks (``placement``). Before anything is measured it is
         ``assumed_seconds``.
         """
         if self._history is None and not self._observed():
             return assumed_seconds(tokens, ranks)
         chunks = -(-tokens // self._chunk_tokens)
         if (chunks, ranks) not in self._seconds:
-            scheme, size = Scheme(GATHER, ranks), self._chunk_tokens
-            work = prefill_work(scheme, self._shape, deal_tokens(chunks * size, ranks, size))
+            whole = deal_tokens(chunks * self._chunk_tokens, ranks, self._chunk_tokens)
+            work = prefill_work(Scheme(GATHER, ranks), self._shape, whole)
             self._seconds[chunks, ranks] = self.model.prefill_seconds(work)
         return self._seconds[chunks, ranks]
 
     def learn(self, task: PrefillTask, outcome: PrefillOutcome) -> None:
-        """Take a finished prefill into account: its stage without decoding and vision tower."""
+        """Add a finished prefill: the seconds of its stage without decoding and vision tower."""
         seconds = outcome.stage_seconds.get("prefill", 0.0)
         if seconds <= 0:
             return
@@ -119,14 +120,15 @@ class ExchangePlanner:
             whole_units=task.whole_units,
         )
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        scheme = Scheme(choice.kind, ranks, choice.degree).at(density)
-        model = self._costs().add(prefill_work(scheme, self._shape, chunking, density), seconds)
+        scheme = Scheme(choice.kind, ranks, choice.degree).with_density(density)
+        work = prefill_work(scheme, self._shape, chunking, density=density)
+        model = self._cost_history().add_job(work, seconds)
         self._seconds.clear()
         logger.info("cost model: %s", model)
 
-    def _costs(self) -> CostHistory:
+    def _cost_history(self) -> CostHistory:
         if self._history is None:
             observed = list(self._observed())
-            told = "probe of the ranks"
-            self._history = CostHistory(fit(observed, ASSUMED, told) if observed else ASSUMED)
+            probed = fit(observed, ASSUMED, "probe of the ranks") if observed else ASSUMED
+            self._history = CostHistory(probed)
         return self._history

@@ -73,7 +73,7 @@ class Scheduler:
             executor.chunk_tokens,
             executor,
             preemption=config.elastic,
-            seconds=assumed_seconds if exchanges is None else exchanges.seconds,
+            seconds=assumed_seconds if exchanges is None else exchanges.predict_seconds,
         )
         self._queue = JobDispatcher(placer, self._run_job, self._settle)
         self.traces = TraceStore()

@@ -93,7 +93,7 @@ def test_the_cost_model_imports_no_torch() -> None:
     """Nor does configuration, which has the names of the exchanges from the same catalogue."""
     code = (
         "import sys; import prefill_service.config; print('numpy' in sys.modules)\n"
-        "import prefill_service.cost_model.search, prefill_service.cost_model.table\n"
+        "import prefill_service.cost_model.search, prefill_service.cost_model.search_table\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

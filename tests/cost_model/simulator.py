@@ -44,7 +44,9 @@ class Simulation:
     """One layer of one model on some ranks."""
 
     def __init__(self, exchange: str, shape: ModelShape, ranks: int, ulysses: int = 1) -> None:
-        self.exchange, self.shape, self.ranks = exchange, shape, ranks
+        self.exchange = exchange
+        self.shape = shape
+        self.ranks = ranks
         self.ulysses = ranks if exchange == "ulysses" else ulysses
         self.ring = ranks // self.ulysses
         group = shape.q_heads // shape.kv_heads

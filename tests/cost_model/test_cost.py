@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from prefill_service.cost_model.cost import ASSUMED, COEFFICIENTS, CostModel
-from prefill_service.cost_model.device_probe import LINK_BYTES, LINK_TURNS, probe_device, probe_link
+from prefill_service.cost_model.device_probe import (
+    LINK_BYTES,
+    LINK_REPEATS,
+    probe_device,
+    probe_link,
+)
 from prefill_service.cost_model.fitting import Observation, fit, nonnegative_least_squares
 from prefill_service.cost_model.history import CostHistory
 from prefill_service.cost_model.model_shape import PRESETS, ModelShape
@@ -25,7 +30,14 @@ from prefill_service.parallel.chunking import deal_tokens
 from prefill_service.parallel.exchanges.catalog import GATHER, RING, ULYSSES, USP, ExchangeKind
 
 SHAPE = PRESETS["qwen3-vl-8b"]
-TRUTH = CostModel(4e-4, 1 / 310e12, 1 / 95e12, 1 / 7e9, 60e-6, "truth")
+TRUTH = CostModel(
+    per_pass=4e-4,
+    per_linear_flop=1 / 310e12,
+    per_attention_flop=1 / 95e12,
+    per_byte=1 / 7e9,
+    per_call=60e-6,
+    provenance="truth",
+)
 
 
 def jobs(count: int, seed: int, *exchanges: ExchangeKind) -> list[Work]:
@@ -45,7 +57,7 @@ def jobs(count: int, seed: int, *exchanges: ExchangeKind) -> list[Work]:
 def timed(works: list[Work], truth: CostModel, noise: float, seed: int = 1) -> list[Observation]:
     draw = random.Random(seed)
     return [
-        Observation(truth.slowest(work), truth.prefill_seconds(work) * draw.gauss(1, noise))
+        Observation(truth.slowest_ranks(work), truth.prefill_seconds(work) * draw.gauss(1, noise))
         for work in works
     ]
 
@@ -55,10 +67,30 @@ def errors(model: CostModel, works: list[Work], truth: CostModel) -> list[float]
 
 
 def test_a_chunk_takes_what_its_slowest_rank_takes() -> None:
-    cost = CostModel(1.0, 2.0, 3.0, 5.0, 7.0, "")
-    work = Work(*(np.array([[float(n), 0.0]]) for n in (1, 1, 10, 1, 1, 2, 2)))
+    cost = CostModel(
+        per_pass=1.0,
+        per_linear_flop=2.0,
+        per_attention_flop=3.0,
+        per_byte=5.0,
+        per_call=7.0,
+        provenance="",
+    )
+
+    def one_busy_rank(amount: float) -> np.ndarray:
+        """[1 chunk, 2 ranks]."""
+        return np.array([[amount, 0.0]])
+
+    work = Work(
+        passes=one_busy_rank(1),
+        linear_flops=one_busy_rank(1),
+        attention_flops=one_busy_rank(10),
+        exposed_bytes=one_busy_rank(1),
+        exposed_calls=one_busy_rank(1),
+        hidden_bytes=one_busy_rank(2),
+        hidden_calls=one_busy_rank(2),
+    )
     # 1 + 2 + (5 + 7) exposed + max(30 attention, 24 hidden)
-    assert cost.seconds(work).tolist() == [[45.0, 0.0]]
+    assert cost.chunk_seconds(work).tolist() == [[45.0, 0.0]]
     assert cost.prefill_seconds(work) == 45
     slow = replace(cost, per_byte=50.0)  # 1 + 2 + (50 + 7) + max(30, 114)
     assert slow.prefill_seconds(work) == 174
@@ -66,19 +98,21 @@ def test_a_chunk_takes_what_its_slowest_rank_takes() -> None:
 
 def test_fit_recovers_a_b_c_from_one_ranks_chunks() -> None:
     draw = np.random.default_rng(3)
-    fixed, token, pair = TRUTH.of_shape(SHAPE)
+    fixed, token, pair = TRUTH.rates(SHAPE)
     observations = []
     for _ in range(60):
-        n, past = int(draw.integers(256, 8192)), int(draw.integers(0, 100_000))
+        n = int(draw.integers(256, 8192))
+        past = int(draw.integers(0, 100_000))
         cut = deal_tokens(past + n, 1, past + n)
         pairs = float(cut.pairs[0, 0]) - past * (past + 1) / 2
         seconds = (fixed + token * n + pair * pairs) * draw.normal(1, 0.02)
         work = Work(
-            float(SHAPE.layers), float(SHAPE.linear_flops) * n,
-            float(SHAPE.attention_flops(SHAPE.q_heads)) * pairs,
-        )  # fmt: skip
+            passes=float(SHAPE.layers),
+            linear_flops=float(SHAPE.linear_flops) * n,
+            attention_flops=float(SHAPE.attention_flops(SHAPE.q_heads)) * pairs,
+        )
         observations.append(Observation(work, seconds))
-    found = fit(observations, ASSUMED, "fitted").of_shape(SHAPE)
+    found = fit(observations, ASSUMED, "fitted").rates(SHAPE)
     assert found == pytest.approx((fixed, token, pair), rel=0.06)
 
 
@@ -91,14 +125,15 @@ def test_fit_recovers_all_five_through_the_overlap(seed: int) -> None:
     assert np.mean(errors(noisy, jobs(20, seed + 50, RING, USP), TRUTH)) < 0.03
 
 
-def test_what_nothing_tells_stays_as_it_was() -> None:
+def test_what_no_observation_says_stays_as_it_was() -> None:
     works = jobs(20, 5, GATHER)
-    alone = [prefill_work(Scheme(GATHER, 1), SHAPE, deal_tokens(n, 1, 512))
-             for n in (700, 5000, 90_000)]  # fmt: skip
+    alone = [
+        prefill_work(Scheme(GATHER, 1), SHAPE, deal_tokens(n, 1, 512)) for n in (700, 5000, 90_000)
+    ]
     found = fit(timed(alone, TRUTH, 0.0), ASSUMED, "fitted")
     assert found.coefficients()[3:] == pytest.approx(ASSUMED.coefficients()[3:])
     assert max(errors(found, alone, TRUTH)) < 1e-3
-    # A prior off by a factor of a thousand does not pull what is told.
+    # A prior off by a factor of a thousand does not pull what is observed.
     far = replace(ASSUMED, per_linear_flop=ASSUMED.per_linear_flop / 1000)
     assert max(errors(fit(timed(works, TRUTH, 0.0), far, ""), works, TRUTH)) < 5e-3
 
@@ -108,7 +143,8 @@ def test_nonnegative_least_squares_meets_its_conditions() -> None:
     draw = np.random.default_rng(11)
     bound = 0
     for _ in range(100):
-        matrix, target = draw.normal(size=(8, 5)), draw.normal(size=8)
+        matrix = draw.normal(size=(8, 5))
+        target = draw.normal(size=8)
         x = nonnegative_least_squares(matrix, target)
         gradient = matrix.T @ (matrix @ x - target)
         assert (x >= 0).all()
@@ -123,14 +159,14 @@ def test_refinement_converges_to_changed_costs() -> None:
     history = CostHistory(TRUTH)
     draw = random.Random(2)
     for work in jobs(40, 8, *kinds):
-        history.add(work, TRUTH.prefill_seconds(work) * draw.gauss(1, 0.02))
+        history.add_job(work, TRUTH.prefill_seconds(work) * draw.gauss(1, 0.02))
     check = jobs(20, 99, *kinds)
     assert np.mean(errors(history.model, check, TRUTH)) < 0.03
     changed = replace(TRUTH, per_linear_flop=TRUTH.per_linear_flop * 2, per_byte=1 / 1e9)
     assert np.mean(errors(history.model, check, changed)) > 0.2
     course = []
     for work in jobs(60, 9, *kinds):
-        history.add(work, changed.prefill_seconds(work) * draw.gauss(1, 0.02))
+        history.add_job(work, changed.prefill_seconds(work) * draw.gauss(1, 0.02))
         course.append(float(np.mean(errors(history.model, check, changed))))
     assert course[0] > 0.2  # one job settles nothing
     assert max(course[20:]) < 0.1
@@ -141,7 +177,7 @@ def test_refinement_converges_to_changed_costs() -> None:
 def test_history_is_bounded() -> None:
     history = CostHistory(ASSUMED, capacity=8)
     for work in jobs(30, 4, RING):
-        history.add(work, 1.0)
+        history.add_job(work, 1.0)
     assert len(history._jobs) == 8
     for arguments, message in (
         ({"capacity": 0}, "capacity = 0"),
@@ -206,16 +242,20 @@ def test_unreadable_profiles_are_named(tmp_path: Path) -> None:
         save_profile(TRUTH, tmp_path / "no" / "folder.json")
 
 
-@pytest.mark.parametrize("shape", [SHAPE, ModelShape("tiny", 2, 64, 128, 4, 2, 16)],
-                         ids=["large", "tiny"])  # fmt: skip
+TINY = ModelShape(
+    name="tiny", layers=2, hidden=64, intermediate=128, q_heads=4, kv_heads=2, head_dim=16
+)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, TINY], ids=["large", "tiny"])
 def test_probe_fits_a_model_of_this_machine(shape: ModelShape) -> None:
     start = time.perf_counter()
     seen = probe_device(shape, torch.device("cpu"), torch.float32)
-    # A second on an idle core; the rest is for the neighbours of a busy one.
+    # A second on an idle core; the rest is for a busy one.
     assert time.perf_counter() - start < 5
     found = fit(seen, ASSUMED, "probe")
     for observation in seen:
-        assert found.seconds(observation.work) == pytest.approx(observation.seconds, rel=0.01)
+        assert found.chunk_seconds(observation.work) == pytest.approx(observation.seconds, rel=0.01)
     for name in COEFFICIENTS[:3]:
         assert getattr(found, name) > 0
     assert 1e8 < 1 / found.per_linear_flop < 1e14
@@ -224,7 +264,8 @@ def test_probe_fits_a_model_of_this_machine(shape: ModelShape) -> None:
 
 
 def test_link_probe_recovers_bandwidth_and_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, clock = [], [0.0]
+    calls = []
+    clock = [0.0]
 
     def move(size: int) -> None:
         calls.append(size)
@@ -237,4 +278,4 @@ def test_link_probe_recovers_bandwidth_and_latency(monkeypatch: pytest.MonkeyPat
     assert 1 / found.per_byte == pytest.approx(200e6, rel=0.01)
     assert found.per_call == pytest.approx(2e-3, rel=0.01)
     # As many on every rank, however long they take: a collective must not be left half-way.
-    assert calls == [size for size in LINK_BYTES for _ in range(LINK_TURNS + 1)]
+    assert calls == [size for size in LINK_BYTES for _ in range(LINK_REPEATS + 1)]

@@ -28,12 +28,21 @@ from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.token_order import Order
 from tests.cost_model.simulator import Simulation, deal, prime
 
-SHAPE = ModelShape("test", 3, 32, 48, q_heads=8, kv_heads=4, head_dim=16, bytes_per_element=8)
-ODD = ModelShape("odd", 3, 32, 48, q_heads=14, kv_heads=2, head_dim=4, bytes_per_element=2)
+SHAPE = ModelShape(
+    name="test",
+    layers=3,
+    hidden=32,
+    intermediate=48,
+    q_heads=8,
+    kv_heads=4,
+    head_dim=16,
+    bytes_per_element=8,
+)
+ODD = replace(SHAPE, name="odd", q_heads=14, kv_heads=2, head_dim=4, bytes_per_element=2)
 
 
 def moved(
-    scheme: Scheme, shape: ModelShape, tokens: int, chunk: int, share: float = 1.0
+    scheme: Scheme, shape: ModelShape, tokens: int, chunk: int, *, share: float = 1.0
 ) -> Traffic:
     cut = deal_tokens(tokens, scheme.ranks, chunk, scheme.order)
     return traffic(scheme, shape, cut, TrafficOptions(share))
@@ -45,7 +54,11 @@ def scheme_of(exchange: ExchangeKind, ranks: int, ulysses: int = 1) -> Scheme:
 
 @pytest.mark.parametrize("p", [2, 4])
 def test_one_chunk_moves_what_the_papers_say(p: int) -> None:
-    n, hq, hkv, d, e = 192, 8, 4, 16, 8
+    n = 192
+    hq = 8
+    hkv = 4
+    d = 16
+    e = 8
     expected = {
         GATHER: 2 * hkv * d * e * n * (p - 1) // p,
         RING: 2 * hkv * d * e * n * (p - 1) // p,
@@ -59,7 +72,13 @@ def test_one_chunk_moves_what_the_papers_say(p: int) -> None:
 
 @pytest.mark.parametrize("exchange", [USP, ULYSSES_GATHER])
 def test_rows_and_columns_move_what_the_paper_says(exchange: ExchangeKind) -> None:
-    n, u, r, hq, hkv, d, e = 192, 2, 2, 8, 4, 16, 8
+    n = 192
+    u = 2
+    r = 2
+    hq = 8
+    hkv = 4
+    d = 16
+    e = 8
     p = u * r
     heads = (2 * hq + 2 * hkv) * d * e * n // p * (u - 1) // u
     ring = 2 * hkv * d * e * n * (r - 1) // p
@@ -69,14 +88,17 @@ def test_rows_and_columns_move_what_the_paper_says(exchange: ExchangeKind) -> No
 
 
 def test_the_sizes_measured_on_real_ranks() -> None:
-    """4 gloo ranks, 192 tokens in float64: what a meter on the collectives counted."""
+    """4 gloo ranks, 192 tokens in float64: what counting the collectives found."""
     assert moved(Scheme(USP, 4, 2), SHAPE, 192, 48).received.max() == 122_880
     assert moved(Scheme(RING, 4), SHAPE, 192, 48).received.max() == 147_456
     assert moved(Scheme(PASS_Q, 4), SHAPE, 192, 48).received.max() == 304_128
 
 
 def test_log_sum_exps_have_four_bytes_at_least() -> None:
-    n, p, d, hq = 64, 4, 4, 14
+    n = 64
+    p = 4
+    d = 4
+    hq = 14
     found = moved(Scheme(PASS_Q, p), ODD, n, n // p)
     assert found.received.tolist() == [hq * (2 * d * 2 + 4) * n * (p - 1) // p] * p
 
@@ -95,7 +117,7 @@ def test_chunks_move_what_a_walk_counts(
         walk = Simulation(str(scheme.exchange), shape, ranks, scheme.ulysses)
         share = 0.3 if scheme.exchange == DEMAND else 1.0
         counted = walk.run(tokens, chunk, share)
-        found = moved(scheme, shape, tokens, chunk, share)
+        found = moved(scheme, shape, tokens, chunk, share=share)
         for name in ("exposed", "hidden"):
             stream = getattr(found, name)
             for values, kind in ((stream.received, name), (stream.calls, f"{name}_calls")):
@@ -175,15 +197,17 @@ def test_whole_kv_heads_stay_together(parts: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6])
 def test_sparse_ulysses_moves_each_head_once(ranks: int) -> None:
     """Of even shares: every rank's heads of the others' tokens, and the others' of its own."""
-    n, shape = 240, SHAPE
-    scheme = scheme_of(ULYSSES, ranks).at(density=0.3)
+    n = 240
+    shape = SHAPE
+    scheme = scheme_of(ULYSSES, ranks).with_density(density=0.3)
     found = traffic(scheme, shape, deal_tokens(n, ranks, n // ranks)).received
     own = [4 // ranks + (rank < 4 % ranks) for rank in range(ranks)]  # KV heads; 2 queries each
-    size, away = shape.head_dim * shape.bytes_per_element, n - n // ranks
+    size = shape.head_dim * shape.bytes_per_element
+    away = n - n // ranks
     assert found.tolist() == [
         size * (away * 4 * heads + n // ranks * (shape.q_heads - 2 * heads)) for heads in own
     ]
-    assert scheme_of(RING, ranks).at(density=0.3) == scheme_of(RING, ranks)
+    assert scheme_of(RING, ranks).with_density(density=0.3) == scheme_of(RING, ranks)
 
 
 def test_refusals_name_the_value() -> None:

@@ -10,8 +10,12 @@ from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
 from prefill_service.parallel.baselines.methods import baseline_method
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_evenly
 
-HEAD_DIM, SCALE, E = 16, 0.25, 8
-SPAVA, STAR, APB = Comparison.SPAVA, Comparison.STAR, Comparison.APB
+HEAD_DIM = 16
+SCALE = 0.25
+E = 8
+SPAVA = Comparison.SPAVA
+STAR = Comparison.STAR
+APB = Comparison.APB
 ALL = 1 << 20
 
 
@@ -91,9 +95,10 @@ def rows_of(split: SequenceSplit, rank: int) -> torch.Tensor:
 def visible(case: Case, split: SequenceSplit, mode: BaselineMethod) -> torch.Tensor:
     """[q_heads, rows, rows] bool: the method, written down pair by pair."""
     q, k, _ = all_rows(case, split).split([case.q_heads, case.kv_heads, case.kv_heads])
-    n, anchor, context, rows = (
-        split.num_tokens, split.anchor_tokens, split.context_tokens, q.shape[1],
-    )  # fmt: skip
+    n = split.num_tokens
+    anchor = split.anchor_tokens
+    context = split.context_tokens
+    rows = q.shape[1]
     seen = torch.zeros(case.q_heads, rows, rows, dtype=torch.bool)
     causal = torch.ones(rows, rows, dtype=torch.bool).tril()
     seen[:, :anchor, :anchor] = causal[:anchor, :anchor]

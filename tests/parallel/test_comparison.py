@@ -43,7 +43,8 @@ from tests.parallel.ranks import run_ranks
 
 
 def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    split, mode = case.split(group.size), case.mode(group.size)
+    split = case.split(group.size)
+    mode = case.mode(group.size)
     rows = all_rows(case, split)[:, rows_of(split, group.rank)]
     q, k, v = rows.split([case.q_heads, case.kv_heads, case.kv_heads])
     pairs = 0
@@ -118,7 +119,8 @@ def test_equals_the_method_under_an_explicit_mask(ran: Ran) -> None:
     """Seed 19 (g), and (h): uneven and one-token blocks, a question of one token."""
     size, results = ran
     for name, case in cases(size).items():
-        split, mode = case.split(size), case.mode(size)
+        split = case.split(size)
+        mode = case.mode(size)
         expected = emulate(case, split, visible(case, split, mode))
         for rank, result in enumerate(results):
             mine = rows_of(split, rank)
@@ -169,7 +171,8 @@ def test_ranks_attend_to_equally_many_pairs(ran: Ran) -> None:
     pairs = [result["even"]["pairs"] for result in results]
     pairs[0] -= case.question * (case.question + 1) // 2
     assert len(set(pairs)) == 1
-    split, mode = case.split(size), case.mode(size)
+    split = case.split(size)
+    mode = case.mode(size)
     seen = int(visible(case, split, mode)[0].sum())
     # Every rank computes the anchor's rows again.
     again = (size - 1) * case.mode(size).anchor_tokens * (mode.anchor_tokens + 1) // 2
@@ -249,7 +252,8 @@ def test_what_cannot_be_is_refused() -> None:
         BaselineMethod(SPAVA, 8, 2, blocks_per_rank=3)
     with pytest.raises(ValueError, match="a question in the anchor needs one block per rank"):
         BaselineMethod(APB, 8, 2, question_in_anchor=True)
-    group, split = SPGroup(0, 1, None, None), split_evenly(100, 2, 1, mode)
+    group = SPGroup(0, 1, None, None)
+    split = split_evenly(100, 2, 1, mode)
     with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):
         BaselineAttention(group, split_evenly(100, 2, 4, mode), mode, SCALE)
     q = random(2, 101, HEAD_DIM, seed=1)

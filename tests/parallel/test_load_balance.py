@@ -40,10 +40,12 @@ def after(loads: list[Load], moves: list[Move]) -> list[int]:
 def test_loads_are_evened_out(ranks: int, skew: int, seed: int) -> None:
     loads = random_loads(seed, ranks, skew)
     moves = choose_moves(loads, 1.0)
-    totals, mean = after(loads, moves), sum(load.total for load in loads) / ranks
+    totals = after(loads, moves)
+    mean = sum(load.total for load in loads) / ranks
     assert imbalance(totals) <= imbalance([load.total for load in loads])
     assert imbalance(totals) <= 1.02 + 8 * 128 * 64 / mean  # to two moved tiles' price
-    givers, takers = {m.giver for m in moves}, {m.taker for m in moves}
+    givers = {m.giver for m in moves}
+    takers = {m.taker for m in moves}
     assert not givers & takers
     assert len({(m.giver, m.taker, m.head, m.tile) for m in moves}) == len(moves)
     given: dict[tuple[int, int, int], set[int]] = {}

@@ -157,7 +157,7 @@ def test_a_job_that_took_what_was_predicted_changes_nothing(kind: ExchangeKind) 
     chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
     scheme = Scheme(kind, 3, 3, sparse=True)
     before = chooser.model
-    seconds = before.prefill_seconds(prefill_work(scheme, SHAPE, chunking, density))
+    seconds = before.prefill_seconds(prefill_work(scheme, SHAPE, chunking, density=density))
     for _ in range(4):
         chooser.learn(
             task(plan, BALANCED, ExchangeChoice(kind, 3), ranks=3), outcome(seconds, density)
@@ -206,15 +206,15 @@ def test_the_model_says_what_more_ranks_bring() -> None:
     """On a slow link several ranks lose, on a fast one they gain."""
     slow = planner(1e7)
     fast = planner(350e9)
-    assert slow.seconds(4096, 2) > slow.seconds(4096, 1)
-    assert 3 < fast.seconds(65_536, 1) / fast.seconds(65_536, 4) <= 4
+    assert slow.predict_seconds(4096, 2) > slow.predict_seconds(4096, 1)
+    assert 3 < fast.predict_seconds(65_536, 1) / fast.predict_seconds(65_536, 4) <= 4
     unmeasured = ExchangePlanner(SHAPE, 4096, ROOM, list)
-    assert unmeasured.seconds(1000, 2) == assumed_seconds(1000, 2)
+    assert unmeasured.predict_seconds(1000, 2) == assumed_seconds(1000, 2)
 
 
 def test_jobs_change_what_more_ranks_bring() -> None:
     chooser = planner(350e9)
-    before = chooser.seconds(65_536, 2)
+    before = chooser.predict_seconds(65_536, 2)
     for _ in range(4):
         chooser.learn(task(prefix(65_536), EXACT, ExchangeChoice(), ranks=2), outcome(100.0))
-    assert chooser.seconds(65_536, 2) > 2 * before
+    assert chooser.predict_seconds(65_536, 2) > 2 * before

@@ -53,7 +53,10 @@ class BaselineAttention:
     ) -> None:
         if split.ranks != group.size:
             raise ValueError(f"the split is for {split.ranks} ranks, the group has {group.size}")
-        self._group, self._split, self._mode, self._scale = group, split, mode, scale
+        self._group = group
+        self._split = split
+        self._mode = mode
+        self._scale = scale
         self._rows = split.rows(group.rank)
         self._counts = passing_counts(split, mode.passing_tokens)
 
@@ -94,7 +97,8 @@ class BaselineAttention:
 
     def _start_question(self, q: Tensor, k: Tensor, v: Tensor) -> _Gathered:
         """The question over the keys that this rank answers for, on its way to all ranks."""
-        group, rows = self._group, self._rows
+        group = self._group
+        rows = self._rows
         start, end = (rows.anchor.start + token for token in self._split.anchor_slice(group.rank))
         # All of them lie before the question, so there is no mask: a causal one, aligned to the
         # last key as the released code has it, would hide keys from all but the last query.
@@ -105,7 +109,8 @@ class BaselineAttention:
         mine = merge(parts)
         out = mine.out.new_empty((group.size, *mine.out.shape))
         lse = mine.lse.new_empty((group.size, *mine.lse.shape))
-        out[group.rank], lse[group.rank] = mine.out, mine.lse
+        out[group.rank] = mine.out
+        lse[group.rank] = mine.lse
         arriving = group.all_gather_v(list(out)) + group.all_gather_v(list(lse))
         return _Gathered(out, lse, arriving)
 

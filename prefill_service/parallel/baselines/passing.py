@@ -120,7 +120,8 @@ def start_passing(
         q: [q_heads, rows, head_dim] of the rank's rows.
         k, v: [kv_heads, rows, head_dim].
     """
-    rows, mine = split.rows(group.rank), split.blocks_of(group.rank)
+    rows = split.rows(group.rank)
+    mine = split.blocks_of(group.rank)
     ends = list(accumulate(counts))
     kv_heads, _, head_dim = k.shape
     passed = PassedKV(k.new_empty((ends[-1], 2, kv_heads, head_dim)), ends)

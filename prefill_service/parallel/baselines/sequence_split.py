@@ -202,7 +202,8 @@ def split_patches(
     Raises:
         ValueError: fewer patches after the anchor than blocks, or no question.
     """
-    blocks, anchor = mode.num_blocks(ranks), mode.anchor_tokens
+    blocks = mode.num_blocks(ranks)
+    anchor = mode.anchor_tokens
     ends = [int(end) for end in patch_ends]
     taken = bisect_left(ends, anchor) + 1 if anchor else 0
     left = max(0, len(ends) - taken)

@@ -24,7 +24,16 @@ from prefill_service.parallel.exchanges.catalog import (
 )
 from tests.cost_model.simulator import Simulation, prime
 
-SHAPE = ModelShape("test", 3, 16, 24, q_heads=6, kv_heads=2, head_dim=4, bytes_per_element=4)
+SHAPE = ModelShape(
+    name="test",
+    layers=3,
+    hidden=16,
+    intermediate=24,
+    q_heads=6,
+    kv_heads=2,
+    head_dim=4,
+    bytes_per_element=4,
+)
 CHUNKS = (2, 4, 8, 16, 64)
 PLAIN = [name for name in EXCHANGES if name not in (MULTI_RING, DEMAND)]
 
@@ -46,15 +55,19 @@ def every_way(ranks: int, tokens: int) -> list[Found]:
     return [way for way in ways if way[2] <= SHAPE.q_heads]
 
 
-def by_hand(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
+def walked(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
     """Seconds, bytes received and memory of one way, from a walk over its tokens."""
     name, ranks, ulysses, size = way
     walk = Simulation(name, SHAPE, ranks, ulysses)
     attending = SHAPE.layers - 1
-    h, kv, q = SHAPE.hidden, 2 * 4, 6 * 4
+    h = SHAPE.hidden
+    kv = 2 * 4
+    q = 6 * 4
     full = 2 * (h * (q + 2 * kv) + q * h + 3 * h * SHAPE.intermediate)
     flops = attending * full + 2 * h * 2 * kv
-    seconds, received, buffers = 0.0, [0] * ranks, [0]
+    seconds = 0.0
+    received = [0] * ranks
+    buffers = [0]
     for chunk in walk.run(tokens, size):
         times = []
         for rank in range(ranks):
@@ -88,7 +101,7 @@ def by_hand(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
 def brute_force(request: SearchRequest, cost: CostModel) -> Found | None:
     found = {}
     for way in every_way(request.max_ranks, request.tokens):
-        seconds, received, memory = by_hand(way, request.tokens, cost)
+        seconds, received, memory = walked(way, request.tokens, cost)
         if memory <= request.kv_memory_bytes:
             found[way] = (seconds, received)
     if not found:
@@ -98,10 +111,15 @@ def brute_force(request: SearchRequest, cost: CostModel) -> Found | None:
     return min(
         (way for way, (seconds, _) in found.items() if seconds <= limit),
         key=lambda way: (
-            way[1], way[0] != "gather", found[way][1], order.index(way[0]), found[way][0],
-            way[2], way[3],
+            way[1],
+            way[0] != "gather",
+            found[way][1],
+            order.index(way[0]),
+            found[way][0],
+            way[2],
+            way[3],
         ),
-    )  # fmt: skip
+    )
 
 
 def small_cases() -> list[tuple[int, int, CostModel, float]]:
@@ -125,7 +143,14 @@ def small_cases() -> list[tuple[int, int, CostModel, float]]:
 def test_the_choice_equals_brute_force() -> None:
     chosen = []
     for tokens, ranks, cost, memory in small_cases():
-        request = SearchRequest(SHAPE, tokens, ranks, memory, chunk_tokens=CHUNKS, exchanges=PLAIN)
+        request = SearchRequest(
+            shape=SHAPE,
+            tokens=tokens,
+            max_ranks=ranks,
+            kv_memory_bytes=memory,
+            chunk_tokens=CHUNKS,
+            exchanges=PLAIN,
+        )
         expected = brute_force(request, cost)
         if expected is None:
             with pytest.raises(ServiceError) as refused:
@@ -135,15 +160,18 @@ def test_the_choice_equals_brute_force() -> None:
         plan = search_candidates(request, cost)
         best = plan.chosen
         found = (
-            str(best.scheme.exchange), best.scheme.ranks, best.scheme.ulysses, best.chunk_tokens
-        )  # fmt: skip
+            str(best.scheme.exchange),
+            best.scheme.ranks,
+            best.scheme.ulysses,
+            best.chunk_tokens,
+        )
         assert found == expected, (tokens, ranks, cost, memory)
         chosen.append(found[0])
         for candidate in plan.candidates:
             scheme = candidate.scheme
             way = (str(scheme.exchange), scheme.ranks, scheme.ulysses, candidate.chunk_tokens)
             if candidate.memory_bytes:
-                seconds, received, needed = by_hand(way, tokens, cost)
+                seconds, received, needed = walked(way, tokens, cost)
                 assert candidate.seconds == pytest.approx(seconds)
                 assert (candidate.bytes_received, candidate.memory_bytes) == (received, needed)
     # The cases are no test if one answer fits them all.

@@ -10,6 +10,7 @@ import pytest
 from prefill_service.cli.main import main
 from prefill_service.cost_model.cost import ASSUMED
 from prefill_service.cost_model.profile import load_profile, save_profile
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
 LONG = ["plan", "--tokens", "1000000", "--ranks", "8"]
 
@@ -38,9 +39,13 @@ def test_the_table_is_aligned_and_gives_reasons(capsys: pytest.CaptureFixture[st
 
 def test_what_is_given_is_not_called_assumed(capsys: pytest.CaptureFixture[str]) -> None:
     assumed = printed(
-        capsys, "--preset", "Qwen2.5-VL-7B", "--link", "5", "--latency", "50", "--density", "1",
-        "--memory", "80",
-    ).splitlines()[1]  # fmt: skip
+        capsys,
+        *("--preset", "Qwen2.5-VL-7B"),
+        *("--link", "5"),
+        *("--latency", "50"),
+        *("--density", "1"),
+        *("--memory", "80"),
+    ).splitlines()[1]
     assert assumed == (
         "assumed: 400 TFLOP/s in linear layers, 300 in attention, 200 us per layer and chunk"
     )
@@ -62,8 +67,7 @@ def test_json_has_all_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["chosen"] in found["candidates"]
     assert found["chosen"]["rejected"] is None
     names = {candidate["exchange"] for candidate in found["candidates"]}
-    assert names == {"gather", "ring", "ulysses", "usp", "pass_q", "multi_ring", "demand",
-                     "ulysses_gather"}  # fmt: skip
+    assert names == {exchange.name for exchange in EXCHANGES}
     lines = printed(capsys, "--all", "--density", "0.2").splitlines()
     assert len(lines) == len(found["candidates"]) + 7
 
@@ -80,10 +84,14 @@ def test_profiles_are_written_and_read(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_checkpoint_and_a_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "text_config": {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
         }
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = printed(capsys, "--model", str(tmp_path), "--probe")
     assert text.startswith(f"{tmp_path.name}, 1,000,000 tokens")

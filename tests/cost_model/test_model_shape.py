@@ -80,4 +80,4 @@ def test_missing_files_and_names_are_named(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=r"preset 'gpt' is not known; known are qwen2.5-vl-7b, "):
         preset_shape("gpt")
     with pytest.raises(ValueError, match="layers = 0; expected 1 or more"):
-        ModelShape("m", 0, 1, 1, 1, 1, 1)
+        ModelShape(name="m", layers=0, hidden=1, intermediate=1, q_heads=1, kv_heads=1, head_dim=1)

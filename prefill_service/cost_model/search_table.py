@@ -15,7 +15,7 @@ _LEFT_COLUMNS = (0, 1, 7)
 
 
 def best_of_each(result: SearchResult) -> list[Candidate]:
-    """Of each exchange and mesh the candidate that would be chosen first.
+    """Keep the candidate of each exchange and mesh that would be chosen first.
 
     Where none can be chosen, the one that was rejected with the least memory, or the one on the
     most ranks if it cannot run at all.
@@ -24,7 +24,7 @@ def best_of_each(result: SearchResult) -> list[Candidate]:
     for candidate in (result.chosen, *result.candidates):
         key = (candidate.scheme.exchange, _degree(candidate))
         first = best.setdefault(key, candidate)
-        if first.rejected is not None and _tells_more(candidate, first):
+        if first.rejected is not None and _more_informative(candidate, first):
             best[key] = candidate
     return list(best.values())
 
@@ -37,7 +37,7 @@ def table(candidates: Iterable[Candidate], chosen: Candidate) -> str:
 
 
 def result_json(result: SearchResult) -> dict[str, Any]:
-    """Everything, in seconds and bytes."""
+    """The search result as JSON values, in seconds and bytes."""
     return {
         "chosen": candidate_json(result.chosen),
         "reason": result.reason,
@@ -46,7 +46,7 @@ def result_json(result: SearchResult) -> dict[str, Any]:
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """One candidate, its scheme's fields beside the others."""
+    """A candidate as JSON values, its scheme's fields beside the others."""
     values = asdict(candidate)
     scheme = candidate.scheme
     del values["scheme"]
@@ -54,8 +54,8 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     return mesh | values
 
 
-def _tells_more(candidate: Candidate, first: Candidate) -> bool:
-    """Of two that were rejected."""
+def _more_informative(candidate: Candidate, first: Candidate) -> bool:
+    """Whether the second of two rejected candidates is nearer to one that can be chosen."""
     if candidate.memory_bytes and first.memory_bytes:
         return candidate.memory_bytes < first.memory_bytes
     if candidate.memory_bytes or first.memory_bytes:
