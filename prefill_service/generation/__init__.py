@@ -1,1 +1,1 @@
-"""The decoder: vLLM, launched and watched or given by URL, and requests to it."""
+"""Generation by vLLM, launched and watched or given by URL, and requests to it."""

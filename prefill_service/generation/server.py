@@ -1,4 +1,4 @@
-"""The decoder as the service sees it: launched and watched, or given by URL."""
+"""vLLM as the service sees it: launched and watched, or given by URL."""
 
 from __future__ import annotations
 
@@ -97,11 +97,12 @@ class GenerationServer:
         except BaseException:
             await self.stop()
             raise
-        self._watcher = asyncio.create_task(self._watch(), name="decoder-watcher")
+        self._watcher = asyncio.create_task(self._watch(), name="vllm-watcher")
 
     async def stop(self) -> None:
         """End the watcher, the embedded vLLM with all its processes, and all connections."""
-        self._ready, self._trouble = False, "vLLM has been stopped"
+        self._ready = False
+        self._trouble = "vLLM has been stopped"
         if self._watcher is not None:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
@@ -138,11 +139,12 @@ class GenerationServer:
     async def _bring_up(self) -> None:
         """Launch if embedded, wait for health, read the model's length."""
         assert self._session is not None
-        url, timeout_s = self._config.url, self._config.request_timeout_s
+        url = self._config.url
+        timeout_s = self._config.request_timeout_s
         if not url:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._process = VllmProcess(
-                self._config, self._model_path, self._dtype, device, self._log_path
+                self._config, self._model_path, self._dtype, device=device, log_path=self._log_path
             )
             await self._process.launch()
             url = self._process.url
@@ -150,11 +152,14 @@ class GenerationServer:
         begin = time.monotonic()
         await self._until_healthy(client)
         self._max_model_len = await client.max_model_len()
-        self._client, self._ready = client, True
+        self._client = client
+        self._ready = True
         logger.info(
             "vLLM at %s is ready after %.1f s, context %d tokens",
-            url, time.monotonic() - begin, self._max_model_len,
-        )  # fmt: skip
+            url,
+            time.monotonic() - begin,
+            self._max_model_len,
+        )
 
     async def _until_healthy(self, client: VllmClient) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s

@@ -149,7 +149,7 @@ class VllmClient:
         except TimeoutError as error:
             raise _unavailable(
                 f"vLLM at {self.url} was silent for {silence_s:g} s; the limit is "
-                "decoder.request_timeout_s"
+                "vllm.request_timeout_s"
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise _unavailable(f"vLLM at {self.url} broke off: {_describe(error)}") from error
@@ -174,14 +174,16 @@ async def _events(
     response: aiohttp.ClientResponse, first_s: float | None, silence_s: float
 ) -> AsyncIterator[GenerationEvent]:
     """Server-sent events to ``GenerationEvent``; the final one joins finish reason and usage."""
-    finish_reason, usage = "", None
+    finish_reason = ""
+    usage = None
     async for chunk in _data_lines(response, first_s, silence_s):
         if "error" in chunk:
             raise _failed(chunk["error"].get("code"), json.dumps(chunk))
         usage = chunk.get("usage") or usage
         for choice in chunk.get("choices", []):
             finish_reason = choice.get("finish_reason") or finish_reason
-            text, token_ids = choice.get("text") or "", tuple(choice.get("token_ids") or ())
+            text = choice.get("text") or ""
+            token_ids = tuple(choice.get("token_ids") or ())
             if text or token_ids:
                 yield GenerationEvent(text, token_ids)
     if not finish_reason or usage is None:
@@ -199,7 +201,8 @@ async def _data_lines(
     response: aiohttp.ClientResponse, first_s: float | None, silence_s: float
 ) -> AsyncIterator[dict[str, Any]]:
     """JSON of the stream's ``data:`` lines; a longer pause than allowed is a TimeoutError."""
-    buffer, limit_s = b"", first_s
+    buffer = b""
+    limit_s = first_s
     while True:
         async with asyncio.timeout(limit_s):
             data = await response.content.readany()

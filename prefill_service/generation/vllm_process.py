@@ -40,7 +40,7 @@ class VllmProcess:
     """
 
     def __init__(
-        self, config: VllmConfig, model_path: str, dtype: str, device: str, log_path: Path
+        self, config: VllmConfig, model_path: str, dtype: str, *, device: str, log_path: Path
     ) -> None:
         self._config = config
         self._model_path = model_path
@@ -140,7 +140,7 @@ class VllmProcess:
         if Path(self._model_path).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
         if self._device == "cpu":
-            # The ranks use the same cores: half the threads, none pinned, none spinning.
+            # The workers use the same cores: half the threads, none pinned, none spinning.
             threads = max(1, len(os.sched_getaffinity(0)) // 2)
             environment.setdefault("OMP_NUM_THREADS", str(threads))
             environment.setdefault("OMP_WAIT_POLICY", "passive")

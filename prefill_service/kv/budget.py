@@ -80,14 +80,18 @@ class KVBudget:
             advice: a sentence that names a sampling that would fit.
         """
         fitting = self.fitting_tokens
-        needed, limit = self.least_working_bytes(tokens), self.working_bytes
-        option, what = "engine.kv_working_bytes", f"{needed} bytes of working KV on each rank"
+        needed = self.least_working_bytes(tokens)
+        limit = self.working_bytes
+        option = "engine.kv_working_bytes"
+        what = f"{needed} bytes of working KV on each rank"
         remedies = ["raise engine.kv_working_bytes"]
         if needed > limit and not self.offload:
             remedies.append('set engine.kv_offload = "host"')
         if needed <= limit:
-            needed, limit = tokens * self.layout.token_bytes, self.pool_bytes
-            option, what = "engine.kv_pool_bytes", f"{needed} bytes of KV pages"
+            needed = tokens * self.layout.token_bytes
+            limit = self.pool_bytes
+            option = "engine.kv_pool_bytes"
+            what = f"{needed} bytes of KV pages"
             remedies = ["raise engine.kv_pool_bytes"]
         sampling = advice.rstrip(".") or "look at fewer or smaller frames"
         return ServiceError(

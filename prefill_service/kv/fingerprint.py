@@ -1,11 +1,12 @@
-"""Identity of a checkpoint: KV of one set of weights must never meet another's decoder."""
+"""Identity of a checkpoint: KV of one set of weights must never be read by another."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 << 10
 
 
 def fingerprint_model(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 The manifest is the contract between the ranks, which compute KV, and the connector inside
 vLLM, which pulls it. It is known *before* the prefill starts (the plan fixes which rank
-computes which tokens), so a decoder can be asked while chunks are still being computed;
+computes which tokens), so that vLLM can be asked while chunks are still being computed;
 per-page checksums travel with the pages (``kv.handoff``).
 """
 

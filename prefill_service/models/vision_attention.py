@@ -44,7 +44,9 @@ def varlen_attention(
     """
     borders = cu_seq_lens_q.tolist()
     lengths = [end - start for start, end in pairwise(borders)]
-    q, k, v = query[0], key[0], value[0]  # [heads, tokens, head_dim]
+    q = query[0]
+    k = key[0]
+    v = value[0]  # [heads, tokens, head_dim]
     if len(set(lengths)) == 1:
         shape = (q.shape[0], len(lengths), lengths[0], q.shape[2])
         q, k, v = (x.view(shape) for x in (q, k, v))

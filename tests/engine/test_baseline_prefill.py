@@ -66,7 +66,7 @@ async def test_kv_is_exact_where_the_method_is(
         video = make_video(**VIDEO)
         plan, index = await standalone.plan(video, FrameSampling(fps=4.0))
         text = standalone.planner.chat.prefix("")
-        inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text)
+        inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text=text)
         exact = prefix_kv(model, inputs, plan, torch.float64)
 
         everything = baseline_task(standalone, plan, SPAVA, anchor=40, passing=1 << 20)

@@ -51,7 +51,7 @@ async def test_kv_equals_transformers(
             video = make_video(**arguments)
             plan, index = await standalone.plan(video, FrameSampling(fps=4.0))
             text = standalone.planner.chat.prefix("")
-            inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text)
+            inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text=text)
             exact, theirs = (
                 prefix_kv(model, inputs, plan, dtype) for dtype in (torch.float64, torch.float32)
             )
@@ -98,7 +98,7 @@ async def test_bfloat16_is_as_close_to_float32_as_transformers_is(
         await standalone.prefill(task)
         ours = standalone.read_kv(task)
         text = standalone.planner.chat.prefix("")
-        inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text)
+        inputs = processor_inputs(model, standalone.frames(video, plan), plan, index, text=text)
     exact, theirs = (prefix_kv(model, inputs, plan, d) for d in (torch.float32, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()

@@ -1,6 +1,6 @@
 """A prefix's KV and greedy answers by transformers, in a process of its own.
 
-Positions are the plan's (vLLM's formula), so Qwen2.5-VL is compared by the decoder's rule.
+Positions are the plan's (vLLM's formula), so Qwen2.5-VL is compared by vLLM's rule.
 """
 
 from __future__ import annotations
@@ -37,17 +37,16 @@ class Case:
     fingerprint: str
 
 
-def compute(model: Path, frames: int, height: int, width: int, new_tokens: int) -> Case:
+def compute(model: Path, frames: int, height: int, width: int, *, new_tokens: int) -> Case:
     """Build a case; the work is done in a fresh process, which then ends."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        arguments = (model, frames, height, width, new_tokens)
-        fields = pool.submit(_compute, *arguments).result()
+        fields = pool.submit(_compute, model, (frames, height, width), new_tokens).result()
         return Case(fields[0], torch.from_numpy(fields[1]), *fields[2:], fingerprint_model(model))
 
 
 def _compute(
-    model: Path, frames: int, height: int, width: int, new_tokens: int
+    model: Path, size: tuple[int, int, int], new_tokens: int
 ) -> tuple[PrefixPlan, np.ndarray, list[list[int]], list[list[int]]]:
     from prefill_service.models.checkpoint import open_checkpoint
     from prefill_service.models.prefix_plan import FrameSampling
@@ -57,10 +56,19 @@ def _compute(
     from tests.oracles.transformers_greedy import greedy
 
     torch.set_num_threads(1)
+    frames, height, width = size
     index = VideoIndex(
-        "mp4", "h264", width, height, 0, (1, 4), np.arange(frames), np.ones(frames, bool),
-        4.0, frames / 4,
-    )  # fmt: skip
+        "mp4",
+        "h264",
+        width,
+        height,
+        0,
+        (1, 4),
+        np.arange(frames),
+        np.ones(frames, bool),
+        4.0,
+        frames / 4,
+    )
     planner = PrefixPlanner(open_checkpoint(str(model)), "float32")
     pixels = height * width
     sampling = FrameSampling(
@@ -74,14 +82,16 @@ def _compute(
     video = colours.repeat(32, 1).repeat(32, 2)[:, :height, :width]
     _, processor = load(model, torch.float32)
     processor.video_processor.size = {
-        "shortest_edge": sampling.min_pixels, "longest_edge": sampling.max_pixels,
-    }  # fmt: skip
-    inputs = processor_inputs(model, video, plan, index, planner.chat.prefix(""))
+        "shortest_edge": sampling.min_pixels,
+        "longest_edge": sampling.max_pixels,
+    }
+    inputs = processor_inputs(model, video, plan, index, text=planner.chat.prefix(""))
     assert inputs["input_ids"][0].tolist() == plan.token_ids.tolist()
     cache = prefix_cache(model, inputs, plan)
-    prompts, answers = [], []
+    prompts = []
+    answers = []
     for question in QUESTIONS:
         prompt = planner.prompt_token_ids(plan, [("user", question)])
         prompts.append(prompt)
-        answers.append(greedy(model, cache, prompt, plan, new_tokens))
+        answers.append(greedy(model, cache, prompt, plan, new_tokens=new_tokens))
     return plan, cached_kv(cache).numpy(), prompts, answers

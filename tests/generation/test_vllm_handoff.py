@@ -56,7 +56,7 @@ _names = itertools.count()
 def case(checkpoint: Callable[..., Path]) -> Callable[[str, str], Case]:
     @cache
     def get(family: str, size: str) -> Case:
-        return compute(checkpoint(family), *SIZES[family, size], NEW_TOKENS)
+        return compute(checkpoint(family), *SIZES[family, size], new_tokens=NEW_TOKENS)
 
     return get
 
@@ -69,9 +69,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[WorkerProce
 
 @dataclass
 class Bench:
-    """What one test needs: a decoder by URL, a report server, rank processes, a case."""
+    """What one test needs: vLLM by URL, a report server, rank processes, a case."""
 
-    decoder: GenerationServer
+    generation: GenerationServer
     reports: ReportServer
     ranks: list[WorkerProcess]
     case: Case
@@ -101,7 +101,7 @@ class Bench:
         )
 
     async def ask(self, request: GenerationRequest) -> tuple[list[int], list[GenerationEvent]]:
-        events = [event async for event in self.decoder.generate(request)]
+        events = [event async for event in self.generation.generate(request)]
         return [token for event in events for token in event.token_ids], events
 
     async def report(self, lease: str) -> HandoffReport:
@@ -140,14 +140,14 @@ def bench(
     async def open_bench(family: str = "qwen3_vl", size: str = "short") -> AsyncIterator[Bench]:
         loaded = await asyncio.to_thread(case, family, size)
         server = await asyncio.to_thread(vllm, family)
-        decoder = GenerationServer(VllmConfig(url=server.url), "", "float32", tmp_path)
+        generation = GenerationServer(VllmConfig(url=server.url), "", "float32", tmp_path)
         reports = ReportServer(tmp_path / "reports.sock")
         await reports.start()
-        await decoder.start()
+        await generation.start()
         try:
-            yield Bench(decoder, reports, ranks, loaded)
+            yield Bench(generation, reports, ranks, loaded)
         finally:
-            await decoder.stop()
+            await generation.stop()
             await reports.stop()
 
     return open_bench
@@ -159,7 +159,8 @@ async def test_answers_equal_transformers_and_the_second_moves_less_than_a_block
     bench: Callable[..., Any], family: str, size: str, count: int
 ) -> None:
     async with bench(family, size) as b:
-        plan, chunk = b.case.plan, 1000 if size == "long" else 70
+        plan = b.case.plan
+        chunk = 1000 if size == "long" else 70
         manifest = b.manifest(count, chunk)
         await b.publish(manifest, "first")
         for rank in b.ranks:
@@ -186,7 +187,8 @@ async def test_same_question_again_moves_nothing_and_is_reported(
 ) -> None:
     async with bench() as b:
         # A prefix of whole blocks is all in vLLM's own cache the second time.
-        case, keep = b.case, b.case.plan.num_tokens
+        case = b.case
+        keep = b.case.plan.num_tokens
         extra = -keep % BLOCK
         manifest = b.manifest()
         await b.publish(manifest, "one")
@@ -230,7 +232,8 @@ async def test_asked_while_the_prefix_is_being_computed(bench: Callable[..., Any
 
 async def test_many_at_once_good_and_bad(bench: Callable[..., Any]) -> None:
     async with bench() as b:
-        requests, expected = [], []
+        requests = []
+        expected = []
         for i in range(6):
             manifest = b.manifest(1 + i % 3, 64)
             if i % 3 != 2:  # every third prefix is unknown
@@ -254,7 +257,8 @@ async def test_fault_of_the_source_fails_that_request_alone(
     bench: Callable[..., Any], fault: str, tmp_path: Path
 ) -> None:
     async with bench() as b:
-        manifest, lease = b.manifest(), f"lease-{fault}"
+        manifest = b.manifest()
+        lease = f"lease-{fault}"
         if fault in ("corrupt", "expired", "stale"):
             await b.publish(manifest, lease)
         if fault == "corrupt":
@@ -320,7 +324,8 @@ async def test_request_that_must_not_be_computed_is_refused(
 ) -> None:
     """Each of these would kill the engine or answer wrongly if vLLM computed it."""
     async with bench() as b:
-        manifest, lease = b.manifest(), f"lease-{what.replace(' ', '-')}"
+        manifest = b.manifest()
+        lease = f"lease-{what.replace(' ', '-')}"
         await b.publish(manifest, lease)
         body = _body(b.request(manifest, 0, lease))
         entry = body["kv_transfer_params"][PARAMS_KEY]
@@ -344,7 +349,7 @@ async def test_request_that_must_not_be_computed_is_refused(
             entry["manifest"] = "{}"
         elif what == "address":
             entry["manifest"] = replace(manifest, endpoints=("tcp://x:1",) * 3).to_json()
-        url = f"{b.decoder.url}/inference/v1/generate"
+        url = f"{b.generation.url}/inference/v1/generate"
         async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
             text = await response.text()
         assert "token_ids" not in text, text
@@ -372,7 +377,7 @@ async def test_abort_during_the_load(bench: Callable[..., Any]) -> None:
         manifest = b.manifest(3, 40)
         create(manifest, b.ranks, "lease")
         publish_run(manifest, manifest.runs[0], b.ranks, b.case.kv)
-        async with aclosing(b.decoder.generate(b.request(manifest, 0, "lease"))) as events:
+        async with aclosing(b.generation.generate(b.request(manifest, 0, "lease"))) as events:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(anext(events), 1)
         report = await b.report("lease")
@@ -394,9 +399,9 @@ async def test_abort_while_decoding(bench: Callable[..., Any]) -> None:
         await b.publish(manifest, "lease")
         request = b.request(manifest, 0, "lease", ignore_eos=True)
         request = replace(request, sampling=replace(request.sampling, max_tokens=20000))
-        async with aclosing(b.decoder.generate(request)) as events:
+        async with aclosing(b.generation.generate(request)) as events:
             await anext(events)
-        await _until_idle(b.decoder.url)
+        await _until_idle(b.generation.url)
         await b.assert_right()
 
 
@@ -423,7 +428,7 @@ async def test_requests_of_others_pass_untouched(bench: Callable[..., Any]) -> N
             "temperature": 0,
             "kv_transfer_params": {"somebody_else": True},
         }
-        url = f"{b.decoder.url}/v1/completions"
+        url = f"{b.generation.url}/v1/completions"
         async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
             answer = await response.json()
         assert response.status == 200, answer

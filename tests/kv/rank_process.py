@@ -119,9 +119,11 @@ def rank_processes(
 
 def deal(num_tokens: int, ranks: int, chunk: int, layout: KVLayout) -> tuple[ShardRun, ...]:
     """Runs of ``chunk`` tokens, dealt to the ranks in turn; each starts on a fresh page."""
-    runs, pages = [], [0] * ranks
+    runs = []
+    pages = [0] * ranks
     for i, start in enumerate(range(0, num_tokens, chunk)):
-        end, rank = min(start + chunk, num_tokens), i % ranks
+        end = min(start + chunk, num_tokens)
+        rank = i % ranks
         runs.append(ShardRun(start, end, rank, pages[rank]))
         pages[rank] += layout.pages_for(end - start)
     return tuple(runs)
@@ -164,7 +166,8 @@ def create(
 
 def publish_run(manifest: Manifest, run: ShardRun, ranks: list[WorkerProcess], kv: Tensor) -> None:
     """Write and seal one run. ``kv``: [layers, 2, tokens, kv heads, head_dim] of the prefix."""
-    rank, prefix_id = ranks[run.rank], manifest.prefix_id
+    rank = ranks[run.rank]
+    prefix_id = manifest.prefix_id
     part = kv[:, :, run.start_token : run.end_token]
     for layer in range(manifest.layout.num_layers):
         rank.writer(

@@ -184,7 +184,8 @@ def test_lease_expires_while_waiting_although_connected(
 
 def test_renewed_lease_lives_on(ranks: list[WorkerProcess], manifest: Manifest) -> None:
     create(manifest, ranks, "lease", ttl_s=0.5)
-    kv, result = random_kv(LAYOUT, 45), []
+    kv = random_kv(LAYOUT, 45)
+    result = []
     reader = threading.Thread(target=lambda: result.append(fetch_tokens(manifest, "lease")))
     reader.start()
     for _ in range(5):
@@ -208,7 +209,8 @@ def test_waiting_reader_is_told_at_once(
     reader = threading.Thread(target=lambda: caught.append(error_of(manifest)))
     reader.start()
     time.sleep(0.3)
-    rank, prefix_id = ranks[0], manifest.prefix_id
+    rank = ranks[0]
+    prefix_id = manifest.prefix_id
     begin = time.monotonic()
     if how == "release":
         rank.store("release_lease", prefix_id, "lease")

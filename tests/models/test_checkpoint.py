@@ -21,8 +21,11 @@ def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 def test_a_whole_checkpoint(folder: Path) -> None:
     opened = open_checkpoint(str(folder))
     assert (opened.family, opened.num_layers, opened.num_kv_heads, opened.head_dim) == (
-        "qwen3_vl", 4, 2, 64,
-    )  # fmt: skip
+        "qwen3_vl",
+        4,
+        2,
+        64,
+    )
 
 
 def test_the_dtype_may_be_named_in_the_texts_part(folder: Path) -> None:

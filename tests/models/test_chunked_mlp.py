@@ -128,7 +128,8 @@ def test_the_peak_falls(checkpoint: Callable[..., Path], family: str) -> None:
         with torch.inference_mode(), Allocations() as allocations:
             block.mlp(block.post_attention_layernorm(x))
         peaks[rows] = allocations.peak
-    width, inner = block.mlp.gate_proj.in_features, block.mlp.gate_proj.out_features
+    width = block.mlp.gate_proj.in_features
+    inner = block.mlp.gate_proj.out_features
     # Whole: gate, its activation, up and their product beside the norm's output, three at once.
     assert peaks[0] >= 4 * TOKENS * (width + 3 * inner)
     # In pieces: the input, the norm's output and the MLP's, and of 64 rows what there was of all.

@@ -77,7 +77,7 @@ class Subject:
         """The family's processor on prompt and video at once."""
         index = index_of(2 * len(plan.frame_indices))
         text = self.planner.chat.prefix("")
-        return processor_inputs(self.path, pixels_of(plan, index), plan, index, text)
+        return processor_inputs(self.path, pixels_of(plan, index), plan, index, text=text)
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, TOY])

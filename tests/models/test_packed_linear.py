@@ -70,7 +70,8 @@ def test_block_is_the_same(block: type[nn.Module], shape: tuple[int, ...]) -> No
 def test_rows_do_not_depend_on_each_other() -> None:
     """What chunked MLPs rest on: the same bits, whatever rows are beside."""
     torch.manual_seed(1)
-    layer, x = PackedLinear(nn.Linear(64, 96)), torch.randn(300, 64)
+    layer = PackedLinear(nn.Linear(64, 96))
+    x = torch.randn(300, 64)
     whole = layer(x)
     for rows in (1, 15, 16, 100):
         assert torch.equal(layer(x[:rows]), whole[:rows])
@@ -81,7 +82,8 @@ def test_bfloat16() -> None:
     if not can_pack(CPU, torch.bfloat16):
         pytest.skip("this CPU has no bfloat16 products")
     torch.manual_seed(2)
-    linear, x = nn.Linear(64, 32).bfloat16(), torch.randn(10, 64).bfloat16()
+    linear = nn.Linear(64, 32).bfloat16()
+    x = torch.randn(10, 64).bfloat16()
     exact = x.double() @ linear.weight.double().T + linear.bias.double()
     got = PackedLinear(linear)(x)
     assert got.dtype == torch.bfloat16

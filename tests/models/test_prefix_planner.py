@@ -49,7 +49,7 @@ def test_plan_equals_the_processor_on_the_whole_video(
         0, 255, (len(plan.frame_indices), size[1], size[0], 3), dtype=np.uint8
     )
     text = planner.chat.prefix("")
-    whole = processor_inputs(planner.checkpoint.path, video, plan, index, text)
+    whole = processor_inputs(planner.checkpoint.path, video, plan, index, text=text)
     assert plan.token_ids.tolist() == whole["input_ids"][0].tolist()
     assert list(plan.patch_grid) == whole["video_grid_thw"][0].tolist()
     assert plan.num_video_tokens == int((plan.token_ids == plan.video_token_id).sum())
@@ -120,7 +120,8 @@ def test_the_prompt_is_the_prefix_and_then_the_chat(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefix_ids_tell_prefixes_apart(planners: dict[str, PrefixPlanner], family: str) -> None:
-    planner, index = planners[family], index_of(40)
+    planner = planners[family]
+    index = index_of(40)
     base = planner.plan(index, "sha", FrameSampling(), "").prefix_id
     assert planner.plan(index, "sha", FrameSampling(), "").prefix_id == base
     for exact in (resolve_policy(Quality.EXACT), resolve_policy(epsilon=0.0, min_kept_mass=0.5)):

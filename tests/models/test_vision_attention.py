@@ -14,7 +14,8 @@ from prefill_service.models.vision_attention import PatchProduct, varlen_attenti
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [5], [4, 6, 4, 1, 6], [0, 3, 3]])
 def test_runs_attend_within_themselves(lengths: list[int]) -> None:
     torch.manual_seed(0)
-    tokens, borders = sum(lengths), [0]
+    tokens = sum(lengths)
+    borders = [0]
     for length in lengths:
         borders.append(borders[-1] + length)
     # As the tower has them: views of one fused projection.

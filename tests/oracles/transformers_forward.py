@@ -26,6 +26,7 @@ def processor_inputs(
     frames: np.ndarray,
     plan: PrefixPlan,
     index: VideoIndex,
+    *,
     text: str,
     max_pixels: int | None = None,
 ) -> dict[str, Any]:

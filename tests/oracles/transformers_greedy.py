@@ -19,7 +19,7 @@ from tests.oracles.transformers_forward import load
 
 @torch.no_grad()
 def greedy(
-    model: Path, cache: Any, prompt: list[int], plan: PrefixPlan, new_tokens: int
+    model: Path, cache: Any, prompt: list[int], plan: PrefixPlan, *, new_tokens: int
 ) -> list[int]:
     """Answer ``prompt``, whose prefix is in ``cache``; ends at the end-of-sequence token."""
     network, _ = load(model, torch.float32)

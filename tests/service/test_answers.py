@@ -162,13 +162,13 @@ async def test_vllm_alone_equals_transformers(
             frames = np.stack(list(stream))
         text = planner.chat.prefix("")
         max_pixels = SAMPLING[family, size].get("max_pixels")
-        inputs = processor_inputs(model, frames, plan, index, text, max_pixels)  # type: ignore[arg-type]
+        inputs = processor_inputs(model, frames, plan, index, text=text, max_pixels=max_pixels)  # type: ignore[arg-type]
         cache = prefix_cache(model, inputs, plan)
         for chat, reference in zip(chats(), references, strict=True):
             prompt = planner.prompt_token_ids(plan, chat)
             assert prompt == reference.prompt_token_ids
-            assert greedy(model, cache, prompt, plan, NEW_TOKENS) == reference.token_ids
+            assert greedy(model, cache, prompt, plan, new_tokens=NEW_TOKENS) == reference.token_ids
         if family == "qwen3_vl":  # positions agree: generate() itself, from the pixels on
             text = planner.chat.render("", chats()[0], add_generation_prompt=True)
-            inputs = processor_inputs(model, frames, plan, index, text, max_pixels)  # type: ignore[arg-type]
+            inputs = processor_inputs(model, frames, plan, index, text=text, max_pixels=max_pixels)  # type: ignore[arg-type]
             assert generate(model, inputs, NEW_TOKENS) == references[0].token_ids

@@ -6,13 +6,15 @@
 
 vLLM makes one instance in its scheduler and one in each worker. Requests that carry
 ``kv_transfer_params["prefill_service"]`` get their video prefix from the ranks; all others
-pass untouched. See ``connector_scheduler`` and ``connector_worker`` for the two halves.
+pass untouched. ``scheduler_side`` and
+``worker_side`` are the two halves.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -70,24 +72,24 @@ class PrefillConnector(KVConnectorBase_V1):
 
     # ---- scheduler ----------------------------------------------------------------------
 
+    @override
     def on_new_request(self, request: Request) -> None:
-        """See ``SchedulerSide``."""
         self.scheduler_side.on_new_request(request)
 
+    @override
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """See ``SchedulerSide``."""
         return self.scheduler_side.matched_tokens(request, num_computed_tokens)
 
+    @override
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """See ``SchedulerSide``."""
         self.scheduler_side.after_alloc(request, blocks, num_external_tokens)
 
+    @override
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """See ``SchedulerSide``."""
         return self.scheduler_side.build_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -134,7 +136,8 @@ class PrefillConnector(KVConnectorBase_V1):
 
 
 def _check_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    transfer = vllm_config.kv_transfer_config
+    parallel = vllm_config.parallel_config
     policy = None if transfer is None else transfer.kv_load_failure_policy
     if policy != "fail":
         raise ValueError(

@@ -94,7 +94,12 @@ class SchedulerSide:
         if not isinstance(params, dict) or params.get(PARAMS_KEY) is None:
             return
         entry = params[PARAMS_KEY] if isinstance(params[PARAMS_KEY], dict) else {}
-        offer = _Offer(None, str(entry.get("lease_id", "")), str(entry.get("report_to", "")), None)
+        offer = _Offer(
+            manifest=None,
+            lease_id=str(entry.get("lease_id", "")),
+            report_to=str(entry.get("report_to", "")),
+            error=None,
+        )
         try:
             handoff = HandoffParams.from_kv_transfer_params(params)
             assert handoff is not None  # the key is there
@@ -137,12 +142,18 @@ class SchedulerSide:
             (block_ids,) = blocks.get_block_ids()
             error = None if offer.error is None else offer.error.to_dict()
             load = Load(
-                request.request_id, end - num_external, end, block_ids, offer.manifest,
-                offer.lease_id, offer.report_to, error,
-            )  # fmt: skip
+                request_id=request.request_id,
+                start_token=end - num_external,
+                end_token=end,
+                block_ids=block_ids,
+                manifest=offer.manifest,
+                lease_id=offer.lease_id,
+                report_to=offer.report_to,
+                error=error,
+            )
             self._pending.append(load)
         elif not offer.settled:
-            report = HandoffReport(offer.lease_id, True, 0, 0, 0.0)
+            report = HandoffReport(lease_id=offer.lease_id, ok=True, tokens=0, bytes=0, seconds=0.0)
             threading.Thread(
                 target=send_report, args=(offer.report_to, report), daemon=True
             ).start()
@@ -151,7 +162,8 @@ class SchedulerSide:
     def build_meta(self, scheduler_output: SchedulerOutput) -> LoadMetadata:
         """The loads ordered in this step."""
         idle = scheduler_output.total_num_scheduled_tokens == 0
-        metadata, self._pending = LoadMetadata(self._pending, idle), []
+        metadata = LoadMetadata(self._pending, idle)
+        self._pending = []
         return metadata
 
     def loads_failed(self, request_ids: set[str]) -> None:

@@ -75,8 +75,10 @@ class WorkerSide:
                 self._active[request_id].cancel()
             if idle and self._active and not self._finished:
                 self._done.wait(_IDLE_SECONDS)
-            finished, self._finished = self._finished, set()
-            failed, self._failed = self._failed, set()
+            finished = self._finished
+            self._finished = set()
+            failed = self._failed
+            self._failed = set()
         return finished, failed
 
     def shutdown(self) -> None:
@@ -102,7 +104,8 @@ class WorkerSide:
 
         The backend's own ``do_kv_cache_update`` knows the physical layout, packing and scales.
         """
-        first, last = batch.pages[0], batch.pages[-1]
+        first = batch.pages[0]
+        last = batch.pages[-1]
         start = max(load.start_token, first.start_token)
         end = min(load.end_token, last.start_token + last.num_tokens)
         tokens = slice(start - first.start_token, end - first.start_token)
@@ -145,7 +148,9 @@ class _LoadThread(threading.Thread):
             self._client.cancel()
 
     def run(self) -> None:
-        load, begin, error = self._load, time.perf_counter(), None
+        load = self._load
+        begin = time.perf_counter()
+        error = None
         try:
             self._transfer()
         except ServiceError as caught:
@@ -158,15 +163,24 @@ class _LoadThread(threading.Thread):
         if error is None:
             logger.info(
                 "request %s: loaded tokens [%d, %d), %.1f MB in %.3f s",
-                load.request_id, load.start_token, load.end_token, self._bytes / 1e6, seconds,
-            )  # fmt: skip
+                load.request_id,
+                load.start_token,
+                load.end_token,
+                self._bytes / 1e6,
+                seconds,
+            )
         else:
             logger.error("request %s: load failed: %s", load.request_id, error)
         # A refusal was decided by the scheduler: one report is enough.
         if load.error is None or get_tensor_model_parallel_rank() == 0:
             details = None if error is None else error.to_dict()
             report = HandoffReport(
-                load.lease_id, error is None, tokens, self._bytes, seconds, details
+                lease_id=load.lease_id,
+                ok=error is None,
+                tokens=tokens,
+                bytes=self._bytes,
+                seconds=seconds,
+                error=details,
             )
             send_report(load.report_to, report)
         self._side.load_ended(load, failed=error is not None)
@@ -187,7 +201,8 @@ class _LoadThread(threading.Thread):
 
 def _heads(total: int, mine: int) -> slice:
     """KV heads of this tensor-parallel rank; ranks share a head if there are too few."""
-    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    rank = get_tensor_model_parallel_rank()
+    size = get_tensor_model_parallel_world_size()
     first = rank * total // size
     if max(1, total // size) != mine:
         raise ServiceError(

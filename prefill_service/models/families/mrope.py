@@ -42,7 +42,8 @@ def mrope_positions(
     size = block.shape[1]
 
     positions = np.empty((3, len(token_ids)), np.int64)
-    next_position, cursor = 0, 0
+    next_position = 0
+    cursor = 0
     is_video = np.concatenate([token_ids == video_token_id, [False]])
     starts = np.flatnonzero(is_video[:-1] & ~np.concatenate([[False], is_video[:-2]]))
     for start in starts:

@@ -28,14 +28,17 @@ LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float32", pa
 
 
 async def ask(
-    decoder: GenerationServer, case: Case, handoff: HandoffParams, name: str, tokens: int
+    vllm: GenerationServer, case: Case, handoff: HandoffParams, name: str, *, tokens: int
 ) -> list[int]:
     prefix_id = handoff.manifest.prefix_id
     request = GenerationRequest(
-        case.prompts[0], replace(case.plan, prefix_id=prefix_id), handoff,
-        Sampling(max_tokens=tokens, ignore_eos=True), name,
-    )  # fmt: skip
-    return [t async for event in decoder.generate(request) for t in event.token_ids]
+        token_ids=case.prompts[0],
+        plan=replace(case.plan, prefix_id=prefix_id),
+        handoff=handoff,
+        sampling=Sampling(max_tokens=tokens, ignore_eos=True),
+        request_id=name,
+    )
+    return [t async for event in vllm.generate(request) for t in event.token_ids]
 
 
 async def test_preemption_death_and_restart(
@@ -45,8 +48,8 @@ async def test_preemption_death_and_restart(
     size = 12.5 * 128 * LAYOUT.token_bytes / (1 << 30)
     config = VllmConfig(max_model_len=1024, kv_cache_gib=size)
     model = checkpoint("qwen3_vl")
-    decoder = GenerationServer(config, str(model), "float32", tmp_path)
-    starting = asyncio.create_task(decoder.start())
+    vllm = GenerationServer(config, str(model), "float32", tmp_path)
+    starting = asyncio.create_task(vllm.start())
     case = await asyncio.to_thread(compute, model, 16, 128, 160, 16)
     await starting
     try:
@@ -54,70 +57,70 @@ async def test_preemption_death_and_restart(
             handoffs = []
             for name in ("a", "b"):
                 manifest = make_manifest(
-                    LAYOUT, deal(case.plan.num_tokens, 2, 100, LAYOUT),
-                    [rank.endpoint for rank in ranks], prefix_id=name,
+                    LAYOUT,
+                    deal(case.plan.num_tokens, 2, 100, LAYOUT),
+                    [rank.endpoint for rank in ranks],
+                    prefix_id=name,
                     token_ids_hash=hash_token_ids(case.plan.token_ids),
                     position_delta=case.plan.position_delta,
                     model_fingerprint=case.fingerprint,
-                )  # fmt: skip
+                )
                 publish(manifest, ranks, case.kv, "lease")
                 for rank in ranks:
                     rank.store("grant_lease", name, "lease", 600)
                 handoffs.append(HandoffParams(manifest, "lease", ""))
 
-            alone = await ask(decoder, case, handoffs[0], "alone", 700)
+            alone = await ask(vllm, case, handoffs[0], "alone", tokens=700)
             assert alone[: len(case.answers[0])] == case.answers[0]
             for turn in range(6):  # one may be through before the other needs its room
                 together = await asyncio.gather(
-                    *(ask(decoder, case, h, f"{turn}-{i}", 700) for i, h in enumerate(handoffs))
+                    *(ask(vllm, case, h, f"{turn}-{i}", tokens=700) for i, h in enumerate(handoffs))
                 )
                 assert together == [alone, alone]
-                if await _preemptions(decoder) > 0:
+                if await _preemptions(vllm) > 0:
                     break
-            assert await _preemptions(decoder) > 0, "the test shows nothing"
+            assert await _preemptions(vllm) > 0, "the test shows nothing"
 
-            await _kill_engine_and_see(decoder, case, handoffs[0])
-            assert await ask(decoder, case, handoffs[0], "after", 16) == case.answers[0]
+            await _kill_engine_and_see(vllm, case, handoffs[0])
+            assert await ask(vllm, case, handoffs[0], "after", tokens=16) == case.answers[0]
     finally:
-        processes = psutil.Process(decoder.pid).children(recursive=True)
-        await decoder.stop()
+        processes = psutil.Process(vllm.pid).children(recursive=True)
+        await vllm.stop()
     _, alive = psutil.wait_procs(processes, 5)
     assert not alive
 
 
-async def _preemptions(decoder: GenerationServer) -> float:
-    async with aiohttp.ClientSession() as session, session.get(f"{decoder.url}/metrics") as answer:
+async def _preemptions(vllm: GenerationServer) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"{vllm.url}/metrics") as answer:
         lines = (await answer.text()).splitlines()
     return sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:num_preemptions_total"))
 
 
-async def _kill_engine_and_see(
-    decoder: GenerationServer, case: Case, handoff: HandoffParams
-) -> None:
+async def _kill_engine_and_see(vllm: GenerationServer, case: Case, handoff: HandoffParams) -> None:
     """The engine dies under an answer: a precise error, then a restart by itself."""
-    children = psutil.Process(decoder.pid).children(recursive=True)
-    old_pid = decoder.pid
+    children = psutil.Process(vllm.pid).children(recursive=True)
+    old_pid = vllm.pid
     (engine,) = [p for p in children if "EngineCore" in p.name() or "EngineCor" in p.name()]
     # It stands still first: it could be through with its answer before anybody can kill it.
     engine.suspend()
-    asking = asyncio.create_task(ask(decoder, case, handoff, "dying", 700))
+    asking = asyncio.create_task(ask(vllm, case, handoff, "dying", tokens=700))
     await asyncio.sleep(1)
     engine.kill()
     with pytest.raises(ServiceError) as caught:
         await asking
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE
     deadline = time.monotonic() + 60
-    while decoder.ready:
+    while vllm.ready:
         assert time.monotonic() < deadline, "the death was not noticed"
         await asyncio.sleep(0.1)
     with pytest.raises(ServiceError, match="vLLM is not ready") as caught:
-        await ask(decoder, case, handoff, "too-soon", 4)
+        await ask(vllm, case, handoff, "too-soon", tokens=4)
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE
     deadline = time.monotonic() + 240
-    while not decoder.ready:
-        assert time.monotonic() < deadline, decoder.trouble
+    while not vllm.ready:
+        assert time.monotonic() < deadline, vllm.trouble
         await asyncio.sleep(0.5)
-    assert decoder.pid != old_pid
+    assert vllm.pid != old_pid
     _, alive = psutil.wait_procs(children, 5)
     assert not alive
 
@@ -135,7 +138,8 @@ def test_vllm_dies_with_a_killed_service(checkpoint: Callable[..., Path], tmp_pa
     model = str(checkpoint("qwen3_vl"))
     service = subprocess.Popen([sys.executable, "-c", _SERVICE, model, str(tmp_path)])
     try:
-        deadline, family = time.monotonic() + 120, []
+        deadline = time.monotonic() + 120
+        family: list[psutil.Process] = []
         # The API server, EngineCore and at least one more (worker or resource tracker).
         while len(family) < 3:
             assert time.monotonic() < deadline
@@ -151,17 +155,17 @@ def test_vllm_dies_with_a_killed_service(checkpoint: Callable[..., Path], tmp_pa
 
 async def test_vllm_that_cannot_start_is_explained(tmp_path: Path) -> None:
     config = VllmConfig(extra_args=["--no-such-flag"])
-    decoder = GenerationServer(config, str(tmp_path), "float32", tmp_path)
+    vllm = GenerationServer(config, str(tmp_path), "float32", tmp_path)
     with pytest.raises(ServiceError) as caught:
-        await decoder.start()
+        await vllm.start()
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE
     assert "--no-such-flag" in caught.value.message
-    assert decoder.pid is None
-    assert not decoder.ready
+    assert vllm.pid is None
+    assert not vllm.ready
 
 
 async def test_url_where_nobody_listens(tmp_path: Path) -> None:
-    decoder = GenerationServer(VllmConfig(url="http://127.0.0.1:9"), "", "float32", tmp_path)
+    vllm = GenerationServer(VllmConfig(url="http://127.0.0.1:9"), "", "float32", tmp_path)
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:9") as caught:
-        await decoder.start()
+        await vllm.start()
     assert caught.value.reason == Reason.DECODER_UNAVAILABLE
