@@ -1,4 +1,4 @@
-"""``prefill.v1.AnswerService``."""
+"""``prefill.v1.AnswerService``, for answers: questions about a video, and tokens streamed back."""
 
 from __future__ import annotations
 

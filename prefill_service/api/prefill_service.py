@@ -1,4 +1,4 @@
-"""``prefill.v1.PrefillService``."""
+"""``prefill.v1.PrefillService``, for prefill jobs: created, watched, inspected, cancelled."""
 
 from __future__ import annotations
 

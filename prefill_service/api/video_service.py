@@ -1,4 +1,4 @@
-"""``prefill.v1.VideoService``."""
+"""``prefill.v1.VideoService``, for videos: uploaded, imported, listed, deleted."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class AttentionPolicy:
         return self if self.exact else replace(self, budgets=budgets)
 
     def head_epsilons(self, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
-        """[layers][kv_heads] epsilons.
+        """The epsilon of every KV head, as [layers][kv_heads].
 
         Raises:
             ValueError: the budgets are those of another shape.

@@ -88,7 +88,7 @@ class _Answer:
 
 
 class Answers:
-    """Answers questions.
+    """Finds or starts the prefix of a question, hands it to vLLM, and streams what it answers.
 
     Args:
         vllm_wait_s: how long an answer waits for a vLLM that is starting.

@@ -65,12 +65,15 @@ async def test_health_follows_group_and_decoder(tmp_path: Path, template: Any) -
     group = SimulatedExecutor(start_s=0.5, restart_s=0.5)
     decoder = SimulatedGenerationServer(group, start_s=1.2)
     async with serving(tmp_path / "data", template, group, decoder, wait=False) as s:
-        prefill, ans, video = "prefill.v1.PrefillService", "prefill.v1.AnswerService", SERVICES[2]
+        prefill = "prefill.v1.PrefillService"
+        ans = "prefill.v1.AnswerService"
+        video = SERVICES[2]
 
         async def all_of() -> list[str]:
             return [await health(s.channel, n) for n in ("", prefill, ans, video, "liveness")]
 
-        up, down = "SERVING", "NOT_SERVING"
+        up = "SERVING"
+        down = "NOT_SERVING"
 
         async def until(expected: list[str]) -> None:
             async with asyncio.timeout(3):
@@ -178,7 +181,8 @@ async def test_tls_and_mtls(serve: Serve, tmp_path: Path, monkeypatch: pytest.Mo
 async def test_unsafe_or_broken_configuration_is_refused(serve: Serve, tmp_path: Path) -> None:
     _certificates(tmp_path)
     (tmp_path / "empty").write_text("\n")
-    cert, key = str(tmp_path / "server.pem"), str(tmp_path / "server.key")
+    cert = str(tmp_path / "server.pem")
+    key = str(tmp_path / "server.key")
     for server, text in (
         ({"host": "0.0.0.0"}, "not a loopback address"),
         ({"tls_cert": cert, "tls_key": str(tmp_path / "client.key")}, "cannot be used with"),
@@ -283,7 +287,8 @@ async def test_too_many_calls(serve: Serve) -> None:
 async def test_drain_lets_answers_end_and_refuses_new_ones(serve: Serve) -> None:
     async with serve() as s:
         await answer(s.ask())
-        s.generation.token_s, s.executor.step_s = 0.3, 30
+        s.generation.token_s = 0.3
+        s.executor.step_s = 30
         reading = asyncio.create_task(answer(s.ask()))
         job = await s.create(frames=30)
         watching = asyncio.create_task(error_of(s.ended(job.job_id)))

@@ -39,7 +39,8 @@ def used_distribution(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Probabilities of tokens [q_heads, queries, keys] and of summaries [.., blocks], float64."""
-    group, block = len(q) // len(k), tiles.block_tokens
+    group = len(q) // len(k)
+    block = tiles.block_tokens
     scores = causal_scores(q, k, tiles.q_offset, scale)
     summary = q.double() @ known.k_mean.double().repeat_interleave(group, 0).mT * scale
     for tile in range(tiles.count):

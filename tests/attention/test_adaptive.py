@@ -19,7 +19,8 @@ from tests.attention.oracle import rand
 @pytest.mark.parametrize("group", [1, 7])
 def test_a_vanishing_epsilon_is_dense(tokens: int, group: int) -> None:
     q = rand(2 * group, tokens, 16)
-    k, v = rand(2, tokens, 16, seed=1), rand(2, tokens, 16, seed=2)
+    k = rand(2, tokens, 16, seed=1)
+    v = rand(2, tokens, 16, seed=2)
     got, report = run(q, k, v, resolve_policy(epsilon=1e-12))
     torch.testing.assert_close(got, oracle.dense(q, k, v, 0, SCALE), rtol=0, atol=1e-6)
     assert report.density == pytest.approx(1, abs=1e-9)
@@ -28,7 +29,9 @@ def test_a_vanishing_epsilon_is_dense(tokens: int, group: int) -> None:
 
 
 def test_exact_never_goes_sparse_and_nothing_is_reordered() -> None:
-    q, k, v = rand(4, 700, 16), rand(2, 700, 16, seed=1), rand(2, 700, 16, seed=2)
+    q = rand(4, 700, 16)
+    k = rand(2, 700, 16, seed=1)
+    v = rand(2, 700, 16, seed=2)
     got, report = run(q, k, v, resolve_policy(Quality.EXACT))
     torch.testing.assert_close(got, oracle.dense(q, k, v, 0, SCALE), rtol=0, atol=1e-6)
     assert report.density == 1
@@ -38,7 +41,9 @@ def test_exact_never_goes_sparse_and_nothing_is_reordered() -> None:
 
 
 def test_short_chunks_are_exact_until_sparsity_pays() -> None:
-    q, k, v = rand(4, 1500, 16), rand(2, 1500, 16, seed=1), rand(2, 1500, 16, seed=2)
+    q = rand(4, 1500, 16)
+    k = rand(2, 1500, 16, seed=1)
+    v = rand(2, 1500, 16, seed=2)
     got, report = run(q, k, v, resolve_policy(epsilon=0.4), from_tokens=1000)
     expected = oracle.dense(q, k, v, 0, SCALE)
     assert error(got[:, :900], expected[:, :900]) < 1e-6
@@ -73,9 +78,12 @@ def test_structured_keys_are_sparse_and_close(chunk: int, block: int) -> None:
 @pytest.mark.parametrize("patch", [50, 300, 700])
 def test_sinks_and_the_previous_patch_are_attended_whole(patch: int) -> None:
     # They are kept as blocks of the buffer, so that their keys must not be moved elsewhere.
-    tokens, chunk = 4200, patch * (300 // patch or 1)
+    tokens = 4200
+    chunk = patch * (300 // patch or 1)
     ends = np.append(np.arange(patch, tokens, patch), tokens)
-    k, v, q = rand(2, tokens, 16, seed=1), rand(2, tokens, 16, seed=2), rand(2, tokens, 16)
+    k = rand(2, tokens, 16, seed=1)
+    v = rand(2, tokens, 16, seed=2)
+    q = rand(2, tokens, 16)
     policy = resolve_policy(epsilon=0.999, min_kept_mass=0)
     attention = AdaptiveAttention(SparseSettings(1), policy, layer_shape(q, k), ends)
     kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
@@ -92,7 +100,9 @@ def test_sinks_and_the_previous_patch_are_attended_whole(patch: int) -> None:
 
 
 def test_patch_mass_shows_where_the_attention_goes() -> None:
-    q, k, v = 0.1 * rand(4, 2000, 16), 0.1 * rand(2, 2000, 16, seed=1), rand(2, 2000, 16, seed=2)
+    q = 0.1 * rand(4, 2000, 16)
+    k = 0.1 * rand(2, 2000, 16, seed=1)
+    v = rand(2, 2000, 16, seed=2)
     k[:, 600:650, 0] += 4
     q[..., 0] += 4
     for policy in (resolve_policy(Quality.EXACT), resolve_policy(epsilon=0.2)):
@@ -103,7 +113,9 @@ def test_patch_mass_shows_where_the_attention_goes() -> None:
 
 
 def test_ranks_combine_to_what_one_rank_reports() -> None:
-    q, k, v = rand(4, 1024, 16), rand(2, 1024, 16, seed=1), rand(2, 1024, 16, seed=2)
+    q = rand(4, 1024, 16)
+    k = rand(2, 1024, 16, seed=1)
+    v = rand(2, 1024, 16, seed=2)
     kv = torch.stack([k.transpose(0, 1), v.transpose(0, 1)], 1).contiguous()
     ends = np.arange(64, 1025, 64)
     parts = []

@@ -10,7 +10,8 @@ from prefill_service.attention.settings import SparseSettings
 
 def test_a_quarter_of_the_blocks_is_kept() -> None:
     """Scores of normal keys are so peaked that any finite epsilon would keep far more."""
-    q, (k, v) = torch.randn(8, 256, 64), torch.randn(2, 2, 4096, 64)
+    q = torch.randn(8, 256, 64)
+    k, v = torch.randn(2, 2, 4096, 64)
     settings = SparseSettings(1)
     tiles = settings.tiles(4096 - 256, 256)
     keep = sparse_chunk(q, k, v, settings)().keep  # [kv_heads, tiles, blocks]

@@ -30,11 +30,9 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Partial:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (7, 1), (8, 2)])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 37), (130, 129), (3, 1000)])
 def test_all_keys(heads: tuple[int, int], queries: int, keys: int) -> None:
-    q, k, v = (
-        rand(heads[0], queries, 16),
-        rand(heads[1], keys, 16, seed=1),
-        rand(heads[1], keys, 16, seed=2),
-    )
+    q = rand(heads[0], queries, 16)
+    k = rand(heads[1], keys, 16, seed=1)
+    v = rand(heads[1], keys, 16, seed=2)
     expected = oracle(q, k, v, torch.ones(queries, keys, dtype=torch.bool))
     result = attend(q, k, v, causal=False, scale=SCALE)
     torch.testing.assert_close(result.out, expected.out, rtol=0, atol=1e-12)
@@ -43,7 +41,9 @@ def test_all_keys(heads: tuple[int, int], queries: int, keys: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 63, 200])
 def test_causal(length: int) -> None:
-    q, k, v = rand(6, length, 32), rand(2, length, 32, seed=1), rand(2, length, 32, seed=2)
+    q = rand(6, length, 32)
+    k = rand(2, length, 32, seed=1)
+    v = rand(2, length, 32, seed=2)
     expected = oracle(q, k, v, torch.ones(length, length, dtype=torch.bool).tril())
     torch.testing.assert_close(
         attend(q, k, v, causal=True, scale=SCALE).out, expected.out, rtol=0, atol=1e-12
@@ -92,7 +92,8 @@ def test_a_part_whose_scores_are_huge_takes_all_the_weight() -> None:
 
 
 def test_nan_in_a_key_is_not_hidden() -> None:
-    q, k = rand(1, 2, 8, dtype=torch.float32), rand(1, 4, 8, seed=1, dtype=torch.float32)
+    q = rand(1, 2, 8, dtype=torch.float32)
+    k = rand(1, 4, 8, seed=1, dtype=torch.float32)
     k[0, 2] = torch.nan
     assert attend(q, k, k, causal=False, scale=SCALE).out.isnan().any()
 

@@ -27,7 +27,8 @@ def hidden_needles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     wish = torch.zeros(32, dtype=torch.float64)
     wish[3] = 1
-    k, v = 0.05 * rand(1, 2048, 32, seed=1), rand(1, 2048, 32, seed=2)
+    k = 0.05 * rand(1, 2048, 32, seed=1)
+    v = rand(1, 2048, 32, seed=2)
     k[0, [333, 334]] += 6 * wish
     v[0, [333, 334]] += 5
     q = 0.05 * rand(2, 2048, 32, seed=3)
@@ -123,7 +124,8 @@ def test_a_stretch_without_its_needles_is_enough() -> None:
 def test_time_of_what_is_computed_again_is_not_that_of_verification(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept_attention, calls = cpu_backend.kept_attention, []
+    kept_attention = cpu_backend.kept_attention
+    calls = []
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.15)
@@ -142,10 +144,12 @@ def test_time_of_what_is_computed_again_is_not_that_of_verification(
 def test_scores_far_below_their_estimate_are_attended_to() -> None:
     # The sink block's keys score 80 or -80; of such a variance the estimate makes far more. It
     # would leave nothing of all true scores in float32.
-    q, v = 0.05 * rand(4, 1024, 16, dtype=torch.float32), rand(1, 1024, 16, dtype=torch.float32)
+    q = 0.05 * rand(4, 1024, 16, dtype=torch.float32)
+    v = rand(1, 1024, 16, dtype=torch.float32)
     k = 0.05 * rand(1, 1024, 16, seed=1, dtype=torch.float32)
     for height in (80.0, 150.0):
-        k[0, :64:2, 0], k[0, 1:64:2, 0] = height, -height
+        k[0, :64:2, 0] = height
+        k[0, 1:64:2, 0] = -height
         q[:, 640:768, 0] = 1 / SCALE
         got, report = run(q, k, v, resolve_policy(Quality.BALANCED), 128)
         assert got.isfinite().all()
@@ -154,7 +158,9 @@ def test_scores_far_below_their_estimate_are_attended_to() -> None:
 
 
 def test_what_is_not_a_number_misses_the_floor() -> None:
-    q, k, v = rand(4, 700, 16), rand(2, 700, 16, seed=1), rand(2, 700, 16, seed=2)
+    q = rand(4, 700, 16)
+    k = rand(2, 700, 16, seed=1)
+    v = rand(2, 700, 16, seed=2)
     v[1, 3] = torch.nan  # every later query of these heads sees it
     policy = resolve_policy(Quality.BALANCED)
     got, report = run(q, k, v, policy, 350)

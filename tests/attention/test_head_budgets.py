@@ -115,7 +115,9 @@ def test_budgets_of_another_shape_are_refused() -> None:
 
 
 def test_selection_follows_the_budgets() -> None:
-    q, k, v = rand(4, 1500, 16), rand(2, 1500, 16, seed=1), rand(2, 1500, 16, seed=2)
+    q = rand(4, 1500, 16)
+    k = rand(2, 1500, 16, seed=1)
+    v = rand(2, 1500, 16, seed=2)
     plain = AttentionPolicy(Quality.CUSTOM, 0.4, 0.0)
     same = HeadBudgets("", 0.2, ((0.2, 0.2),))
     base, report = run(q, k, v, plain)
@@ -130,7 +132,9 @@ def test_selection_follows_the_budgets() -> None:
 
 
 def test_what_misses_the_floor_is_computed_again_with_less_than_its_own() -> None:
-    q, k, v = rand(4, 1500, 16), rand(2, 1500, 16, seed=1), rand(2, 1500, 16, seed=2)
+    q = rand(4, 1500, 16)
+    k = rand(2, 1500, 16, seed=1)
+    v = rand(2, 1500, 16, seed=2)
     floor = AttentionPolicy(Quality.CUSTOM, 0.2, 0.75)
     shared = HeadBudgets("", 0.2, ((0.9, 0.2),))
     _, report = run(q, k, v, floor.with_budgets(shared))

@@ -60,7 +60,9 @@ class ToyDial(QualityDial):
 def test_one_more_step_is_one_row() -> None:
     policy = resolve_policy(ToyDial.SKETCH)
     assert policy.attention_key == "sparse:epsilon=0.6,row_limit=0.2,min_kept_mass=0.0"
-    q, k, v = rand(4, 1500, 16), rand(2, 1500, 16, seed=1), rand(2, 1500, 16, seed=2)
+    q = rand(4, 1500, 16)
+    k = rand(2, 1500, 16, seed=1)
+    v = rand(2, 1500, 16, seed=2)
     exact, _ = run(q, k, v, resolve_policy(Quality.EXACT))
     fast, of_fast = run(q, k, v, resolve_policy(Quality.FAST, min_kept_mass=0))
     sketch, of_sketch = run(q, k, v, policy)

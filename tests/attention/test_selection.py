@@ -105,8 +105,12 @@ def test_a_loss_of_one_row_keeps_its_block() -> None:
 @pytest.mark.parametrize("shift", range(4))
 def test_few_rows_that_look_for_one_thing_are_not_lost_in_their_tile(shift: int) -> None:
     """Nine neighbours of one query head of eight want nine keys far back; all else is diffuse."""
-    group, queries, q_offset, thing = 8, 128, 1024, slice(300, 309)
-    q, k = rand(group, queries, 16), 0.3 * rand(1, q_offset + queries, 16, seed=1)
+    group = 8
+    queries = 128
+    q_offset = 1024
+    thing = slice(300, 309)
+    q = rand(group, queries, 16)
+    k = 0.3 * rand(1, q_offset + queries, 16, seed=1)
     v = rand(1, q_offset + queries, 16, seed=2)
     rows = slice(40 + shift, 49 + shift)
     k[:, thing] += 4 * q[0, 0] / q[0, 0].norm()
@@ -135,7 +139,8 @@ def test_few_rows_that_look_for_one_thing_are_not_lost_in_their_tile(shift: int)
 def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, group: int) -> None:
     tiles = Tiles(queries, q_offset, 128, 64)
     q = rand(2 * group, queries, 16)
-    k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
+    k = rand(2, tiles.keys, 16, seed=1)
+    v = rand(2, tiles.keys, 16, seed=2)
     known = summarize(k[:, : tiles.blocks * 64], v[:, : tiles.blocks * 64], 64)
     scores = causal_scores(q, k, q_offset, SCALE)
     local_lse = torch.zeros(2 * group, tiles.count * 128, dtype=torch.float64)

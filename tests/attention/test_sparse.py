@@ -202,7 +202,8 @@ def test_a_key_that_is_not_a_number_poisons_what_dense_attention_poisons() -> No
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_query_that_is_not_a_number_poisons_itself_alone(value: float) -> None:
     q, k, v, tiles, _ = problem(200, 517, 4)
-    forced, epsilon = forced_blocks(tiles, 1, [10_000] * 2), torch.full((2,), 0.9)
+    forced = forced_blocks(tiles, 1, [10_000] * 2)
+    epsilon = torch.full((2,), 0.9)
     asked = sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE)
     clean = attend_on_cpu(asked)
     q[2, 5, 3] = value

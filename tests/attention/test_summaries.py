@@ -18,7 +18,8 @@ from tests.attention.oracle import log_mean_exp, rand
 
 
 def test_against_the_definition() -> None:
-    k, v = rand(2, 192, 8), rand(2, 192, 8, seed=1)
+    k = rand(2, 192, 8)
+    v = rand(2, 192, 8, seed=1)
     known = summarize(k, v, 64)
     for head in range(2):
         for block in range(3):

@@ -31,7 +31,8 @@ def test_kept_mass_and_error_of_all_rows(
 ) -> None:
     tiles = Tiles(queries, q_offset, 128, 64)
     q = rand(2 * group, queries, 16)
-    k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
+    k = rand(2, tiles.keys, 16, seed=1)
+    v = rand(2, tiles.keys, 16, seed=2)
     forced = forced_blocks(tiles, 1, [10_000] * tiles.count)
     problem = sparse_problem(
         q, (k, v), tiles, epsilon=torch.full((2,), epsilon), forced=forced, scale=SCALE
@@ -60,14 +61,18 @@ def test_rows_that_are_no_numbers_keep_nothing() -> None:
     # An LSE of -inf makes the mass of every key infinite, and its minimum with the truth perfect.
     tiles = Tiles(128, 256, 128, 64)
     q = rand(4, 128, 16)
-    k, v = rand(2, tiles.keys, 16, seed=1), rand(2, tiles.keys, 16, seed=2)
+    k = rand(2, tiles.keys, 16, seed=1)
+    v = rand(2, tiles.keys, 16, seed=2)
     forced = forced_blocks(tiles, 1, [10_000])
     problem = sparse_problem(
         q, (k, v), tiles, epsilon=torch.full((2,), 0.3), forced=forced, scale=SCALE
     )
     used = attend_on_cpu(problem)
-    used.lse[0, 5], used.out[0, 5] = -torch.inf, torch.nan
-    used.lse[1, 6], used.lse[2, 7], used.out[3, 8] = -torch.inf, torch.nan, torch.inf
+    used.lse[0, 5] = -torch.inf
+    used.out[0, 5] = torch.nan
+    used.lse[1, 6] = -torch.inf
+    used.lse[2, 7] = torch.nan
+    used.out[3, 8] = torch.inf
     rows = torch.arange(128)
     weights = torch.zeros(128, tiles.keys)
     proof = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
@@ -79,7 +84,8 @@ def test_rows_that_are_no_numbers_keep_nothing() -> None:
 
 
 def test_sampled_rows_are_spread_and_differ() -> None:
-    first, second = sample_rows(512, 4, 1), sample_rows(512, 4, 2)
+    first = sample_rows(512, 4, 1)
+    second = sample_rows(512, 4, 2)
     assert first.tolist() != second.tolist()
     for rows in (first, second):
         assert ((rows >= 0) & (rows < 512)).all()
@@ -102,7 +108,8 @@ def test_every_tile_is_sampled() -> None:
 
 
 def test_a_closer_look_is_at_other_rows() -> None:
-    settings, tiles = SparseSettings(200), Tiles(512, 1024, 128, 64)
+    settings = SparseSettings(200)
+    tiles = Tiles(512, 1024, 128, 64)
     rows, recheck = (set(found.tolist()) for found in choose_rows(settings, tiles, 0))
     assert len(rows) == 8
     assert len(recheck) == 24

@@ -85,7 +85,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_every_document_is_reached_from_the_readme() -> None:
-    reached, waiting = set(), [ROOT / "README.md"]
+    reached = set()
+    waiting = [ROOT / "README.md"]
     while waiting:
         path = waiting.pop()
         reached.add(path)

@@ -62,7 +62,7 @@ class Tiles:
 
     @property
     def local_keys(self) -> int:
-        """Of them, those in the local regions."""
+        """The part of ``causal_keys`` that lies in the local regions."""
         before = sum(self.local_start(tile) * self.tokens(tile) for tile in range(self.count))
         return self.causal_keys - before
 

@@ -66,7 +66,6 @@ class DecoderProcess:
 
     @property
     def pid(self) -> int:
-        """Process id."""
         return self._process.pid
 
     @property

@@ -61,7 +61,7 @@ class AsyncDriver:
     def _rpc(self, name: str) -> Any:
         # A grpc.aio channel belongs to the loop that is running when it is made.
         if self._channel is None:
-            self._channel = self._endpoint.open(grpc.aio)
+            self._channel = self._endpoint.make_channel(grpc.aio)
             self._rpcs = rpc_table(self._channel)
         return self._rpcs[name]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, cast
 from urllib.parse import unquote, urlsplit
 
 from prefill_client._requests import ASK_NAMES, build_ask, video_id_or_path
@@ -135,7 +135,7 @@ def _kind(value: Any) -> str:
 
 
 class ResultFile:
-    """Lines appended one by one, each on the disk before the next.
+    """Lines appended one by one, each on the disk before the next; ``with`` opens the file.
 
     Args:
         path: the file.
@@ -150,14 +150,17 @@ class ResultFile:
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
         self.done: set[str] = set()
-        self._file = open(path, "a+b" if resume else "w+b")  # noqa: SIM115 - closed by __exit__
+        self._resume = resume
+        self._file: BinaryIO
+
+    def __enter__(self) -> Self:
+        mode = "a+b" if self._resume else "w+b"
+        self._file = cast(BinaryIO, open(self.path, mode))
         try:
             self.done.update(self._repair())
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> Self:
         return self
 
     def __exit__(

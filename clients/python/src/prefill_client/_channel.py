@@ -77,8 +77,8 @@ class Endpoint:
         host = self.address.rpartition("/")[2].rpartition(":")[0].strip("[]")
         return host in ("localhost", "::1") or host.startswith("127.")
 
-    def open(self, module: Any) -> Any:
-        """Open a channel of ``module``, which is ``grpc`` or ``grpc.aio``."""
+    def make_channel(self, module: Any) -> Any:
+        """A channel of ``module`` (``grpc`` or ``grpc.aio``); it connects at its first call."""
         options = list(CHANNEL_OPTIONS)
         if self._is_loopback():
             # gRPC would ask a proxy named in the environment for this very machine.

@@ -224,7 +224,7 @@ def _block_map(message: prefill_pb.BlockMap) -> attention.BlockMap:
 
 
 def timings(message: answer_pb.AskTimings) -> types.Timings:
-    """Convert AskTimings."""
+    """Durations of an answer, in seconds."""
     return types.Timings(
         prefill_wait_s=_seconds(message.prefill_wait),
         decoder_first_token_s=_seconds(message.decoder_first_token),
@@ -235,7 +235,7 @@ def timings(message: answer_pb.AskTimings) -> types.Timings:
 
 
 def usage(message: answer_pb.AskUsage) -> types.Usage:
-    """Convert AskUsage."""
+    """Token counts of an answer."""
     return types.Usage(
         prompt_tokens=message.prompt_tokens,
         video_tokens=message.video_tokens,

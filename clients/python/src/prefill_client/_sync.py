@@ -51,7 +51,7 @@ class SyncDriver:
     """Runs flows on the caller's thread. One may be used by several threads."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._channel = endpoint.open(grpc)
+        self._channel = endpoint.make_channel(grpc)
         self._metadata = endpoint.metadata
         self._rpcs = rpc_table(self._channel)
 

@@ -1,4 +1,4 @@
-"""``prefill batch``."""
+"""``prefill batch``: questions from a JSONL file, answers to another."""
 
 from __future__ import annotations
 
