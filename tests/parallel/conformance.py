@@ -31,7 +31,9 @@ from prefill_service.parallel.token_layout import deal_patches
 from prefill_service.parallel.unit_attention import UnitAttention
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
-LAYERS, HEAD_DIM, SCALE = 2, 16, 0.25
+LAYERS = 2
+HEAD_DIM = 16
+SCALE = 0.25
 CPU = torch.device("cpu")
 SETTINGS = SparseSettings(NEVER, block_tokens=8, tile_tokens=16, segment_blocks=4)
 
@@ -80,11 +82,12 @@ def dense(case: Case) -> torch.Tensor:
 
 
 class Wire:
-    """Counts what torch itself is asked to receive, knowing nothing of our meter."""
+    """Counts what torch itself is asked to receive, knowing nothing of our statistics."""
 
     def __init__(self) -> None:
         self.received = 0
-        self._broadcast, self._batch = dist.broadcast, dist.batch_isend_irecv
+        self._broadcast = dist.broadcast
+        self._batch = dist.batch_isend_irecv
 
     def __enter__(self) -> Wire:
         def broadcast(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -96,11 +99,13 @@ class Wire:
             self.received += sum(op.tensor.nbytes for op in ops if op.op is dist.irecv)
             return self._batch(ops)
 
-        dist.broadcast, dist.batch_isend_irecv = broadcast, batch
+        dist.broadcast = broadcast
+        dist.batch_isend_irecv = batch
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.broadcast, dist.batch_isend_irecv = self._broadcast, self._batch
+        dist.broadcast = self._broadcast
+        dist.batch_isend_irecv = self._batch
 
 
 def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: Case) -> Any:
@@ -128,7 +133,8 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
         heads=exchange.local_kv_heads,
     )
     attention = UnitAttention(adaptive, setup.units)
-    data, before = qkv(case), dict(group.comm_stats.uses)
+    data = qkv(case)
+    before = dict(group.comm_stats.uses)
     out = torch.zeros(LAYERS, case.q_heads, case.tokens, HEAD_DIM, dtype=torch.float64)
     with Wire() as wire:
         for shares in layout.shares:

@@ -34,7 +34,11 @@ def test_every_exchange_conforms(size: int, tmp_path: Path) -> None:
 
 def published_bytes(kind: ExchangeKind, ranks: int, degree: int, case: Case) -> int:
     """What one rank receives per layer, by the formulas of the papers (even shares, one chunk)."""
-    tokens, h_q, h_kv, d, e = case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, 8
+    tokens = case.tokens
+    h_q = case.q_heads
+    h_kv = case.kv_heads
+    d = HEAD_DIM
+    e = 8
     ring = ranks // degree
     match kind.name:
         case "gather" | "ring" | "multi_ring":
@@ -71,7 +75,8 @@ def test_chunks_move_the_past_again_only_in_rings(tmp_path: Path) -> None:
     gather, ulysses, ring, pass_q = (
         sum(result[i]["wire"] for result in results) // LAYERS for i in range(len(cases))
     )
-    kv, tokens = 2 * 4 * HEAD_DIM * 8, ends[-1]
+    kv = 2 * 4 * HEAD_DIM * 8
+    tokens = ends[-1]
     assert gather == kv * tokens
     assert ulysses == 2 * kv * tokens // 2
     assert ring == kv * (tokens // 2 + tokens)

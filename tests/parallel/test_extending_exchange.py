@@ -103,7 +103,8 @@ def test_the_planner_costs_it() -> None:
     [scheme] = schemes(4, [SEND_TO_ALL])
     assert scheme == Scheme(SEND_TO_ALL, 4)
     assert scheme not in list(schemes(4, EXCHANGES))
-    shape, chunking = PRESETS["qwen3-vl-8b"], deal_tokens(8192, 4, 512)
+    shape = PRESETS["qwen3-vl-8b"]
+    chunking = deal_tokens(8192, 4, 512)
     received = traffic(scheme, shape, chunking).received
     assert received.tolist() == [shape.kv_bytes * 8192 * 3 // 4] * 4
     assert memory_bytes(scheme, shape, chunking) == 35 * 8192 * shape.kv_bytes

@@ -1,4 +1,4 @@
-"""Sparse attention over ranks selects, computes and certifies what one rank with all keys does."""
+"""Sparse attention over ranks selects, computes and verifies what one rank with all keys does."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ from prefill_service.kv.offload.working_set import OffloadedKV
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import exchange_named
 from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
+from prefill_service.parallel.exchanges.demand.layer_keys import DemandLayerKeys
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.exchanges.registry import choose_exchange, make_exchange
 from prefill_service.parallel.load_balance import Balancing, make_balancer
 from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
-from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
+from prefill_service.parallel.token_layout import ChunkLayout, Share, deal_patches
 from prefill_service.parallel.unit_attention import UnitAttention
 from tests.parallel.ranks import TIMEOUT_S, run_ranks
 
-LAYERS, KV_HEADS, HEAD_DIM, SCALE = 2, 2, 16, 0.25
+LAYERS = 2
+KV_HEADS = 2
+HEAD_DIM = 16
+SCALE = 0.25
 CPU = torch.device("cpu")
 
 
@@ -44,7 +48,7 @@ CPU = torch.device("cpu")
 class Case:
     """One prompt: patches of so many tokens, tokens per chunk and rank, what is asked for.
 
-    ``broken``: one value is not a number, so that its KV head has no certificate. ``action``: where
+    ``broken``: one value is not a number, so that its KV head cannot be verified. ``action``: where
     queries want single keys, as shares of the prompt; elsewhere they want the mean.
     """
 
@@ -83,7 +87,8 @@ class Case:
 
     def data(self) -> Tensor:
         """[layers, heads, tokens, head_dim]: keys in a few loose clusters, queries near some."""
-        tokens, seed = int(self.ends[-1]), torch.Generator().manual_seed(self.patches)
+        tokens = int(self.ends[-1])
+        seed = torch.Generator().manual_seed(self.patches)
         centres = torch.randn(LAYERS, 12, HEAD_DIM, dtype=torch.float64, generator=seed)
         heads = self.q_heads + 2 * self.kv_heads
         near = torch.randint(0, 12, (LAYERS, heads, tokens), generator=seed)
@@ -139,31 +144,45 @@ class Spied(DemandExchange):
 
     def __init__(self, *arguments: Any, cached: bool) -> None:
         super().__init__(*arguments, cached=cached)
+        self.cached = cached
         self.needed = 0
         self.have: list[set[tuple[int, int]]] = [set() for _ in range(LAYERS)]
+        for layer, keys in enumerate(self._layers):
+            self._spy(layer, keys)
+
+    def start_chunk(self, chunk: tuple[Share, ...]) -> None:
+        super().start_chunk(chunk)
+        self.ranges = [share.contiguous for share in chunk]
 
     def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         super().store_kv(layer, k, v)
-        start, end = self._ranges[self._group.rank]
-        first = min(a for a, b in self._ranges if a < b)
-        whole = first // 16 if self._cached else 0  # blocks of earlier chunks
+        start, end = self.ranges[self._group.rank]
+        first = min(a for a, b in self.ranges if a < b)
+        whole = first // 16 if self.cached else 0  # blocks of earlier chunks
         self.have[layer] = {(head, b) for head, b in self.have[layer] if b < whole}
         mine = [b for b in range(end // 16) if start <= b * 16]
         self.have[layer] |= {(head, b) for head in range(KV_HEADS) for b in mine}
 
-    def _see(self, layer: int, clustered: int) -> None:
-        old = self._states[layer].clustered
-        super()._see(layer, clustered)
-        ordered = range(old // 16, clustered // 16)
-        self.have[layer] -= {(head, b) for head in range(KV_HEADS) for b in ordered}
+    def _spy(self, layer: int, keys: DemandLayerKeys) -> None:
+        see_clustered = keys._see_clustered
+        fetch_blocks = keys.fetch_blocks
 
-    def fetch_blocks(self, wanted: Tensor, heads: Tensor) -> None:
-        for row, block in wanted.nonzero().tolist():
-            one = (int(heads[row]), block)
-            if one not in self.have[self._layer]:
-                self.have[self._layer].add(one)
-                self.needed += int(self._homes.block_home[block] != self._group.rank)
-        super().fetch_blocks(wanted, heads)
+        def seen(until: int) -> None:
+            old = keys._clustered_until
+            see_clustered(until)
+            ordered = range(old // 16, until // 16)
+            self.have[layer] -= {(head, b) for head in range(KV_HEADS) for b in ordered}
+
+        def fetched(wanted: Tensor, heads: Tensor) -> None:
+            for row, block in wanted.nonzero().tolist():
+                one = (int(heads[row]), block)
+                if one not in self.have[layer]:
+                    self.have[layer].add(one)
+                    self.needed += int(self._owners.block_owner[block] != self._group.rank)
+            fetch_blocks(wanted, heads)
+
+        keys._see_clustered = seen  # type: ignore[method-assign]
+        keys.fetch_blocks = fetched  # type: ignore[method-assign]
 
 
 def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
@@ -171,13 +190,15 @@ def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
     sizes = OffloadShape(
         LAYERS, shape.num_tokens, shape.kv_heads, shape.head_dim, shape.dtype, shape.device
     )
-    engine, room = FileCopyEngine(sizes, folder), int(2.5 * sizes.layer_bytes)
-    return OffloadedKV(sizes, room, engine, lambda _: 0.4)
+    engine = FileCopyEngine(sizes, folder)
+    device_bytes = int(2.5 * sizes.layer_bytes)
+    return OffloadedKV(sizes, device_bytes, engine, lambda _: 0.4)
 
 
 def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, Any]:
     """This rank's part of a prefill, by the product's own path."""
-    layout, shape = case.layout(group.size), case.shape
+    layout = case.layout(group.size)
+    shape = case.shape
     units = SelectionUnits.of(case.ends, case.chunk)
     exchange: Exchange
     if kind == "gather":
@@ -206,7 +227,8 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         cached = kind == "demand"
         exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
     selection = Selection(case, exchange.local_kv_heads)
-    data, before = case.data(), dict(group.comm_stats.uses)
+    data = case.data()
+    before = dict(group.comm_stats.uses)
     attention = UnitAttention(selection, units)
     out = torch.zeros_like(data[:, : case.q_heads])
     for shares in layout.shares:
@@ -229,7 +251,8 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
 
 def one_rank(case: Case) -> dict[str, Any]:
     """Unit by unit, with every key at hand."""
-    selection, data = Selection(case), case.data()
+    selection = Selection(case)
+    data = case.data()
     out = torch.zeros_like(data[:, : case.q_heads])
     for layer in range(LAYERS):
         whole, k, v = case.split(data[layer])
@@ -293,7 +316,8 @@ def ulysses_bytes(case: Case, ranks: int) -> list[int]:
     received = []
     for rank in range(ranks):
         keys = each + (rank < rest)
-        queries, mine = keys * case.ratio, 0
+        queries = keys * case.ratio
+        mine = 0
         for chunk in case.layout(ranks).shares:
             own = chunk[rank].num_tokens
             others = sum(share.num_tokens for share in chunk) - own
@@ -318,10 +342,10 @@ def test_any_number_of_ranks_selects_what_one_does(size: int, tmp_path: Path) ->
                 assert ours.tiles_redone == theirs.tiles_redone, (name, kind)
                 assert ours.tiles_dense == theirs.tiles_dense, (name, kind)
                 assert ours.kept_mass.count == theirs.kept_mass.count, (name, kind)
-                for mine, other in (
-                    (ours.kept_mass, theirs.kept_mass), (ours.output_error, theirs.output_error)
-                ):  # fmt: skip
-                    assert mine.total == pytest.approx(other.total, abs=1e-8), (name, kind)
+                for measure in ("kept_mass", "output_error"):
+                    mine = getattr(ours, measure).total
+                    other = getattr(theirs, measure).total
+                    assert mine == pytest.approx(other, abs=1e-8), (name, kind, measure)
             if kind == "ulysses" and size > 1 and name in ("sparse", "three heads"):
                 used = [part["uses"]["all_to_all"].bytes_received for part in found]
                 assert used == ulysses_bytes(CASES[name], size)

@@ -129,7 +129,7 @@ def _many_rings_traffic(terms: CostTerms) -> Traffic:
 
 
 def _circulating_memory(terms: CostTerms) -> int:
-    """Of one layer also the shard being attended to and the one arriving meanwhile."""
+    """One layer has two shards more: the one being attended to and the one arriving."""
     moving = 2 if terms.ring > 1 else 0
     swapped = int(terms.heads_to_all().received.max())
     return (terms.shape.attending_layers + moving) * terms.own_keys_bytes() + swapped

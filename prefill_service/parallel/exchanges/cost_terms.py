@@ -156,7 +156,8 @@ class CostTerms:
 
     def queries(self) -> Stream:
         """Other ranks' queries, and results of its own from all other ranks but the last."""
-        shape, others = self.shape, self.ranks - 1
+        shape = self.shape
+        others = self.ranks - 1
         elsewhere = self.tokens.sum(1, keepdims=True) - self.tokens
         query = shape.q_heads * shape.head_dim * shape.bytes_per_element
         received = elsewhere * query + self.tokens * (others - 1) * shape.partial_bytes
@@ -236,6 +237,6 @@ class CostTerms:
         return of_rows.repeat(self.ulysses, 1)
 
     def _elsewhere(self, of_row: Ints) -> Ints:
-        """Of [chunks, ranks] with a row's value at each rank, the sum over all other rows."""
+        """[chunks, ranks] sums over all other rows; a row's value is repeated at its ranks."""
         others: Ints = of_row[:, :: self.ulysses].sum(1, keepdims=True) - of_row
         return others

@@ -60,7 +60,8 @@ class GatherExchange(Exchange):
     @classmethod
     @override
     def build(cls, setup: ExchangeSetup) -> Self:
-        group, shape = setup.mesh.world, setup.shape
+        group = setup.mesh.world
+        shape = setup.shape
         balancer = make_balancer(group, shape, setup.settings, setup.units, setup.balancing)
         return cls(group, shape, setup.buffers, balancer)
 
@@ -91,12 +92,12 @@ class GatherExchange(Exchange):
         start, _ = self._ranges[self._group.rank]
         end = start + q.shape[1]
         chunk_start, _ = self._chunk
-        partials = [self._partial(layer, q, start, end, causal=True)]
+        partials = [self._partial(layer, q, (start, end), causal=True)]
         if chunk_start:
-            partials.append(self._partial(layer, q, 0, chunk_start))
+            partials.append(self._partial(layer, q, (0, chunk_start)))
         if start > chunk_start:
             self._wait(layer, before_rank=self._group.rank)
-            partials.append(self._partial(layer, q, chunk_start, start))
+            partials.append(self._partial(layer, q, (chunk_start, start)))
         return merge(partials).out
 
     @override
@@ -146,7 +147,8 @@ class GatherExchange(Exchange):
 
         Nothing if evening out what ranks have to do would not be worth it.
         """
-        adaptive, balancer = attention.adaptive, self._balancer
+        adaptive = attention.adaptive
+        balancer = self._balancer
         if balancer is None or not attention.split(*self._chunk)[1]:
             return None
         keys = BalancedKeys(
@@ -183,9 +185,8 @@ class GatherExchange(Exchange):
         if end > start:
             self._buffers.touch(layer, start, end)
 
-    def _partial(
-        self, layer: int, q: Tensor, start: int, end: int, causal: bool = False
-    ) -> Partial:
+    def _partial(self, layer: int, q: Tensor, keys: Range, *, causal: bool = False) -> Partial:
+        start, end = keys
         kv = self._buffers.layer(layer)[start:end]
         k, v = kv.permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         return attend(q, k, v, causal=causal, scale=self._scale)

@@ -66,7 +66,8 @@ class PassQExchange(Exchange):
 
     @override
     def attend_exact(self, layer: int, q: Tensor) -> Tensor:
-        rank, size = self._group.rank, self._group.size
+        rank = self._group.rank
+        size = self._group.size
         kv = self._kv[layer][: self._held.rows(rank)]
         partials: list[Partial] = []
         returning: list[Transfer] = []
@@ -101,7 +102,8 @@ class PassQExchange(Exchange):
 
     def _pass_on(self, current: Tensor, owner: int, step: int) -> tuple[Transfer | None, Tensor]:
         """Send the queries at hand to the next rank, receive those of the rank before."""
-        rank, size = self._group.rank, self._group.size
+        rank = self._group.rank
+        size = self._group.size
         if step == size - 1:
             return None, current
         q_heads, _, head_dim = current.shape
@@ -113,9 +115,11 @@ class PassQExchange(Exchange):
 
     def _give_back(self, found: Partial, q: Tensor, step: int) -> tuple[list[Transfer], Partial]:
         """Return a result to the queries' owner; receive that of this rank's own queries."""
-        rank, size = self._group.rank, self._group.size
+        rank = self._group.rank
+        size = self._group.size
         mine = Partial(q.new_empty(q.shape), found.lse.new_empty(q.shape[:2]))
-        to, source = (rank - step) % size, (rank + step) % size
+        to = (rank - step) % size
+        source = (rank + step) % size
         outs = self._group.send_recv({to: found.out}, {source: mine.out}, "give_back")
         sums = self._group.send_recv({to: found.lse}, {source: mine.lse}, "give_back")
         return [outs, sums], mine

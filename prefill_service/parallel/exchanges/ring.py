@@ -95,7 +95,9 @@ def circulate(group: SPGroup, own: Tensor, rows: list[int], cycles: list[Cycle])
     current = [own[a:b] for a, b in pairwise(bounds[group.rank])]
     members = [group.rank] * len(cycles)
     for step in range(group.size):
-        transfer, coming, sources = None, current, members
+        transfer = None
+        coming = current
+        sources = members
         if step < group.size - 1:
             sources = [cycle[at - step - 1] for cycle, at in zip(cycles, places, strict=True)]
             sizes = [bounds[m][c + 1] - bounds[m][c] for c, m in enumerate(sources)]
@@ -108,14 +110,16 @@ def circulate(group: SPGroup, own: Tensor, rows: list[int], cycles: list[Cycle])
             yield Rows(group.rank, 0, own)
         if transfer is not None:
             transfer.wait()
-        current, members = coming, sources
+        current = coming
+        members = sources
 
 
 def _pass_on(
     group: SPGroup, cycles: list[Cycle], current: list[Tensor], coming: list[Tensor]
 ) -> Transfer:
     """On every cycle, to the next rank and from the one before; no two cycles share a link."""
-    send, receive = {}, {}
+    send = {}
+    receive = {}
     for cycle, leaving, arriving in zip(cycles, current, coming, strict=True):
         at = cycle.index(group.rank)
         send[cycle[(at + 1) % group.size]] = leaving

@@ -46,7 +46,8 @@ class UlyssesGatherExchange(Exchange):
         split = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_kv_heads=True)
         self._columns = mesh.ring
         self._row = UlyssesRow(mesh, split)
-        queries, keys = split.queries(mesh.ulysses.rank), self._row.kv_heads
+        queries = split.queries(mesh.ulysses.rank)
+        keys = self._row.kv_heads
         self._shape = replace(
             shape, q_heads=queries.stop - queries.start, kv_heads=keys.stop - keys.start
         )
@@ -102,5 +103,6 @@ def _joined(shares: list[Share]) -> Share:
     pieces = [piece for share in shares for piece in share.pieces]
     if not pieces:
         return Share(())
-    first, last = pieces[0], pieces[-1]
+    first = pieces[0]
+    last = pieces[-1]
     return Share((Piece(first.first_patch, last.end_patch, first.start_token, last.end_token),))

@@ -93,7 +93,8 @@ class UspExchange(Exchange):
 
     @override
     def attend_exact(self, layer: int, q: Tensor) -> Tensor:
-        ring, part = self._mesh.ring, self._mesh.ulysses.rank
+        ring = self._mesh.ring
+        part = self._mesh.ulysses.rank
         queries = OnlineSoftmax(self._row.to_heads(q), self._ranges, self._heads, part, self._scale)
         own = self._kv[layer][: self._held.rows(ring.rank)]
         rows = [self._held.rows(member) for member in range(ring.size)]

@@ -1,6 +1,6 @@
 """Which rank keeps the keys of which segment, when every key is kept once.
 
-A segment is clustered as a whole, so all of its tokens go to one rank, its *home*: the rank that
+A segment is clustered as a whole, so all of its tokens go to one rank, its *owner*: the rank that
 computes the token in its middle. Shares of several segments move little of what they compute.
 """
 
@@ -10,23 +10,28 @@ from functools import cached_property
 
 import numpy as np
 
+from prefill_service.attention.settings import Segments
 from prefill_service.parallel.token_layout import ChunkLayout
 
 
 class OwnerMap:
-    """Homes of a prompt's segments and blocks.
+    """Owners of a prompt's segments and blocks.
 
     Args:
         layout: of the prompt.
         ranks: of the group.
-        block_tokens, segment_tokens: sizes; a segment is whole blocks.
+        segments: sizes of blocks and segments; a segment is whole blocks.
+
+    Attributes:
+        num_blocks: of the prompt, the last one perhaps not full.
+        segment_owner: [segments] rank.
+        block_owner: [blocks] rank.
     """
 
-    def __init__(
-        self, layout: ChunkLayout, ranks: int, block_tokens: int, segment_tokens: int
-    ) -> None:
-        self.block_tokens, self.segment_tokens = block_tokens, segment_tokens
-        self.ranks = ranks
+    def __init__(self, layout: ChunkLayout, ranks: int, segments: Segments) -> None:
+        self._ranks = ranks
+        self._block_tokens = segments.block_tokens
+        self._segment_tokens = segments.segment_tokens
         ranges = [
             (start, end, rank)
             for chunk in layout.shares
@@ -34,38 +39,43 @@ class OwnerMap:
             for start, end in share.ranges
         ]
         tokens = max(end for _, end, _ in ranges)
-        computes = np.empty(tokens, np.int32)
+        computed_by = np.empty(tokens, np.int32)
         for start, end, rank in ranges:
-            computes[start:end] = rank
-        starts = np.arange(0, tokens, segment_tokens)
-        self.segment_home = computes[np.minimum(starts + segment_tokens // 2, tokens - 1)]
-        self.blocks = -(-tokens // block_tokens)
-        per_segment = segment_tokens // block_tokens
-        self.block_home = np.repeat(self.segment_home, per_segment)[: self.blocks]
-        # A home keeps its blocks in prompt order; its i-th is ids[i].
-        self._slot = np.empty(self.blocks, np.int64)
-        for rank in range(ranks):
-            ids = np.flatnonzero(self.block_home == rank)
-            self._slot[ids] = np.arange(len(ids))
+            computed_by[start:end] = rank
+        starts = np.arange(0, tokens, self._segment_tokens)
+        middles = np.minimum(starts + self._segment_tokens // 2, tokens - 1)
+        self.segment_owner: np.ndarray = computed_by[middles]
+        self.num_blocks = -(-tokens // self._block_tokens)
+        per_segment = self._segment_tokens // self._block_tokens
+        self.block_owner = np.repeat(self.segment_owner, per_segment)[: self.num_blocks]
 
     @cached_property
     def _ids(self) -> list[np.ndarray]:
-        return [np.flatnonzero(self.block_home == rank) for rank in range(self.ranks)]
+        """The blocks of each rank, ascending: the order in which it keeps them."""
+        return [np.flatnonzero(self.block_owner == rank) for rank in range(self._ranks)]
 
-    def ids(self, rank: int, before_token: int | None = None) -> np.ndarray:
-        """Blocks at home on a rank, ascending; of those, the ones that begin before a token."""
+    @cached_property
+    def _slot(self) -> np.ndarray:
+        """[blocks] the place of each block among its owner's."""
+        slots = np.empty(self.num_blocks, np.int64)
+        for ids in self._ids:
+            slots[ids] = np.arange(len(ids))
+        return slots
+
+    def block_ids(self, rank: int, before_token: int | None = None) -> np.ndarray:
+        """Blocks that a rank owns, ascending; of those, the ones that begin before a token."""
         ids = self._ids[rank]
         if before_token is None:
             return ids
-        return ids[: np.searchsorted(ids, -(-before_token // self.block_tokens))]
+        return ids[: np.searchsorted(ids, -(-before_token // self._block_tokens))]
 
-    def home_of(self, tokens: np.ndarray) -> np.ndarray:
+    def owners_of(self, tokens: np.ndarray) -> np.ndarray:
         """Rank that keeps each token."""
-        homes: np.ndarray = self.segment_home[tokens // self.segment_tokens]
-        return homes
+        owners: np.ndarray = self.segment_owner[tokens // self._segment_tokens]
+        return owners
 
-    def rows(self, tokens: np.ndarray) -> np.ndarray:
-        """Where each token lies in its home's buffer."""
-        blocks, within = np.divmod(tokens, self.block_tokens)
-        rows: np.ndarray = self._slot[blocks] * self.block_tokens + within
+    def owner_rows(self, tokens: np.ndarray) -> np.ndarray:
+        """Where each token lies in its owner's buffer."""
+        blocks, within = np.divmod(tokens, self._block_tokens)
+        rows: np.ndarray = self._slot[blocks] * self._block_tokens + within
         return rows

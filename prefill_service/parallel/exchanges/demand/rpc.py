@@ -1,23 +1,24 @@
 """Rounds of requests and replies between ranks whose control flow differs.
 
 What a rank wants to know of the others depends on its own data: which blocks it selected, whether
-a KV head missed the floor. In every round each rank asks one thing, or nothing any more, and
-answers what the others ask; a rank that has all it needs goes on answering until nobody asks. So
-no rank has to know what another does, and none waits for one that does not come.
+a KV head missed the floor. In every round each rank sends one request, or nothing any more, and
+answers the others' requests; a rank that has all it needs goes on answering until nobody requests
+anything. So no rank has to know what another does, and none waits for one that does not come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 from torch import Tensor
 
 from prefill_service.parallel.process_group import SPGroup
 
 
-class Ask(IntEnum):
+class RequestKind(IntEnum):
     """What a rank wants in a round."""
 
     NOTHING = 0
@@ -26,67 +27,92 @@ class Ask(IntEnum):
     KEPT_MASS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One rank's part in a round.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestHeader:
+    """What all ranks learn of a rank's request before its data is sent.
 
     Attributes:
-        ask: what.
+        kind: what is wanted.
         heads: KV heads it is about, as a bit mask.
         samples: query rows it is about.
-        clustered: tokens before this one are meant in clustered order.
+        clustered_until: tokens before this one are meant in clustered order.
     """
 
-    ask: Ask
+    kind: RequestKind
     heads: int = 0
     samples: int = 0
-    clustered: int = 0
+    clustered_until: int = 0
+
+    def to_ints(self) -> list[int]:
+        """The header as it is gathered from all ranks."""
+        return [int(self.kind), self.heads, self.samples, self.clustered_until]
+
+    @classmethod
+    def from_ints(cls, values: list[int]) -> RequestHeader:
+        """The reverse of ``to_ints``."""
+        kind, heads, samples, clustered_until = values
+        return cls(
+            kind=RequestKind(kind), heads=heads, samples=samples, clustered_until=clustered_until
+        )
 
 
-@dataclass(slots=True)
+class RequestHandler(Protocol):
+    """Answers other ranks' requests."""
+
+    def request_buffer(self, header: RequestHeader) -> Tensor:
+        """An uninitialised tensor for the data of a request with such a header."""
+
+    def answer_request(self, rank: int, header: RequestHeader, request: Tensor) -> Tensor:
+        """The reply to a rank's request."""
+
+
+@dataclass(frozen=True, slots=True)
 class CollectiveRpc:
-    """One rank's view.
+    """One rank's side of the rounds.
 
     Attributes:
-        room: an uninitialised tensor for the request of a rank with such a header.
-        answer: the reply to a rank's request.
+        group: the ranks.
+        handler: answers the others.
     """
 
     group: SPGroup
-    room: Callable[[Header], Tensor]
-    answer: Callable[[int, Header, Tensor], Tensor]
-    count: int = field(default=0)
+    handler: RequestHandler
 
-    def ask(
-        self, header: Header, requests: Mapping[int, Tensor], replies: Mapping[int, Tensor]
+    def exchange_requests(
+        self,
+        header: RequestHeader,
+        requests: Mapping[int, Tensor],
+        replies: Mapping[int, Tensor],
     ) -> bool:
-        """One round.
+        """Take part in one round: send a request to the others, answer theirs.
 
         Args:
+            header: of this rank's request.
             requests: per other rank.
             replies: per other rank, filled with its reply.
 
         Returns:
-            Whether anybody asked anything.
+            Whether any rank requested anything.
         """
-        self.count += 1
-        row = [int(header.ask), header.heads, header.samples, header.clustered]
-        headers = [Header(Ask(ask), *rest) for ask, *rest in self.group.all_gather_ints(row)]
-        asking = [
+        gathered = self.group.all_gather_ints(header.to_ints())
+        headers = [RequestHeader.from_ints(values) for values in gathered]
+        requesting = [
             rank
             for rank, other in enumerate(headers)
-            if other.ask is not Ask.NOTHING and rank != self.group.rank
+            if other.kind is not RequestKind.NOTHING and rank != self.group.rank
         ]
-        if not asking and header.ask is Ask.NOTHING:
+        if not requesting and header.kind is RequestKind.NOTHING:
             return False
-        incoming = {rank: self.room(headers[rank]) for rank in asking}
-        name = header.ask.name.lower()
+        incoming = {rank: self.handler.request_buffer(headers[rank]) for rank in requesting}
         self.group.send_recv(requests, incoming, "requests").wait()
-        answers = {rank: self.answer(rank, headers[rank], incoming[rank]) for rank in asking}
-        self.group.send_recv(answers, replies, name).wait()
+        answers = {
+            rank: self.handler.answer_request(rank, headers[rank], incoming[rank])
+            for rank in requesting
+        }
+        self.group.send_recv(answers, replies, header.kind.name.lower()).wait()
         return True
 
-    def close(self) -> None:
-        """Answer until nobody asks."""
-        while self.ask(Header(Ask.NOTHING), {}, {}):
+    def answer_until_done(self) -> None:
+        """Answer the other ranks until none requests anything."""
+        while self.exchange_requests(RequestHeader(kind=RequestKind.NOTHING), {}, {}):
             pass
