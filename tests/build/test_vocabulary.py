@@ -34,9 +34,6 @@ STILL_THERE = {
     "teams",
     "meter",
     "homes",
-    "witness",
-    "witnesses",
-    "certified",
 }
 
 
