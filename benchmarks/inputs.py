@@ -244,7 +244,7 @@ def capture(checkpoint: Path, *, patches: int, side: int, seed: int) -> dict[str
     layers: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
 
     def attend(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: object, scaling: float, **_: object
+        module: Any, q: Tensor, k: Tensor, v: Tensor, *_: object, scaling: float, **__: object
     ) -> tuple[Tensor, None]:
         layers[module.layer_idx] = (q[0].clone(), k[0].clone(), v[0].clone(), scaling)
         out = torch.nn.functional.scaled_dot_product_attention(

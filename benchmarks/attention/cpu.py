@@ -211,7 +211,9 @@ def measure(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention.cpu", description=__doc__.partition("\n")[0]
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)

@@ -52,7 +52,9 @@ CPU = torch.device("cpu")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.attention.profile_prefill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, help="the larger one of bench-service")
     parser.add_argument("--tokens", type=int, default=16384, help="about so many (%(default)s)")

@@ -191,7 +191,8 @@ def check_group(
 ) -> list[dict[str, Any]]:
     """A row for each exchange: the KV of a video on ``ranks`` ranks, and on one."""
     # Not above: spawned ranks import this module, and need none of these.
-    from benchmarks.parallel.group import Case, Prefix, prefill_video
+    from benchmarks.parallel.group import NEVER, Case, Prefix, prefill_video
+    from prefill_service.config import EngineConfig
     from tools.make_tiny_checkpoint import build
     from tools.make_video import write_video
 
@@ -203,18 +204,16 @@ def check_group(
 
         def prefill(count: int, exchanges: Sequence[ExchangeKind]) -> list[Prefix]:
             cases = [Case(kind) for kind in exchanges]
-            return asyncio.run(
-                prefill_video(
-                    model,
-                    video,
-                    folder,
-                    ranks=count,
-                    cases=cases,
-                    device=device,
-                    dtype=name,
-                    chunk_tokens=70,
-                )
+            config = EngineConfig(
+                model=str(model),
+                ranks=count,
+                device=device,
+                dtype=name,
+                threads_per_rank=1,
+                chunk_tokens=70,
+                sparse_from_tokens=NEVER,
             )
+            return asyncio.run(prefill_video(config, video, folder, cases=cases))
 
         [alone] = prefill(1, [GATHER])
         together = prefill(ranks, kinds)

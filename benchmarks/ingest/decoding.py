@@ -283,7 +283,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     from benchmarks import tables
 
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.ingest.decoding",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--video", type=Path, default=HOUR, help="%(default)s; made if absent")
     parser.add_argument("--frames", type=int, default=768, help="%(default)s")

@@ -215,7 +215,9 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print, write the row and the trace."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.ingest.hour",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--video", type=Path, default=HOUR, help="made if absent")
     parser.add_argument("--checkpoint", type=Path, default=MODEL)

@@ -147,7 +147,9 @@ def row(name: str, found: list[list[dict[str, Any]]]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.parallel.balance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=16384)

@@ -25,6 +25,7 @@ from prefill_service.parallel.exchanges.registry import choose_exchange
 from prefill_service.video.indexer import index_video
 
 NEVER = 1 << 30
+"""More keys than a prompt has: with it as ``sparse_from_tokens`` attention stays dense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,40 +45,28 @@ class Prefix:
 
 
 async def prefill_video(
-    model: Path,
-    video: Path,
-    folder: Path,
-    *,
-    ranks: int,
-    cases: Sequence[Case],
-    device: str,
-    dtype: str,
-    chunk_tokens: int,
-    sparse_from_tokens: int = NEVER,
-    fps: float = 4.0,
+    config: EngineConfig, video: Path, folder: Path, *, cases: Sequence[Case], fps: float = 4.0
 ) -> list[Prefix]:
     """One prefill per case, by an executor that starts, computes and leaves.
 
     Args:
+        config: with a dtype and a device that are named, not ``auto``.
         folder: for the index and sockets; short, since Unix socket paths are.
-        sparse_from_tokens: where sparse attention begins, of a case that has any.
         fps: frames sampled a second.
     """
-    checkpoint = open_checkpoint(str(model))
-    config = EngineConfig(
-        model=str(model),
-        ranks=ranks,
-        device=device,
-        dtype=dtype,
-        threads_per_rank=1,
-        chunk_tokens=chunk_tokens,
-        sparse_from_tokens=sparse_from_tokens,
-    )
+    checkpoint = open_checkpoint(config.model)
     index = await index_video(video, VideoConfig())
     index.save(folder / "index.npz")
-    plan = PrefixPlanner(checkpoint, dtype).plan(index, video.name, FrameSampling(fps=fps), "")
+    plan = PrefixPlanner(checkpoint, config.dtype).plan(
+        index, video.name, FrameSampling(fps=fps), ""
+    )
     executor = PrefillExecutor(
-        config, VideoConfig(), checkpoint, dtype, device=device, runtime_dir=folder
+        config,
+        VideoConfig(),
+        checkpoint,
+        config.dtype,
+        device=config.device,
+        runtime_dir=folder,
     )
     found = []
     await executor.supervisor.start()
@@ -85,7 +74,7 @@ async def prefill_video(
         for case in cases:
             exchange = choose_exchange(
                 case.kind,
-                ranks,
+                config.ranks,
                 q_heads=checkpoint.num_heads,
                 kv_heads=checkpoint.num_kv_heads,
             )

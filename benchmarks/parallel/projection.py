@@ -146,41 +146,33 @@ class Projection:
     kv_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What all contestants do alike: prefill ``tokens`` of a model on a machine."""
+
+    shape: ModelShape
+    tokens: int
+    machine: Machine
+    given: Assumptions
+
+
 def project(
     shape: ModelShape, tokens: int, machine: Machine, given: Assumptions
 ) -> Iterator[Projection]:
     """All contestants that this model's heads allow."""
     ranks = machine.ranks
-    yield _dense(shape, tokens, machine, given)
+    task = _Task(shape, tokens, machine, given)
+    yield replace(_of_scheme(Scheme(GATHER, 1), task, tokens), name="dense, 1 GPU")
     share = -(-tokens // ranks)
-    yield _of_scheme(
-        Scheme(RING, ranks),
-        shape,
-        tokens,
-        chunk=share,
-        machine=machine,
-        given=given,
-        prefix="zigzag ",
-    )
+    yield _of_scheme(Scheme(RING, ranks), task, share, prefix="zigzag ")
     if ranks <= shape.q_heads:
         scheme = Scheme(ULYSSES, ranks, ranks)
-        yield _of_scheme(
-            scheme, shape, tokens, chunk=share, machine=machine, given=given, prefix="one-chunk "
-        )
+        yield _of_scheme(scheme, task, share, prefix="one-chunk ")
     yield spava_projection(shape, tokens, machine, given)
     for scheme, sparse in _ours(shape, machine):
         yield min(
             (
-                _of_scheme(
-                    scheme,
-                    shape,
-                    tokens,
-                    chunk=size,
-                    machine=machine,
-                    given=given,
-                    prefix="ours: ",
-                    sparse=sparse,
-                )
+                _of_scheme(scheme, task, size, prefix="ours: ", sparse=sparse)
                 for size in sorted({min(size, share) for size in (*CHUNKS, share)})
             ),
             key=lambda candidate: candidate.seconds,
@@ -204,31 +196,12 @@ def _ours(shape: ModelShape, machine: Machine) -> Iterator[tuple[Scheme, bool]]:
     yield Scheme(ULYSSES_GATHER, ranks, degree), True
 
 
-def _dense(shape: ModelShape, tokens: int, machine: Machine, given: Assumptions) -> Projection:
-    found = _of_scheme(
-        Scheme(GATHER, 1),
-        shape,
-        tokens,
-        chunk=tokens,
-        machine=machine,
-        given=given,
-        prefix="",
-    )
-    return replace(found, name="dense, 1 GPU")
-
-
 def _of_scheme(
-    scheme: Scheme,
-    shape: ModelShape,
-    tokens: int,
-    *,
-    chunk: int,
-    machine: Machine,
-    given: Assumptions,
-    prefix: str,
-    sparse: bool = False,
+    scheme: Scheme, task: _Task, chunk: int, *, prefix: str = "", sparse: bool = False
 ) -> Projection:
-    chunking = deal_tokens(tokens, scheme.ranks, chunk, scheme.order)
+    shape = task.shape
+    given = task.given
+    chunking = deal_tokens(task.tokens, scheme.ranks, chunk, scheme.order)
     # Sparse attention's rate is lower: as if it computed more pairs at that of dense attention.
     density = min(1.0, given.density / given.sparse) if sparse else 1.0
     scheme = scheme.with_density(density)
@@ -242,10 +215,9 @@ def _of_scheme(
         received = int(traffic(scheme, shape, chunking).received.max()) * shape.attending_layers
         memory = memory_bytes(scheme, shape, chunking)
     name = f"{prefix}{scheme.label}{', sparse' if sparse else ''}"
-    work = _over_links(work, scheme, machine)
-    return _projection(
-        name, chunk, work, received=received, memory=memory, model=given.model(machine)
-    )
+    work = _over_links(work, scheme, task.machine)
+    model = given.model(task.machine)
+    return _projection(name, chunk, work, received=received, memory=memory, model=model)
 
 
 def _projection(

@@ -58,7 +58,10 @@ def run_ranks(work: Callable[..., Any], ranks: int, transport: Transport, *argum
         folder = Path(name)
         processes = [
             context.Process(
-                target=_run, args=(work, rank, ranks, folder, transport, arguments), daemon=True
+                target=_run,
+                args=(work, arguments),
+                kwargs={"rank": rank, "ranks": ranks, "folder": folder, "transport": transport},
+                daemon=True,
             )
             for rank in range(ranks)
         ]
@@ -76,11 +79,12 @@ def run_ranks(work: Callable[..., Any], ranks: int, transport: Transport, *argum
 
 def _run(
     work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
     rank: int,
     ranks: int,
     folder: Path,
     transport: Transport,
-    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")

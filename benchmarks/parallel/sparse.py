@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import tables
 from benchmarks.parallel.group import Case, Prefix, prefill_video
 from prefill_service.attention.quality import Quality, resolve_policy
+from prefill_service.config import EngineConfig
 from prefill_service.parallel.exchanges.catalog import EXCHANGES
 from tools.needle import stories, videos
 
@@ -61,19 +62,16 @@ def measure(
     story = stories.sample_story(round(tokens / _TOKENS_PER_PATCH), np.random.default_rng(1))
     video = videos.write_mp4(folder / "video.mp4", story, seed=1)
     cases = [Case(kind, resolve_policy(quality)) for quality in qualities for kind in KINDS]
-    work = prefill_video(
-        MODEL,
-        video,
-        folder,
+    config = EngineConfig(
+        model=str(MODEL),
         ranks=ranks,
-        cases=cases,
         device="cpu",
         dtype="float32",
+        threads_per_rank=1,
         chunk_tokens=CHUNK,
         sparse_from_tokens=SPARSE_FROM,
-        fps=videos.SAMPLED_FPS,
     )
-    found = asyncio.run(work)
+    found = asyncio.run(prefill_video(config, video, folder, cases=cases, fps=videos.SAMPLED_FPS))
     print(
         f"{found[0].kv.shape[2]} tokens on {ranks} ranks, chunks of {CHUNK} tokens a rank, "
         f"sparse from {SPARSE_FROM} keys on"

@@ -118,7 +118,9 @@ def result_rows(cells: dict[Key, Cell], source: str, setting: Setting, group: in
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.selection", description=__doc__.partition("\n")[0]
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--kv", type=Path, help="file of captured tensors (see --save-kv)")
     source.add_argument("--checkpoint", type=Path, help="Qwen2.5-VL or Qwen3-VL folder to capture")

@@ -211,7 +211,9 @@ def _asked(arguments: argparse.Namespace, defaults: tuple[Length, ...]) -> tuple
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.service",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tokens", type=_integers, help="video tokens, e.g. 4096,8192")
     parser.add_argument("--checkpoint", type=Path, help="this one alone")

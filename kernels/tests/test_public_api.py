@@ -24,9 +24,15 @@ def test_the_readme_example_runs() -> None:
     assert example is not None
     code = example[1] + (
         "assert out.shape == q.shape and lse.shape == (8, 256)\n"
-        "candidates = (bias != -torch.inf).sum()\n"
         "assert 0 < kept.row_ptr[-1] < candidates\n"
+        "from prefill_kernels import DroppedBlocks, estimate_block_loss, summarize_blocks\n"
         "from prefill_kernels.reference import block_sparse_attention_reference\n"
+        "summaries = summarize_blocks(k, v, block_tokens=64)\n"
+        "bias = estimate_block_loss(q, k, summaries, tiling=tiling).bias\n"
+        "for row, of_row in enumerate(bias.flatten(0, 1)):\n"
+        "    start, end = kept.row_ptr[row : row + 2].tolist()\n"
+        "    of_row[kept.col[start:end].long()] = -torch.inf\n"
+        "dropped = DroppedBlocks(summaries.k_mean, summaries.v_mean, bias)\n"
         "expected, _ = block_sparse_attention_reference(\n"
         "    q, k, v, kept, tiling=tiling, dropped=dropped)\n"
         "torch.testing.assert_close(out.double(), expected, atol=5e-3, rtol=5e-3)\n"

@@ -16,9 +16,17 @@ from benchmarks.gpu.prefill import check, report
 from benchmarks.gpu.prefill.__main__ import main
 from benchmarks.gpu.prefill.cells import Budget, Cell, plan_cells
 from benchmarks.gpu.prefill.device import Device
-from benchmarks.gpu.prefill.inputs import SINKS, video_attention
+from benchmarks.gpu.prefill.inputs import SINKS, Frames, Heads, video_attention
 from benchmarks.gpu.prefill.model import RandomModel
-from benchmarks.gpu.prefill.runs import DENSE, MODES, Run, Settings, prefill, torch_flash
+from benchmarks.gpu.prefill.runs import (
+    DENSE,
+    MODES,
+    Run,
+    Settings,
+    Workload,
+    prefill,
+    torch_flash,
+)
 from benchmarks.gpu.prefill.shapes import QWEN3_8B, QWEN25_7B, SHAPES, TINY, ModelShape
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.report import LayerReport
@@ -111,10 +119,10 @@ def test_inputs_have_sinks_needles_and_a_scene() -> None:
     patch = 24
     dim = 32
     inputs = video_attention(
-        tokens, patch, 8, 2, head_dim=dim, dtype=torch.float32, device=CPU.torch
+        Frames(tokens, patch), Heads(8, 2, dim), dtype=torch.float32, device=CPU.torch
     )
     again = video_attention(
-        tokens, patch, 8, 2, head_dim=dim, dtype=torch.float32, device=CPU.torch
+        Frames(tokens, patch), Heads(8, 2, dim), dtype=torch.float32, device=CPU.torch
     )
     assert all(torch.equal(a, b) for a, b in zip(_parts(inputs), _parts(again), strict=True))
     position = torch.arange(tokens)
@@ -126,7 +134,7 @@ def test_inputs_have_sinks_needles_and_a_scene() -> None:
     assert 0.1 < float(p[:, :SINKS].sum(-1).mean()) < 0.7
     assert float((p * recent).sum(-1).mean()) > 0.15
     with pytest.raises(ValueError, match="7 query heads are no multiple of 2"):
-        video_attention(64, 8, 7, 2, head_dim=dim, dtype=torch.float32, device=CPU.torch)
+        Heads(7, 2, dim)
 
 
 def _parts(inputs: object) -> list[Tensor]:
@@ -225,20 +233,15 @@ def test_pages_are_written_as_for_a_hand_off() -> None:
     plan = shape.plan(240)
     model = RandomModel(shape, 3, torch.float32, device=CPU.torch, mlp_chunk_tokens=64)
     inputs = video_attention(
-        plan.num_tokens,
-        24,
-        shape.heads,
-        shape.kv_heads,
-        head_dim=shape.head_dim,
+        Frames(plan.num_tokens, 24),
+        Heads(shape.heads, shape.kv_heads, shape.head_dim),
         dtype=torch.float32,
         device=CPU.torch,
     )
     plain, paged = (
         prefill(
             CPU,
-            model,
-            plan,
-            inputs,
+            Workload(model, plan, inputs),
             mode="exact",
             settings=SETTINGS,
             kernel=torch_flash,

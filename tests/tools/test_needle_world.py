@@ -135,7 +135,9 @@ def test_questions_side_by_side_are_questions_alone() -> None:
     model, tokenizer = checkpoint.load(ASSET)
     bank, labels = bank_of(model, 12)
     batches = sketches.Batches(tokenizer, bank, labels, torch.device("cpu"))
-    batch = batches.make(6, 6, 2, 5, np.random.default_rng(0), (1, 1, 1, 1))
+    batch = batches.make(
+        6, 6, videos=2, questions=5, rng=np.random.default_rng(0), weights=(1, 1, 1, 1)
+    )
     assert batch.weights.eq(1).all()
     with torch.no_grad():
         logits, _ = sketches.predict(model, batch)
@@ -167,7 +169,9 @@ def test_a_sketch_weighs_as_much_as_the_video() -> None:
     model, tokenizer = checkpoint.load(ASSET)
     bank, labels = bank_of(model, 12)
     batches = sketches.Batches(tokenizer, bank, labels, torch.device("cpu"))
-    batch = batches.make(300, 20, 3, 4, np.random.default_rng(0), (1, 1, 1, 1))
+    batch = batches.make(
+        300, 20, videos=3, questions=4, rng=np.random.default_rng(0), weights=(1, 1, 1, 1)
+    )
     whole = len(sketches.layout(tokenizer, np.arange(300)).ids)
     assert batch.weights.shape == (3, len(batch.layout.ids))
     assert ((batch.weights.sum(1) - whole).abs() / whole < 0.05).all()

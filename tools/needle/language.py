@@ -138,7 +138,12 @@ def train(
     while run.step < settings.steps:
         seconds, rendered, videos = settings.phase(run.step).draw(run.rng)
         batch = batches.make(
-            seconds, rendered, videos, settings.questions, run.rng, settings.weights
+            seconds,
+            rendered,
+            videos=videos,
+            questions=settings.questions,
+            rng=run.rng,
+            weights=settings.weights,
         )
         logits, after = predict(model, batch)
         ends = torch.full_like(batch.answer, end)
@@ -198,7 +203,12 @@ def evaluate(
         counts = np.zeros((2, len(TASKS)), int)
         while counts[1].min() < per_task:
             batch = batches.make(
-                patches, patches, max(1, min(32, 1024 // patches)), 8, rng, (1.0,) * len(TASKS)
+                patches,
+                patches,
+                videos=max(1, min(32, 1024 // patches)),
+                questions=8,
+                rng=rng,
+                weights=(1.0,) * len(TASKS),
             )
             counts += _score(predict(model, batch)[0], batch).astype(int)
         right, asked = counts.tolist()

@@ -140,6 +140,7 @@ class Batches:
         self,
         seconds: int,
         rendered: int,
+        *,
         videos: int,
         questions: int,
         rng: np.random.Generator,

@@ -15,9 +15,16 @@ from benchmarks import tables
 from benchmarks.gpu.prefill import check, report
 from benchmarks.gpu.prefill.cells import Budget, Cell, Group, plan_cells
 from benchmarks.gpu.prefill.device import Device
-from benchmarks.gpu.prefill.inputs import AttentionInputs, video_attention
+from benchmarks.gpu.prefill.inputs import AttentionInputs, Frames, Heads, video_attention
 from benchmarks.gpu.prefill.model import RandomModel
-from benchmarks.gpu.prefill.runs import DENSE, DenseKernel, Settings, dense_kernels, prefill
+from benchmarks.gpu.prefill.runs import (
+    DENSE,
+    DenseKernel,
+    Settings,
+    Workload,
+    dense_kernels,
+    prefill,
+)
 from benchmarks.gpu.prefill.shapes import SHAPES, TINY, ModelShape
 from prefill_service.attention.crossover import measure_crossover
 from prefill_service.attention.settings import SparseSettings
@@ -218,14 +225,14 @@ class Benchmark:
                 device=device.torch,
                 mlp_chunk_tokens=self.mlp_chunk,
             )
-            inputs = self._inputs(shape, plan)
+            workload = Workload(model, plan, self._inputs(shape, plan))
         except torch.OutOfMemoryError as error:
             self.budget.skipped.append(f"{shape.name}, {tokens} tokens: {_first_line(error)}")
             device.forget()
             return
         for cell in cells:
             try:
-                self._cell(cell, model, plan, inputs)
+                self._cell(cell, workload)
             except torch.OutOfMemoryError as error:
                 what = f"{shape.name}, {tokens} tokens, {cell.layers} layers, {cell.mode}"
                 self.budget.skipped.append(f"{what}: {_first_line(error)}")
@@ -234,27 +241,21 @@ class Benchmark:
 
     def _inputs(self, shape: ModelShape, plan: PrefixPlan) -> AttentionInputs:
         return video_attention(
-            plan.num_tokens,
-            round(plan.num_tokens / len(plan.patch_ends)),
-            shape.heads,
-            shape.kv_heads,
-            head_dim=shape.head_dim,
+            Frames(plan.num_tokens, round(plan.num_tokens / len(plan.patch_ends)), shape.grid[1]),
+            Heads(shape.heads, shape.kv_heads, shape.head_dim),
             dtype=self.device.dtype,
             device=self.device.torch,
             spread=self._options.spread,
-            columns=shape.grid[1],
             mixed=self._options.mixed,
         )
 
-    def _cell(self, cell: Cell, model: RandomModel, plan: Any, inputs: Any) -> None:
+    def _cell(self, cell: Cell, workload: Workload) -> None:
         """The faster of two runs where that is cheap; the first one compiles and tunes."""
         taken = []
         for _ in range(self._options.turns):
             run = prefill(
                 self.device,
-                model,
-                plan,
-                inputs,
+                workload,
                 mode=cell.mode,
                 settings=self.settings,
                 kernel=self.kernel,
@@ -266,7 +267,7 @@ class Benchmark:
         self._warm.add((cell.shape.name, cell.mode))
         run = min(taken, key=lambda run: run.seconds)
         self.budget.measured(cell, run.seconds)
-        row = report.make_row(cell, plan.num_tokens, run, self.peak)
+        row = report.make_row(cell, workload.plan.num_tokens, run, self.peak)
         self.rows.append(row)
         found = {name: row.get(name) for name in ("model", "tokens", "mode", "layers")}
         print(f"{found} {run.seconds:.3f} s, attention {run.attention_s:.3f} s", flush=True)
@@ -305,13 +306,11 @@ class Benchmark:
         model = RandomModel(
             shape, cell.layers, device.dtype, device=device.torch, mlp_chunk_tokens=self.mlp_chunk
         )
-        inputs = self._inputs(shape, plan)
+        workload = Workload(model, plan, self._inputs(shape, plan))
         taken = [
             prefill(
                 device,
-                model,
-                plan,
-                inputs,
+                workload,
                 mode="exact",
                 settings=self.settings,
                 kernel=self.kernel,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.prefill.device import Device
-from benchmarks.gpu.prefill.inputs import AttentionInputs, video_attention
+from benchmarks.gpu.prefill.inputs import AttentionInputs, Frames, Heads, video_attention
 from benchmarks.gpu.prefill.model import RandomModel
-from benchmarks.gpu.prefill.runs import DENSE, MODES, DenseKernel, Run, Settings, prefill
+from benchmarks.gpu.prefill.runs import DENSE, MODES, DenseKernel, Run, Settings, Workload, prefill
 from benchmarks.gpu.prefill.shapes import ModelShape
 from prefill_service.attention.dense import Partial
 
@@ -60,28 +60,26 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) 
 
 def problem(
     device: Device, shape: ModelShape, video_tokens: int, mlp_chunk_tokens: int
-) -> tuple[RandomModel, Any, AttentionInputs]:
+) -> Workload:
     """A model of two layers, a plan and inputs."""
     plan = shape.plan(video_tokens)
     model = RandomModel(
         shape, LAYERS, device.dtype, device=device.torch, mlp_chunk_tokens=mlp_chunk_tokens
     )
     inputs = video_attention(
-        plan.num_tokens,
-        shape.patch_tokens,
-        shape.heads,
-        shape.kv_heads,
-        head_dim=shape.head_dim,
+        Frames(plan.num_tokens, shape.patch_tokens),
+        Heads(shape.heads, shape.kv_heads, shape.head_dim),
         dtype=device.dtype,
         device=device.torch,
     )
-    return model, plan, inputs
+    return Workload(model, plan, inputs)
 
 
-def reference(
-    device: Device, model: RandomModel, plan: Any, *, inputs: AttentionInputs, settings: Settings
-) -> Wanted:
+def reference(device: Device, workload: Workload, settings: Settings) -> Wanted:
     """The same weights and inputs in float32, in one chunk."""
+    model = workload.model
+    plan = workload.plan
+    inputs = workload.inputs
     exact = RandomModel(
         model.shape,
         LAYERS,
@@ -90,10 +88,15 @@ def reference(
         mlp_chunk_tokens=0,
         drawn=model.dtype,
     )
-    inputs = AttentionInputs(*(x.float() for x in (inputs.q, inputs.k, inputs.v)))
+    exact_inputs = AttentionInputs(inputs.q.float(), inputs.k.float(), inputs.v.float())
     whole = Settings(settings.chunk_tokens, 2 * plan.num_tokens, settings.sparse)
     run = prefill(
-        device, exact, plan, inputs, mode=DENSE, settings=whole, kernel=written_out, capture=True
+        device,
+        Workload(exact, plan, exact_inputs),
+        mode=DENSE,
+        settings=whole,
+        kernel=written_out,
+        capture=True,
     )
     assert run.attended is not None
     return Wanted(run.attended, run.stored[LAYERS - 1])
@@ -112,10 +115,10 @@ def check(
 
     A kernel that raises fails its row, and nothing else.
     """
-    model, plan, inputs = problem(device, shape, video_tokens, mlp_chunk_tokens)
-    wanted = reference(device, model, plan, inputs=inputs, settings=settings)
+    workload = problem(device, shape, video_tokens, mlp_chunk_tokens)
+    wanted = reference(device, workload, settings)
     # Two chunks of the dense baseline, so that partial results are merged.
-    halves = Settings(settings.chunk_tokens, plan.num_tokens // 2, settings.sparse)
+    halves = Settings(settings.chunk_tokens, workload.plan.num_tokens // 2, settings.sparse)
     contestants = [(f"{DENSE} {name}", DENSE, kernel) for name, kernel in kernels.items()]
     some = next(iter(kernels.values()))
     contestants += [(mode, mode, some) for mode in MODES if mode != DENSE]
@@ -123,9 +126,7 @@ def check(
     for name, mode, kernel in contestants:
         row: dict[str, Any] = {"model": shape.name, "mode": name}
         try:
-            run = prefill(
-                device, model, plan, inputs, mode=mode, settings=halves, kernel=kernel, capture=True
-            )
+            run = prefill(device, workload, mode=mode, settings=halves, kernel=kernel, capture=True)
             row |= compare(
                 run, wanted, mode, dtype=device.dtype, sparse_from=settings.sparse.from_tokens
             )

@@ -64,7 +64,7 @@ class Frames:
 
     tokens: int
     patch_tokens: int
-    columns: int
+    columns: int = 18
 
     @property
     def patches(self) -> int:
@@ -73,6 +73,27 @@ class Frames:
     def per_token(self, of_patch: Tensor) -> Tensor:
         """[patches, ...] to [tokens, ...]."""
         return of_patch.repeat_interleave(self.patch_tokens, 0)[: self.tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How many query and KV heads attend, and how wide they are.
+
+    Raises:
+        ValueError: query heads that no whole number of GQA groups makes.
+    """
+
+    query: int
+    kv: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        if self.query % self.kv:
+            raise ValueError(f"{self.query} query heads are no multiple of {self.kv} KV heads")
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.query // self.kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,37 +125,29 @@ class _Codes:
 
 
 def video_attention(
-    tokens: int,
-    patch_tokens: int,
-    q_heads: int,
-    kv_heads: int,
+    frames: Frames,
+    heads: Heads,
     *,
-    head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
     spread: float = SPREAD,
-    columns: int = 18,
     mixed: bool = False,
     seed: int = 0,
 ) -> AttentionInputs:
     """Equal arguments give equal tensors on one device.
 
     Args:
-        mixed: all kinds of heads in each group.
-
-    Raises:
-        ValueError: head counts that do not fit.
+        spread: standard deviation of the noise in queries and keys.
+        mixed: all kinds of heads in each GQA group.
     """
-    if q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads are no multiple of {kv_heads} KV heads")
     rng = torch.Generator(device).manual_seed(seed)
-    frames = Frames(tokens, patch_tokens, columns)
-    group = q_heads // kv_heads
-    q = torch.empty(q_heads, tokens, head_dim, dtype=dtype, device=device)
-    k, v = torch.empty(2, kv_heads, tokens, head_dim, dtype=dtype, device=device)
+    tokens = frames.tokens
+    head_dim = heads.dim
+    q = torch.empty(heads.query, tokens, head_dim, dtype=dtype, device=device)
+    k, v = torch.empty(2, heads.kv, tokens, head_dim, dtype=dtype, device=device)
     unit = head_dim**0.25  # times itself, and the scale of attention, 1
     position = torch.arange(tokens, device=device)
-    for head in range(kv_heads):
+    for head in range(heads.kv):
         codes = _codes(frames, head_dim, rng, device)
         key = AMPLITUDE["drift"] * codes.drift + AMPLITUDE["grid"] * codes.grid
         key += AMPLITUDE["needle"] * codes.needle
@@ -146,7 +159,8 @@ def video_attention(
         mix = _normal(rng, device, head_dim, head_dim) / math.sqrt(head_dim)
         v[head] = key @ mix * unit + 0.3 * _normal(rng, device, tokens, head_dim)
         k[head] = unit * (key + spread * _normal(rng, device, tokens, head_dim)) + offset
-        for row in range(head * group, (head + 1) * group):
+        first = head * heads.queries_per_kv
+        for row in range(first, first + heads.queries_per_kv):
             kind = KINDS[(row if mixed else head) % len(KINDS)]
             want = _wanted(codes, GAINS[kind], position)
             q[row] = unit * (want + spread * _normal(rng, device, tokens, head_dim))

@@ -57,6 +57,15 @@ class Settings:
     sparse: SparseSettings
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is prefilled: a prompt by a model, where ``inputs`` attend in every layer."""
+
+    model: RandomModel
+    plan: PrefixPlan
+    inputs: AttentionInputs
+
+
 @dataclass(slots=True)
 class Run:
     """One prefill.
@@ -206,9 +215,7 @@ def dense_kernels(device: Device) -> dict[str, DenseKernel]:
 
 def prefill(
     device: Device,
-    model: RandomModel,
-    plan: PrefixPlan,
-    inputs: AttentionInputs,
+    workload: Workload,
     *,
     mode: str,
     settings: Settings,
@@ -216,7 +223,7 @@ def prefill(
     capture: bool = False,
     pages: bool = False,
 ) -> Run:
-    """Prefill ``plan`` once.
+    """Prefill the prompt once.
 
     Args:
         mode: one of ``MODES``.
@@ -224,6 +231,8 @@ def prefill(
         capture: keep what ``Run`` offers.
         pages: write pages to shared memory and checksum them, as for a hand-off.
     """
+    model = workload.model
+    plan = workload.plan
     chunk = settings.chunk_tokens
     if mode == DENSE:
         chunk = settings.dense_chunk_tokens
@@ -255,7 +264,7 @@ def prefill(
         model,
         plan,
         chunks,
-        kv=Substituted(kv, inputs, clock, attended=attended, stored=stored),
+        kv=Substituted(kv, workload.inputs, clock, attended=attended, stored=stored),
         features=features,
     )
     device.wait()

@@ -61,7 +61,9 @@ def in_process(options: argparse.Namespace) -> list[Asked]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=fidelity.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.quality.fidelity",
+        description=fidelity.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--patches", type=int, nargs="+", default=[64, 128, 256, 512, 1024])

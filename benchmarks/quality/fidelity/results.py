@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,32 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / asked), (middle + half) / (1 + z * z / asked)
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How the answers to some questions compare, one flag each.
+
+    Attributes:
+        right: the answer is right.
+        right_exact: that of the exact prefill to the same question is.
+        same: the two are equal.
+    """
+
+    right: Sequence[bool]
+    right_exact: Sequence[bool]
+    same: Sequence[bool]
+
+
 def row(
     where: str,
     task: str,
     patches: int,
     *,
     setting: Setting,
-    right: Sequence[bool],
-    right_exact: Sequence[bool],
-    same: Sequence[bool],
+    judged: Judged,
     measures: dict[str, float | None],
 ) -> dict[str, Any]:
-    """One cell; ``right_exact`` are the answers of the exact prefill to the same questions."""
+    """One cell of the fidelity table, in its columns."""
+    right = judged.right
     low, high = wilson(sum(right), len(right))
     return {
         "where": where,
@@ -58,8 +73,8 @@ def row(
         "accuracy": round(float(np.mean(right)), 4),
         "low": round(low, 4),
         "high": round(high, 4),
-        "accuracy_exact": round(float(np.mean(right_exact)), 4),
-        "agreement_with_exact": round(float(np.mean(same)), 4),
+        "accuracy_exact": round(float(np.mean(judged.right_exact)), 4),
+        "agreement_with_exact": round(float(np.mean(judged.same)), 4),
         **{name: _rounded(measures.get(name)) for name in MEASURES},
     }
 
@@ -83,33 +98,33 @@ def rows_of(asked: Sequence[Asked]) -> list[dict[str, Any]]:
         }
         for task in (ALL, *TASKS):
             chosen = [[task in (ALL, TASKS[index]) for index in member.tasks] for member in members]
-            right, right_exact, same = (
-                [
-                    flag
-                    for values, mask in zip(lists, chosen, strict=True)
-                    for flag, wanted in zip(values, mask, strict=True)
-                    if wanted
-                ]
-                for lists in (
-                    [m.right for m in members],
-                    [e.right for e in exact],
-                    [m.same for m in members],
-                )
+            judged = Judged(
+                right=_pick([m.right for m in members], chosen),
+                right_exact=_pick([e.right for e in exact], chosen),
+                same=_pick([m.same for m in members], chosen),
             )
-            if right:
+            if judged.right:
                 rows.append(
                     row(
                         "process",
                         task,
                         patches,
                         setting=setting,
-                        right=right,
-                        right_exact=right_exact,
-                        same=same,
+                        judged=judged,
                         measures=measures,
                     )
                 )
     return rows
+
+
+def _pick(lists: Sequence[Sequence[bool]], chosen: Sequence[Sequence[bool]]) -> list[bool]:
+    """The flags whose place in ``chosen`` is true, of all lists in one."""
+    return [
+        flag
+        for flags, mask in zip(lists, chosen, strict=True)
+        for flag, wanted in zip(flags, mask, strict=True)
+        if wanted
+    ]
 
 
 def _exact_of(members: Sequence[Asked], asked: Sequence[Asked]) -> list[Asked]:

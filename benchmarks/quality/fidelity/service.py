@@ -84,9 +84,7 @@ def measure(
                 results.ALL,
                 max(patches),
                 setting=Setting(quality, 2 if where == "service" else 1),
-                right=right,
-                right_exact=_right(served["exact"], asked),
-                same=same,
+                judged=results.Judged(right, _right(served["exact"], asked), same),
                 measures=measures.get(quality, {}) if where == "service" else {},
             )
             | {"temporal_patches": list(patches)}

@@ -3,6 +3,7 @@
 Four steps: ``summarize_blocks`` describes each block of keys, ``estimate_block_loss`` says what its
 summary would misplace in each query tile, ``select_blocks`` keeps the blocks that would misplace
 most, ``block_sparse_attention`` attends to them and lets the summaries stand for the others.
+``adaptive_attention`` takes all four.
 
 Names are imported on first use, so that ``prefill_kernels.cpu`` and ``prefill_kernels.reference``
 need no Triton.
@@ -14,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefill_kernels.adaptive import AdaptiveOutput, adaptive_attention
     from prefill_kernels.block_attention import (
         block_sparse_attention,
         block_sparse_lse,
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdaptiveOutput",
     "AttentionOptions",
     "BlockCSR",
     "BlockLoss",
     "DroppedBlocks",
     "Summaries",
     "Tiling",
+    "adaptive_attention",
     "block_sparse_attention",
     "block_sparse_lse",
     "estimate_block_loss",
@@ -47,6 +51,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdaptiveOutput": "adaptive",
+    "adaptive_attention": "adaptive",
     "block_sparse_attention": "block_attention",
     "block_sparse_lse": "block_attention",
     "longest_first": "block_attention",

@@ -127,7 +127,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """See ``block_sparse_attention``. Packed row r: head r // tokens, token r % tokens.
+    """``block_sparse_attention`` of one tile. Packed row r is head r // tokens, token r % tokens.
 
     ALIGNED: there are tensor descriptors. It is part of the autotuner's key, so that what was
     tuned with them is not used without.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from prefill_kernels.constants import largest_of_normals
 from torch import Tensor
 
 
@@ -131,12 +132,6 @@ def lift(variance: Tensor, block_tokens: int) -> Tensor:
     edge = largest_of_normals(block_tokens)
     frozen = edge * torch.sqrt(variance) - 0.5 * edge**2
     return torch.where(variance <= edge**2, 0.5 * variance, frozen)
-
-
-def largest_of_normals(count: int) -> float:
-    """Location of the largest of ``count`` standard normal values (Fisher & Tippett, 1928)."""
-    leading = math.sqrt(2 * math.log(count))
-    return leading - (math.log(math.log(count)) + math.log(4 * math.pi)) / (2 * leading)
 
 
 def misplaced_share(variance: Tensor) -> Tensor:
