@@ -85,7 +85,7 @@ def synthetic(
                 # In a mixture every head leans on one structure and hears the others faintly.
                 gate = 1.0 if len(parts) == 1 or number == index % len(parts) else 0.4
                 q[row] += gate * want
-    return AttentionInput(kind, q, k, v, scale, place)
+    return AttentionInput(name=kind, q=q, k=k, v=v, scale=scale, place=place)
 
 
 def _structures(
@@ -203,7 +203,9 @@ def load(path: Path) -> list[AttentionInput]:
     if "patch_tokens" in saved:  # without timestamps between them, patches form a single run
         place = torch.where(place >= 0, place % saved["patch_tokens"], -1)
     return [
-        AttentionInput(f"layer {layer}", q.float(), k.float(), v.float(), scale, place)
+        AttentionInput(
+            name=f"layer {layer}", q=q.float(), k=k.float(), v=v.float(), scale=scale, place=place
+        )
         for layer, (q, k, v, scale) in sorted(saved["cap"].items())
     ]
 

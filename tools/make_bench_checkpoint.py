@@ -71,12 +71,39 @@ class Shape:
 
 
 PUBLISHED = {
-    "Qwen3-VL-8B": Shape(36, 4096, 12288, 4096, 1024, 27, 1152, 4304),
-    "Qwen3-VL-4B": Shape(36, 2560, 9728, 4096, 1024, 24, 1024, 4096),
+    "Qwen3-VL-8B": Shape(
+        layers=36,
+        hidden=4096,
+        intermediate=12288,
+        q_width=4096,
+        kv_width=1024,
+        vision_layers=27,
+        vision_hidden=1152,
+        vision_intermediate=4304,
+    ),
+    "Qwen3-VL-4B": Shape(
+        layers=36,
+        hidden=2560,
+        intermediate=9728,
+        q_width=4096,
+        kv_width=1024,
+        vision_layers=24,
+        vision_hidden=1024,
+        vision_intermediate=4096,
+    ),
 }
 """From the published configurations."""
 
-LARGER = Shape(8, 512, 1536, 1024, 256, 27, 48, 180)
+LARGER = Shape(
+    layers=8,
+    hidden=512,
+    intermediate=1536,
+    q_width=1024,
+    kv_width=256,
+    vision_layers=27,
+    vision_hidden=48,
+    vision_intermediate=180,
+)
 
 
 def build_larger(out: Path, seed: int = 0) -> Path:

@@ -64,7 +64,9 @@ def check(threads: int) -> str:
     """Ours against attention over the same blocks written out in float64."""
     torch.set_num_threads(threads)
     problem = cpu_problem.make(1536 + 300, 8, 2, head_dim=64, chunk=512, seed=1)
-    exact = Problem(problem.q.double(), problem.kv.double(), problem.scale, problem.chunk)
+    exact = Problem(
+        q=problem.q.double(), kv=problem.kv.double(), scale=problem.scale, chunk=problem.chunk
+    )
     truth = cpu_problem.plan(exact)
     found = []
     for made, plan in ((problem, cpu_problem.plan(problem)), (exact, truth)):

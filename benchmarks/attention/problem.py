@@ -82,7 +82,7 @@ def make(
         "mixture", tokens, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, seed=seed
     )
     kv = torch.stack([source.k, source.v]).permute(2, 0, 1, 3).contiguous()
-    return Problem(source.q, kv, source.scale, chunk)
+    return Problem(q=source.q, kv=kv, scale=source.scale, chunk=chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +161,24 @@ def plan(problem: Problem) -> Plan:
     chunks = []
     for start in range(0, problem.tokens, problem.chunk):
         queries = min(problem.chunk, problem.tokens - start)
-        tiles = Tiles(queries, start, SETTINGS.tile_tokens, block)
+        tiles = Tiles(
+            queries=queries, q_offset=start, tile_tokens=SETTINGS.tile_tokens, block_tokens=block
+        )
         clustered = int(previous_patch(problem.patch_ends, start)) // segment * segment
         known = _join(ordered.first(clustered // block), raster.first(tiles.blocks))
         rows = tiles.pack(problem.q[:, start : start + queries], len(k))
         packed = PackedTiles(rows=rows, k=k, v=v, tiles=tiles, scale=problem.scale)
         local = local_attention(packed, ScratchBuffers())
         found = estimate(rows, local.lse, known, tiles=tiles, scale=problem.scale)
-        chunks.append(Chunk(tiles, clustered, _forced(problem, tiles), found, known))
+        chunks.append(
+            Chunk(
+                tiles=tiles,
+                clustered=clustered,
+                forced=_forced(problem, tiles),
+                found=found,
+                summaries=known,
+            )
+        )
     return Plan(chunks, ordered_k, ordered_v)
 
 

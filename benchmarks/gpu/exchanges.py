@@ -49,9 +49,15 @@ def problems(factor: int) -> dict[str, Problem]:
     uneven = tuple(5 + 29 * factor * (i + 1) for i in range(19))
     even = tuple(32 * factor * (i + 1) for i in range(16))
     return {
-        "28/4 heads, uneven chunks": Problem(uneven, 100 * factor, 28, 4, 128),
-        "32/8 heads, one chunk": Problem(even, 1 << 20, 32, 8, 128),
-        "8/4 heads, one patch": Problem((21,), 64, 8, 4, 64),
+        "28/4 heads, uneven chunks": Problem(
+            patch_ends=uneven, chunk=100 * factor, q_heads=28, kv_heads=4, head_dim=128
+        ),
+        "32/8 heads, one chunk": Problem(
+            patch_ends=even, chunk=1 << 20, q_heads=32, kv_heads=8, head_dim=128
+        ),
+        "8/4 heads, one patch": Problem(
+            patch_ends=(21,), chunk=64, q_heads=8, kv_heads=4, head_dim=64
+        ),
     }
 
 

@@ -241,7 +241,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     ours = [row for row in rows if row["contestant"] == OURS]
     theirs = [row for row in rows if row["contestant"] == OPENCV]
-    plain = [t["decode_s"] / (o["index_s"] + o["decode_s"]) for o, t in zip(ours, theirs)]  # noqa: B905
+    plain = [
+        t["decode_s"] / (o["index_s"] + o["decode_s"]) for o, t in zip(ours, theirs, strict=True)
+    ]
     whole = [
         t["decode_s"] / (o["upload_s"] + o["finish_s"] + o["decode_s"])
         for o, t in zip(ours, theirs, strict=True)

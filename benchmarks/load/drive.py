@@ -89,7 +89,13 @@ async def drive(
     async def ask(arrival: Arrival) -> Record:
         film = films[arrival.film]
         question = film.question(arrival.turn)
-        record = Record(arrival.at_s, arrival.client, arrival.film, film.patches, arrival.fresh)
+        record = Record(
+            at_s=arrival.at_s,
+            client=arrival.client,
+            film=arrival.film,
+            patches=film.patches,
+            fresh=arrival.fresh,
+        )
         try:
             async with asyncio.timeout(QUESTION_LIMIT_S):
                 reply = await asker.ask(arrival.client, film, question.text)

@@ -150,7 +150,13 @@ class Ours:
             first_s = first_s or time.monotonic()
         answer = await stream.result()
         tokens = answer.usage.prompt_tokens
-        return Reply(first_s or time.monotonic(), answer.text, tokens, retries, upload_s)
+        return Reply(
+            first_s=first_s or time.monotonic(),
+            text=answer.text,
+            prompt_tokens=tokens,
+            retries=retries,
+            upload_s=upload_s,
+        )
 
 
 class VllmAlone:
@@ -163,7 +169,9 @@ class VllmAlone:
 
     def __init__(self, checkpoint: Path, folder: Path, cores: int, longest: int) -> None:
         # The service's decoder may take as many requests at once, by vLLM's defaults.
-        self._server = VllmServer(Setup(checkpoint, longest, folder, cores))
+        self._server = VllmServer(
+            Setup(checkpoint=checkpoint, longest=longest, folder=folder, cores=cores)
+        )
         self.arguments = self._server.arguments
 
     async def __aenter__(self) -> Self:

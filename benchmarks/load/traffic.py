@@ -97,7 +97,9 @@ def plan_traffic(
             film = len(patches)
             patches.append(int(rng.choice(list(lengths), p=shares / shares.sum())))
             turns.append(0)
-        found.append(Arrival(at_s, int(rng.integers(clients)), film, turns[film]))
+        found.append(
+            Arrival(at_s=at_s, client=int(rng.integers(clients)), film=film, turn=turns[film])
+        )
         turns[film] += 1
 
 

@@ -66,7 +66,14 @@ class Problem:
     def shape(self) -> AttentionShape:
         """Of every layer."""
         return AttentionShape(
-            LAYERS, self.tokens, Q_HEADS, KV_HEADS, HEAD_DIM, SCALE, torch.float32, CPU
+            num_layers=LAYERS,
+            num_tokens=self.tokens,
+            q_heads=Q_HEADS,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            scale=SCALE,
+            dtype=torch.float32,
+            device=CPU,
         )
 
     def layer(self, number: int) -> tuple[Tensor, ...]:

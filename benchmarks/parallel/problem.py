@@ -91,14 +91,14 @@ class Problem:
     def shape(self, dtype: torch.dtype, device: torch.device) -> AttentionShape:
         """Of the attention."""
         return AttentionShape(
-            self.layers,
-            self.tokens,
-            self.q_heads,
-            self.kv_heads,
-            self.head_dim,
-            self.scale,
-            dtype,
-            device,
+            num_layers=self.layers,
+            num_tokens=self.tokens,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            dtype=dtype,
+            device=device,
         )
 
     def exchange(
@@ -143,14 +143,14 @@ class Problem:
         Of the exchanges in ``DENSE``.
         """
         shape = ModelShape(
-            "random",
-            self.layers + 1,
-            1,
-            1,
-            self.q_heads,
-            self.kv_heads,
-            self.head_dim,
-            dtype.itemsize,
+            name="random",
+            layers=self.layers + 1,
+            hidden=1,
+            intermediate=1,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            bytes_per_element=dtype.itemsize,
         )
         choice = self.choice(kind, ranks)
         layout = self.layout(kind, ranks)
@@ -217,7 +217,12 @@ def run_exchange(
     exchange.finish()
     out = torch.cat(parts, 2).cpu()  # waits for the device
     seconds = time.perf_counter() - start
-    return Run(torch.cat(mine), out, moved(group.comm_stats.since(before)), seconds)
+    return Run(
+        tokens=torch.cat(mine),
+        out=out,
+        received=moved(group.comm_stats.since(before)),
+        seconds=seconds,
+    )
 
 
 def positions(share: Share) -> Tensor:

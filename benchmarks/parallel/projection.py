@@ -118,8 +118,10 @@ class Assumptions:
         )
 
 
-NVLINK = Machine("8 GPUs, NVLink", 1, 8, 350e9, 350e9, 10e-6)
-NETWORK = Machine("4 x 8 GPUs, 400 Gb/s", 4, 8, 350e9, 45e9, 20e-6)
+NVLINK = Machine(name="8 GPUs, NVLink", nodes=1, gpus=8, nvlink=350e9, network=350e9, latency=10e-6)
+NETWORK = Machine(
+    name="4 x 8 GPUs, 400 Gb/s", nodes=4, gpus=8, nvlink=350e9, network=45e9, latency=20e-6
+)
 MACHINES = {
     NVLINK: "350 GB/s received by each GPU within a node, 10 us per operation",
     NETWORK: "one 400 Gb/s card per GPU, 45 GB/s received; 350 GB/s within a node; 20 us",
@@ -161,7 +163,7 @@ def project(
 ) -> Iterator[Projection]:
     """All contestants that this model's heads allow."""
     ranks = machine.ranks
-    task = _Task(shape, tokens, machine, given)
+    task = _Task(shape=shape, tokens=tokens, machine=machine, given=given)
     yield replace(_of_scheme(Scheme(GATHER, 1), task, tokens), name="dense, 1 GPU")
     share = -(-tokens // ranks)
     yield _of_scheme(Scheme(RING, ranks), task, share, prefix="zigzag ")
@@ -226,7 +228,14 @@ def _projection(
     slowest = model.slowest_ranks(work)
     seconds = float(model.chunk_seconds(slowest).sum())
     computing = float(np.sum(model.compute(slowest) + model.attention(slowest)))
-    return Projection(name, chunk, seconds, max(0.0, seconds - computing), received, memory)
+    return Projection(
+        name=name,
+        chunk=chunk,
+        seconds=seconds,
+        exposed=max(0.0, seconds - computing),
+        received=received,
+        kv_bytes=memory,
+    )
 
 
 def _over_links(work: Work, scheme: Scheme, machine: Machine) -> Work:

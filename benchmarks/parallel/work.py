@@ -111,7 +111,16 @@ def measure(ranks: int, tokens: Sequence[int], chunk: int) -> list[Measured]:
     found = []
     for (kind, length), results in zip(jobs, zip(*of_ranks, strict=True), strict=True):
         received, seconds = zip(*results, strict=True)
-        found.append(Measured(kind, ranks, length, chunk, received, seconds))
+        found.append(
+            Measured(
+                kind=kind,
+                ranks=ranks,
+                tokens=length,
+                chunk=chunk,
+                received=received,
+                cpu_seconds=seconds,
+            )
+        )
     return found
 
 
@@ -174,5 +183,10 @@ def _problem(shape: ModelShape, tokens: int, chunk: int) -> Problem:
     """Temporal patches of 32 tokens."""
     ends = tuple(range(32, tokens + 1, 32))
     return Problem(
-        ends, chunk, shape.q_heads, shape.kv_heads, shape.head_dim, shape.attending_layers
+        patch_ends=ends,
+        chunk=chunk,
+        q_heads=shape.q_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        layers=shape.attending_layers,
     )

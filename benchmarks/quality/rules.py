@@ -39,7 +39,7 @@ def stack(estimates: list[Estimate], sinks: int) -> Scores:
     blocks = torch.tensor([len(estimate.score) for estimate in estimates])
     index = torch.arange(score.shape[1])
     present = index < blocks[:, None]
-    return Scores(score, mass, present, present & (index < sinks))
+    return Scores(score=score, mass=mass, present=present, forced=present & (index < sinks))
 
 
 def fixed_budget(scores: Scores, share: float) -> Tensor:

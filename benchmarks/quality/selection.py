@@ -168,12 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     started = time.perf_counter()
     setting = Setting(
-        options.tile,
-        options.block,
-        options.segment,
-        options.sinks,
-        options.tiles_per_head,
-        options.rows_per_tile,
+        tile=options.tile,
+        block=options.block,
+        segment=options.segment,
+        sinks=options.sinks,
+        tiles_per_head=options.tiles_per_head,
+        rows_per_tile=options.rows_per_tile,
     )
     name, found = sources(options)
     group = len(found[0].q) // len(found[0].k)

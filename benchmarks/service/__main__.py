@@ -97,7 +97,12 @@ def _measure(
     longest = max(len(prompt) for case in cases.values() for prompt in case.prompts) + _ROOM
     _say(f"{plan.checkpoint.name}: videos are there, prompts of up to {longest} tokens")
     with tempfile.TemporaryDirectory(prefix="bench-service-") as name:
-        setup = Setup(plan.checkpoint, longest, arguments.logs or Path(name), cores)
+        setup = Setup(
+            checkpoint=plan.checkpoint,
+            longest=longest,
+            folder=arguments.logs or Path(name),
+            cores=cores,
+        )
         used = {system for length in lengths for system in length.systems}
         systems = [make(setup) for name, make in SYSTEMS.items() if name in used]
         session = Session(
@@ -137,7 +142,10 @@ def _cases(
             case = maker.of_video(video)
             cases[case.video_tokens, repeats[case.video_tokens]] = case
             repeats[case.video_tokens] += 1
-        return cases, [Length(n, count, systems, arguments.modes) for n, count in repeats.items()]
+        return cases, [
+            Length(tokens=n, repeats=count, systems=systems, modes=arguments.modes)
+            for n, count in repeats.items()
+        ]
     for length in plan.lengths:
         try:
             for repeat in range(length.repeats):
@@ -189,7 +197,7 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
         Length(16384, 1, EVERYTHING),
         Length(32768, 1, ("ours", "vllm")),
     )
-    longest = (Length(65536, 1, ("ours",), ("balanced",)),)
+    longest = (Length(tokens=65536, repeats=1, systems=("ours",), modes=("balanced",)),)
     needle = tuple(Length(tokens, 1, NO_SINGLE) for tokens in (4096, 8192, 16384))
     checkpoint = arguments.checkpoint or build_larger(BUILD / "checkpoints" / "bench-qwen3-vl")
     plans = [Plan(checkpoint, _asked(arguments, larger), arguments.size)]
@@ -206,7 +214,10 @@ def _asked(arguments: argparse.Namespace, defaults: tuple[Length, ...]) -> tuple
         return defaults
     tokens = arguments.tokens or [length.tokens for length in defaults]
     systems = arguments.systems or EVERYTHING
-    return tuple(Length(n, arguments.repeats, systems, arguments.modes) for n in tokens)
+    return tuple(
+        Length(tokens=n, repeats=arguments.repeats, systems=systems, modes=arguments.modes)
+        for n in tokens
+    )
 
 
 def _arguments() -> argparse.Namespace:

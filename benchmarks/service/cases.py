@@ -115,13 +115,13 @@ class CaseMaker:
         index = build_index(str(video), VideoConfig())
         plan = self._planner.plan(index, "", FrameSampling(), "")
         return Case(
-            video,
-            len(plan.frame_indices),
-            plan.num_video_tokens,
-            tuple(
+            video=video,
+            frames=len(plan.frame_indices),
+            video_tokens=plan.num_video_tokens,
+            prompts=tuple(
                 self._planner.prompt_token_ids(plan, [("user", question)]) for question in QUESTIONS
             ),
-            frames_equal(video, index, plan),
+            frames_equal=frames_equal(video, index, plan),
         )
 
     def _write(self, seconds: float, seed: int) -> Path:

@@ -105,13 +105,13 @@ class Service:
         job = self._client.job(answer.job_id)
         total = job.result.attention.total if job.result and job.result.attention else None
         return Measured(
-            first,
-            second,
-            third,
-            upload_s,
-            stages(job, answer, first.first_token_s),
-            total.density if total else 1.0,
-            total.kept_mass_mean if total else 1.0,
+            first=first,
+            second=second,
+            third_of_five_s=third,
+            upload_s=upload_s,
+            stages=stages(job, answer, first.first_token_s),
+            density=total.density if total else 1.0,
+            kept_mass=total.kept_mass_mean if total else 1.0,
         )
 
     def _upload(self, path: Path) -> Video:

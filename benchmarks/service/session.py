@@ -126,7 +126,13 @@ class Session:
         return cells
 
     def _cell(self, system: System, mode: str, tokens: int) -> Cell:
-        cell = Cell(system.name, mode, system.ranks, self._checkpoint, tokens)
+        cell = Cell(
+            system=system.name,
+            mode=mode,
+            ranks=system.ranks,
+            checkpoint=self._checkpoint,
+            tokens=tokens,
+        )
         cell.skipped = self._over.get((system.name, mode), "")
         return cell
 

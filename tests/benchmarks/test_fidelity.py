@@ -126,7 +126,18 @@ def test_losses_and_intervals() -> None:
         tasks = [index % 4 for index in range(len(right))]
         sure = [True] * len(right)
         return Asked(
-            Setting(quality), 3, patches, 955, tasks, right, right, sure, 0.5, None, None, True
+            setting=Setting(quality),
+            video=3,
+            patches=patches,
+            tokens=955,
+            tasks=tasks,
+            right=right,
+            same=right,
+            sure=sure,
+            density=0.5,
+            certified=None,
+            true_mass=None,
+            floor_met=True,
         )
 
     many = [asked("exact", [True] * 4), asked("exact", [True] * 4, 128)]
@@ -172,7 +183,18 @@ def test_silent_failures_are_counted() -> None:
         sure = [True, True, False, True]
         right = [True, True, True, False] if quality == "exact" else same
         return Asked(
-            Setting(quality), 3, 64, 955, tasks, right, same, sure, 0.5, 0.9, None, floor_met
+            setting=Setting(quality),
+            video=3,
+            patches=64,
+            tokens=955,
+            tasks=tasks,
+            right=right,
+            same=same,
+            sure=sure,
+            density=0.5,
+            certified=0.9,
+            true_mass=None,
+            floor_met=floor_met,
         )
 
     many = [asked(quality, [True] * 4, True) for quality in ("exact", "high")]

@@ -13,7 +13,13 @@ from benchmarks.parallel.problem import Problem, Run
 from benchmarks.parallel.ranks import transports
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, RING
 
-SMALL = Problem(tuple(5 + 9 * (i + 1) for i in range(7)), 20, 4, 2, 16)
+SMALL = Problem(
+    patch_ends=tuple(5 + 9 * (i + 1) for i in range(7)),
+    chunk=20,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=16,
+)
 
 
 def test_every_exchange_through_the_host() -> None:
@@ -42,7 +48,14 @@ def test_what_is_wrong_is_found(fault: str) -> None:
         shares = SMALL.layout(kind, 2).of_rank(rank)
         ranges = [torch.arange(a, b) for share in shares for a, b in share.ranges]
         tokens = torch.cat(ranges)
-        runs.append(Run(tokens, wanted[:, :, tokens].float(), received[rank], 1.0))
+        runs.append(
+            Run(
+                tokens=tokens,
+                out=wanted[:, :, tokens].float(),
+                received=received[rank],
+                seconds=1.0,
+            )
+        )
     match fault:
         case "attention":
             runs[1].out[1, 3, -1, 0] += 1e-3

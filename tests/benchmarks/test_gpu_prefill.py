@@ -168,7 +168,14 @@ def test_check_finds_a_certificate_that_says_too_much() -> None:
     report_of_layer.output_error.add_values(torch.full((8,), 0.02))
     wanted = check.Wanted(torch.ones(2, 300, 4), torch.ones(300, 2, 1, 4))
     for off, fine in ((0.02, True), (0.1, False), (float("nan"), False)):
-        run = Run(1.0, 0.5, [report_of_layer], None, wanted.attended + off, {1: wanted.stored})
+        run = Run(
+            seconds=1.0,
+            attention_s=0.5,
+            reports=[report_of_layer],
+            peak_bytes=None,
+            attended=wanted.attended + off,
+            stored={1: wanted.stored},
+        )
         assert (
             check.compare(run, wanted, "balanced", dtype=torch.bfloat16, sparse_from=128)["ok"]
             == fine
@@ -191,7 +198,7 @@ def test_lengths_are_left_out_from_the_longest_on() -> None:
     assert len(budget.skipped) == 3
     # A machine twice as slow as was guessed.
     slow = Budget(60.0, peak)
-    cell = Cell(QWEN25_7B, 131072, DENSE, 3)
+    cell = Cell(shape=QWEN25_7B, video_tokens=131072, mode=DENSE, layers=3)
     before = slow.predict([cell])
     slow.measured(cell, 2 * cell.estimate_s(peak))
     assert slow.predict([cell]) > 1.8 * before
@@ -200,7 +207,7 @@ def test_lengths_are_left_out_from_the_longest_on() -> None:
 def test_whole_models_are_extrapolated_part_by_part() -> None:
     peak = 1e14
     tokens = 1000
-    cell = Cell(QWEN3_8B, tokens, DENSE, 3)
+    cell = Cell(shape=QWEN3_8B, video_tokens=tokens, mode=DENSE, layers=3)
     linear = QWEN3_8B.linear_flops(tokens, 3) / peak / 0.8
     dense = report.make_row(cell, tokens, Run(linear + 2.0, 2.0), peak)
     assert dense["linear_of_peak"] == pytest.approx(0.8)
@@ -218,7 +225,10 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
     layer.certify_s = 1.0
     layer.tiles = 8
     fast = report.make_row(
-        Cell(QWEN3_8B, tokens, "fast", 3), tokens, Run(linear + 1.0, 1.0, [layer]), peak
+        Cell(shape=QWEN3_8B, video_tokens=tokens, mode="fast", layers=3),
+        tokens,
+        Run(linear + 1.0, 1.0, [layer]),
+        peak,
     )
     assert (fast["density"], fast["kept_mass"], fast["attend"]) == (0.5, pytest.approx(0.97), 0.5)
     (bound,) = report.bounds([dense, fast])

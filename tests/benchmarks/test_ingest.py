@@ -73,7 +73,7 @@ def test_frames_are_dealt_in_runs_and_none_is_lost() -> None:
 
 def test_bound_and_overlap_are_those_of_the_trace() -> None:
     def span(row: str, name: str, start: float, end: float) -> Span:
-        return Span(row, name, start, end, {})
+        return Span(row=row, name=name, start=start, end=end, args={})
 
     trace = JobTrace(
         0.0,

@@ -78,7 +78,9 @@ class Clerk:
             await asyncio.sleep(0.02)
             if next(self._numbers) % 3 == 0:
                 raise RuntimeError("no")
-            return Reply(asyncio.get_running_loop().time(), "red ", 100, 1)
+            return Reply(
+                first_s=asyncio.get_running_loop().time(), text="red ", prompt_tokens=100, retries=1
+            )
         finally:
             self.at_once -= 1
 
@@ -90,7 +92,7 @@ def film(path: Path) -> Film:
 async def test_clients_ask_one_after_the_other_and_late_questions_count_from_their_time(
     tmp_path: Path,
 ) -> None:
-    arrivals = tuple(Arrival(0.001 * i, i % 2, 0, i) for i in range(6))
+    arrivals = tuple(Arrival(at_s=0.001 * i, client=i % 2, film=0, turn=i) for i in range(6))
     clerk = Clerk()
     records = await drive(clerk, Traffic(arrivals, (16,), 2), [film(tmp_path / "a")])
     assert clerk.most == 2
@@ -192,7 +194,18 @@ async def test_a_stream_of_events_becomes_a_reply() -> None:
 def test_report_of_two_systems(tmp_path: Path) -> None:
     def records(wait_s: float, text: str) -> list[Record]:
         return [
-            Record(i, 0, 0, 16, i == 0, wait_s * (1 + i), i + wait_s, text, True, 100)
+            Record(
+                at_s=i,
+                client=0,
+                film=0,
+                patches=16,
+                fresh=i == 0,
+                wait_s=wait_s * (1 + i),
+                done_s=i + wait_s,
+                text=text,
+                right=True,
+                prompt_tokens=100,
+            )
             for i in range(4)
         ]
 

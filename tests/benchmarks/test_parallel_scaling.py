@@ -45,7 +45,9 @@ def test_a_small_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_other_bytes_than_the_formulas_are_seen() -> None:
-    one = Measured(RING, 2, 576, 256, (1, 2), (0.1, 0.1))
+    one = Measured(
+        kind=RING, ranks=2, tokens=576, chunk=256, received=(1, 2), cpu_seconds=(0.1, 0.1)
+    )
     right = replace(one, received=one.predicted_bytes())
     rows = [scaling.check(run, ASSUMED) for run in (one, right)]
     assert [row["bytes"] == row["formula"] for row in rows] == [False, True]

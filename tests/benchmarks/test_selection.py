@@ -65,7 +65,12 @@ def test_sample_agrees_with_attention_written_out() -> None:
     """Kept mass and error of both ways to treat dropped blocks, in float64, the long way."""
     source = inputs.synthetic("mixture", 640, seed=2)
     source = inputs.AttentionInput(
-        source.name, source.q.double(), source.k.double(), source.v.double(), 0.125, source.place
+        name=source.name,
+        q=source.q.double(),
+        k=source.k.double(),
+        v=source.v.double(),
+        scale=0.125,
+        place=source.place,
     )
     tile = cut(
         source, 1, 480, tile=64, block=32, order=torch.randperm(448)

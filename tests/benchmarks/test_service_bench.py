@@ -40,7 +40,7 @@ def maker(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> CaseMaker:
 
 def test_a_session_measures_a_real_system(tiny: Path, maker: CaseMaker, tmp_path: Path) -> None:
     written: list[int] = []
-    system = Transformers(Setup(tiny, 1024, tmp_path, 1))
+    system = Transformers(Setup(checkpoint=tiny, longest=1024, folder=tmp_path, cores=1))
     session = Session(
         [system], "tiny", 0.0, on_change=lambda: written.append(1), say=lambda _: None
     )
@@ -74,19 +74,33 @@ def test_rows_compare_the_same_videos_only(maker: CaseMaker) -> None:
         asked = Asked(seconds, tokens)
         return case, Measured(asked, None, None, stages={"vision": stage})
 
-    vllm = Cell("vllm", "exact", 1, "m", 6, {0: measured(8.0, [1, 2, 3, 4], 0)})
+    vllm = Cell(
+        system="vllm",
+        mode="exact",
+        ranks=1,
+        checkpoint="m",
+        tokens=6,
+        runs={0: measured(8.0, [1, 2, 3, 4], 0)},
+    )
     ours = Cell(
-        "ours",
-        "balanced",
-        2,
-        "m",
-        6,
-        {
+        system="ours",
+        mode="balanced",
+        ranks=2,
+        checkpoint="m",
+        tokens=6,
+        runs={
             0: measured(2.0, [1, 2, 9, 4], 1.0),
             1: measured(40.0, [7, 7, 7, 7], 3.0),
         },
     )
-    other = Cell("ours", "balanced", 2, "m", 12, {0: measured(1.0, [1], 1.0)})
+    other = Cell(
+        system="ours",
+        mode="balanced",
+        ranks=2,
+        checkpoint="m",
+        tokens=12,
+        runs={0: measured(1.0, [1], 1.0)},
+    )
     base, row, alone = rows.rows([vllm, ours, other])
     assert row["speedup_over_vllm"] == 4.0  # repeat 1 has no counterpart
     assert row["first_token_s"] == 21.0

@@ -21,8 +21,8 @@ SIGHT = perception.PerceptionSettings(steps=40, batch=64, clips=12, warm_up=10)
 
 def test_phases_are_read() -> None:
     assert language.parse_phases("5:8:8:64,7:16-32:16-900:128") == (
-        Phase(5, (8, 8), (8, 8), 64),
-        Phase(7, (16, 32), (16, 900), 128),
+        Phase(steps=5, rendered=(8, 8), seconds=(8, 8), patches=64),
+        Phase(steps=7, rendered=(16, 32), seconds=(16, 900), patches=128),
     )
     for wrong in ("5:8:8", "5:8:1-4:64", "5:9-8:9:64", "x:8:8:64"):
         with pytest.raises(ValueError, match=r"phase|range|invalid literal"):
@@ -78,7 +78,7 @@ def test_command_trains_from_a_checkpoint_saves_and_evaluates(tmp_path: Path) ->
     command = [
         sys.executable,
         "-m",
-        "tools.train_needle",
+        "tools.needle",
         "--out",
         str(tmp_path),
         "--start",

@@ -2,5 +2,5 @@
 
 ``stories`` says what happens in a video and what can be asked of it (a miniature VNBench:
 retrieval, ordering, counting), ``videos`` renders it, ``checkpoint`` shapes the model, and
-``perception`` and ``language`` train its two halves (``python -m tools.train_needle``).
+``perception`` and ``language`` train its two halves (``python -m tools.needle``).
 """

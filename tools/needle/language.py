@@ -63,7 +63,14 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
         if len(fields) != 4:
             raise ValueError(f"phase {part!r} is not steps:rendered:seconds:patches")
         steps, rendered, seconds, patches = fields
-        phases.append(Phase(int(steps), _range(rendered), _range(seconds), int(patches)))
+        phases.append(
+            Phase(
+                steps=int(steps),
+                rendered=_range(rendered),
+                seconds=_range(seconds),
+                patches=int(patches),
+            )
+        )
     return tuple(phases)
 
 
@@ -120,11 +127,11 @@ def train(
     """Train the language model in place; resumes from ``out / "<name>.pt"``."""
     named = list(model.model.language_model.named_parameters())
     run = Run(
-        out / f"{settings.name}.pt",
-        asdict(settings),
-        model,
-        optimizer(named),
-        np.random.default_rng(settings.seed),
+        path=out / f"{settings.name}.pt",
+        settings=asdict(settings),
+        model=model,
+        optimizer=optimizer(named),
+        rng=np.random.default_rng(settings.seed),
     )
     run.resume()
     if run.step >= settings.steps:

@@ -92,12 +92,12 @@ def train(
     words = _Words(model, tokenizer, device)
     named = list(model.model.visual.named_parameters())
     run = Run(
-        out / "perception.pt",
-        asdict(settings),
-        model,
-        optimizer([*named, ("nothing.embed", words.nothing)]),
-        np.random.default_rng(settings.seed),
-        {"nothing": words.nothing},
+        path=out / "perception.pt",
+        settings=asdict(settings),
+        model=model,
+        optimizer=optimizer([*named, ("nothing.embed", words.nothing)]),
+        rng=np.random.default_rng(settings.seed),
+        extra={"nothing": words.nothing},
     )
     run.resume()
     if run.step >= settings.steps:

@@ -85,7 +85,13 @@ def layout(tokenizer: Any, seconds: np.ndarray) -> Layout:
         text([end])
     text([end])
     found = np.array(ids)
-    return Layout(found, np.array(positions).T.copy(), found == pad, np.array(patch), at)
+    return Layout(
+        ids=found,
+        positions=np.array(positions).T.copy(),
+        vision=found == pad,
+        patch=np.array(patch),
+        next=at,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +179,15 @@ class Batches:
         per_token = np.where(patch >= 0, counts[:, np.maximum(patch, 0)], 1.0)
         columns = torch.tensor(answers, device=self._device).T
         return Batch(
-            plan,
-            self._bank[torch.from_numpy(sources)].to(self._device).float(),
-            torch.from_numpy(per_token).float().to(self._device),
-            torch.from_numpy(ids).view(videos, -1).to(self._device),
-            self._slot,
-            *columns,
+            layout=plan,
+            features=self._bank[torch.from_numpy(sources)].to(self._device).float(),
+            weights=torch.from_numpy(per_token).float().to(self._device),
+            questions=torch.from_numpy(ids).view(videos, -1).to(self._device),
+            slot=self._slot,
+            video=columns[0],
+            answer_at=columns[1],
+            answer=columns[2],
+            task=columns[3],
         )
 
     def _fill(self, sources: np.ndarray, story: Story, rng: np.random.Generator) -> np.ndarray:

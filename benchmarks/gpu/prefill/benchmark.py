@@ -275,7 +275,10 @@ class Benchmark:
     def _whole(self, shape: ModelShape) -> None:
         """All layers at one length: dense and balanced, against what was extrapolated."""
         tokens = self._options.whole_tokens or (768 if self._options.tiny else WHOLE_TOKENS)
-        cells = [Cell(shape, tokens, mode, shape.layers) for mode in (DENSE, "balanced")]
+        cells = [
+            Cell(shape=shape, video_tokens=tokens, mode=mode, layers=shape.layers)
+            for mode in (DENSE, "balanced")
+        ]
         what = f"{shape.name}, {tokens} tokens, all {shape.layers} layers"
         if not self._options.whole or not self.budget.allows(what, cells):
             return
@@ -298,7 +301,12 @@ class Benchmark:
         """What writing and checksumming pages for a hand-off adds, at the shortest length."""
         shape = self.shapes[0]
         tokens = min(self._lengths())
-        cell = Cell(shape, tokens, "exact", min(self._options.layers, shape.layers))
+        cell = Cell(
+            shape=shape,
+            video_tokens=tokens,
+            mode="exact",
+            layers=min(self._options.layers, shape.layers),
+        )
         if not self.budget.allows(f"{shape.name}, {tokens} tokens, with pages", [cell, cell]):
             return
         plan = shape.plan(tokens)

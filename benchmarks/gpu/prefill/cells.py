@@ -53,7 +53,10 @@ def plan_cells(
 ) -> dict[Group, list[Cell]]:
     """Shortest lengths first, so that running out of time costs the longest ones."""
     return {
-        (shape, count): [Cell(shape, count, mode, min(layers, shape.layers)) for mode in modes]
+        (shape, count): [
+            Cell(shape=shape, video_tokens=count, mode=mode, layers=min(layers, shape.layers))
+            for mode in modes
+        ]
         for count in sorted(tokens)
         for shape in shapes
     }

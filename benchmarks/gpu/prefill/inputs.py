@@ -196,12 +196,12 @@ def _codes(frames: Frames, head_dim: int, rng: torch.Generator, device: torch.de
     index = torch.arange(frames.tokens, device=device)
     needles, wanted = _needles(frames, len(needle), rng, device)
     return _Codes(
-        sink,
-        state @ drift,
-        place[index % frames.patch_tokens] @ grid,
-        needles @ needle,
-        wanted @ needle,
-        _content(frames, cuts, len(content), rng=rng, device=device) @ content,
+        sink=sink,
+        drift=state @ drift,
+        grid=place[index % frames.patch_tokens] @ grid,
+        needle=needles @ needle,
+        wanted=wanted @ needle,
+        content=_content(frames, cuts, len(content), rng=rng, device=device) @ content,
     )
 
 

@@ -111,16 +111,16 @@ class OursKV:
         self._writer = writer
         self._attending = checkpoint.num_layers - 1
         shape = AttentionShape(
-            self._attending,
-            plan.num_tokens,
-            model.num_heads,
-            checkpoint.num_kv_heads,
-            checkpoint.head_dim,
-            model.attention_scale,
-            model.dtype,
-            model.device,
+            num_layers=self._attending,
+            num_tokens=plan.num_tokens,
+            q_heads=model.num_heads,
+            kv_heads=checkpoint.num_kv_heads,
+            head_dim=checkpoint.head_dim,
+            scale=model.attention_scale,
+            dtype=model.dtype,
+            device=model.device,
         )
-        self._exchange = GatherExchange(SPGroup(0, 1, None, None), shape)
+        self._exchange = GatherExchange(SPGroup(rank=0, size=1, data=None, control=None), shape)
         self.attention = AdaptiveAttention(
             settings, resolve_policy(quality), shape, plan.patch_ends
         )
@@ -282,7 +282,11 @@ def _writer(model: RandomModel, plan: PrefixPlan, chunks: list[tuple[int, int]])
     checkpoint = model.checkpoint
     name = str(model.dtype).removeprefix("torch.")
     layout = KVLayout(
-        checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim, name, PAGE_TOKENS
+        num_layers=checkpoint.num_layers,
+        num_kv_heads=checkpoint.num_kv_heads,
+        head_dim=checkpoint.head_dim,
+        dtype=name,
+        page_tokens=PAGE_TOKENS,
     )
     pages = sum(layout.pages_for(end - start) for start, end in chunks)
     return ShardStore(layout).create_pages(plan.prefix_id, 0, pages)

@@ -39,12 +39,12 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
             wanted = dict.fromkeys([*settings, *(published if beside else ())])
             seed = options.seed * 100_000 + index
             yield Work(
-                options.checkpoint,
-                options.sparse_from,
-                patches,
-                options.questions,
-                seed,
-                tuple(wanted),
+                checkpoint=options.checkpoint,
+                sparse_from=options.sparse_from,
+                patches=patches,
+                questions=options.questions,
+                seed=seed,
+                settings=tuple(wanted),
             )
 
 

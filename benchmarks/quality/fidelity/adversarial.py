@@ -170,7 +170,7 @@ def rows(case: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
 def report(checkpoint: Path, sparse_from: int, seed: int, workers: int) -> list[dict[str, Any]]:
     """Run all cases, print the table, return its rows."""
     works = [
-        Work(checkpoint, sparse_from, case, seed * 1000 + index)
+        Work(checkpoint=checkpoint, sparse_from=sparse_from, case=case, seed=seed * 1000 + index)
         for case in CASES
         for index in range(VIDEOS)
     ]

@@ -107,12 +107,12 @@ class Reader:
         ends = np.searchsorted(plan.patch, np.arange(len(pairs)), side="right")
         ends[-1] = len(plan.ids)
         return Prefix(
-            plan.ids.astype(np.int32),
-            plan.positions,
-            ends,
-            int(plan.ids[plan.vision][0]),
-            VisionFeatures(merged, deepstack),
-            checkpoint.TOKENS_PER_PATCH,
+            token_ids=plan.ids.astype(np.int32),
+            position_ids=plan.positions,
+            patch_ends=ends,
+            video_token_id=int(plan.ids[plan.vision][0]),
+            features=VisionFeatures(merged, deepstack),
+            patch_tokens=checkpoint.TOKENS_PER_PATCH,
         )
 
     def prefill(
@@ -208,18 +208,22 @@ class Reader:
                 )
                 if setting.quality == Quality.EXACT:
                     exact[setting.ranks] = words, [lead > SURE for lead in leads]
+            density, certified, true_mass, floor_met = measured
             true, sure = exact[setting.ranks]
             asked.append(
                 Asked(
-                    setting,
-                    video,
-                    len(prefix.patch_ends),
-                    len(prefix.token_ids),
-                    [TASKS.index(question.task) for question in questions],
-                    [w == q.answer for w, q in zip(words, questions, strict=True)],
-                    [w == e for w, e in zip(words, true, strict=True)],
-                    sure,
-                    *measured,
+                    setting=setting,
+                    video=video,
+                    patches=len(prefix.patch_ends),
+                    tokens=len(prefix.token_ids),
+                    tasks=[TASKS.index(question.task) for question in questions],
+                    right=[w == q.answer for w, q in zip(words, questions, strict=True)],
+                    same=[w == e for w, e in zip(words, true, strict=True)],
+                    sure=sure,
+                    density=density,
+                    certified=certified,
+                    true_mass=true_mass,
+                    floor_met=floor_met,
                 )
             )
         return asked

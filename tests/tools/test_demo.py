@@ -13,9 +13,9 @@ import psutil
 import pytest
 from prefill_client import Answer, PatchAttention, Timings, Usage
 
-from tools.demo import ROOT, Asked, DemoError, verdict
-from tools.demo_picture import FRAMES, contrast, draw, moments
-from tools.demo_story import QUESTIONS, SEED, STORY, marked
+from tools.demo.__main__ import ROOT, Asked, DemoError, verdict
+from tools.demo.picture import FRAMES, contrast, draw, moments
+from tools.demo.story import QUESTIONS, SEED, STORY, marked
 from tools.needle.stories import Story
 from tools.needle.videos import write_mp4
 from tools.service_process import ServiceProcess
@@ -70,7 +70,7 @@ def test_reference_names_its_reason(tmp_path: Path) -> None:
 def test_demo_fails_with_the_reason_last(tmp_path: Path) -> None:
     """No checkpoint where it should be."""
     script = (
-        "import pathlib, tools.demo as demo\n"
+        "import pathlib, tools.demo.__main__ as demo\n"
         f"demo.MODEL = pathlib.Path({str(tmp_path)!r}) / 'absent'\n"
         "demo.main()\n"
     )
@@ -92,10 +92,32 @@ def test_demo_fails_with_the_reason_last(tmp_path: Path) -> None:
 
 def _answered(*texts: str) -> list[Asked]:
     """Answers whose tokens are [1], [2], ..."""
-    timings = Timings(0, 0, 0, 0, 0)
-    usage = Usage(3746, 2160, 2, 23, 1, 0)
+    timings = Timings(
+        prefill_wait_s=0, decoder_first_token_s=0, first_token_s=0, total_s=0, handoff_s=0
+    )
+    usage = Usage(
+        prompt_tokens=3746,
+        video_tokens=2160,
+        completion_tokens=2,
+        kv_tokens_moved=23,
+        kv_bytes_moved=1,
+        cached_tokens=0,
+    )
     return [
-        Asked(Answer(text, (number,), "stop", timings, usage, "", "", "", ""), number / 4)
+        Asked(
+            Answer(
+                text=text,
+                token_ids=(number,),
+                finish_reason="stop",
+                timings=timings,
+                usage=usage,
+                job_id="",
+                prefix_id="",
+                video_id="",
+                request_id="",
+            ),
+            number / 4,
+        )
         for number, text in enumerate(texts, 1)
     ]
 

@@ -34,14 +34,14 @@ from prefill_client import (
 )
 
 from prefill_service.errors import ServiceError
-from tools.demo_picture import contrast, draw
-from tools.demo_story import FPS, QUESTIONS, SEED, STORY, is_right, marked
+from tools.demo.picture import contrast, draw
+from tools.demo.progress import Line, Table, fraction
+from tools.demo.story import FPS, QUESTIONS, SEED, STORY, is_right, marked
 from tools.needle.videos import write_mp4
-from tools.progress import Line, Table, fraction
 from tools.service_process import ServiceProcess
 from tools.vllm_alone import Question, Reference, answer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "demo"
 MODEL = ROOT / "assets" / "needle-qwen3-vl"
 RANKS = 2

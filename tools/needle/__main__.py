@@ -1,9 +1,9 @@
 """Train the needle model: a tiny Qwen3-VL that answers questions on generated videos.
 
-    python -m tools.train_needle --out build/needle              # everything, from nothing
-    python -m tools.train_needle --out build/needle --minutes 5  # see the curve begin
-    python -m tools.train_needle --evaluate assets/needle-qwen3-vl
-    python -m tools.train_needle --mean A B --out build/both     # the mean of two checkpoints
+    python -m tools.needle --out build/needle              # everything, from nothing
+    python -m tools.needle --out build/needle --minutes 5  # see the curve begin
+    python -m tools.needle --evaluate assets/needle-qwen3-vl
+    python -m tools.needle --mean A B --out build/both     # the mean of two checkpoints
 
 Stops and goes on: the same command resumes where it was. Uses a GPU if there is one. The recipe,
 with curves and accuracies, is in assets/needle-qwen3-vl/README.md.
@@ -30,7 +30,9 @@ PHASES = "350:8:8:128,450:16:16:256,300:32:32:384,1100:16-48:16-1100:320,1100:24
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.needle",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("build/needle"), help="%(default)s")
     parser.add_argument("--start", type=Path, help="checkpoint to begin from: skips perception")
