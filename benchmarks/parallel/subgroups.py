@@ -1,4 +1,4 @@
-"""What teams bring on this machine's cores: short prefixes side by side, and one before a long one.
+"""What subgroups bring on this machine: short prefixes side by side, and one before a long one.
 
     python -m benchmarks.parallel.subgroups [--rounds 5] [--ranks 2]
 
@@ -60,7 +60,7 @@ class Work:
         plan = self.plans[frames] = self.planner.plan(index, self.video.name, sampling, "")
         return plan
 
-    def task(self, frames: int, team: Subgroup) -> PrefillTask:
+    def task(self, frames: int, subgroup: Subgroup) -> PrefillTask:
         """A prefix as if nobody had asked for it yet."""
         job_id = f"job_{uuid.uuid4().hex}"
         plan = replace(self.plans[frames], prefix_id=job_id)
@@ -72,7 +72,7 @@ class Work:
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=group.kv_layout,
             num_tokens=plan.num_tokens,
-            runs=group.shard_map(plan, group.exchange_of(team), team),
+            runs=group.shard_map(plan, group.exchange_of(subgroup), subgroup),
             endpoints=group.supervisor.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
@@ -83,8 +83,8 @@ class Work:
             manifest=manifest,
             video_path=str(self.video),
             index_path=str(self.index),
-            subgroup=team,
-            exchange=group.exchange_of(team),
+            subgroup=subgroup,
+            exchange=group.exchange_of(subgroup),
         )
 
     async def run(self, task: PrefillTask, over: str = "") -> float:
@@ -94,15 +94,15 @@ class Work:
         self.group.drop_prefix(task.plan.prefix_id)
         return time.perf_counter() - start
 
-    async def several(self, frames: int, team: Subgroup, count: int) -> None:
+    async def several(self, frames: int, subgroup: Subgroup, count: int) -> None:
         """One after the other."""
         for _ in range(count):
-            await self.run(self.task(frames, team))
+            await self.run(self.task(frames, subgroup))
 
     async def side_by_side(self, frames: int, count: int) -> None:
         """So many on each rank at the same time."""
-        alone = [team for team in self.group.subgroups if team.size == 1]
-        await asyncio.gather(*(self.several(frames, team, count) for team in alone))
+        alone = [subgroup for subgroup in self.group.subgroups if subgroup.size == 1]
+        await asyncio.gather(*(self.several(frames, subgroup, count) for subgroup in alone))
 
     async def behind(self, long: int, short: int, overtake: bool) -> tuple[float, float]:
         """Seconds of a short one that comes when a long one has begun to compute, and of that."""
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="teams-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="subgroups-", dir="/tmp") as folder:
         asyncio.run(measure(options.ranks, options.rounds, Path(folder)))
     return 0
 

@@ -163,7 +163,7 @@ def test_check_finds_a_wrong_kernel(wrong: str) -> None:
     assert all(found.values()), rows
 
 
-def test_check_finds_a_certificate_that_says_too_much() -> None:
+def test_check_finds_a_verification_that_says_too_much() -> None:
     report_of_layer = LayerReport(0, [1.0])
     report_of_layer.output_error.add_values(torch.full((8,), 0.02))
     wanted = check.Wanted(torch.ones(2, 300, 4), torch.ones(300, 2, 1, 4))

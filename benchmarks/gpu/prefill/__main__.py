@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "gpu_prefill needs a CUDA GPU (or --device cpu --tiny); "
+            "benchmarks.gpu.prefill needs a CUDA GPU (or --device cpu --tiny); "
             f"torch {torch.__version__} sees none",
             file=sys.stderr,
         )

@@ -23,7 +23,7 @@ LAYER_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Of the difference's norm over the norm."""
 CERTIFIED_SHARE = 0.3
 CERTIFIED_SLACK = 0.01
-"""A certificate samples: a sparse mode's true error may exceed the certified one by so much."""
+"""Verification samples: a sparse mode's true error may exceed the verified one by so much."""
 
 COLUMNS = ("model", "mode", "attention_error", "limit", "kv_error", "kv_limit", "kept_mass", "ok")
 _ROWS = 512
@@ -154,7 +154,7 @@ def compare(
         kv_limit = LAYER_LIMIT[dtype]
         kept = None
     else:
-        # As the certificate has it: each row's error over the row, the mean of all rows that
+        # As verification has it: each row's error over the row, the mean of all rows that
         # came after the first sparse chunk (all certified ones did).
         rows = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
         report = run.reports[0]

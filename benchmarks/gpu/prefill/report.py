@@ -20,7 +20,7 @@ layers: run, of so many. measured_s: of these. prefill_s: of the whole model; wh
 were run it is extrapolated (~): attention by its layers, all else by its FLOPs.
 tokens_per_s, speedup (over dense), mfu, attention_share: of prefill_s. mfu: FLOPs done (of
 attention, those of attended pairs) over time and the matmul peak of this run. select, attend,
-certify: shares of attention in clustering + selection, in attending and in the certificate, as the
+certify: shares of attention in clustering + selection, in attending and in verification, as the
 product reports them (certify: all the rest of it; of exact attention, the rows it observes).
 linear_of_peak: FLOPs of linear layers over all time outside attention (norms, rotary embedding and
 copies included) and the matmul peak. kept_mass, error: certified means of the sparse part.
@@ -67,7 +67,7 @@ def _pairs(run: Run, tokens: int, layers: int) -> float:
 
 
 def _of_reports(run: Run) -> dict[str, Any]:
-    """Density, times and certificates that the product reports; nothing of the dense baseline."""
+    """Density, times and verification that the product reports; nothing of the dense baseline."""
     if not run.reports:
         return {"density": 1.0}
     causal = sum(layer.causal for layer in run.reports)

@@ -72,7 +72,7 @@ class Run:
 
     Attributes:
         seconds: wall clock.
-        attention_s: of it, what attends: selection and certificates included.
+        attention_s: of it, attention, with selection and verification.
         reports: of the layers that attend; none of the dense baseline.
         peak_bytes: of device memory, weights and inputs included.
         attended: [q_heads, tokens, head_dim] of the first layer, if asked for.

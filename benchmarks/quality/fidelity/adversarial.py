@@ -1,4 +1,4 @@
-"""Videos made to fool selection: does any quality fail where its certificate is content?
+"""Videos made to fool selection: does any quality fail where its verification is content?
 
 A *silent failure* is an answer that differs from the exact prefill's while the floor of the
 quality was met; *sure* counts those of them that exact gave with a lead over the next answer, the

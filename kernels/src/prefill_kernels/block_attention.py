@@ -1,7 +1,7 @@
 """Block-sparse flash attention over a ragged block-CSR: causal, GQA, paged or contiguous keys.
 
 A program owns ``BLOCK_M`` packed rows (query heads x tokens) of one (KV head, query tile) and
-walks three key sets under one running softmax (FlashAttention-2, arXiv 2307.08691): the tile's
+walks three key sets under one online softmax (FlashAttention-2, arXiv 2307.08691): the tile's
 local region with the causal mask, the kept blocks of its CSR row, which lie wholly in the past and
 need no mask, and optionally the summaries of the dropped blocks, each standing for its block as one
 key with an additive logit bias.
