@@ -1,3 +1,3 @@
-"""prefill-service: sequence-parallel prefill of long videos for a stock vLLM decoder."""
+"""prefill-service: sequence-parallel prefill of long videos for a stock vLLM."""
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder with grouped-query attention and gated MLPs.
+    """A language model with grouped-query attention and gated MLPs.
 
     A prefix needs no more of the last layer than its K and V, so one layer less attends, and
     exchanges anything, than the model has.

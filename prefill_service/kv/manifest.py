@@ -83,7 +83,7 @@ class Manifest:
 
     Attributes:
         prefix_id: content-derived id (model, video bytes, frames, positions, precision and
-            approximation profile), so that equal ids mean equal KV.
+            ``profile``), so that equal ids mean equal KV.
         engine_id: uuid of the service that computed it.
         generation: counts rank-group restarts; pages of an older generation are gone.
         model_fingerprint: hash of the configuration and weights.

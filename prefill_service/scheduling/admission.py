@@ -80,10 +80,10 @@ class Admission:
         """The policy that the ranks follow, with the configured head budgets."""
         return requested.with_budgets(self._budgets)
 
-    def approximation(self, spec: PrefillSpec) -> str:
+    def attention_key(self, spec: PrefillSpec) -> str:
         """How a prefix's KV is computed (``Manifest.profile``); part of its id."""
         if spec.comparison is not None:
-            return spec.comparison.approximation(self._ranks)
+            return spec.comparison.attention_key(self._ranks)
         return self.resolve_policy(spec.attention).attention_key
 
     async def baseline_task(self, spec: PrefillSpec, plan: PrefixPlan) -> BaselineTask | None:
@@ -111,8 +111,8 @@ class Admission:
 
     async def plan_held(self, spec: PrefillSpec, video: HeldVideo) -> PrefixPlan:
         """``plan_prefix`` for a caller that holds the video already."""
-        approximation = self.approximation(spec)
-        key = (video.record.sha256, spec.sampling, spec.system_prompt, approximation)
+        attention_key = self.attention_key(spec)
+        key = (video.record.sha256, spec.sampling, spec.system_prompt, attention_key)
         plan = self._plans.get(key)
         if plan is None:
             # Token ids of a prompt far beyond the context would cost minutes and gigabytes.
@@ -165,7 +165,7 @@ class Admission:
             video.record.sha256,
             spec.sampling,
             spec.system_prompt,
-            attention_key=self.approximation(spec),
+            attention_key=self.attention_key(spec),
         )
 
     def _estimate(self, video: HeldVideo, sampling: FrameSampling) -> int:

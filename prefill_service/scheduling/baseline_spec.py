@@ -34,7 +34,7 @@ class BaselineSpec:
         """Rebuild a spec from ``dataclasses.asdict``."""
         return cls(**{**data, "method": Comparison(data["method"])})
 
-    def approximation(self, ranks: int) -> str:
+    def attention_key(self, ranks: int) -> str:
         """Name for the manifest; part of the prefix id, because all of it changes the KV."""
         anchor, passing = (
             "published" if tokens is None else tokens

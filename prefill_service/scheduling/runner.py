@@ -192,7 +192,7 @@ class PrefillRunner:
             endpoints=self._executor.supervisor.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
-            profile=self._admission.approximation(attempt.spec),
+            profile=self._admission.attention_key(attempt.spec),
         )
         task = PrefillTask(
             job_id=attempt.job_id,

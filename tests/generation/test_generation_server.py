@@ -128,9 +128,10 @@ async def _kill_engine_and_see(vllm: GenerationServer, case: Case, handoff: Hand
 _SERVICE = """
 import asyncio, sys
 from pathlib import Path
-from prefill_service.config import DecoderConfig
-from prefill_service.generation.server import Decoder
-asyncio.run(Decoder(DecoderConfig(), sys.argv[1], "float32", Path(sys.argv[2])).start())
+from prefill_service.config import VllmConfig
+from prefill_service.generation.server import GenerationServer
+server = GenerationServer(VllmConfig(), sys.argv[1], "float32", Path(sys.argv[2]))
+asyncio.run(server.start())
 """
 
 

@@ -80,7 +80,7 @@ async def test_every_part_of_it_makes_another_prefix(serve: Serve) -> None:
         ids = [(await create(s, message)).job_id for message in [*specs, s.spec(12)]]
         assert len(set(ids)) == len(ids)
         spava = BaselineSpec(Comparison.SPAVA, "Who?")
-        assert spava.approximation(2) != spava.approximation(3)
+        assert spava.attention_key(2) != spava.attention_key(3)
 
 
 async def test_an_answer_consults_its_own_question(serve: Serve) -> None:

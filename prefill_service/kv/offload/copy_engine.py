@@ -2,7 +2,7 @@
 
 A ``CopyEngine`` has a store for rows off the device and a queue that is worked through in the
 order of submission, so that a buffer may be filled again right after what it held was sent away.
-There are two: ``copying_file`` for CPU ranks and ``copying_cuda``.
+There are two: ``file_copies`` for CPU ranks and ``cuda_copies`` for GPUs.
 """
 
 from __future__ import annotations

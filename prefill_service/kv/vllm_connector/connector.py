@@ -6,8 +6,7 @@
 
 vLLM makes one instance in its scheduler and one in each worker. Requests that carry
 ``kv_transfer_params["prefill_service"]`` get their video prefix from the ranks; all others
-pass untouched. ``scheduler_side`` and
-``worker_side`` are the two halves.
+pass untouched. ``scheduler_side`` and ``worker_side`` are the two halves.
 """
 
 from __future__ import annotations
