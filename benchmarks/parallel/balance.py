@@ -97,7 +97,7 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     settings = SparseSettings(1024)
     attention = AdaptiveAttention(settings, resolve_policy(Quality.BALANCED), shape, problem.ends)
     balancing = Balancing(above, EngineConfig().balance_least_gflop * 1e9)
-    balancer = make_balancer(group, shape, settings, units, balancing)
+    balancer = make_balancer(group, shape, settings, units, balancing=balancing)
     exchange = GatherExchange(group, shape, balancer=balancer)
     unit_attention = UnitAttention(attention, units)
     data = [problem.layer(number) for number in range(LAYERS)]

@@ -86,7 +86,7 @@ class Problem:
 
     def layout(self, kind: ExchangeKind, ranks: int) -> ChunkLayout:
         """Which rank has which tokens."""
-        return deal_patches(self.patch_ends, ranks, self.chunk, kind.order)
+        return deal_patches(self.patch_ends, ranks, self.chunk, order=kind.order)
 
     def shape(self, dtype: torch.dtype, device: torch.device) -> AttentionShape:
         """Of the attention."""

@@ -12,7 +12,7 @@ from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import Work, prefill_work
-from prefill_service.parallel.baselines.spava import spava
+from prefill_service.parallel.baselines.methods import spava
 from prefill_service.parallel.chunking import Chunking, deal_tokens
 from prefill_service.parallel.exchanges.catalog import (
     DEMAND,

@@ -93,7 +93,12 @@ def _run(
         torch.cuda.set_device(device)
     try:
         group = form_group(
-            rank, ranks, f"file://{folder}/rendezvous", device, TIMEOUT_S, transport.staged
+            rank,
+            ranks,
+            init_method=f"file://{folder}/rendezvous",
+            device=device,
+            timeout_s=TIMEOUT_S,
+            staged=transport.staged,
         )
         torch.save(work(group, device, *arguments), folder / f"rank-{rank}.pt")
     except Exception:

@@ -95,6 +95,6 @@ def _floats(values: Ints, factor: float) -> Floats:
 
 def _head_pairs(terms: CostTerms) -> Floats:
     """[chunks, ranks] pairs times query heads: all of its tokens, or its heads of its row's."""
-    row = terms.chunking.rows(terms.ulysses).pairs.repeat(terms.ulysses, 1)
+    row = terms.chunking.by_rows(terms.ulysses).pairs.repeat(terms.ulysses, 1)
     q_heads, _ = terms.heads_of_ranks()
     return row * q_heads

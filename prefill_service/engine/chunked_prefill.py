@@ -217,8 +217,8 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
         """Run the language model over a share's tokens and seal their pages."""
         plan = self._rank_task.task.plan
         self._worker.model.prefill(
-            share.take(plan.token_ids),
-            share.take(plan.position_ids),
+            share.select_tokens(plan.token_ids),
+            share.select_tokens(plan.position_ids),
             plan.video_token_id,
             features=features,
             kv=self,

@@ -51,7 +51,9 @@ class FramePrefetcher:
         self._spans = spans or SpanBuffer()
         # The video's last patch may be short of frames; slicing leaves that to the processor.
         self._chunks = [
-            share.patches(frame_indices, frames_per_patch) for share in shares if share.num_patches
+            share.select_patches(frame_indices, frames_per_patch)
+            for share in shares
+            if share.num_patches
         ]
         self._queue: queue.Queue[VisionInput | BaseException] = queue.Queue(maxsize=1)
         self._stop = threading.Event()

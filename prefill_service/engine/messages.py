@@ -13,7 +13,7 @@ from prefill_service.kv.manifest import Manifest
 from prefill_service.kv.offload.shape import OffloadReport
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.baselines.method import BaselineMethod
+from prefill_service.parallel.baselines.methods import BaselineMethod
 from prefill_service.parallel.comm_stats import CollectiveUse
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup

@@ -39,7 +39,13 @@ def token_layout(
         exchange: whose order of a chunk's patches it is.
         whole_units: whether ranks get whole selection units (``PrefillTask``).
     """
-    return deal_patches(plan.patch_ends, ranks, chunk_tokens, exchange.kind.order, whole_units)
+    return deal_patches(
+        plan.patch_ends,
+        ranks,
+        chunk_tokens,
+        order=exchange.kind.order,
+        whole_units=whole_units,
+    )
 
 
 def task_layout(task: PrefillTask, chunk_tokens: int, kv: KVLayout) -> ChunkLayout:
@@ -68,7 +74,7 @@ def baseline_split(plan: PrefixPlan, baseline: BaselineTask, ranks: int) -> Sequ
     """
     question = len(baseline.question_ids)
     text = plan.placeholder[0]
-    return split_patches(plan.patch_ends, question, ranks, baseline.method, text)
+    return split_patches(plan.patch_ends, question, ranks, baseline.method, text_tokens=text)
 
 
 def baseline_runs(split: SequenceSplit, kv: KVLayout, subgroup: Subgroup) -> tuple[ShardRun, ...]:

@@ -78,10 +78,10 @@ class Worker:
         group = form_group(
             spec.rank,
             spec.engine.ranks,
-            spec.init_method,
-            device,
-            spec.engine.collective_timeout_s,
-            shared,
+            init_method=spec.init_method,
+            device=device,
+            timeout_s=spec.engine.collective_timeout_s,
+            staged=shared,
         )
         observed = self._probe(model, group)
         sparse = sparse_settings(spec.engine, self._sparse_from_tokens(model, group))

@@ -36,8 +36,8 @@ class Chunking:
         """[chunks, ranks] tokens that each rank computed up to and with each chunk."""
         return self.tokens.cumsum(0)
 
-    def rows(self, size: int) -> Chunking:
-        """The same with runs of ``size`` ranks taken as one."""
+    def by_rows(self, size: int) -> Chunking:
+        """The chunking with each run of ``size`` ranks, a row of the mesh, taken as one rank."""
         chunks = self.tokens.shape[0]
         return Chunking(
             self.tokens.reshape(chunks, -1, size).sum(2),

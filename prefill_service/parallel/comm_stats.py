@@ -13,7 +13,7 @@ CONTROL = "agree"
 
 @dataclass(frozen=True, slots=True)
 class CollectiveUse:
-    """One kind of collective on one rank, or over several.
+    """The use of one kind of collective on one rank, or over several.
 
     Attributes:
         calls: how often it was started.
@@ -26,12 +26,12 @@ class CollectiveUse:
     bytes_received: int = 0
     seconds: float = 0.0
 
-    def plus(self, other: CollectiveUse) -> CollectiveUse:
-        """Both together."""
+    def __add__(self, other: CollectiveUse) -> CollectiveUse:
+        """The sums of both uses' numbers."""
         return CollectiveUse(
-            self.calls + other.calls,
-            self.bytes_received + other.bytes_received,
-            self.seconds + other.seconds,
+            calls=self.calls + other.calls,
+            bytes_received=self.bytes_received + other.bytes_received,
+            seconds=self.seconds + other.seconds,
         )
 
 
@@ -43,7 +43,7 @@ class CommStats:
 
     @property
     def bytes_received(self) -> int:
-        """Of all but agreements."""
+        """Bytes received in all collectives but agreements."""
         return moved(self.uses)
 
     @property
@@ -57,7 +57,7 @@ class CommStats:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Note the time spent inside."""
+        """Add the time spent inside to ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -90,7 +90,7 @@ class CommStats:
             self.uses = before
 
     def _add(self, name: str, use: CollectiveUse) -> None:
-        self.uses[name] = self.uses.get(name, CollectiveUse()).plus(use)
+        self.uses[name] = self.uses.get(name, CollectiveUse()) + use
 
 
 def moved(uses: Mapping[str, CollectiveUse]) -> int:

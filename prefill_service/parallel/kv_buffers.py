@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention.attention_shape import AttentionShape
 
@@ -50,10 +51,13 @@ class KVBuffers(Protocol):
         """Wait for what is under way and give everything back. Idempotent."""
 
 
-class ResidentKV:
-    """A working set that fits: all layers on the device. See ``KVBuffers``."""
+class ResidentKV(KVBuffers):
+    """KV buffers that fit: all layers stay on the device."""
 
-    resident = True
+    @property
+    @override
+    def resident(self) -> bool:
+        return True
 
     def __init__(self, shape: AttentionShape) -> None:
         size = (shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
@@ -62,21 +66,26 @@ class ResidentKV:
             for _ in range(shape.num_layers)
         ]
 
+    @override
     def start_chunk(self, start: int, end: int) -> None:
-        """See ``KVBuffers``."""
+        pass
 
+    @override
     def acquire(self, layer: int) -> Tensor:
-        """See ``KVBuffers``."""
         return self._buffers[layer]
 
-    layer = acquire
+    @override
+    def layer(self, layer: int) -> Tensor:
+        return self._buffers[layer]
 
+    @override
     def touch(self, layer: int, start: int, end: int) -> None:
-        """See ``KVBuffers``."""
+        pass
 
+    @override
     def release(self, layer: int) -> None:
-        """See ``KVBuffers``."""
+        pass
 
+    @override
     def close(self) -> None:
-        """See ``KVBuffers``."""
         self._buffers = []

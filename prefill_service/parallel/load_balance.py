@@ -59,7 +59,7 @@ class Load:
 
     @property
     def total(self) -> int:
-        """All pairs."""
+        """The number of (query, key) pairs."""
         return self.fixed + sum(
             count * pairs
             for head in self.blocks
@@ -123,7 +123,16 @@ def choose_moves(loads: Sequence[Load], above: float) -> list[Move]:
         left[giver][head, tile] -= count
         if count == there:
             del left[giver][head, tile]
-        moves.append(Move(giver, taker, head, tile, there - count, count))
+        moves.append(
+            Move(
+                giver=giver,
+                taker=taker,
+                head=head,
+                tile=tile,
+                first=there - count,
+                count=count,
+            )
+        )
         totals[giver] -= count * pairs
         totals[taker] += (count + _PRICE_BLOCKS) * pairs
 
@@ -299,6 +308,7 @@ def make_balancer(
     shape: AttentionShape,
     settings: SparseSettings,
     units: SelectionUnits,
+    *,
     balancing: Balancing | None,
 ) -> Balancer | None:
     """A balancer for ranks that have all keys, where they can help each other and may.
@@ -366,7 +376,13 @@ class BalancedKeys(ReplicatedKeys):
     """
 
     def __init__(
-        self, kv: Tensor, segments: Segments, balancer: Balancer, common: int, note_pairs: NotePairs
+        self,
+        kv: Tensor,
+        segments: Segments,
+        balancer: Balancer,
+        *,
+        common: int,
+        note_pairs: NotePairs,
     ) -> None:
         super().__init__(kv, segments, balancer.scratch)
         self._buffer = kv

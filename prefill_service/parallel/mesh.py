@@ -7,7 +7,7 @@ heads, which moves more bytes, are neighbours, so on machines of several nodes t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,7 +21,7 @@ class SPMesh:
     """All ranks of a group as a grid.
 
     Attributes:
-        world: all of them: of a team, its members.
+        world: all ranks of the group, or of the subgroup that the mesh is for.
         ulysses: this rank's row: the ranks that share a part of the sequence and split heads.
         ring: this rank's column: the ranks that hold the same heads of other parts.
     """
@@ -49,22 +49,22 @@ def form_meshes(world: SPGroup, timeout_s: float) -> dict[int, SPMesh]:
 
 
 def form_subgroup_meshes(
-    world: SPGroup, teams: Iterable[Subgroup], timeout_s: float
+    world: SPGroup, subgroups: Iterable[Subgroup], timeout_s: float
 ) -> dict[Subgroup, dict[int, SPMesh]]:
-    """``form_meshes`` of several teams of ranks.
+    """``form_meshes`` of several subgroups of ranks.
 
     Every rank takes part in building all of them, since torch wants that of its groups.
 
     Returns:
-        Of the teams that this rank is in, Ulysses degree to mesh.
+        For each subgroup that this rank is in, Ulysses degree to mesh.
     """
     builder = _Builder(world, timeout_s)
     found = {}
-    for team in teams:
-        degrees = [u for u in range(1, team.size + 1) if team.size % u == 0]
-        meshes = {u: builder.mesh(team, u) for u in degrees}
-        if world.rank in team.members:
-            found[team] = meshes
+    for subgroup in subgroups:
+        degrees = [u for u in range(1, subgroup.size + 1) if subgroup.size % u == 0]
+        meshes = {u: builder.mesh(subgroup, u) for u in degrees}
+        if world.rank in subgroup.members:
+            found[subgroup] = meshes
     return found
 
 
@@ -76,16 +76,18 @@ class _Builder:
         self._timeout = timedelta(seconds=timeout_s)
         self._built: dict[tuple[int, ...], SPGroup] = {tuple(range(world.size)): world}
 
-    def mesh(self, team: Subgroup, ulysses: int) -> SPMesh:
-        """Of the team's ranks; on a rank outside it nothing that can be used."""
-        members = list(team.members)
-        rows = [members[at : at + ulysses] for at in range(0, team.size, ulysses)]
+    def mesh(self, subgroup: Subgroup, ulysses: int) -> SPMesh:
+        """Build the subgroup's mesh. On a rank outside it, its groups have no process group."""
+        members = list(subgroup.members)
+        rows = [members[at : at + ulysses] for at in range(0, subgroup.size, ulysses)]
         columns = [members[at::ulysses] for at in range(ulysses)]
-        return SPMesh(self._group([members]), self._group(rows), self._group(columns))
+        return SPMesh(
+            world=self._group([members]), ulysses=self._group(rows), ring=self._group(columns)
+        )
 
     def _group(self, candidates: list[list[int]]) -> SPGroup:
-        """The one that this rank is in. Every rank takes part in building all of them."""
-        mine = SPGroup(0, 1, None, None, self._world.comm_stats, self._world.staged)
+        """The candidate that this rank is in. Every rank takes part in building all of them."""
+        mine = replace(self._world, rank=0, size=1, data=None, control=None)
         for ranks in candidates:
             if len(ranks) > 1:
                 group = self._join(ranks)
@@ -101,7 +103,7 @@ class _Builder:
             if world.control is not world.data:  # which is NCCL's, so that agreeing needs gloo
                 control = dist.new_group(ranks, timeout=self._timeout, backend="gloo")
             place = ranks.index(world.rank) if world.rank in ranks else 0
-            self._built[key] = SPGroup(
-                place, len(ranks), data, control, world.comm_stats, world.staged
+            self._built[key] = replace(
+                world, rank=place, size=len(ranks), data=data, control=control
             )
         return self._built[key]

@@ -11,7 +11,7 @@ from prefill_service.parallel.token_layout import HeldTokens, Range
 
 
 class OnlineSoftmax:
-    """Queries of some ranges of the prompt, and their attention over the keys met so far.
+    """Queries of some ranges of the prompt, and their attention over the keys that have arrived.
 
     Args:
         q: [q_heads, queries, head_dim], the ranges' queries in order.
@@ -21,7 +21,7 @@ class OnlineSoftmax:
     """
 
     def __init__(
-        self, q: Tensor, ranges: list[Range], heads: HeadSplit, part: int, scale: float
+        self, q: Tensor, ranges: list[Range], *, heads: HeadSplit, part: int, scale: float
     ) -> None:
         self._heads = heads
         self._part = part
@@ -32,29 +32,29 @@ class OnlineSoftmax:
         self._partials: list[Partial | None] = [None] * len(ranges)
         self._like = q
 
-    def meet(self, kv: Tensor, first_row: int, held: HeldTokens, member: int) -> None:
-        """Attend to what every query may see of rows of a member of the group.
+    def attend_held(self, kv: Tensor, first_row: int, held: HeldTokens, member: int) -> None:
+        """Attend to what each query may see of the keys of a member of the group.
 
         Args:
             kv: [keys, 2, kv_heads, head_dim], rows ``first_row`` and after of what it holds.
         """
         for index, (start, _) in enumerate(self._ranges):
-            visible = min(held.before(member, start) - first_row, len(kv))
+            visible = min(held.count_before(member, start) - first_row, len(kv))
             if visible > 0:
                 self._add(index, kv[:visible], causal=False)
 
-    def meet_own(self, kv: Tensor, held: HeldTokens, member: int) -> None:
+    def attend_own(self, kv: Tensor, held: HeldTokens, member: int) -> None:
         """Attend, under the causal mask, to the ranges' own keys.
 
         Args:
             kv: [keys, 2, kv_heads, head_dim], all that ``member``, which has the ranges, holds.
         """
         for index, (start, end) in enumerate(self._ranges):
-            first = held.before(member, start)
+            first = held.count_before(member, start)
             self._add(index, kv[first : first + end - start], causal=True)
 
     def result(self) -> Partial:
-        """[q_heads, queries, ...] over all keys met, in the queries' precision."""
+        """[q_heads, queries, ...] over all keys that have arrived, in the queries' precision."""
         if not self._queries:
             return empty_partial(self._like)
         found = [

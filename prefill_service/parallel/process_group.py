@@ -167,6 +167,7 @@ def _bytes(tensor: Tensor) -> int:
 def form_group(
     rank: int,
     size: int,
+    *,
     init_method: str,
     device: torch.device,
     timeout_s: float,

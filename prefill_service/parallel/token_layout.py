@@ -41,7 +41,7 @@ class Piece:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this piece."""
+        """The number of tokens."""
         return self.end_token - self.start_token
 
 
@@ -53,12 +53,12 @@ class Share:
 
     @property
     def num_patches(self) -> int:
-        """Temporal patches of this share."""
+        """The number of temporal patches."""
         return sum(piece.end_patch - piece.first_patch for piece in self.pieces)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this share."""
+        """The number of tokens."""
         return sum(piece.num_tokens for piece in self.pieces)
 
     @property
@@ -73,12 +73,12 @@ class Share:
             raise ValueError(f"a share of {len(self.pieces)} pieces is not one range")
         return self.ranges[0] if self.pieces else (0, 0)
 
-    def take(self, values: np.ndarray) -> np.ndarray:
+    def select_tokens(self, values: np.ndarray) -> np.ndarray:
         """This share's part of what every token has (ids, positions): [..., tokens] to the same."""
         parts = [values[..., start:end] for start, end in self.ranges]
         return np.concatenate(parts, -1) if parts else values[..., :0]
 
-    def patches(self, values: np.ndarray, per_patch: int) -> np.ndarray:
+    def select_patches(self, values: np.ndarray, per_patch: int) -> np.ndarray:
         """This share's part of what every temporal patch has ``per_patch`` of (frames)."""
         spans = [slice(p.first_patch * per_patch, p.end_patch * per_patch) for p in self.pieces]
         return np.concatenate([values[span] for span in spans]) if spans else values[:0]
@@ -99,6 +99,7 @@ def deal_patches(
     patch_ends: Sequence[int] | np.ndarray,
     ranks: int,
     chunk_tokens: int,
+    *,
     order: Order = Order.DEALT,
     whole_units: bool = False,
 ) -> ChunkLayout:
@@ -142,7 +143,7 @@ def _share(pieces: list[Piece], rank: int, order: Order) -> Share:
 
 
 def span(chunk: Iterable[Share]) -> Range:
-    """First token of a chunk and one past its last; a rank without a share has no say."""
+    """First token of a chunk and one past its last, over the ranks that have a share of it."""
     ranges = [piece for share in chunk for piece in share.ranges]
     return min(start for start, _ in ranges), max(end for _, end in ranges)
 
@@ -179,19 +180,19 @@ class HeldTokens:
             if ends and ends[-1] == start:
                 ends[-1] = end
                 continue
-            rows.append(self.rows(member))
+            rows.append(self.count(member))
             starts.append(start)
             ends.append(end)
 
-    def rows(self, member: int) -> int:
+    def count(self, member: int) -> int:
         """Tokens that the member holds."""
         starts = self._starts[member]
         ends = self._ends[member]
         rows = self._rows[member]
         return rows[-1] + ends[-1] - starts[-1] if rows else 0
 
-    def before(self, member: int, token: int) -> int:
-        """Of them, those before ``token``."""
+    def count_before(self, member: int, token: int) -> int:
+        """Tokens that the member holds before ``token``."""
         index = bisect_right(self._starts[member], token) - 1
         if index < 0:
             return 0

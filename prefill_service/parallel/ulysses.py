@@ -18,7 +18,7 @@ class UlyssesRow:
 
     Args:
         mesh: the ranks.
-        heads: who of the row has which.
+        heads: the partition of heads among the ranks of the row.
     """
 
     def __init__(self, mesh: SPMesh, heads: HeadSplit) -> None:
@@ -29,20 +29,20 @@ class UlyssesRow:
 
     @property
     def kv_heads(self) -> slice:
-        """Those of which this rank gets K and V."""
+        """KV heads of which this rank gets K and V."""
         return self._heads.keys(self._group.rank)
 
     @property
     def tokens(self) -> int:
-        """Of the chunk, all the row's."""
+        """Tokens of the chunk that the ranks of the row have together."""
         return sum(self._counts)
 
     def shares(self, chunk: tuple[Share, ...], member: int) -> list[Share]:
-        """Of a chunk, those of the ranks of a row, by the row's place in its column."""
+        """Shares of the ranks of one row, which has index ``member`` in its column."""
         return [chunk[self._mesh.world_rank(member, part)] for part in range(self._group.size)]
 
-    def start_chunk(self, chunk: tuple[Share, ...], device: torch.device) -> None:
-        """Announce a chunk: the share of every rank of the mesh."""
+    def set_chunk(self, chunk: tuple[Share, ...], device: torch.device) -> None:
+        """Set the chunk whose tokens are swapped: the share of every rank of the mesh."""
         row = self.shares(chunk, self._mesh.ring.rank)
         self._counts = [share.num_tokens for share in row]
         # Members' tokens one after the other, and the same in token order.
@@ -78,7 +78,7 @@ class UlyssesRow:
         return torch.cat(arriving, 1)[:, self._order]
 
     def to_tokens(self, out: Tensor) -> Tensor:
-        """The reverse."""
+        """[own heads, the row's tokens in order, d] to [q_heads, own tokens, d]."""
         if self._group.size == 1:
             return out
         own = self._counts[self._group.rank]

@@ -11,8 +11,7 @@ from prefill_service.engine.messages import BaselineTask
 from prefill_service.engine.shard_map import baseline_split
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.baselines.method import Comparison
-from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.methods import Comparison, baseline_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,11 @@ class BaselineSpec:
         """
         try:
             method = baseline_method(
-                self.method, plan.num_tokens, ranks, self.anchor_tokens, self.passing_tokens
+                self.method,
+                plan.num_tokens,
+                ranks,
+                anchor_tokens=self.anchor_tokens,
+                passing_tokens=self.passing_tokens,
             )
             task = BaselineTask(method, tuple(question_ids))
             baseline_split(plan, task, ranks)

@@ -15,7 +15,7 @@ from prefill_service.api import answer_service
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.engine.messages import Stage
 from prefill_service.errors import Reason
-from prefill_service.parallel.baselines.method import Comparison
+from prefill_service.parallel.baselines.methods import Comparison
 from prefill_service.scheduling.job import JobState
 from prefill_service.video.records import VideoState
 

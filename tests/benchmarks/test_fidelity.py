@@ -15,8 +15,7 @@ from benchmarks.quality.fidelity import adversarial, results
 from benchmarks.quality.fidelity.scoring import Asked, Reader, Setting, fresh_video
 from prefill_service.engine.messages import BaselineTask
 from prefill_service.models.prefix_plan import FrameSampling
-from prefill_service.parallel.baselines.method import Comparison
-from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.methods import Comparison, baseline_method
 from tests.support.standalone_executor import standalone_executor
 from tools.needle import stories, videos
 

@@ -30,9 +30,6 @@ RETIRED = {
 }
 # Words that some code still has.
 STILL_THERE = {
-    "team",
-    "teams",
-    "meter",
     "homes",
 }
 

@@ -16,8 +16,7 @@ from prefill_service.engine.shard_map import baseline_split
 from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
-from prefill_service.parallel.baselines.method import Comparison
-from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.methods import Comparison, baseline_method
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
 from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
@@ -38,7 +37,9 @@ def baseline_task(
 ) -> BaselineTask:
     ids = standalone.planner.prompt_token_ids(plan, [("user", question)])[plan.num_tokens :]
     ranks = len(standalone.supervisor.endpoints)
-    how = baseline_method(method, plan.num_tokens, ranks, anchor, passing)
+    how = baseline_method(
+        method, plan.num_tokens, ranks, anchor_tokens=anchor, passing_tokens=passing
+    )
     return BaselineTask(how, tuple(ids))
 
 

@@ -59,7 +59,7 @@ def test_plan_equals_the_processor_on_the_whole_video(
     )
     parts = []
     for share in deal_patches(plan.patch_ends, 1, 100).of_rank(0):
-        pixels = preprocess(list(share.patches(video, preprocess.frames_per_patch)))
+        pixels = preprocess(list(share.select_patches(video, preprocess.frames_per_patch)))
         parts.append(pixels["pixel_values_videos"])
     assert torch.equal(torch.cat(parts), whole["pixel_values_videos"])
 

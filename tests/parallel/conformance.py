@@ -113,7 +113,7 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
     choice = choose_exchange(
         kind, group.size, q_heads=case.q_heads, kv_heads=case.kv_heads, wanted=case.degree
     )
-    layout = deal_patches(case.ends, group.size, case.chunk, kind.order)
+    layout = deal_patches(case.ends, group.size, case.chunk, order=kind.order)
     shape = AttentionShape(
         LAYERS, case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
     )

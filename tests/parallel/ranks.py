@@ -35,7 +35,11 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     group: SPGroup = form_group(
-        rank, size, f"file://{folder}/rendezvous", torch.device("cpu"), TIMEOUT_S
+        rank,
+        size,
+        init_method=f"file://{folder}/rendezvous",
+        device=torch.device("cpu"),
+        timeout_s=TIMEOUT_S,
     )
     torch.save(work(group, *arguments), folder / f"rank-{rank}.pt")
     # No tear-down, like the service's ranks: it aborts where a peer is through with its own.

@@ -221,7 +221,7 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         )
         exchange = make_exchange(choice.kind, setup)
     elif kind == "balanced":
-        balancer = make_balancer(group, shape, case.settings, units, Balancing(1.0))
+        balancer = make_balancer(group, shape, case.settings, units, balancing=Balancing(1.0))
         exchange = GatherExchange(group, shape, balancer=balancer)
     else:
         cached = kind == "demand"

@@ -11,7 +11,7 @@ import pytest
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as pb
 
-from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
+from prefill_service.parallel.baselines.methods import BaselineMethod, Comparison, PassingScore
 from prefill_service.scheduling.baseline_spec import BaselineSpec
 from prefill_service.scheduling.job import NO_POLICY, PrefillSpec
 from tests.support.in_process_service import InProcessService, answer, error_of
@@ -47,7 +47,9 @@ async def test_a_job_is_computed_as_asked(serve: Serve) -> None:
         assert job.spec == spec(s, **SPAVA)  # in a form that may be asked again
         assert (await create(s, job.spec)).job_id == job.job_id
         how = s.executor.tasks[-1].baseline
-        assert how.method == BaselineMethod(Comparison.SPAVA, 40, 5, PassingScore.MEAN)
+        assert how.method == BaselineMethod(
+            method=Comparison.SPAVA, anchor_tokens=40, passing_tokens=5, score=PassingScore.MEAN
+        )
         assert how.question_ids == tuple(map(ord, "Who?"))
         # Two patches of anchor in two slices, then a block each, twice.
         ranges = [(r.start_token, r.end_token, r.rank) for r in job.result.shards]

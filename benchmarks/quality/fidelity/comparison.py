@@ -19,7 +19,7 @@ from benchmarks.quality.fidelity.rehearsal import Prefix
 from prefill_service.engine.baseline_prefill import patch_shares
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
-from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
+from prefill_service.parallel.baselines.methods import BaselineMethod, Comparison
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_patches
 from prefill_service.parallel.process_group import PendingPart, SPGroup
 
@@ -50,7 +50,9 @@ def comparison_kv(
     """
     checkpoint = model.checkpoint
     tokens = len(prefix.token_ids)
-    split = split_patches(prefix.patch_ends, len(question_ids), ranks, mode, _text_tokens(prefix))
+    split = split_patches(
+        prefix.patch_ends, len(question_ids), ranks, mode, text_tokens=_text_tokens(prefix)
+    )
     shape = (tokens, 2, checkpoint.num_kv_heads, checkpoint.head_dim)
     pages = [torch.empty(shape, dtype=model.dtype) for _ in range(checkpoint.num_layers)]
     board = Timeline(ranks)

@@ -111,8 +111,8 @@ def rehearse(
                 continue
             member.begin(share, units.cut(*share.contiguous), members)
             model.prefill(
-                share.take(prefix.token_ids),
-                share.take(prefix.position_ids),
+                share.select_tokens(prefix.token_ids),
+                share.select_tokens(prefix.position_ids),
                 prefix.video_token_id,
                 features=prefix.features_of(share),
                 kv=member,

@@ -17,8 +17,7 @@ from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import PrefillModel
-from prefill_service.parallel.baselines.method import BaselineMethod, Comparison
-from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.methods import BaselineMethod, Comparison, baseline_method
 from tools.needle import checkpoint, sketches, stories, tower, videos
 from tools.needle.stories import TASKS, Question, Story
 from tools.needle.videos import PLAIN, Look

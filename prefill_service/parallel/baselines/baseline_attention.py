@@ -1,4 +1,4 @@
-"""One layer's attention under a comparison mode (Spava, arXiv 2601.21444, section 3).
+"""One layer's attention by a published approximate method (Spava, arXiv 2601.21444, section 3).
 
 * anchor rows see the anchor, causally;
 * a block sees what earlier blocks passed on, the anchor, and itself causally;
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.dense import Partial, attend, merge
-from prefill_service.parallel.baselines.method import BaselineMethod
+from prefill_service.parallel.baselines.methods import BaselineMethod
 from prefill_service.parallel.baselines.passing import passing_counts, start_passing
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit
 from prefill_service.parallel.process_group import PendingPart, SPGroup
+
+QKV = tuple[Tensor, Tensor, Tensor]
+"""A rank's rows: q [q_heads, rows, head_dim], k and v [kv_heads, rows, head_dim]."""
 
 
 @dataclass(slots=True)
@@ -57,7 +60,7 @@ class BaselineAttention:
         self._split = split
         self._mode = mode
         self._scale = scale
-        self._rows = split.rows(group.rank)
+        self._rows = split.rank_rows(group.rank)
         self._counts = passing_counts(split, mode.passing_tokens)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,33 +82,40 @@ class BaselineAttention:
                 f"{q.shape[1]} queries, {k.shape[1]} keys and {v.shape[1]} values; "
                 f"rank {self._group.rank} has {rows.count} rows"
             )
-        passed = start_passing(self._group, self._split, self._counts, self._mode.score, q, k, v)
-        gathered = self._start_question(q, k, v)
+        passed = start_passing(
+            self._group,
+            self._split,
+            (q, k, v),
+            counts=self._counts,
+            score=self._mode.score,
+        )
+        gathered = self._start_question((q, k, v))
         out = torch.empty_like(q)
-        out[:, rows.anchor] = self._part(q, k, v, rows.anchor, rows.anchor, causal=True).out
+        qkv = (q, k, v)
+        out[:, rows.anchor] = self._attend_part(qkv, rows.anchor, rows.anchor, causal=True).out
         for block, where in zip(self._split.blocks_of(self._group.rank), rows.blocks, strict=True):
             parts = [
-                self._part(q, k, v, where, where, causal=True),
-                self._part(q, k, v, where, rows.anchor, causal=False),
+                self._attend_part(qkv, where, where, causal=True),
+                self._attend_part(qkv, where, rows.anchor, causal=False),
             ]
-            earlier = passed.before(block)
+            earlier = passed.earlier_keys(block)
             parts.append(attend(q[:, where], *earlier, causal=False, scale=self._scale))
             out[:, where] = merge(parts).out
         out[:, rows.question] = gathered.merged()
-        passed.finish()
+        passed.wait_all()
         return out
 
-    def _start_question(self, q: Tensor, k: Tensor, v: Tensor) -> _Gathered:
-        """The question over the keys that this rank answers for, on its way to all ranks."""
+    def _start_question(self, qkv: QKV) -> _Gathered:
+        """Attend from the question to the keys that this rank keeps, and send the result to all."""
         group = self._group
         rows = self._rows
         start, end = (rows.anchor.start + token for token in self._split.anchor_slice(group.rank))
         # All of them lie before the question, so there is no mask: a causal one, aligned to the
         # last key as the released code has it, would hide keys from all but the last query.
         keys = [slice(start, end), *rows.blocks]
-        parts = [self._part(q, k, v, rows.question, where, causal=False) for where in keys]
+        parts = [self._attend_part(qkv, rows.question, where, causal=False) for where in keys]
         if group.rank == 0:
-            parts.append(self._part(q, k, v, rows.question, rows.question, causal=True))
+            parts.append(self._attend_part(qkv, rows.question, rows.question, causal=True))
         mine = merge(parts)
         out = mine.out.new_empty((group.size, *mine.out.shape))
         lse = mine.lse.new_empty((group.size, *mine.lse.shape))
@@ -114,7 +124,6 @@ class BaselineAttention:
         arriving = group.all_gather_v(list(out)) + group.all_gather_v(list(lse))
         return _Gathered(out, lse, arriving)
 
-    def _part(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice, *, causal: bool
-    ) -> Partial:
+    def _attend_part(self, qkv: QKV, queries: slice, keys: slice, *, causal: bool) -> Partial:
+        q, k, v = qkv
         return attend(q[:, queries], k[:, keys], v[:, keys], causal=causal, scale=self._scale)

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prefill_service.parallel.baselines.method import PassingScore
+from prefill_service.parallel.baselines.methods import PassingScore
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit
 from prefill_service.parallel.process_group import PendingPart, SPGroup
 
@@ -29,14 +29,16 @@ def passing_scores(question: Tensor, k: Tensor, score: PassingScore) -> Tensor:
     """
     kv_heads, _, head_dim = k.shape
     precise = torch.promote_types(k.dtype, torch.float32)
-    grouped = question.reshape(kv_heads, -1, head_dim).to(precise)  # [kv_heads, group * tokens, d]
+    grouped = question.reshape(kv_heads, -1, head_dim).to(
+        precise
+    )  # [kv_heads, queries_per_kv * tokens, d]
     if score is PassingScore.MEAN:
         # The mean of dot products is the dot product with the mean.
         return (k.to(precise) @ grouped.mean(1)[..., None])[..., 0]
     return (grouped @ k.to(precise).mT).amax(1)
 
 
-def choose(scores: Tensor, count: int) -> Tensor:
+def choose_keys(scores: Tensor, count: int) -> Tensor:
     """The keys that pass: those with the largest score within ``POOL // 2`` keys.
 
     Neighbours share a maximum; of them those with the larger own score go first, so that a key
@@ -62,25 +64,25 @@ class PassedKV:
     Attributes:
         kv: [keys, 2, kv_heads, head_dim], block after block.
         ends: rows up to the end of each block's set.
-        arriving: by block.
+        arriving: broadcasts under way, by block.
     """
 
     kv: Tensor
     ends: list[int]
     arriving: dict[int, PendingPart] = field(default_factory=dict)
 
-    def rows(self, block: int) -> Tensor:
-        """One block's set."""
+    def passing_set(self, block: int) -> Tensor:
+        """K and V that one block passes on: [keys, 2, kv_heads, head_dim], a view."""
         return self.kv[self.ends[block - 1] if block else 0 : self.ends[block]]
 
-    def before(self, block: int) -> tuple[Tensor, Tensor]:
+    def earlier_keys(self, block: int) -> tuple[Tensor, Tensor]:
         """Wait for the sets of earlier blocks: [kv_heads, keys, head_dim] K and V."""
         for index in range(block):
             self._wait(index)
         k, v = self.kv[: self.ends[block - 1] if block else 0].permute(1, 2, 0, 3)
         return k, v
 
-    def finish(self) -> None:
+    def wait_all(self) -> None:
         """Wait for all sets, also those that this rank does not read."""
         for index in list(self.arriving):
             self._wait(index)
@@ -101,11 +103,10 @@ def passing_counts(split: SequenceSplit, passing_tokens: int) -> list[int]:
 def start_passing(
     group: SPGroup,
     split: SequenceSplit,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    *,
     counts: list[int],
     score: PassingScore,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
 ) -> PassedKV:
     """Choose this rank's passing sets and send each to all ranks, as soon as it is chosen.
 
@@ -115,24 +116,24 @@ def start_passing(
     Args:
         group: the ranks.
         split: of the prompt.
+        qkv: of the rank's rows: q [q_heads, rows, head_dim], k and v [kv_heads, rows, head_dim].
         counts: ``passing_counts``.
-        score: chooses.
-        q: [q_heads, rows, head_dim] of the rank's rows.
-        k, v: [kv_heads, rows, head_dim].
+        score: the rule by which keys are chosen.
     """
-    rows = split.rows(group.rank)
+    q, k, v = qkv
+    rows = split.rank_rows(group.rank)
     mine = split.blocks_of(group.rank)
     ends = list(accumulate(counts))
     kv_heads, _, head_dim = k.shape
     passed = PassedKV(k.new_empty((ends[-1], 2, kv_heads, head_dim)), ends)
-    for turn, (block, where) in enumerate(zip(mine, rows.blocks, strict=True)):
+    for index, (block, where) in enumerate(zip(mine, rows.blocks, strict=True)):
         if counts[block]:
             scores = passing_scores(q[:, rows.question], k[:, where], score)
-            index = choose(scores, counts[block])[..., None].expand(-1, -1, head_dim)
-            place = passed.rows(block)  # [count, 2, kv_heads, head_dim]
+            chosen = choose_keys(scores, counts[block])[..., None].expand(-1, -1, head_dim)
+            place = passed.passing_set(block)  # [count, 2, kv_heads, head_dim]
             for part, source in enumerate((k, v)):
-                place[:, part] = source[:, where].gather(1, index).transpose(0, 1)
-        theirs = [split.blocks_of(rank)[turn] for rank in range(group.size)]
-        for pending in group.all_gather_v([passed.rows(block) for block in theirs]):
+                place[:, part] = source[:, where].gather(1, chosen).transpose(0, 1)
+        theirs = [split.blocks_of(rank)[index] for rank in range(group.size)]
+        for pending in group.all_gather_v([passed.passing_set(block) for block in theirs]):
             passed.arriving[theirs[pending.source]] = pending
     return passed

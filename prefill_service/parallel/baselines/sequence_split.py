@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from prefill_service.parallel.baselines.method import BaselineMethod
+from prefill_service.parallel.baselines.methods import BaselineMethod
 from prefill_service.parallel.token_layout import Range
 
 
@@ -35,7 +35,7 @@ class RankRows:
 
     @property
     def count(self) -> int:
-        """All rows."""
+        """The number of rows."""
         return int(self.question.stop)
 
 
@@ -87,7 +87,7 @@ class SequenceSplit:
 
     @property
     def num_tokens(self) -> int:
-        """The prompt."""
+        """Tokens of the whole prompt."""
         return self.context_tokens + self.question_tokens
 
     def block(self, index: int) -> Range:
@@ -100,15 +100,14 @@ class SequenceSplit:
         return (rank,) if self.num_blocks == self.ranks else (rank, mirrored)
 
     def anchor_slice(self, rank: int) -> Range:
-        """Tokens of the anchor whose KV the rank answers for: each has one rank.
+        """Tokens of the anchor whose KV the rank keeps; each is kept by one rank.
 
-        Anchors with a copy of the question have seen it; the first rank's, without, counts.
+        Rows of an anchor with a copy of the question depend on it, so the first rank's are kept.
         """
         if self.question_at is not None:
             return (0, self.anchor_tokens) if rank == 0 else (0, 0)
-        return self.anchor_tokens * rank // self.ranks, self.anchor_tokens * (
-            rank + 1
-        ) // self.ranks
+        start, end = (self.anchor_tokens * index // self.ranks for index in (rank, rank + 1))
+        return start, end
 
     def held(self, rank: int) -> list[Range]:
         """Tokens whose KV the rank keeps, ascending: each token of the prompt on one rank."""
@@ -119,7 +118,7 @@ class SequenceSplit:
 
     def held_rows(self, rank: int) -> list[slice]:
         """Where ``held`` is among the rank's rows."""
-        rows = self.rows(rank)
+        rows = self.rank_rows(rank)
         anchor = [rows.anchor.start + token for token in self.anchor_slice(rank)]
         parts = [slice(*anchor), *rows.blocks, *([rows.question] if rank == 0 else [])]
         return [part for part in parts if part.stop > part.start]
@@ -138,7 +137,7 @@ class SequenceSplit:
         """Whether the rank has a copy of the question in its anchor."""
         return self.question_at is not None and rank > 0
 
-    def rows(self, rank: int) -> RankRows:
+    def rank_rows(self, rank: int) -> RankRows:
         """Where the rank's rows are."""
         copied = self.question_tokens if self.copies_question(rank) else 0
         ends = [self.anchor_tokens + copied]
@@ -146,7 +145,7 @@ class SequenceSplit:
             ends.append(ends[-1] + end - start)
         blocks = tuple(slice(start, end) for start, end in pairwise(ends))
         question = slice(ends[-1], ends[-1] + self.question_tokens)
-        return RankRows(slice(0, ends[0]), blocks, question)
+        return RankRows(anchor=slice(0, ends[0]), blocks=blocks, question=question)
 
 
 def split_evenly(
@@ -154,6 +153,7 @@ def split_evenly(
     question_tokens: int,
     ranks: int,
     mode: BaselineMethod,
+    *,
     text_tokens: int = 0,
 ) -> SequenceSplit:
     """Blocks as even as possible; the first ones take a token more, having least to attend to.
@@ -178,7 +178,13 @@ def split_evenly(
     each, more = divmod(context_tokens - anchor, blocks)
     ends = [anchor + index * each + min(index, more) for index in range(1, blocks + 1)]
     at = min(text_tokens, anchor) if mode.question_in_anchor else None
-    return SequenceSplit(ranks, anchor, tuple(ends), question_tokens, at)
+    return SequenceSplit(
+        ranks=ranks,
+        anchor_tokens=anchor,
+        block_ends=tuple(ends),
+        question_tokens=question_tokens,
+        question_at=at,
+    )
 
 
 def split_patches(
@@ -186,6 +192,7 @@ def split_patches(
     question_tokens: int,
     ranks: int,
     mode: BaselineMethod,
+    *,
     text_tokens: int = 0,
 ) -> SequenceSplit:
     """``split_evenly`` of a video: whole temporal patches, because a rank encodes whole ones.
@@ -216,4 +223,10 @@ def split_patches(
     cuts = [taken + index * each + min(index, more) for index in range(1, blocks + 1)]
     whole = ends[taken - 1] if taken else 0
     at = min(text_tokens, whole) if mode.question_in_anchor else None
-    return SequenceSplit(ranks, whole, tuple(ends[cut - 1] for cut in cuts), question_tokens, at)
+    return SequenceSplit(
+        ranks=ranks,
+        anchor_tokens=whole,
+        block_ends=tuple(ends[cut - 1] for cut in cuts),
+        question_tokens=question_tokens,
+        question_at=at,
+    )

@@ -131,7 +131,7 @@ class CostTerms:
 
     def heads_to_all(self) -> Stream:
         """In rows, K and V, then Q, of a rank's heads; then outputs of its tokens' other heads."""
-        row = self._of_each_rank(self.chunking.rows(self.ulysses).tokens)
+        row = self._of_each_rank(self.chunking.by_rows(self.ulysses).tokens)
         q_heads, kv_heads = self.heads_of_ranks()
         heads_in = (row - self.tokens) * (q_heads + 2 * kv_heads)
         heads_out = self.tokens * (self.shape.q_heads - q_heads)
@@ -144,13 +144,13 @@ class CostTerms:
 
     def broadcasts(self) -> Stream:
         """In columns, the chunk's K and V of the other rows, a broadcast each."""
-        row = self._of_each_rank(self.chunking.rows(self.ulysses).tokens)
+        row = self._of_each_rank(self.chunking.by_rows(self.ulysses).tokens)
         busy = (row > 0).astype(np.int64)
         return Stream(self._elsewhere(row) * self._kv_bytes_of_heads(), self._elsewhere(busy))
 
     def circulation(self, rings: int = 1) -> Stream:
         """In columns, all K and V so far of the other rows, step by step."""
-        held = self._of_each_rank(self.chunking.rows(self.ulysses).held)
+        held = self._of_each_rank(self.chunking.by_rows(self.ulysses).held)
         received = self._elsewhere(held) * self._kv_bytes_of_heads()
         return Stream(received, np.full_like(received, self.ring - 1), rings)
 
@@ -188,7 +188,7 @@ class CostTerms:
 
     def own_keys_bytes(self) -> int:
         """K and V of the fullest row's tokens in one layer, of the most KV heads of a rank."""
-        held = int(self.chunking.rows(self.ulysses).held[-1].max())
+        held = int(self.chunking.by_rows(self.ulysses).held[-1].max())
         return held * int(self._kv_bytes_of_heads().max())
 
     def summaries_bytes(self) -> int:

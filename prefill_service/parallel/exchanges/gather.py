@@ -62,7 +62,9 @@ class GatherExchange(Exchange):
     def build(cls, setup: ExchangeSetup) -> Self:
         group = setup.mesh.world
         shape = setup.shape
-        balancer = make_balancer(group, shape, setup.settings, setup.units, setup.balancing)
+        balancer = make_balancer(
+            group, shape, setup.settings, setup.units, balancing=setup.balancing
+        )
         return cls(group, shape, setup.buffers, balancer)
 
     @override
@@ -155,8 +157,8 @@ class GatherExchange(Exchange):
             kv,
             adaptive.segments,
             balancer,
-            adaptive.recent_from(self._chunk[0]),
-            lambda pairs: adaptive.stats.add_moved_pairs(layer, pairs),
+            common=adaptive.recent_from(self._chunk[0]),
+            note_pairs=lambda pairs: adaptive.stats.add_moved_pairs(layer, pairs),
         )
         if not keys.common:
             return None

@@ -52,7 +52,7 @@ class PassQExchange(Exchange):
 
     @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        self._first_row = self._held.rows(self._group.rank)
+        self._first_row = self._held.count(self._group.rank)
         self._ranges = [share.ranges for share in chunk]
         self._counts = [share.num_tokens for share in chunk]
         for member, ranges in enumerate(self._ranges):
@@ -68,21 +68,23 @@ class PassQExchange(Exchange):
     def attend_exact(self, layer: int, q: Tensor) -> Tensor:
         rank = self._group.rank
         size = self._group.size
-        kv = self._kv[layer][: self._held.rows(rank)]
+        kv = self._kv[layer][: self._held.count(rank)]
         partials: list[Partial] = []
         returning: list[Transfer] = []
         current = q.contiguous()
         for step in range(size):
             owner = (rank - step) % size
             transfer, coming = self._pass_on(current, owner, step)
-            queries = OnlineSoftmax(current, self._ranges[owner], self._heads, 0, self._scale)
-            queries.meet(kv, 0, self._held, rank)
+            queries = OnlineSoftmax(
+                current, self._ranges[owner], heads=self._heads, part=0, scale=self._scale
+            )
+            queries.attend_held(kv, 0, self._held, rank)
             if step:
                 sent, partial = self._give_back(queries.result(), q, step)
                 returning += sent
                 partials.append(partial)
             else:
-                queries.meet_own(kv, self._held, rank)
+                queries.attend_own(kv, self._held, rank)
                 partials.append(queries.result())
             if transfer is not None:
                 transfer.wait()

@@ -69,7 +69,7 @@ class UlyssesGatherExchange(Exchange):
         rows = tuple(
             _joined(self._row.shares(chunk, member)) for member in range(self._columns.size)
         )
-        self._row.start_chunk(chunk, self._shape.device)
+        self._row.set_chunk(chunk, self._shape.device)
         self._column.start_chunk(rows)
 
     @override

@@ -75,7 +75,7 @@ class UspExchange(Exchange):
     @override
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         ring = self._mesh.ring
-        self._first_row = self._held.rows(ring.rank)
+        self._first_row = self._held.count(ring.rank)
         self._ranges: list[Range] = []
         for member in range(ring.size):
             shares = self._row.shares(chunk, member)
@@ -84,7 +84,7 @@ class UspExchange(Exchange):
             if member == ring.rank:
                 self._ranges = ranges
         self._own_ranges = chunk[self._mesh.world.rank].ranges
-        self._row.start_chunk(chunk, self._device)
+        self._row.set_chunk(chunk, self._device)
 
     @override
     def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -95,13 +95,15 @@ class UspExchange(Exchange):
     def attend_exact(self, layer: int, q: Tensor) -> Tensor:
         ring = self._mesh.ring
         part = self._mesh.ulysses.rank
-        queries = OnlineSoftmax(self._row.to_heads(q), self._ranges, self._heads, part, self._scale)
-        own = self._kv[layer][: self._held.rows(ring.rank)]
-        rows = [self._held.rows(member) for member in range(ring.size)]
+        queries = OnlineSoftmax(
+            self._row.to_heads(q), self._ranges, heads=self._heads, part=part, scale=self._scale
+        )
+        own = self._kv[layer][: self._held.count(ring.rank)]
+        rows = [self._held.count(member) for member in range(ring.size)]
         for arrived in circulate(ring, own, rows, self.cycles()):
-            queries.meet(arrived.kv, arrived.first, self._held, arrived.member)
+            queries.attend_held(arrived.kv, arrived.first, self._held, arrived.member)
             if arrived.member == ring.rank:
-                queries.meet_own(own, self._held, ring.rank)
+                queries.attend_own(own, self._held, ring.rank)
         return self._row.to_tokens(queries.result().out)
 
     @override

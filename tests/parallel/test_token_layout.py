@@ -51,7 +51,7 @@ def test_zigzag_deals_every_token_once_and_evens_the_causal_work(
     ranks: int, patches: int, chunk_tokens: int
 ) -> None:
     ends = 5 + np.arange(1, patches + 1) * 13
-    layout = deal_patches(ends, ranks, chunk_tokens, Order.ZIGZAG)
+    layout = deal_patches(ends, ranks, chunk_tokens, order=Order.ZIGZAG)
     ranges = [r for chunk in layout.shares for share in chunk for r in share.ranges]
     assert join(ranges) == [(0, ends[-1])]
     for chunk in layout.shares:
@@ -64,7 +64,7 @@ def test_zigzag_is_even_where_one_chunk_dealt_in_runs_is_not() -> None:
     """Attended pairs over their mean, the largest of 4 ranks (db-SP's rho)."""
 
     def imbalance(order: Order) -> float:
-        (chunk,) = deal_patches(np.arange(1, 65) * 10, 4, 10_000, order).shares
+        (chunk,) = deal_patches(np.arange(1, 65) * 10, 4, 10_000, order=order).shares
         pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.ranges) for share in chunk]
         return max(pairs) / (sum(pairs) / 4)
 
@@ -73,25 +73,25 @@ def test_zigzag_is_even_where_one_chunk_dealt_in_runs_is_not() -> None:
 
 
 def test_what_tokens_and_patches_have_travels_with_them() -> None:
-    (chunk,) = deal_patches([6, 9, 12, 15], 2, 100, Order.ZIGZAG).shares
+    (chunk,) = deal_patches([6, 9, 12, 15], 2, 100, order=Order.ZIGZAG).shares
     first, last = chunk[0].pieces
     assert (first.first_patch, last.first_patch) == (0, 3)
     positions = np.arange(3 * 15).reshape(3, 15)
-    assert chunk[0].take(positions)[0].tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14]
-    assert chunk[0].patches(np.arange(8), 2).tolist() == [0, 1, 6, 7]
+    assert chunk[0].select_tokens(positions)[0].tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14]
+    assert chunk[0].select_patches(np.arange(8), 2).tolist() == [0, 1, 6, 7]
     with pytest.raises(ValueError, match="2 pieces is not one range"):
         _ = chunk[0].contiguous
-    assert Share(()).take(positions).shape == (3, 0)
+    assert Share(()).select_tokens(positions).shape == (3, 0)
     assert Share(()).contiguous == (0, 0)
 
 
 def test_what_a_member_holds_before_a_token() -> None:
     held = HeldTokens(2)
-    assert held.rows(0) == held.before(0, 5) == 0
+    assert held.count(0) == held.count_before(0, 5) == 0
     held.extend(0, [(2, 4), (10, 13)])
     held.extend(0, [(13, 15), (20, 21)])
-    assert held.rows(0) == 8
+    assert held.count(0) == 8
     tokens = [*range(2, 4), *range(10, 15), 20]
     for token in range(25):
-        assert held.before(0, token) == sum(t < token for t in tokens)
-    assert held.rows(1) == 0
+        assert held.count_before(0, token) == sum(t < token for t in tokens)
+    assert held.count(1) == 0

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from prefill_service.attention.dense import Partial, attend
-from prefill_service.parallel.baselines import baseline_attention as comparison_attention
+from prefill_service.parallel.baselines import baseline_attention
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
-from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
-from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.methods import (
+    BaselineMethod,
+    Comparison,
+    PassingScore,
+    baseline_method,
+)
 from prefill_service.parallel.baselines.passing import passing_counts, start_passing
 from prefill_service.parallel.baselines.sequence_split import (
     SequenceSplit,
@@ -21,7 +25,7 @@ from prefill_service.parallel.baselines.sequence_split import (
 )
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.process_group import SPGroup
-from tests.parallel.comparison_cases import (
+from tests.parallel.baseline_cases import (
     ALL,
     APB,
     HEAD_DIM,
@@ -37,7 +41,7 @@ from tests.parallel.comparison_cases import (
     random,
     rows_of,
     visible,
-)  # fmt: skip
+)
 from tests.parallel.conformance import Wire
 from tests.parallel.ranks import run_ranks
 
@@ -59,12 +63,15 @@ def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dic
 
     before = dict(group.comm_stats.uses)
     with Wire() as wire, monkeypatch.context() as patch:
-        patch.setattr(comparison_attention, "attend", counted)
+        patch.setattr(baseline_attention, "attend", counted)
         out = BaselineAttention(group, split, mode, SCALE).attend(q, k, v)
     return {
-        "out": out, "wire": wire.received, "uses": group.comm_stats.since(before), "pairs": pairs,
+        "out": out,
+        "wire": wire.received,
+        "uses": group.comm_stats.since(before),
+        "pairs": pairs,
         "needle": {} if case.passing == ALL else needle_reaches(group, case, split, mode),
-    }  # fmt: skip
+    }
 
 
 def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: BaselineMethod) -> Any:
@@ -80,14 +87,20 @@ def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: Basel
         k[:, needle, 0] = 100
         mine = rows_of(split, group.rank)
         counts = passing_counts(split, mode.passing_tokens)
-        passed = start_passing(group, split, counts, mode.score, q[:, mine], k[:, mine], v[:, mine])
+        passed = start_passing(
+            group,
+            split,
+            (q[:, mine], k[:, mine], v[:, mine]),
+            counts=counts,
+            score=mode.score,
+        )
         for block in split.blocks_of(group.rank):
-            keys, values = passed.before(block)
+            keys, values = passed.earlier_keys(block)
             if block > target:
                 there = (keys == k[:, None, needle]).all(-1)  # [kv_heads, keys]
                 same = (values == v[:, None, needle]).all(-1)
                 found[target, block] = bool((there & same).any(-1).all())
-        passed.finish()
+        passed.wait_all()
     return found
 
 
@@ -202,56 +215,83 @@ def test_each_token_is_kept_by_one_rank(size: int) -> None:
         assert kept == list(range(split.num_tokens)), name
         for rank in range(size):
             computed = [t for a, b in split.computed(rank) for t in range(a, b)]
-            assert len(computed) == split.rows(rank).count
+            assert len(computed) == split.rank_rows(rank).count
             held = [list(range(a, b)) for a, b in split.held(rank)]
             assert held == [computed[rows] for rows in split.held_rows(rank)], name
 
 
 def test_videos_are_split_at_patches() -> None:
     ends = [30, 50, 70, 90, 110, 130, 150, 170, 195]  # the first has text, and so has the last
-    spava = baseline_method(SPAVA, 195, 2, 40, 5)
-    assert split_patches(ends, 6, 2, spava) == SequenceSplit(2, 50, (90, 130, 170, 195), 6)
-    none = baseline_method(SPAVA, 195, 2, 0, 5)
-    assert split_patches(ends, 6, 2, none) == SequenceSplit(2, 0, (70, 110, 150, 195), 6)
-    apb = baseline_method(APB, 195, 2, 50, 5)
-    assert split_patches(ends, 6, 2, apb, 11) == SequenceSplit(2, 50, (130, 195), 6, 11)
+    spava = baseline_method(SPAVA, 195, 2, anchor_tokens=40, passing_tokens=5)
+    assert split_patches(ends, 6, 2, spava) == SequenceSplit(
+        ranks=2, anchor_tokens=50, block_ends=(90, 130, 170, 195), question_tokens=6
+    )
+    none = baseline_method(SPAVA, 195, 2, anchor_tokens=0, passing_tokens=5)
+    assert split_patches(ends, 6, 2, none) == SequenceSplit(
+        ranks=2, anchor_tokens=0, block_ends=(70, 110, 150, 195), question_tokens=6
+    )
+    apb = baseline_method(APB, 195, 2, anchor_tokens=50, passing_tokens=5)
+    assert split_patches(ends, 6, 2, apb, text_tokens=11) == SequenceSplit(
+        ranks=2, anchor_tokens=50, block_ends=(130, 195), question_tokens=6, question_at=11
+    )
     text = r"9 temporal patches .* an anchor of 111 tokens leaves 3, 4 blocks need as many"
     with pytest.raises(ValueError, match=text):
-        split_patches(ends, 6, 2, baseline_method(SPAVA, 195, 2, 111, 5))
+        split_patches(
+            ends, 6, 2, baseline_method(SPAVA, 195, 2, anchor_tokens=111, passing_tokens=5)
+        )
     with pytest.raises(ValueError, match="an anchor of 500 tokens leaves 0, 4 blocks"):
-        split_patches(ends, 6, 2, baseline_method(SPAVA, 195, 2, 500, 5))
+        split_patches(
+            ends, 6, 2, baseline_method(SPAVA, 195, 2, anchor_tokens=500, passing_tokens=5)
+        )
 
 
 def test_published_lengths() -> None:
     context = 148_512
     assert [baseline_method(method, context, 8) for method in Comparison] == [
-        BaselineMethod(SPAVA, 2432, 1280, PassingScore.MEAN),
-        BaselineMethod(STAR, 16502, 0, PassingScore.MEAN, 1),
-        BaselineMethod(APB, 2432, 2432, PassingScore.MAX, 1, True),
+        BaselineMethod(
+            method=SPAVA, anchor_tokens=2432, passing_tokens=1280, score=PassingScore.MEAN
+        ),
+        BaselineMethod(
+            method=STAR,
+            anchor_tokens=16502,
+            passing_tokens=0,
+            score=PassingScore.MEAN,
+            blocks_per_rank=1,
+        ),
+        BaselineMethod(
+            method=APB,
+            anchor_tokens=2432,
+            passing_tokens=2432,
+            score=PassingScore.MAX,
+            blocks_per_rank=1,
+            question_in_anchor=True,
+        ),
     ]
 
 
 def test_what_cannot_be_is_refused() -> None:
-    mode = baseline_method(SPAVA, 100, 4, 8, 2)
+    mode = baseline_method(SPAVA, 100, 4, anchor_tokens=8, passing_tokens=2)
     with pytest.raises(ValueError, match=r"a context of 15 tokens is too short .* at least 16"):
         split_evenly(15, 1, 4, mode)
     assert split_evenly(16, 1, 4, mode).block_ends == tuple(range(9, 17))
     with pytest.raises(ValueError, match="a question of 0 tokens; at least 1"):
         split_evenly(100, 0, 4, mode)
     with pytest.raises(ValueError, match="a block of tokens 20 to 20 is empty"):
-        SequenceSplit(2, 10, (20, 20, 30, 40), 1)
+        SequenceSplit(ranks=2, anchor_tokens=10, block_ends=(20, 20, 30, 40), question_tokens=1)
     with pytest.raises(ValueError, match="after 11 tokens is outside an anchor of 10"):
-        SequenceSplit(2, 10, (20, 30), 1, 11)
+        SequenceSplit(
+            ranks=2, anchor_tokens=10, block_ends=(20, 30), question_tokens=1, question_at=11
+        )
     with pytest.raises(ValueError, match="3 blocks are neither 1 nor 2 for 2 ranks"):
-        SequenceSplit(2, 10, (20, 30, 40), 1)
+        SequenceSplit(ranks=2, anchor_tokens=10, block_ends=(20, 30, 40), question_tokens=1)
     with pytest.raises(ValueError, match="star passes no tokens on, 5 were asked for"):
-        baseline_method(STAR, 100, 4, None, 5)
+        baseline_method(STAR, 100, 4, anchor_tokens=None, passing_tokens=5)
     with pytest.raises(ValueError, match="-1 passing tokens: neither may be negative"):
-        baseline_method(SPAVA, 100, 4, 8, -1)
+        baseline_method(SPAVA, 100, 4, anchor_tokens=8, passing_tokens=-1)
     with pytest.raises(ValueError, match="3 blocks per rank; there are 1 or 2"):
-        BaselineMethod(SPAVA, 8, 2, blocks_per_rank=3)
+        BaselineMethod(method=SPAVA, anchor_tokens=8, passing_tokens=2, blocks_per_rank=3)
     with pytest.raises(ValueError, match="a question in the anchor needs one block per rank"):
-        BaselineMethod(APB, 8, 2, question_in_anchor=True)
+        BaselineMethod(method=APB, anchor_tokens=8, passing_tokens=2, question_in_anchor=True)
     group = SPGroup(0, 1, None, None)
     split = split_evenly(100, 2, 1, mode)
     with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):

@@ -1,13 +1,17 @@
-"""Prompts for the comparison modes, and each method written down as an explicit mask."""
+"""Prompts for the published methods, and each method written down as an explicit mask."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from prefill_service.parallel.baselines.method import BaselineMethod, Comparison, PassingScore
-from prefill_service.parallel.baselines.methods import baseline_method
+from prefill_service.parallel.baselines.methods import (
+    BaselineMethod,
+    Comparison,
+    PassingScore,
+    baseline_method,
+)
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_evenly
 
 HEAD_DIM = 16
@@ -37,18 +41,22 @@ class Case:
         return self.kv_heads * self.ratio
 
     def mode(self, ranks: int) -> BaselineMethod:
-        return baseline_method(self.method, self.context, ranks, self.anchor, self.passing)
+        return baseline_method(
+            self.method,
+            self.context,
+            ranks,
+            anchor_tokens=self.anchor,
+            passing_tokens=self.passing,
+        )
 
     def split(self, ranks: int) -> SequenceSplit:
         mode = self.mode(ranks)
-        even = split_evenly(self.context, self.question, ranks, mode, 4)
+        even = split_evenly(self.context, self.question, ranks, mode, text_tokens=4)
         if not self.blocks or ranks == 1:
             return even
         sizes = self.blocks[: even.num_blocks - 1]
         ends = [even.anchor_tokens + sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return SequenceSplit(
-            ranks, even.anchor_tokens, (*ends, self.context), self.question, even.question_at
-        )
+        return replace(even, block_ends=(*ends, self.context))
 
 
 def cases(ranks: int) -> dict[str, Case]:
