@@ -107,7 +107,7 @@ class VideoConfig:
     max_memory_bytes: int = _opt(
         4 << 30, "Address space of a decoder process (RLIMIT_AS).", low=LEAST_DECODER_BYTES
     )
-    probe_timeout_s: float = _opt(120.0, "Wall clock for probing one file.")
+    probe_timeout_s: float = _opt(120.0, "Wall clock for indexing one file.")
     stall_timeout_s: float = _opt(60.0, "Longest wait for the next frame.")
     spare_decoders: int = _opt(
         1, "Decoder processes that each rank, and the front end, has ready; 0: none.", low=0

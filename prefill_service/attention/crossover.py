@@ -19,7 +19,7 @@ from prefill_service.attention.sparse.hooks import NoHooks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.summaries import summarize
 
-logger = logging.getLogger("prefill_service.attention")
+logger = logging.getLogger(__name__)
 
 _LENGTHS = tuple(1 << power for power in range(10, 18))
 _KEPT_EVERY = 4  # every fourth block is kept: what balanced keeps of a hard input

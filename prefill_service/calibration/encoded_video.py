@@ -1,4 +1,4 @@
-"""A video on the way to its prefill: probed, planned, decoded and encoded as the engine does."""
+"""A video on the way to its prefill: indexed, planned, decoded and encoded as the engine does."""
 
 from __future__ import annotations
 

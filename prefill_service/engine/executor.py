@@ -37,7 +37,7 @@ from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 
-logger = logging.getLogger("prefill_service.executor")
+logger = logging.getLogger(__name__)
 
 _CANCEL_GRACE_S = 30.0
 

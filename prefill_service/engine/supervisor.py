@@ -18,7 +18,7 @@ from prefill_service.engine import messages as msg
 from prefill_service.engine.worker_process import WorkerProcess
 from prefill_service.errors import Reason, ServiceError
 
-logger = logging.getLogger("prefill_service.supervisor")
+logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 5.0
 _CRASH_DELAY_S = 0.5

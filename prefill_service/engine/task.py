@@ -38,7 +38,7 @@ from prefill_service.parallel.token_layout import Share
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.frame_stream import FrameStream
 
-logger = logging.getLogger("prefill_service.task")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ from prefill_service.parallel.process_group import SPGroup, form_group
 from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 from prefill_service.video.decoder.pool import DecoderPool
 
-logger = logging.getLogger("prefill_service.worker")
+logger = logging.getLogger("prefill_service.engine.worker")  # __name__ is "__main__" here
 
 
 class Worker:

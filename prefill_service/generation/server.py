@@ -24,7 +24,7 @@ from prefill_service.generation.vllm_process import VllmProcess
 
 __all__ = ["GenerationEvent", "GenerationRequest", "GenerationServer", "Sampling"]
 
-logger = logging.getLogger("prefill_service.generation")
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
 _MAX_FAILED_CHECKS = 3

@@ -15,7 +15,7 @@ from pathlib import Path
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 
-logger = logging.getLogger("prefill_service.generation")
+logger = logging.getLogger(__name__)
 
 _TERM_SECONDS = 10.0
 _LOG_LINES = 15

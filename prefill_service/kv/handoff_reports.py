@@ -17,7 +17,7 @@ from pathlib import Path
 from prefill_service.kv.handoff import MAX_LINE_BYTES, HandoffReport
 from prefill_service.kv.transport.sockets import bind_unix, encode_line, unix_address, unix_path
 
-logger = logging.getLogger("prefill_service.kv")
+logger = logging.getLogger(__name__)
 
 _MAX_REPORTS = 4096
 _READ_SECONDS = 5.0

@@ -99,9 +99,9 @@ class VideoDatabase:
             except BaseException as error:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                     raise ServiceError(
-                        Reason.STORAGE_FULL, "the disk that holds the video catalogue is full"
+                        Reason.STORAGE_FULL, "the disk that holds the video database is full"
                     ) from error
                 raise
 

@@ -52,7 +52,7 @@ def _receive_index(session: DecoderSession, limits: VideoConfig) -> VideoIndex:
         if message is None:
             raise ServiceError(
                 Reason.DECODE_TIMEOUT,
-                f"probing the video took longer than {limits.probe_timeout_s:g} s",
+                f"indexing the video took longer than {limits.probe_timeout_s:g} s",
                 limit_s=limits.probe_timeout_s,
                 elapsed_s=f"{time.monotonic() - started:.1f}",
             )

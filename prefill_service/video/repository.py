@@ -18,7 +18,7 @@ from prefill_service.video import files
 from prefill_service.video.database import VideoDatabase, VideoRow
 from prefill_service.video.records import VideoRecord, VideoState
 
-log = logging.getLogger("prefill_service.video")
+logger = logging.getLogger(__name__)
 
 
 class VideoRepository:
@@ -66,7 +66,7 @@ class VideoRepository:
             elif row.state is VideoState.READY and not (
                 self.input_path(row.video_id).exists() and self.index_path(row.video_id).exists()
             ):
-                log.error("the files of video %s are gone; the video is removed", row.video_id)
+                logger.error("the files of video %s are gone; the video is removed", row.video_id)
                 self.database.delete_video(row.video_id)
         known = {row.video_id for row in self.database.list_all()}
         for folder in self.videos_dir.iterdir():
@@ -146,7 +146,7 @@ class VideoRepository:
             raise ServiceError(
                 Reason.INVALID_REQUEST,
                 f"request_id {request_id} was used before with other arguments",
-                field="request_id",
+                name="request_id",
                 value=request_id,
             )
         return video_id

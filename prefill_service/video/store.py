@@ -23,7 +23,7 @@ from prefill_service.video.single_flight import SingleFlight, StoppedError
 from prefill_service.video.uploads import Uploads
 from prefill_service.video.validation import invalid
 
-log = logging.getLogger("prefill_service.video")
+logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 1000
@@ -123,7 +123,7 @@ class VideoStore:
             return await self._finishing.join(video_id, lambda: self._finish(video_id))
         except StoppedError:  # the video was deleted or the store closed
             raise ServiceError(
-                Reason.CANCELLED, f"probing of video {video_id} was stopped"
+                Reason.CANCELLED, f"indexing of video {video_id} was stopped"
             ) from None
 
     async def _finish(self, video_id: str) -> VideoRecord:
@@ -256,5 +256,5 @@ class VideoStore:
                 continue
             if await asyncio.to_thread(self._delete, row.video_id, only_expired=True):
                 removed.append(row.video_id)
-                log.info("video %s (%s) has expired", row.video_id, row.display_name)
+                logger.info("video %s (%s) has expired", row.video_id, row.display_name)
         return removed

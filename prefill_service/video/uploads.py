@@ -27,7 +27,7 @@ from prefill_service.video.validation import (
     check_size,
 )
 
-log = logging.getLogger("prefill_service.video")
+logger = logging.getLogger(__name__)
 
 # Not the file's fault: its bytes are kept and it can be finished again.
 _RETRIABLE = (Reason.INTERNAL, Reason.STORAGE_FULL)
@@ -153,14 +153,14 @@ class Uploads:
         info = VideoInfo.from_index(index)
         self._repository.database.set_state(video_id, VideoState.READY, info=info)
         self._repository.extend_expiry(video_id)
-        log.info("video %s is ready: %s", video_id, info)
+        logger.info("video %s is ready: %s", video_id, info)
 
     def refuse(self, video_id: str, error: ServiceError) -> None:
         """Make the video FAILED and remove its bytes, unless the file is not at fault."""
         if error.reason in _RETRIABLE:
             self.interrupt_indexing(video_id)
             return
-        log.warning("video %s is refused: %s", video_id, error)
+        logger.warning("video %s is refused: %s", video_id, error)
         self._repository.database.set_state(video_id, VideoState.FAILED, error=error)
         self._repository.input_path(video_id).unlink(missing_ok=True)
 

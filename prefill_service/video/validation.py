@@ -16,7 +16,7 @@ def invalid(name: str, value: object, accepted: str) -> ServiceError:
     return ServiceError(
         Reason.INVALID_REQUEST,
         f"{name} = {value!r} is not accepted; expected {accepted}",
-        field=name,
+        name=name,
         value=value,
         accepted=accepted,
     )

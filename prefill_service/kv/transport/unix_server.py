@@ -19,7 +19,7 @@ from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport.base import PageServer
 from prefill_service.kv.transport.sockets import LineReader, bind_unix, encode_line, unix_address
 
-logger = logging.getLogger("prefill_service.kv")
+logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 600.0
 """A consumer that asks for nothing this long is disconnected."""

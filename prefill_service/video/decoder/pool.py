@@ -15,7 +15,7 @@ import time
 
 from prefill_service.video.decoder.process import DecoderProcess
 
-log = logging.getLogger("prefill_service.video")
+logger = logging.getLogger(__name__)
 
 
 class DecoderPool:
@@ -89,7 +89,7 @@ class DecoderPool:
             try:
                 process = DecoderProcess.start()
             except OSError as error:
-                log.warning("no decoder process can be started ahead: %s", error)
+                logger.warning("no decoder process can be started ahead: %s", error)
                 process = None
             with self._changed:
                 if process is None:

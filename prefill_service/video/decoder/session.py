@@ -25,7 +25,7 @@ from prefill_service.video.decoder.process import DecoderProcess
 from prefill_service.video.decoder.protocol import MAX_HEADER_BYTES, PREFIX, Header, pack
 from prefill_service.video.decoder.rlimits import ResourceLimits
 
-log = logging.getLogger("prefill_service.video")
+logger = logging.getLogger(__name__)
 
 _EXIT_S = 5.0
 
@@ -220,7 +220,7 @@ class DecoderSession:
             )
         self._process.stderr.seek(0)
         tail = self._process.stderr.read()[-4000:].decode(errors="replace").strip()
-        log.warning("decoder process %d ended with code %d: %s", self.pid, code, tail)
+        logger.warning("decoder process %d ended with code %d: %s", self.pid, code, tail)
         if "MemoryError" in tail or "bad_alloc" in tail:
             maximum = self._limits.max_memory_bytes
             return ServiceError(
