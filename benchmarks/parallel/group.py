@@ -16,7 +16,7 @@ from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
-from prefill_service.kv.page_client import PageClient
+from prefill_service.kv.vllm_connector.page_client import PageClient
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner

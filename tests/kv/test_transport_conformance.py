@@ -13,10 +13,10 @@ import torch
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.page_client import PageClient
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport.base import Transport
 from prefill_service.kv.transport_registry import TRANSPORTS, find_transport, transport_of
+from prefill_service.kv.vllm_connector.page_client import PageClient
 from tests.kv.rank_process import (
     GENERATION,
     LAYOUT,

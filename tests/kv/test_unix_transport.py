@@ -15,10 +15,10 @@ import torch
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.page_client import PageClient
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport.sockets import LineReader, encode_line
 from prefill_service.kv.transport.unix_server import UnixPageServer
+from prefill_service.kv.vllm_connector.page_client import PageClient
 from tests.kv.rank_process import GENERATION, LAYOUT, deal, make_manifest, random_kv
 
 

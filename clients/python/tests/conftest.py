@@ -11,6 +11,7 @@ import pytest
 
 # pytest's importlib mode leaves the folder of the tests' helpers off the path.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "fakes"))
 
 from client_helpers import Api, Cli, make_client, write_clip
 from fake_prefill_server import FakeServer

@@ -12,8 +12,8 @@ import pytest
 from client_helpers import FAST, Cli, until, write_clip
 
 from prefill_client import AsyncClient, RetryPolicy, UnavailableError
-from prefill_client._batch_files import ResultFile, read_input
 from prefill_client.batch import run_batch
+from prefill_client.batch._files import ResultFile, read_input
 
 
 def line(custom_id: str, video: object, question: str = "Who?", **body: object) -> str:

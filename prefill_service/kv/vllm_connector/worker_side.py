@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import HandoffReport
 from prefill_service.kv.handoff_reports import send_report
-from prefill_service.kv.page_client import PageBatch, PageClient
+from prefill_service.kv.vllm_connector.page_client import PageBatch, PageClient
 from prefill_service.kv.vllm_connector.scheduler_side import Load, LoadMetadata
 
 if TYPE_CHECKING:

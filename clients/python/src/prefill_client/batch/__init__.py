@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from prefill_client._batch_files import BadLine, BatchItem, ResultFile, read_input
 from prefill_client._flows import RETRIED_BY_SERVER
 from prefill_client._requests import (
     ATTENTION_NAMES,
@@ -22,6 +21,7 @@ from prefill_client._requests import (
 )
 from prefill_client._retry import Backoff, RetryPolicy
 from prefill_client.aio import AsyncClient
+from prefill_client.batch._files import BadLine, BatchItem, ResultFile, read_input
 from prefill_client.errors import (
     CancelledError,
     CapacityError,
