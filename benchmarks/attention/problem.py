@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.inputs import PATCH_GRID, synthetic
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.quality import AttentionPolicy, Quality
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
@@ -34,6 +33,7 @@ from prefill_service.attention.sparse.selection import (
 )
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention_shape import AttentionShape
 
 SETTINGS = SparseSettings(from_tokens=1)
 

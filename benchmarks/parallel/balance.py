@@ -26,10 +26,10 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.parallel.ranks import Transport, run_ranks
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.config import EngineConfig
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.load_balance import Balancing, make_balancer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.parallel.ranks import TIMEOUT_S
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.report import NEVER
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.traffic import traffic

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.fallback import FallbackAttention
 from prefill_service.attention.key_source import (
     KeySource,
@@ -31,6 +30,7 @@ from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.stats import AttentionStats
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.attention.verification import SampledRows, choose_rows
+from prefill_service.attention_shape import AttentionShape
 
 
 class AdaptiveAttention:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.fallback import VerifiedAttention
 from prefill_service.attention.patch_mass import BlockGrids, PatchMass
 from prefill_service.attention.report import LayerReport, RankAttention
@@ -15,6 +14,7 @@ from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.attention.verification import choose_observed_rows, exact_rows, visible_mass
+from prefill_service.attention_shape import AttentionShape
 
 
 class WorkLog:

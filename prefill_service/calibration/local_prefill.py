@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.calibration.encoded_video import EncodedVideo
 from prefill_service.models.prefill_model import PrefillModel
 

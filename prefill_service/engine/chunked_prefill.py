@@ -10,16 +10,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.engine.agreement import SyncInterval
 from prefill_service.engine.frame_prefetch import FramePrefetcher
 from prefill_service.engine.shard_map import task_layout
 from prefill_service.engine.spans import LayerSpans, Stage
 from prefill_service.engine.task import PrefillMethod, RankTask
 from prefill_service.errors import ServiceError
-from prefill_service.kv.offload.shape import OffloadReport, OffloadShape
+from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.kv.offload.working_set import OffloadedKV, open_working
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import LayerKV
@@ -275,17 +275,9 @@ def _attention_shape(rank_task: RankTask) -> AttentionShape:
 def _open_buffers(rank_task: RankTask, shape: AttentionShape) -> OffloadedKV | None:
     """Buffers of which only a part is on the device, where all of it exceeds the budget."""
     worker = rank_task.worker
-    sizes = OffloadShape(
-        layers=shape.num_layers,
-        tokens=shape.num_tokens,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        dtype=shape.dtype,
-        device=shape.device,
-    )
     budget = worker.kv_budget(rank_task.task.exchange)
     try:
-        return open_working(budget, sizes, worker.runtime_dir)
+        return open_working(budget, shape, worker.runtime_dir)
     except ServiceError as error:
         rank_task.fail_together(error)
 

@@ -10,7 +10,7 @@ from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.engine.spans import Span, Stage
 from prefill_service.kv.manifest import Manifest
-from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.baselines.methods import BaselineMethod

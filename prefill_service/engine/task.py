@@ -27,7 +27,7 @@ from prefill_service.engine.spans import Stage, StageClock
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
-from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.models.prefill_model import PrefillModel

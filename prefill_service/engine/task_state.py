@@ -12,7 +12,7 @@ from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.engine import messages as msg
 from prefill_service.engine.spans import Span, Stage
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.parallel.comm_stats import CollectiveUse, moved, total
 from prefill_service.parallel.subgroups import Subgroup
 

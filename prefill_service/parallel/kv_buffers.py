@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
+from prefill_service.attention_shape import AttentionShape
 
 
 class KVBuffers(Protocol):
@@ -60,11 +59,7 @@ class ResidentKV(KVBuffers):
         return True
 
     def __init__(self, shape: AttentionShape) -> None:
-        size = (shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
-        self._buffers = [
-            torch.empty(size, dtype=shape.dtype, device=shape.device)
-            for _ in range(shape.num_layers)
-        ]
+        self._buffers = [shape.empty(shape.num_tokens) for _ in range(shape.num_layers)]
 
     @override
     def start_chunk(self, start: int, end: int) -> None:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.key_source import ReplicatedKeys
 from prefill_service.attention.settings import Segments, SparseSettings
@@ -30,6 +29,7 @@ from prefill_service.attention.sparse.gathered_attention import PackedTiles, att
 from prefill_service.attention.sparse.hooks import DelegatedBlocks, SelectedBlocks
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.process_group import SPGroup, Transfer
 from prefill_service.parallel.selection_units import SelectionUnits
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 
 SCALE = 0.3
 PATCH = 50

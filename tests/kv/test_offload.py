@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.offload.copy_engine import CopyEngine, HostRows
 from prefill_service.kv.offload.cuda_copies import CudaCopyEngine
 from prefill_service.kv.offload.file_copies import FileCopyEngine
-from prefill_service.kv.offload.shape import OffloadShape
 from prefill_service.kv.offload.working_set import (
     ChunkCosts,
     OffloadedKV,
@@ -30,25 +29,25 @@ from prefill_service.kv.offload.working_set import (
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 
 CPU = torch.device("cpu")
-SHAPE = OffloadShape(5, 301, 2, 16, torch.float32, CPU)
+SHAPE = AttentionShape(
+    num_layers=5,
+    num_tokens=301,
+    q_heads=2,
+    kv_heads=2,
+    head_dim=16,
+    scale=0.5,
+    dtype=torch.float32,
+    device=CPU,
+)
 CHUNK = 64
 
 
-def chunks(shape: OffloadShape) -> Iterator[tuple[int, int]]:
-    for start in range(0, shape.tokens, CHUNK):
-        yield start, min(start + CHUNK, shape.tokens)
+def chunks(shape: AttentionShape) -> Iterator[tuple[int, int]]:
+    for start in range(0, shape.num_tokens, CHUNK):
+        yield start, min(start + CHUNK, shape.num_tokens)
 
 
-def resident(shape: OffloadShape) -> ResidentKV:
-    heads = shape.kv_heads
-    return ResidentKV(
-        AttentionShape(
-            shape.layers, shape.tokens, heads, heads, shape.head_dim, 0.5, shape.dtype, shape.device
-        )
-    )
-
-
-def run(kv: KVBuffers, shape: OffloadShape, reorder: bool = False) -> Tensor:
+def run(kv: KVBuffers, shape: AttentionShape, reorder: bool = False) -> Tensor:
     """A prefill's loop: each layer's rows are made of the outputs of the layer before.
 
     With ``reorder``, rows before the chunk change places now and then, as clustering makes them.
@@ -60,7 +59,7 @@ def run(kv: KVBuffers, shape: OffloadShape, reorder: bool = False) -> Tensor:
         kv.start_chunk(start, end)
         x = torch.randn(shape.kv_heads, end - start, shape.head_dim, generator=generator)
         x = x.to(shape.device, shape.dtype)
-        for layer in range(shape.layers):
+        for layer in range(shape.num_layers):
             if layer:
                 kv.release(layer - 1)
             buffer = kv.acquire(layer)
@@ -74,14 +73,14 @@ def run(kv: KVBuffers, shape: OffloadShape, reorder: bool = False) -> Tensor:
                 kv.touch(layer, first, start)
             k, v = buffer[:end].permute(1, 2, 0, 3)
             x = attend_causal(x, k, v, q_offset=start, scale=0.5).out + x
-        kv.release(shape.layers - 1)
+        kv.release(shape.num_layers - 1)
         outputs.append(x.cpu())
     return torch.cat(outputs, 1)
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[bool, Tensor]:
-    return {reorder: run(resident(SHAPE), SHAPE, reorder) for reorder in (False, True)}
+    return {reorder: run(ResidentKV(SHAPE), SHAPE, reorder) for reorder in (False, True)}
 
 
 @pytest.mark.parametrize("share", [hidden_share, lambda _: 0.0, lambda _: 0.4, lambda _: 1.0])
@@ -97,7 +96,7 @@ def test_same_bits_below_the_bound(
     kv.close()
     kv.close()
     assert report.high_water_bytes <= limit
-    away = SHAPE.layers * SHAPE.layer_bytes - (report.high_water_bytes - 2 * SHAPE.layer_bytes)
+    away = SHAPE.num_layers * SHAPE.layer_bytes - (report.high_water_bytes - 2 * SHAPE.layer_bytes)
     assert report.offloaded_bytes == away  # every row has one home
     assert (report.moved_bytes > 0) == (report.offloaded_bytes > 0)
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +105,7 @@ def test_same_bits_below_the_bound(
 def test_bfloat16_rows_return_as_they_were(tmp_path: Path) -> None:
     shape = replace(SHAPE, dtype=torch.bfloat16)
     kv = OffloadedKV(shape, 2 * shape.layer_bytes, FileCopyEngine(shape, tmp_path))
-    assert torch.equal(run(kv, shape, True), run(resident(shape), shape, True))
+    assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
     kv.close()
 
 
@@ -118,15 +117,15 @@ def test_inference_mode_tensors_travel(tmp_path: Path, expected: dict[bool, Tens
 
 
 def test_what_is_chosen(tmp_path: Path) -> None:
-    layout = KVLayout(SHAPE.layers + 1, SHAPE.kv_heads, SHAPE.head_dim, "float32", 16)
-    everything = SHAPE.layers * SHAPE.layer_bytes
+    layout = KVLayout(SHAPE.num_layers + 1, SHAPE.kv_heads, SHAPE.head_dim, "float32", 16)
+    everything = SHAPE.num_layers * SHAPE.layer_bytes
     budget = KVBudget(layout, 1 << 40, everything - 1, offload=True)
-    assert budget.offloads(SHAPE.tokens)
+    assert budget.offloads(SHAPE.num_tokens)
     kv = open_working(budget, SHAPE, tmp_path)
     assert isinstance(kv, OffloadedKV)
     kv.close()
     for fits in (replace(budget, working_bytes=everything), replace(budget, offload=False)):
-        assert not fits.offloads(SHAPE.tokens)
+        assert not fits.offloads(SHAPE.num_tokens)
         assert open_working(fits, SHAPE, tmp_path) is None
     with pytest.raises(ServiceError, match=r"the limit is 99; raise engine\.kv_working_bytes"):
         open_working(replace(budget, working_bytes=99), SHAPE, tmp_path)
@@ -148,17 +147,19 @@ class SlowFile(FileCopyEngine):
         time.sleep(max(0.0, left - (time.perf_counter() - start)))
 
 
-SLOW = OffloadShape(6, 12 * CHUNK, 2, 64, torch.float32, CPU)  # 1 KiB a row, 4 ms a chunk's layer
+SLOW = replace(SHAPE, num_layers=6, num_tokens=12 * CHUNK, head_dim=64)
+"""1 KiB a row, 4 ms a chunk's layer."""
 
 
 def timed(tmp_path: Path, share: object) -> tuple[float, float, list[int], int]:
     """Seconds stalled, seconds computed, rows offloaded after each chunk, and the high water."""
     kv = OffloadedKV(SLOW, 1 << 40, SlowFile(SLOW, tmp_path), share)  # type: ignore[arg-type]
-    away, computed = [], 0.0
+    away = []
+    computed = 0.0
     for number, (start, end) in enumerate(chunks(SLOW)):
         kv.start_chunk(start, end)
-        away.append(kv.report().offloaded_bytes // SLOW.layers // SLOW.row_bytes)
-        for layer in range(SLOW.layers):
+        away.append(kv.report().offloaded_bytes // SLOW.num_layers // SLOW.row_bytes)
+        for layer in range(SLOW.num_layers):
             kv.acquire(layer)
             seconds = 0.006 + 0.002 * number  # attention to all before takes longer and longer
             time.sleep(seconds)
@@ -176,7 +177,7 @@ def test_copies_hide_where_the_rule_decides_and_stall_where_forced(tmp_path: Pat
     assert away[0] == 0  # nothing is known of the first chunk's time
     assert away[-1] > 2 * CHUNK
     assert sum(growth[-4:]) > 0  # later chunks take longer, and may send more away
-    assert high < (SLOW.layers + 2) * SLOW.layer_bytes
+    assert high < (SLOW.num_layers + 2) * SLOW.layer_bytes
     assert least == 2 * SLOW.layer_bytes
     assert stalled < 0.1 * computed, (stalled, forced, computed, away)
     assert forced > 0.1 * computed
@@ -184,8 +185,14 @@ def test_copies_hide_where_the_rule_decides_and_stall_where_forced(tmp_path: Pat
 
 
 def test_the_rule() -> None:
-    costs = ChunkCosts(1.0, new_bytes=1000, host_bytes=0, kept_bytes=0, host_rate=500.0,
-                       device_rate=1e4)  # fmt: skip
+    costs = ChunkCosts(
+        compute_s=1.0,
+        new_bytes=1000,
+        host_bytes=0,
+        kept_bytes=0,
+        host_rate=500.0,
+        device_rate=1e4,
+    )
     assert hidden_share(costs) == pytest.approx(0.4)
     assert hidden_share(replace(costs, compute_s=10)) == 1.0
     assert hidden_share(replace(costs, compute_s=0)) == 0.0
@@ -198,7 +205,7 @@ def test_the_rule() -> None:
 
 
 def test_more_than_the_disk_is_refused(tmp_path: Path) -> None:
-    huge = replace(SHAPE, tokens=1 << 38)
+    huge = replace(SHAPE, num_tokens=1 << 38)
     with pytest.raises(ServiceError, match=r"no space for \d+ bytes of offloaded KV in") as caught:
         FileCopyEngine(huge, tmp_path)
     assert caught.value.reason is Reason.KV_POOL_FULL
@@ -207,7 +214,7 @@ def test_more_than_the_disk_is_refused(tmp_path: Path) -> None:
 class Broken(FileCopyEngine):
     """A file that cannot be written or read once ``moves`` copies were."""
 
-    def __init__(self, shape: OffloadShape, folder: Path, moves: float) -> None:
+    def __init__(self, shape: AttentionShape, folder: Path, moves: float) -> None:
         self.moves = moves
         super().__init__(shape, folder)
 
@@ -253,7 +260,7 @@ def test_cuda_streams(layers: int) -> None:
     shape = replace(SHAPE, dtype=torch.bfloat16, device=torch.device("cuda"))
     engine: CopyEngine = CudaCopyEngine(shape)
     kv = OffloadedKV(shape, layers * shape.layer_bytes, engine)
-    assert torch.equal(run(kv, shape, True), run(resident(shape), shape, True))
+    assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
     report = kv.report()
     assert 0 <= report.stalled_s < 10
     assert report.high_water_bytes <= layers * shape.layer_bytes

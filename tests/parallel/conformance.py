@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.quality import resolve_policy
 from prefill_service.attention.report import NEVER
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.base import ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import ExchangeKind, MeshForm

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.fallback import VerifiedAttention
 from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.engine.resolve import is_sparse
 from prefill_service.kv.offload.file_copies import FileCopyEngine
-from prefill_service.kv.offload.shape import OffloadShape
 from prefill_service.kv.offload.working_set import OffloadedKV
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import exchange_named
@@ -187,12 +186,9 @@ class Spied(DemandExchange):
 
 def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
     """Room for half a layer beside the two that are always here."""
-    sizes = OffloadShape(
-        LAYERS, shape.num_tokens, shape.kv_heads, shape.head_dim, shape.dtype, shape.device
-    )
-    engine = FileCopyEngine(sizes, folder)
-    device_bytes = int(2.5 * sizes.layer_bytes)
-    return OffloadedKV(sizes, device_bytes, engine, lambda _: 0.4)
+    engine = FileCopyEngine(shape, folder)
+    device_bytes = int(2.5 * shape.layer_bytes)
+    return OffloadedKV(shape, device_bytes, engine, lambda _: 0.4)
 
 
 def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from prefill_service.generation.vllm_client import GenerationEvent, GenerationRe
 from prefill_service.kv.handoff import HandoffReport
 from prefill_service.kv.handoff_reports import send_report
 from prefill_service.kv.manifest import KVLayout, ShardRun
-from prefill_service.kv.offload.shape import OffloadReport
+from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.parallel.comm_stats import CollectiveUse
 from prefill_service.parallel.exchanges.registry import ExchangeChoice

@@ -13,12 +13,12 @@ from benchmarks.gpu.prefill.device import Device
 from benchmarks.gpu.prefill.inputs import AttentionInputs
 from benchmarks.gpu.prefill.model import RandomModel, Substituted, run_chunks
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.page_writer import ShardWriter

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.adaptive import AdaptiveAttention
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.selection_units import SelectionUnits

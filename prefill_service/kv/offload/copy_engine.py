@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import ServiceError
-from prefill_service.kv.offload.shape import OffloadShape
 
 _PROBE_BYTES = 16 << 20
 
@@ -113,9 +113,9 @@ class CopyEngine(ABC):
         """Wait for all copies and give the store back. Idempotent."""
 
 
-def probe(engine: CopyEngine, shape: OffloadShape) -> None:
+def probe(engine: CopyEngine, shape: AttentionShape) -> None:
     """Copy some rows each way, so that both rates of a fresh engine are known."""
-    rows = max(1, min(shape.tokens, _PROBE_BYTES // shape.row_bytes))
+    rows = max(1, min(shape.num_tokens, _PROBE_BYTES // shape.row_bytes))
     buffer, other = shape.empty(rows).zero_(), shape.empty(rows)
     for _ in range(2):  # the first touch of memory says little
         engine.host_rate, engine.device_rate = Rate(), Rate()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, Mark, Ticket, probe
-from prefill_service.kv.offload.shape import OffloadShape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,14 +31,14 @@ class CudaCopyEngine(CopyEngine):
         ServiceError: KV_POOL_FULL if so much memory cannot be had or locked.
     """
 
-    def __init__(self, shape: OffloadShape) -> None:
+    def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
         self._device = shape.device
         self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
         self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         # torch's pinned allocator rounds up to a power of two; this much memory must be exact.
-        size = (shape.layers, shape.tokens, *shape.row)
-        num_bytes = shape.layers * shape.layer_bytes
+        size = (shape.num_layers, shape.num_tokens, *shape.row)
+        num_bytes = shape.num_layers * shape.layer_bytes
         try:
             self._rows: Tensor | None = torch.empty(size, dtype=shape.dtype)
         except RuntimeError as error:

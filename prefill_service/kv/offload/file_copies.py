@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, HostRows, Mark, Ticket, probe
-from prefill_service.kv.offload.shape import OffloadShape
 
 
 @dataclass(eq=False, slots=True)
@@ -45,14 +45,14 @@ class FileCopyEngine(CopyEngine):
         ServiceError: KV_POOL_FULL if there is no space; PREFILL_FAILED if nothing can be moved.
     """
 
-    def __init__(self, shape: OffloadShape, folder: Path) -> None:
+    def __init__(self, shape: AttentionShape, folder: Path) -> None:
         super().__init__()
         self._layer_bytes, self._row_bytes = shape.layer_bytes, shape.row_bytes
         self._folder = folder
         self._stalled_s = 0.0
         self._file = tempfile.TemporaryFile(dir=folder, prefix="offload-")  # noqa: SIM115
         try:
-            self._reserve(shape.layers * shape.layer_bytes)
+            self._reserve(shape.num_layers * shape.layer_bytes)
         except ServiceError:
             self._file.close()
             raise

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import WORKING_SLOTS, KVBudget
 from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, HostRows, Mark, Ticket
 from prefill_service.kv.offload.cuda_copies import CudaCopyEngine
 from prefill_service.kv.offload.file_copies import FileCopyEngine
-from prefill_service.kv.offload.shape import OffloadReport, OffloadShape
+from prefill_service.kv.offload.offload_report import OffloadReport
 
 _HEADROOM = 0.8
 """Share of the computing that copies may fill: they are not as even as their mean."""
@@ -68,7 +69,7 @@ class _Run:
     kept: Tensor | None  # [layers, end - start, *row]
 
 
-def open_working(budget: KVBudget, shape: OffloadShape, folder: Path) -> OffloadedKV | None:
+def open_working(budget: KVBudget, shape: AttentionShape, folder: Path) -> OffloadedKV | None:
     """The working set of one prefix where it has to be offloaded, else nothing.
 
     Args:
@@ -79,7 +80,7 @@ def open_working(budget: KVBudget, shape: OffloadShape, folder: Path) -> Offload
     Raises:
         ServiceError: KV_POOL_FULL if not even offloaded it fits, or there is no room for its rows.
     """
-    if not budget.offload or shape.layers * shape.layer_bytes <= budget.working_bytes:
+    if not budget.offloads(shape.num_tokens):
         return None
     engine = CudaCopyEngine(shape) if shape.device.type == "cuda" else FileCopyEngine(shape, folder)
     try:
@@ -108,7 +109,7 @@ class OffloadedKV:
 
     def __init__(
         self,
-        shape: OffloadShape,
+        shape: AttentionShape,
         limit_bytes: int,
         engine: CopyEngine,
         share: Callable[[ChunkCosts], float] = hidden_share,
@@ -117,13 +118,13 @@ class OffloadedKV:
         if limit_bytes < least:
             raise ServiceError(
                 Reason.KV_POOL_FULL,
-                f"{WORKING_SLOTS} layers of {shape.tokens} tokens need {least} bytes on the "
+                f"{WORKING_SLOTS} layers of {shape.num_tokens} tokens need {least} bytes on the "
                 f"device, the limit is {limit_bytes}; raise engine.kv_working_bytes",
                 needed_bytes=least,
                 pool_bytes=limit_bytes,
             )
         self._shape, self._engine, self._share = shape, engine, share
-        self._free = [shape.empty(shape.tokens) for _ in range(WORKING_SLOTS)]
+        self._free = [shape.empty(shape.num_tokens) for _ in range(WORKING_SLOTS)]
         self._away = 0  # rows at home in the store
         self._room = limit_bytes - least  # for rows at home on the device
         self._bytes = least
@@ -131,7 +132,7 @@ class OffloadedKV:
         self._arriving: dict[int, Ticket] = {}
         self._wanted: int | None = None
         self._runs: list[_Run] = []
-        self._done = [0] * shape.layers  # rows that are in their homes
+        self._done = [0] * shape.num_layers  # rows that are in their homes
         self._touched: dict[int, tuple[int, int]] = {}
         self._chunk = (0, 0)
         self._resumed: Mark | None = None
@@ -152,8 +153,8 @@ class OffloadedKV:
         ticket = self._arriving.pop(layer, None)
         if ticket is not None:
             self._engine.wait(ticket)
-        following = (layer + 1) % self._shape.layers
-        if following or self._chunk[1] < self._shape.tokens:
+        following = (layer + 1) % self._shape.num_layers
+        if following or self._chunk[1] < self._shape.num_tokens:
             self.prefetch(following)
         self._resumed = self._engine.mark()
         return self._buffers[layer]
@@ -175,7 +176,7 @@ class OffloadedKV:
         if layer in self._touched:
             first, last = self._touched.pop(layer)
             copies += self._copies(layer, buffer, first, min(last, start), inward=False)
-        if end < self._shape.tokens:  # after the last chunk nobody wants them
+        if end < self._shape.num_tokens:  # after the last chunk nobody wants them
             self._engine.submit(copies)
         self._done[layer] = end
         self._free.append(buffer)  # copies happen in order: the next rows come after these went
@@ -199,7 +200,7 @@ class OffloadedKV:
         """What it took so far; also after ``close``."""
         return OffloadReport(
             high_water_bytes=self._bytes,  # kept rows are never given back before the end
-            offloaded_bytes=self._away * self._shape.layers * self._shape.row_bytes,
+            offloaded_bytes=self._away * self._shape.num_layers * self._shape.row_bytes,
             moved_bytes=self._engine.moved_bytes,
             stalled_s=self._engine.stalled_s,
         )
@@ -217,11 +218,11 @@ class OffloadedKV:
         if not last or not self._spans:
             return 0.0
         seconds = sum(self._engine.seconds(a, b) for a, b in self._spans)
-        return seconds * self._shape.layers / len(self._spans) * min(1.0, rows / last)
+        return seconds * self._shape.num_layers / len(self._spans) * min(1.0, rows / last)
 
     def _settle(self, start: int, end: int, compute_s: float) -> None:
         """Give the chunk's rows their homes."""
-        row_bytes = self._shape.layers * self._shape.row_bytes
+        row_bytes = self._shape.num_layers * self._shape.row_bytes
         kept = sum(run.end - run.start for run in self._runs if run.kept is not None)
         costs = ChunkCosts(
             compute_s,
@@ -241,7 +242,9 @@ class OffloadedKV:
             self._runs.append(_Run(first, start + away, None))
         if start + away < end:
             rows = end - start - away
-            self._runs.append(_Run(start + away, end, self._shape.empty(self._shape.layers, rows)))
+            self._runs.append(
+                _Run(start + away, end, self._shape.empty(self._shape.num_layers, rows))
+            )
             self._room -= rows * row_bytes
             self._bytes += rows * row_bytes
 

@@ -7,8 +7,8 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.kv_buffers import KVBuffers
 from prefill_service.parallel.load_balance import Balancing
 from prefill_service.parallel.mesh import SPMesh

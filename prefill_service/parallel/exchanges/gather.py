@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.stopwatch import Stopwatch
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 from prefill_service.parallel.load_balance import BalancedKeys, Balancer, make_balancer

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.head_partition import HeadSplit

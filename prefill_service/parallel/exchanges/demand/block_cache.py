@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
+from prefill_service.attention_shape import AttentionShape
 
 
 class BlockCache:

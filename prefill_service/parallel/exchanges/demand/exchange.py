@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.settings import Segments
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.demand.block_cache import BlockCache
 from prefill_service.parallel.exchanges.demand.chunk_routes import ChunkRoutes

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.key_source import KeySource, LayerState
 from prefill_service.attention.settings import Segments
 from prefill_service.attention.sparse.hooks import SelectedBlocks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.verification import SampledRows, Verification
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.block_cache import BlockCache
 from prefill_service.parallel.exchanges.demand.chunk_routes import ChunkRoutes
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.settings import Segments
 from prefill_service.attention.sparse.clustering import order_segments
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.verification import Verification, finite_rows
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.owned_kv import KeyOrder
 from prefill_service.parallel.exchanges.demand.rpc import RequestHeader, RequestKind
 

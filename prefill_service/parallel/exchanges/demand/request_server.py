@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.sparse.summaries import BlockSummaries
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.remote_verification import VerificationServer
 from prefill_service.parallel.exchanges.demand.rpc import (

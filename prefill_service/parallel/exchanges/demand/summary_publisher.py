@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention.attention_shape import AttentionShape
 from prefill_service.attention.sparse.summaries import BlockSummaries
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 from prefill_service.parallel.process_group import SPGroup
