@@ -13,8 +13,8 @@ from prefill_service.kv.transport.base import Transport
 
 def _find_transports() -> Iterator[Transport]:
     for module in pkgutil.iter_modules(transport.__path__, f"{transport.__name__}."):
-        found = getattr(import_module(module.name), "TRANSPORT", None)
-        if isinstance(found, Transport):
+        found: Transport | None = getattr(import_module(module.name), "TRANSPORT", None)
+        if found is not None:
             yield found
 
 

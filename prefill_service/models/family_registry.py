@@ -12,8 +12,8 @@ from prefill_service.models.families.base import Family
 
 def _find_families() -> Iterator[Family]:
     for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
-        family = getattr(import_module(module.name), "FAMILY", None)
-        if isinstance(family, Family):
+        family: Family | None = getattr(import_module(module.name), "FAMILY", None)
+        if family is not None:
             yield family
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class ExchangeSetup:
     balancing: Balancing | None = None
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Causal attention over the tokens of all ranks, chunk by chunk, layer by layer.
 
     All ranks make the same calls in the same order, also those without a share of a chunk: what
@@ -50,6 +51,7 @@ class Exchange(Protocol):
     """
 
     @classmethod
+    @abstractmethod
     def build(cls, setup: ExchangeSetup) -> Self:
         """The exchange for one prompt."""
 
@@ -61,12 +63,15 @@ class Exchange(Protocol):
         """
         return None
 
+    @abstractmethod
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         """Announce a chunk: the share of every rank. It lies after all chunks before."""
 
+    @abstractmethod
     def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Take [tokens, kv_heads, head_dim] keys and values of this rank's share."""
 
+    @abstractmethod
     def attend_exact(self, layer: int, q: Tensor) -> Tensor:
         """Causal attention of this rank's queries over all tokens up to each of them.
 
@@ -77,6 +82,7 @@ class Exchange(Protocol):
             [q_heads, tokens, head_dim].
         """
 
+    @abstractmethod
     def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
         """Attention of the same queries, sparse where ``attention`` says so, and all of it noted.
 
@@ -84,5 +90,6 @@ class Exchange(Protocol):
         (``UnitAttention.count_exact``) and attends exactly.
         """
 
+    @abstractmethod
     def finish(self) -> None:
         """Wait for everything still under way (also after an aborted chunk)."""
