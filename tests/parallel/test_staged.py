@@ -39,7 +39,8 @@ class Handed:
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
-        broadcast, batch = dist.broadcast, dist.batch_isend_irecv
+        broadcast = dist.broadcast
+        batch = dist.batch_isend_irecv
 
         def spy_broadcast(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self.tensors.append(tensor)
@@ -49,7 +50,8 @@ class Handed:
             self.tensors += [op.tensor for op in ops]
             return batch(ops)
 
-        dist.broadcast, dist.batch_isend_irecv = spy_broadcast, spy_batch
+        dist.broadcast = spy_broadcast
+        dist.batch_isend_irecv = spy_batch
 
 
 def copies(group: SPGroup) -> None:
@@ -66,7 +68,8 @@ def copies(group: SPGroup) -> None:
     for one in pending:
         one.wait()
     assert bool((buffer[other] == other).all())
-    leaving, arriving = torch.full((4, 5), float(group.rank)), torch.full((6, 5), -1.0)
+    leaving = torch.full((4, 5), float(group.rank))
+    arriving = torch.full((6, 5), -1.0)
     transfer = staged.send_recv({other: leaving}, {other: arriving[1:5]})
     leaving.fill_(7.0)
     assert bool((arriving == -1).all())

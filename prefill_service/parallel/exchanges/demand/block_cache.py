@@ -29,7 +29,7 @@ class BlockCache:
         self._valid = torch.zeros(shape.kv_heads, num_blocks, dtype=torch.bool)  # on the host
 
     @property
-    def tokens(self) -> Tensor:
+    def token_rows(self) -> Tensor:
         """[tokens, 2, kv_heads, head_dim] of the prompt (a view)."""
         rows: Tensor = self.blocks.flatten(0, 1)
         return rows[: self._num_tokens]
@@ -41,7 +41,7 @@ class BlockCache:
             kv: [tokens, 2, kv_heads, head_dim].
         """
         end = start + len(kv)
-        self.tokens[start:end] = kv
+        self.token_rows[start:end] = kv
         self._valid[:, -(-start // self._block_tokens) : end // self._block_tokens] = True
 
     def invalidate(self, first: int, end: int | None = None) -> None:

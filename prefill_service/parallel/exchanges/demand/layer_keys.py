@@ -74,7 +74,7 @@ class DemandLayerKeys(KeySource):
     @property
     def kv(self) -> Tensor:
         """[tokens, 2, kv_heads, head_dim]; what was not fetched is stale."""
-        return self._cache.tokens
+        return self._cache.token_rows
 
     # ---- what every rank calls in every chunk ----------------------------------------------
 
