@@ -21,11 +21,10 @@ from prefill_service.config import (
     resolve_threads,
     split_address,
 )
+from prefill_service.video.decoder.rlimits import landlock_abi
 
 _GIB = 1 << 30
 _NCCL_SHM_BYTES = 1 << 30
-_LANDLOCK_CREATE_RULESET = 444
-_LANDLOCK_CREATE_RULESET_VERSION = 1
 
 
 class Level(StrEnum):
@@ -207,13 +206,6 @@ def _check_sandbox(config: ServiceConfig) -> Iterator[Finding]:
     yield Finding(
         Level.NOTE, "decoder sandbox", text, "Linux 5.13 or newer with landlock among the LSMs"
     )
-
-
-def landlock_abi() -> int:
-    """The Landlock version of this kernel; 0 if it has none or does not allow it."""
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
-    abi = int(syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION))
-    return max(abi, 0)
 
 
 def _check_processors(config: ServiceConfig) -> Iterator[Finding]:

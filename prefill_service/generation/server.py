@@ -17,12 +17,9 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import (
     GenerationEvent,
     GenerationRequest,
-    Sampling,
     VllmClient,
 )
 from prefill_service.generation.vllm_process import VllmProcess
-
-__all__ = ["GenerationEvent", "GenerationRequest", "GenerationServer", "Sampling"]
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ also makes it atomic with respect to the scheduler's own state.
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,15 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.paging import check_page
 from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.job import JobRecord, JobState, PrefillSpec
 
 SCHEMA_VERSION = 2
 KEEP_SECONDS = 30 * 24 * 3600.0
 """Ended jobs and request ids are forgotten after this."""
-
-DEFAULT_PAGE = 50
-LARGEST_PAGE = 1000
 
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -153,21 +150,7 @@ class JobStore:
         Raises:
             ServiceError: INVALID_REQUEST for a bad size or token.
         """
-        if not 0 <= page_size <= LARGEST_PAGE:
-            raise ServiceError(
-                Reason.INVALID_REQUEST,
-                f"page_size is {page_size}; it must be 0 (for {DEFAULT_PAGE}) to {LARGEST_PAGE}",
-                page_size=page_size,
-                limit=LARGEST_PAGE,
-            )
-        if page_token and not re.fullmatch("[0-9]{1,18}", page_token):
-            raise ServiceError(
-                Reason.INVALID_REQUEST,
-                f"page_token {page_token!r} is not one that ListPrefillJobs returned",
-                page_token=page_token,
-            )
-        size = page_size or DEFAULT_PAGE
-        before = int(page_token or 2**63 - 1)
+        size, before = check_page(page_size, page_token, clamp=False)
         rows = self._db.execute(
             "SELECT seq, record FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?",
             (before, size + 1),

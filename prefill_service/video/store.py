@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -15,19 +14,15 @@ from pathlib import Path
 
 from prefill_service.config import StorageConfig, VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.paging import check_page
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.indexer import index_video
 from prefill_service.video.records import VideoRecord, VideoState
 from prefill_service.video.repository import VideoRepository
 from prefill_service.video.single_flight import SingleFlight, StoppedError
 from prefill_service.video.uploads import Uploads
-from prefill_service.video.validation import invalid
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_PAGE = 50
-MAX_PAGE = 1000
-_NEWEST = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +177,7 @@ class VideoStore:
         Raises:
             ServiceError: INVALID_REQUEST.
         """
-        if page_size < 0:
-            raise invalid("page_size", page_size, f"0 to {MAX_PAGE}")
-        if page_token and not re.fullmatch("[0-9]{1,18}", page_token):
-            raise invalid("page_token", page_token, "the next_page_token of a page before")
-        count = min(page_size or DEFAULT_PAGE, MAX_PAGE)
-        before = int(page_token or _NEWEST)
+        count, before = check_page(page_size, page_token, clamp=True)
         return await asyncio.to_thread(self._repository.list_records, before, count)
 
     @contextlib.asynccontextmanager

@@ -15,9 +15,9 @@ SERVICE = ROOT / "prefill_service"
 CLIENT = ROOT / "clients" / "python" / "src"
 
 # Each package of the service and what it may import of the others. Anything may import
-# errors, config, compat, ids and attention_shape; service.py and cli/, which wire it all, may
-# import anything.
-BASE = {"errors", "config", "compat", "ids", "attention_shape"}
+# errors, config, compat, ids, paging and attention_shape; service.py and cli/, which wire it
+# all, may import anything.
+BASE = {"errors", "config", "compat", "ids", "paging", "attention_shape"}
 ALLOWED: dict[str, set[str]] = {
     "attention": set(),
     "parallel": {"attention", "models.prefix_plan"},

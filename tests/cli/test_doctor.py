@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from prefill_service.cli.machine_checks import Finding, Level, check_machine, landlock_abi
+from prefill_service.cli.machine_checks import Finding, Level, check_machine
 from prefill_service.cli.main import main
 from prefill_service.config import load_config
+from prefill_service.video.decoder.rlimits import landlock_abi
 
 HERE = {"server": {"port": 0}, "engine": {"device": "cpu"}}
 

@@ -18,7 +18,8 @@ import pytest
 
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.generation.server import GenerationRequest, GenerationServer, Sampling
+from prefill_service.generation.server import GenerationServer
+from prefill_service.generation.vllm_client import GenerationRequest, Sampling
 from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import KVLayout, hash_token_ids
 from tests.generation.oracle import Case, compute

@@ -17,12 +17,8 @@ import pytest
 
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.generation.server import (
-    GenerationEvent,
-    GenerationRequest,
-    GenerationServer,
-    Sampling,
-)
+from prefill_service.generation.server import GenerationServer
+from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest, Sampling
 from prefill_service.kv.handoff import PARAMS_KEY, HandoffParams, HandoffReport
 from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.kv.manifest import KVLayout, Manifest, hash_token_ids

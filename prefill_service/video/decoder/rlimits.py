@@ -68,6 +68,13 @@ def confine_resources(limits: ResourceLimits) -> None:
         resource.setrlimit(kind, (value, ceiling))
 
 
+def landlock_abi() -> int:
+    """The Landlock version of this kernel; 0 if it has none or does not allow it."""
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    abi = int(syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION))
+    return max(abi, 0)
+
+
 def confine_files(fd: int, libraries: Iterable[Path]) -> bool:
     """Deny all files but the one open as ``fd`` and those below ``libraries``, and TCP.
 
@@ -75,10 +82,10 @@ def confine_files(fd: int, libraries: Iterable[Path]) -> bool:
         Whether the kernel enforces it. Where it has no Landlock, the format and protocol
         whitelists are what keeps FFmpeg from other files.
     """
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
-    abi = syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
+    abi = landlock_abi()
     if abi < 1:
         return False
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
     handled = struct.pack("<QQ", _LANDLOCK_FS_V1, _LANDLOCK_NET)
     ruleset = syscall(_LANDLOCK_CREATE_RULESET, handled, 16 if abi >= 4 else 8, 0)
     if ruleset < 0:
