@@ -28,6 +28,7 @@ from tests.models.toy_family import ToyFamily, build_checkpoint
 from tests.oracles.transformers_forward import load, prefix_kv, processor_inputs
 
 TOY = ToyFamily.model_type
+NAMES = [*FAMILIES, TOY]
 CPU = torch.device("cpu")
 
 
@@ -80,7 +81,7 @@ class Subject:
         return processor_inputs(self.path, pixels_of(plan, index), plan, index, text=text)
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, TOY])
+@pytest.fixture(scope="module", params=NAMES)
 def subject(
     request: pytest.FixtureRequest,
     checkpoint: Callable[..., Path],
@@ -94,6 +95,10 @@ def subject(
         else:
             path = checkpoint(name)
         yield Subject(FAMILIES[name], PrefixPlanner(open_checkpoint(str(path)), "float32"))
+
+
+def test_every_family_is_tested_once() -> None:
+    assert len(set(NAMES)) == len(NAMES)
 
 
 def test_the_registry_is_the_folder() -> None:

@@ -1,8 +1,8 @@
 """A family in one file that shares nothing with Qwen-VL: what ``docs/extending.md`` describes.
 
-It is InternVL, as far as a tiny random checkpoint goes: each frame is a temporal patch of its own,
-square and of a fixed size, tokens have one position, text names the frames, and the vision tower
-has other parts under other names.
+It is InternVL under another ``model_type``, as far as a tiny random checkpoint goes: each frame is
+a temporal patch of its own, square and of a fixed size, tokens have one position, text names the
+frames, and the vision tower has other parts under other names.
 """
 
 from __future__ import annotations
@@ -28,16 +28,31 @@ from prefill_service.models.families.base import (
 from prefill_service.models.prefix_plan import FrameSampling
 from tools.tiny_tokenizer import chat_template, train_tokenizer
 
+ensure_torchvision()
 hf: Any = transformers
 
+MODEL_TYPE = "toy_video"
+"""Not ``internvl``: that name is free for a real family."""
 FRAME_TOKENS = 16
 SIDE = 56
+
+
+class ToyConfig(hf.InternVLConfig):  # type: ignore[misc]  # transformers' classes are untyped here
+    model_type = MODEL_TYPE
+
+
+class ToyModel(hf.InternVLModel):  # type: ignore[misc]
+    config_class = ToyConfig
+
+
+class ToyForConditionalGeneration(hf.InternVLForConditionalGeneration):  # type: ignore[misc]
+    config_class = ToyConfig
 
 
 class ToyFamily(Family):
     """Frames of 16 tokens, each announced by its number."""
 
-    model_type = "internvl"
+    model_type = MODEL_TYPE
     modules = ModuleNames(
         vision_blocks="vision_tower.encoder.layer",
         norms=(
@@ -121,7 +136,9 @@ class ToyFamily(Family):
 
 def build_checkpoint(folder: Path) -> Path:
     """A tiny checkpoint of it with random weights."""
-    ensure_torchvision()
+    hf.AutoConfig.register(MODEL_TYPE, ToyConfig, exist_ok=True)
+    hf.AutoModel.register(ToyConfig, ToyModel, exist_ok=True)
+    hf.AutoModelForImageTextToText.register(ToyConfig, ToyForConditionalGeneration, exist_ok=True)
     tokenizer = train_tokenizer(_template())
     tokens = {
         "start_image_token": "<|vision_start|>",
@@ -150,7 +167,7 @@ def build_checkpoint(folder: Path) -> Path:
         image_size=[SIDE, SIDE],
         patch_size=[7, 7],
     )
-    config = hf.InternVLConfig(
+    config = ToyConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids(tokens["context_image_token"]),
@@ -158,7 +175,7 @@ def build_checkpoint(folder: Path) -> Path:
     )
     config.dtype = "float32"
     torch.manual_seed(0)
-    model = hf.InternVLForConditionalGeneration(config)
+    model = ToyForConditionalGeneration(config)
     processor = hf.InternVLProcessor(
         image_processor=hf.GotOcr2ImageProcessor(size=size),
         tokenizer=tokenizer,
@@ -166,7 +183,7 @@ def build_checkpoint(folder: Path) -> Path:
         image_seq_length=FRAME_TOKENS,
         chat_template=tokenizer.chat_template,
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
