@@ -65,8 +65,8 @@ def memory_bytes(
     return scheme.exchange.memory(cost_terms(scheme, shape, chunking, options))
 
 
-def moves_queries(shape: ModelShape, query_tokens: int, kv_tokens: int) -> bool:
-    """Whether moving queries and (out, LSE) takes fewer bytes than moving K and V.
+def queries_move_from(shape: ModelShape, query_tokens: int) -> int:
+    """The fewest keys from which moving ``query_tokens`` queries is cheaper than moving keys.
 
     Per rank, both move the same share (P-1)/P of their side where K and V are divided, so the ranks
     drop out (pass-KV and pass-Q of Meta's context parallelism, arXiv 2411.01783, with the returning
@@ -74,16 +74,10 @@ def moves_queries(shape: ModelShape, query_tokens: int, kv_tokens: int) -> bool:
 
     Args:
         query_tokens: N_q, queries of the chunk, over all ranks.
-        kv_tokens: N_kv, keys so far, the chunk's included.
 
     Returns:
-        ``N_q h_q (2d + 1) < N_kv 2 h_kv d``.
+        The least N_kv, the chunk's keys included, with ``N_q h_q (2d + 1) < N_kv 2 h_kv d``.
     """
-    return query_tokens * _query_elements(shape) < kv_tokens * _key_elements(shape)
-
-
-def queries_move_from(shape: ModelShape, query_tokens: int) -> int:
-    """The fewest keys from which moving ``query_tokens`` queries is cheaper than moving keys."""
     return query_tokens * _query_elements(shape) // _key_elements(shape) + 1
 
 

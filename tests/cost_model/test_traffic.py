@@ -9,7 +9,7 @@ import pytest
 
 from prefill_service.cost_model.model_shape import PRESETS, ModelShape
 from prefill_service.cost_model.schemes import Scheme, schemes
-from prefill_service.cost_model.traffic import moves_queries, queries_move_from, traffic
+from prefill_service.cost_model.traffic import queries_move_from, traffic
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import (
@@ -225,12 +225,14 @@ def test_queries_move_exactly_when_that_is_cheaper(shape: ModelShape) -> None:
     shape = replace(shape, bytes_per_element=4)  # as wide as a log-sum-exp, as in the rule
     queries = 4 * 16
     start = queries_move_from(shape, queries)
-    assert moves_queries(shape, queries, start)
-    assert not moves_queries(shape, queries, start - 1)
+    query_elements = queries * shape.q_heads * (2 * shape.head_dim + 1)
+    key_elements = 2 * shape.kv_heads * shape.head_dim
+    assert query_elements < start * key_elements
+    assert query_elements >= (start - 1) * key_elements
     for keys in (start // queries * queries, (start // queries + 1) * queries):
         by_keys, by_queries = (
             traffic(scheme, shape, deal_tokens(keys, 4, 16, Order.ZIGZAG))
             for scheme in (Scheme(RING, 4), Scheme(PASS_Q, 4))
         )
         last = [int((t.exposed.received + t.hidden.received)[-1, 0]) for t in (by_keys, by_queries)]
-        assert (last[1] < last[0]) == moves_queries(shape, queries, keys)
+        assert (last[1] < last[0]) == (keys >= start)
