@@ -83,7 +83,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     budgets = None
     if engine.head_budgets:
         path = Path(engine.head_budgets).expanduser()
-        shape = (checkpoint.num_layers - 1, checkpoint.num_kv_heads)  # the last one does not attend
+        shape = (checkpoint.attending_layers, checkpoint.num_kv_heads)
         budgets = load_head_budgets(path, checkpoint.fingerprint, shape=shape)
     executor = PrefillExecutor(
         engine, config.video, checkpoint, dtype, device=device, runtime_dir=runtime_dir

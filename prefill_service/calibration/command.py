@@ -78,7 +78,7 @@ def _calibrate(args: argparse.Namespace, folder: Path) -> None:
         given = load_head_budgets(
             args.check,
             checkpoint.fingerprint,
-            shape=(checkpoint.num_layers - 1, checkpoint.num_kv_heads),
+            shape=(checkpoint.attending_layers, checkpoint.num_kv_heads),
             option="--check",
         )
     device = resolve_device(args.device)

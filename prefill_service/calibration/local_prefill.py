@@ -43,7 +43,7 @@ class LocalPrefill:
         self._video = video
         self._only = only
         self._shape = AttentionShape(
-            num_layers=checkpoint.num_layers - 1,  # the last one's attention is never needed
+            num_layers=checkpoint.attending_layers,
             num_tokens=video.plan.num_tokens,
             q_heads=model.num_heads,
             kv_heads=checkpoint.num_kv_heads,

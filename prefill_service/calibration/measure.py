@@ -60,7 +60,7 @@ class Bench:
         self._settings = settings
         self._step = step
         checkpoint = model.checkpoint
-        self.shape = (checkpoint.num_layers - 1, checkpoint.num_kv_heads)
+        self.shape = (checkpoint.attending_layers, checkpoint.num_kv_heads)
 
     def measure(self, epsilons: np.ndarray, label: str) -> Measured:
         """Prefill all videos with an epsilon per head, [layers, kv_heads]."""

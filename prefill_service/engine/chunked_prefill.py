@@ -261,7 +261,7 @@ def _attention_shape(rank_task: RankTask) -> AttentionShape:
     model = rank_task.worker.model
     layout = rank_task.worker.kv_layout
     return AttentionShape(
-        num_layers=layout.num_layers - 1,
+        num_layers=layout.attending_layers,
         num_tokens=rank_task.task.plan.num_tokens,
         q_heads=model.num_heads,
         kv_heads=layout.num_kv_heads,

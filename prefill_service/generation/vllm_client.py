@@ -98,7 +98,7 @@ class VllmClient:
         self._silence_s = timeout_s
 
     async def check_health(self) -> None:
-        """Ask ``/health``.
+        """Ask the server's ``/health`` whether it can serve.
 
         Raises:
             ServiceError: DECODER_UNAVAILABLE.

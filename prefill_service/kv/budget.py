@@ -35,22 +35,17 @@ class KVBudget:
     offload: bool = False
     kv_shards: int = 1
 
-    @property
-    def working_layers(self) -> int:
-        """Layers that later chunks attend to."""
-        return self.layout.num_layers - 1
-
     def layer_bytes(self, tokens: int) -> int:
         """Working set of one layer of a prefix on one rank."""
         return ceil(tokens / self.kv_shards) * (self.layout.token_bytes // self.layout.num_layers)
 
     def working_set(self, tokens: int) -> int:
         """Working set of a prefix on one rank, wherever it lies."""
-        return self.working_layers * self.layer_bytes(tokens)
+        return self.layout.attending_layers * self.layer_bytes(tokens)
 
     def least_working_bytes(self, tokens: int) -> int:
         """What of ``working_set`` cannot be offloaded."""
-        layers = self.working_layers
+        layers = self.layout.attending_layers
         return (min(layers, WORKING_SLOTS) if self.offload else layers) * self.layer_bytes(tokens)
 
     def offloads(self, tokens: int) -> bool:

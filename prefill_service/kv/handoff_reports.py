@@ -44,7 +44,7 @@ class ReportServer:
         return unix_address(self._path)
 
     async def start(self) -> None:
-        """Listen.
+        """Listen for reports on the socket ``path``.
 
         Raises:
             ServiceError: CONFIG_INVALID if the path cannot be bound.

@@ -35,6 +35,11 @@ class KVLayout:
     page_tokens: int = 64
 
     @property
+    def attending_layers(self) -> int:
+        """Layers whose attention is computed: a prefix needs only K and V of the last one."""
+        return self.num_layers - 1
+
+    @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
         """Elements of one page, outermost first."""
         return (self.num_layers, 2, self.page_tokens, self.num_kv_heads, self.head_dim)

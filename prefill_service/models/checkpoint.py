@@ -35,6 +35,11 @@ class Checkpoint:
     max_position_embeddings: int
     dtype: str
 
+    @property
+    def attending_layers(self) -> int:
+        """Layers whose attention is computed: a prefix needs only K and V of the last one."""
+        return self.num_layers - 1
+
 
 def open_checkpoint(model: str) -> Checkpoint:
     """Find ``model`` (a folder, or a hub id, which is downloaded) and check it.

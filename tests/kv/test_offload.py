@@ -97,7 +97,7 @@ def test_same_bits_below_the_bound(
     kv.close()
     assert report.high_water_bytes <= limit
     away = SHAPE.num_layers * SHAPE.layer_bytes - (report.high_water_bytes - 2 * SHAPE.layer_bytes)
-    assert report.offloaded_bytes == away  # every row has one home
+    assert report.offloaded_bytes == away  # every row has one backing
     assert (report.moved_bytes > 0) == (report.offloaded_bytes > 0)
     assert list(tmp_path.iterdir()) == []
 
@@ -140,9 +140,9 @@ class SlowFile(FileCopyEngine):
 
     bandwidth = 16e6
 
-    def _move(self, rows: Tensor, home: HostRows, inward: bool) -> None:
+    def _move(self, rows: Tensor, backing: HostRows, to_device: bool) -> None:
         start = time.perf_counter()
-        super()._move(rows, home, inward)
+        super()._move(rows, backing, to_device)
         left = rows.numel() * rows.element_size() / self.bandwidth
         time.sleep(max(0.0, left - (time.perf_counter() - start)))
 
@@ -218,11 +218,11 @@ class Broken(FileCopyEngine):
         self.moves = moves
         super().__init__(shape, folder)
 
-    def _move(self, rows: Tensor, home: HostRows, inward: bool) -> None:
+    def _move(self, rows: Tensor, backing: HostRows, to_device: bool) -> None:
         self.moves -= 1
         if self.moves < 0:
             raise OSError(5, "Input/output error")
-        super()._move(rows, home, inward)
+        super()._move(rows, backing, to_device)
 
 
 def test_a_copy_that_fails_is_told_and_interrupts_nothing(tmp_path: Path) -> None:

@@ -30,18 +30,18 @@ class HostRows:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One copy: ``rows`` of a buffer, from ``home`` if ``inward``, else to it.
+    """One copy: ``rows`` of a buffer, from ``backing`` if ``to_device``, else to it.
 
-    A home is rows of the store, or a tensor on the device.
+    The backing is rows of the store, or a tensor on the device.
     """
 
     rows: Tensor
-    home: HostRows | Tensor
-    inward: bool
+    backing: HostRows | Tensor
+    to_device: bool
 
     @property
     def num_bytes(self) -> int:
-        """Bytes copied."""
+        """Bytes that this copy moves."""
         return self.rows.numel() * self.rows.element_size()
 
 
@@ -83,7 +83,8 @@ class CopyEngine(ABC):
     """
 
     def __init__(self) -> None:
-        self.host_rate, self.device_rate = Rate(), Rate()
+        self.host_rate = Rate()
+        self.device_rate = Rate()
         self.moved_bytes = 0
         self.failure: ServiceError | None = None
 
@@ -116,13 +117,16 @@ class CopyEngine(ABC):
 def probe(engine: CopyEngine, shape: AttentionShape) -> None:
     """Copy some rows each way, so that both rates of a fresh engine are known."""
     rows = max(1, min(shape.num_tokens, _PROBE_BYTES // shape.row_bytes))
-    buffer, other = shape.empty(rows).zero_(), shape.empty(rows)
+    buffer = shape.empty(rows).zero_()
+    other = shape.empty(rows)
     for _ in range(2):  # the first touch of memory says little
-        engine.host_rate, engine.device_rate = Rate(), Rate()
-        for home in (HostRows(0, 0, rows), other):
-            rate = engine.device_rate if home is other else engine.host_rate
-            for inward in (False, True):
-                copy, start = Copy(buffer, home, inward), engine.mark()
+        engine.host_rate = Rate()
+        engine.device_rate = Rate()
+        for backing in (HostRows(0, 0, rows), other):
+            rate = engine.device_rate if backing is other else engine.host_rate
+            for to_device in (False, True):
+                copy = Copy(buffer, backing, to_device)
+                start = engine.mark()
                 engine.wait(engine.submit([copy]))
                 rate.add(copy.num_bytes, engine.seconds(start, engine.mark()))
     engine.moved_bytes = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import Reason, ServiceError
@@ -50,45 +51,47 @@ class CudaCopyEngine(CopyEngine):
         probe(self, shape)
         self._stalls.clear()
 
+    @override
     def submit(self, copies: Sequence[Copy]) -> Ticket:
-        """See ``CopyEngine``."""
         assert self._rows is not None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for copy in copies:
-                home = copy.home
-                if not isinstance(home, Tensor):
-                    home = self._rows[home.layer, home.start : home.end]
+                backing = copy.backing
+                if not isinstance(backing, Tensor):
+                    backing = self._rows[backing.layer, backing.start : backing.end]
                     self.moved_bytes += copy.num_bytes
-                target, source = (copy.rows, home) if copy.inward else (home, copy.rows)
+                target, source = (copy.rows, backing) if copy.to_device else (backing, copy.rows)
                 target.copy_(source, non_blocking=True)
         return _Event(self._record(self._stream))
 
+    @override
     def wait(self, ticket: Ticket) -> None:
-        """See ``CopyEngine``: the stream that computes waits, the host goes on."""
+        # The stream that computes waits, the host goes on.
         assert isinstance(ticket, _Event)
         computing = torch.cuda.current_stream(self._device)
         before = self._record(computing)
         computing.wait_event(ticket.event)
         self._stalls.append((before, self._record(computing)))
 
+    @override
     def mark(self) -> Mark:
-        """See ``CopyEngine``."""
         return _Event(self._record(torch.cuda.current_stream(self._device)))
 
+    @override
     def seconds(self, start: Mark, end: Mark) -> float:
-        """See ``CopyEngine``; waits until the computing has got there."""
+        # Waits until the computing has got there.
         assert isinstance(start, _Event)
         assert isinstance(end, _Event)
         return _seconds(start.event, end.event)
 
     @property
+    @override
     def stalled_s(self) -> float:
-        """See ``CopyEngine``."""
         return sum(_seconds(before, after) for before, after in self._stalls)
 
+    @override
     def close(self) -> None:
-        """See ``CopyEngine``."""
         if self._rows is None:
             return
         self._stream.synchronize()

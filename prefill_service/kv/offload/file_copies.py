@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prefill_service.attention_shape import AttentionShape
 from prefill_service.errors import Reason, ServiceError
@@ -47,7 +48,8 @@ class FileCopyEngine(CopyEngine):
 
     def __init__(self, shape: AttentionShape, folder: Path) -> None:
         super().__init__()
-        self._layer_bytes, self._row_bytes = shape.layer_bytes, shape.row_bytes
+        self._layer_bytes = shape.layer_bytes
+        self._row_bytes = shape.row_bytes
         self._folder = folder
         self._stalled_s = 0.0
         self._file = tempfile.TemporaryFile(dir=folder, prefix="offload-")  # noqa: SIM115
@@ -65,37 +67,37 @@ class FileCopyEngine(CopyEngine):
             raise self.failure
         self._stalled_s = 0.0
 
+    @override
     def submit(self, copies: Sequence[Copy]) -> Ticket:
-        """See ``CopyEngine``."""
         work = _Work(copies)
         self._queue.put(work)
         return work
 
+    @override
     def wait(self, ticket: Ticket) -> None:
-        """See ``CopyEngine``."""
         assert isinstance(ticket, _Work)
         if not ticket.done.is_set():
             start = time.perf_counter()
             ticket.done.wait()
             self._stalled_s += time.perf_counter() - start
 
+    @override
     def mark(self) -> Mark:
-        """See ``CopyEngine``."""
         return _Instant(time.perf_counter())
 
+    @override
     def seconds(self, start: Mark, end: Mark) -> float:
-        """See ``CopyEngine``."""
         assert isinstance(start, _Instant)
         assert isinstance(end, _Instant)
         return end.at - start.at
 
     @property
+    @override
     def stalled_s(self) -> float:
-        """See ``CopyEngine``."""
         return self._stalled_s
 
+    @override
     def close(self) -> None:
-        """See ``CopyEngine``."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -125,22 +127,23 @@ class FileCopyEngine(CopyEngine):
 
     def _copy(self, copy: Copy) -> None:
         start = time.perf_counter()
-        if isinstance(copy.home, Tensor):
-            target, source = (copy.rows, copy.home) if copy.inward else (copy.home, copy.rows)
+        if isinstance(copy.backing, Tensor):
+            backing = copy.backing
+            target, source = (copy.rows, backing) if copy.to_device else (backing, copy.rows)
             target.copy_(source)
             self.device_rate.add(copy.num_bytes, time.perf_counter() - start)
             return
-        self._move(copy.rows, copy.home, copy.inward)
+        self._move(copy.rows, copy.backing, copy.to_device)
         self.moved_bytes += copy.num_bytes
         self.host_rate.add(copy.num_bytes, time.perf_counter() - start)
 
-    def _move(self, rows: Tensor, home: HostRows, inward: bool) -> None:
+    def _move(self, rows: Tensor, backing: HostRows, to_device: bool) -> None:
         """Between contiguous rows and the file; both calls let other threads run."""
         raw = memoryview(rows.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        offset = home.layer * self._layer_bytes + home.start * self._row_bytes
+        offset = backing.layer * self._layer_bytes + backing.start * self._row_bytes
         while raw:
             fd = self._file.fileno()
-            done = os.preadv(fd, [raw], offset) if inward else os.pwrite(fd, raw, offset)
+            done = os.preadv(fd, [raw], offset) if to_device else os.pwrite(fd, raw, offset)
             if not done:
                 raise OSError(errno.EIO, f"the file ends at byte {offset}")
             raw, offset = raw[done:], offset + done

@@ -11,7 +11,7 @@ class OffloadReport:
 
     Attributes:
         high_water_bytes: most bytes that lay on the device at once.
-        offloaded_bytes: bytes whose home is elsewhere at the end.
+        offloaded_bytes: bytes that are stored off the device at the end.
         moved_bytes: to and from there.
         stalled_s: seconds that computing waited for a layer.
     """

@@ -1,9 +1,9 @@
-"""A working set larger than its bound: rows at home elsewhere, brought to the device in time.
+"""A working set larger than its bound: rows stored elsewhere, brought to the device in time.
 
 Two buffers of one layer each are on the device: while one layer computes, the next one's rows
 arrive in the other (prefetch), after the rows that the layer before has written left it
-(write-back). A row's home is fixed when its chunk begins: the store of the ``CopyEngine``, or what
-the bound leaves on the device.
+(write-back). What backs a row is fixed when its chunk begins: the store of the ``CopyEngine``, or
+what the bound leaves on the device.
 
 How much of a chunk goes to the store follows SPPO (arXiv 2503.10377): the fraction
 ``f = min(1, t_compute * B_copy / bytes)`` whose copies hide behind computing, here less those that
@@ -62,7 +62,7 @@ def hidden_share(costs: ChunkCosts) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Rows [start, end) of every layer and their home: the store, or ``kept``."""
+    """Rows [start, end) of every layer and what backs them: the store, or ``kept``."""
 
     start: int
     end: int
@@ -123,30 +123,31 @@ class OffloadedKV:
                 needed_bytes=least,
                 pool_bytes=limit_bytes,
             )
-        self._shape, self._engine, self._share = shape, engine, share
+        self._shape = shape
+        self._engine = engine
+        self._share = share
         self._free = [shape.empty(shape.num_tokens) for _ in range(WORKING_SLOTS)]
-        self._away = 0  # rows at home in the store
-        self._room = limit_bytes - least  # for rows at home on the device
+        self._stored = 0  # rows that the store backs
+        self._room = limit_bytes - least  # for rows that are kept on the device
         self._bytes = least
         self._buffers: dict[int, Tensor] = {}
         self._arriving: dict[int, Ticket] = {}
         self._wanted: int | None = None
         self._runs: list[_Run] = []
-        self._done = [0] * shape.num_layers  # rows that are in their homes
+        self._done = [0] * shape.num_layers  # rows that are in their backing
         self._touched: dict[int, tuple[int, int]] = {}
         self._chunk = (0, 0)
         self._resumed: Mark | None = None
         self._spans: list[tuple[Mark, Mark]] = []  # of computing, between two layers' waits
 
     def start_chunk(self, start: int, end: int) -> None:
-        """See ``KVBuffers``."""
         compute_s = self._expected_seconds(end - start)
-        self._resumed, self._spans = None, []
+        self._resumed = None
+        self._spans = []
         self._chunk = (start, end)
         self._settle(start, end, compute_s)
 
     def acquire(self, layer: int) -> Tensor:
-        """See ``KVBuffers``."""
         if self._resumed is not None:
             self._spans.append((self._resumed, self._engine.mark()))
         self._fetch(layer)
@@ -160,22 +161,19 @@ class OffloadedKV:
         return self._buffers[layer]
 
     def layer(self, layer: int) -> Tensor:
-        """See ``KVBuffers``."""
         return self._buffers[layer]
 
     def touch(self, layer: int, start: int, end: int) -> None:
-        """See ``KVBuffers``."""
         first, last = self._touched.get(layer, (start, end))
         self._touched[layer] = (min(first, start), max(last, end))
 
     def release(self, layer: int) -> None:
-        """See ``KVBuffers``."""
         buffer = self._buffers.pop(layer)
         start, end = self._chunk
-        copies = self._copies(layer, buffer, start, end, inward=False)
+        copies = self._copies(layer, buffer, start, end, to_device=False)
         if layer in self._touched:
             first, last = self._touched.pop(layer)
-            copies += self._copies(layer, buffer, first, min(last, start), inward=False)
+            copies += self._copies(layer, buffer, first, min(last, start), to_device=False)
         if end < self._shape.num_tokens:  # after the last chunk nobody wants them
             self._engine.submit(copies)
         self._done[layer] = end
@@ -200,20 +198,21 @@ class OffloadedKV:
         """What it took so far; also after ``close``."""
         return OffloadReport(
             high_water_bytes=self._bytes,  # kept rows are never given back before the end
-            offloaded_bytes=self._away * self._shape.num_layers * self._shape.row_bytes,
+            offloaded_bytes=self._stored * self._shape.num_layers * self._shape.row_bytes,
             moved_bytes=self._engine.moved_bytes,
             stalled_s=self._engine.stalled_s,
         )
 
     def close(self) -> None:
-        """See ``KVBuffers``."""
         self._engine.close()
-        self._buffers, self._free, self._runs = {}, [], []
+        self._buffers = {}
+        self._free = []
+        self._runs = []
 
     # ---- steps -----------------------------------------------------------------------------
 
     def _expected_seconds(self, rows: int) -> float:
-        """Of computing a chunk of so many rows, from the last one's; 0 before there was any."""
+        """Seconds that so many rows will take to compute, from the last chunk's; 0 without one."""
         last = self._chunk[1] - self._chunk[0]
         if not last or not self._spans:
             return 0.0
@@ -221,7 +220,7 @@ class OffloadedKV:
         return seconds * self._shape.num_layers / len(self._spans) * min(1.0, rows / last)
 
     def _settle(self, start: int, end: int, compute_s: float) -> None:
-        """Give the chunk's rows their homes."""
+        """Decide what backs the chunk's rows."""
         row_bytes = self._shape.num_layers * self._shape.row_bytes
         kept = sum(run.end - run.start for run in self._runs if run.kept is not None)
         costs = ChunkCosts(
@@ -232,18 +231,18 @@ class OffloadedKV:
             host_rate=self._engine.host_rate.read(),
             device_rate=self._engine.device_rate.read(),
         )
-        away = round(self._share(costs) * (end - start))
-        away = max(away, end - start - self._room // row_bytes)
-        self._away += away
-        if away:
+        stored = round(self._share(costs) * (end - start))
+        stored = max(stored, end - start - self._room // row_bytes)
+        self._stored += stored
+        if stored:
             first = start
             if self._runs and self._runs[-1].kept is None:
                 first = self._runs.pop().start
-            self._runs.append(_Run(first, start + away, None))
-        if start + away < end:
-            rows = end - start - away
+            self._runs.append(_Run(first, start + stored, None))
+        if start + stored < end:
+            rows = end - start - stored
             self._runs.append(
-                _Run(start + away, end, self._shape.empty(self._shape.num_layers, rows))
+                _Run(start + stored, end, self._shape.empty(self._shape.num_layers, rows))
             )
             self._room -= rows * row_bytes
             self._bytes += rows * row_bytes
@@ -260,18 +259,21 @@ class OffloadedKV:
         if self._wanted == layer:
             self._wanted = None
         buffer = self._buffers[layer] = self._free.pop()
-        copies = self._copies(layer, buffer, 0, self._done[layer], inward=True)
+        copies = self._copies(layer, buffer, 0, self._done[layer], to_device=True)
         self._arriving[layer] = self._engine.submit(copies)
 
-    def _copies(self, layer: int, buffer: Tensor, start: int, end: int, inward: bool) -> list[Copy]:
-        """Between rows [start, end) of a buffer and their homes."""
+    def _copies(
+        self, layer: int, buffer: Tensor, start: int, end: int, *, to_device: bool
+    ) -> list[Copy]:
+        """The copies between rows [start, end) of a buffer and their backing."""
         copies: list[Copy] = []
         for run in self._runs:
-            a, b = max(start, run.start), min(end, run.end)
+            a = max(start, run.start)
+            b = min(end, run.end)
             if a >= b:
                 continue
-            home: HostRows | Tensor = HostRows(layer, a, b)
+            backing: HostRows | Tensor = HostRows(layer, a, b)
             if run.kept is not None:
-                home = run.kept[layer, a - run.start : b - run.start]
-            copies.append(Copy(buffer[a:b], home, inward))
+                backing = run.kept[layer, a - run.start : b - run.start]
+            copies.append(Copy(buffer[a:b], backing, to_device))
         return copies
