@@ -3,13 +3,13 @@
 One Unix stream socket per consumer and rank. Each message is one JSON object on one line.
 
     -> {"op": "open", "prefix_id": ..., "generation": ..., "lease_id": ...}
-    <- {"ok": true, "segment_bytes": n}            and, as SCM_RIGHTS, the segment's memfd
+    <- {"ok": true, "memory_bytes": n}             and, as SCM_RIGHTS, the shared memory's memfd
     -> {"op": "pages", "first": i, "count": n}
     <- {"ok": true, "checksums": [xxh3_64 of each page's bytes, as integers]}
 
 ``pages`` blocks until the pages are complete, so a consumer may ask while later chunks are
 being computed. Errors are ``{"ok": false, "reason": ..., "message": ..., "metadata": {}}``
-(``ServiceError.to_dict``) and end the connection. The consumer maps the segment read-only,
+(``ServiceError.to_dict``) and end the connection. The consumer maps the shared memory read-only,
 copies pages out, and compares checksums before it publishes anything.
 
 When a load has ended, well or badly, the consumer sends one line to the service's report

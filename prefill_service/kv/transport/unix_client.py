@@ -45,7 +45,7 @@ class UnixConnection(PageConnection):
                     "lease_id": self._request.lease_id,
                 }
             )
-            self._memory = self._map(self._reader.fds, int(answer["segment_bytes"]))
+            self._memory = self._map(self._reader.fds, int(answer["memory_bytes"]))
         finally:
             self._reader.close()
 
@@ -107,7 +107,7 @@ class UnixConnection(PageConnection):
         if not sealed or actual != size or size < needed:
             raise ServiceError(
                 Reason.KV_MISMATCH,
-                f"rank {request.rank} offers a segment of {actual} bytes (announced {size}, "
+                f"rank {request.rank} offers {actual} bytes of shared memory (announced {size}, "
                 f"sealed: {sealed}); the manifest needs {needed}",
                 rank=request.rank,
                 bytes=actual,
