@@ -180,7 +180,7 @@ def _attention(
     layer_kv: LayerKV,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """``AttentionInterface`` entry.
+    """What transformers' ``AttentionInterface`` calls: attention is that of ``layer_kv``.
 
     Takes query [1, q_heads, tokens, head_dim], gives [1, tokens, q_heads, head_dim].
     """

@@ -146,7 +146,7 @@ class ToyTransport(Transport):
         return ToyServer(store)
 
     @override
-    def connect(self, request: PullRequest) -> PageConnection:
+    def make_connection(self, request: PullRequest) -> PageConnection:
         return ToyConnection(request)
 
 

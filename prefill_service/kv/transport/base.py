@@ -145,5 +145,5 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def connect(self, request: PullRequest) -> PageConnection:
+    def make_connection(self, request: PullRequest) -> PageConnection:
         """A connection to the rank that the request names, not yet opened."""

@@ -23,7 +23,7 @@ class UnixTransport(Transport):
         return UnixPageServer(store, folder / f"{name}.sock")
 
     @override
-    def connect(self, request: PullRequest) -> PageConnection:
+    def make_connection(self, request: PullRequest) -> PageConnection:
         return UnixConnection(request)
 
 

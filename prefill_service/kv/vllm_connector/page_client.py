@@ -146,7 +146,7 @@ class _RankPuller(threading.Thread):
         super().__init__(name=f"kv-pull-{request.rank}", daemon=True)
         self._request = request
         self._batches = batches
-        self._connection = transport_of(request.endpoint).connect(request)
+        self._connection = transport_of(request.endpoint).make_connection(request)
         self._ready: queue.Queue[PageBatch | ServiceError] = queue.Queue()
         self._free_slots = threading.Semaphore(_QUEUED_BATCHES)
         self._stopped = threading.Event()
