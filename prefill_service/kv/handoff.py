@@ -3,7 +3,7 @@
 One Unix stream socket per consumer and rank. Each message is one JSON object on one line.
 
     -> {"op": "open", "prefix_id": ..., "generation": ..., "lease_id": ...}
-    <- {"ok": true, "memory_bytes": n}             and, as SCM_RIGHTS, the shared memory's memfd
+    <- {"ok": true, "segment_bytes": n}             and, as SCM_RIGHTS, the shared memory's memfd
     -> {"op": "pages", "first": i, "count": n}
     <- {"ok": true, "checksums": [xxh3_64 of each page's bytes, as integers]}
 

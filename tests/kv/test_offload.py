@@ -90,7 +90,7 @@ def test_same_bits_below_the_bound(
     tmp_path: Path, expected: dict[bool, Tensor], share: object, layers: float, reorder: bool
 ) -> None:
     limit = int(layers * SHAPE.layer_bytes)
-    kv = OffloadedKV(SHAPE, limit, FileCopyEngine(SHAPE, tmp_path), share)  # type: ignore[arg-type]
+    kv = OffloadedKV(SHAPE, limit, FileCopyEngine(SHAPE, tmp_path).start(), share)  # type: ignore[arg-type]
     assert torch.equal(run(kv, SHAPE, reorder), expected[reorder])
     report = kv.report()
     kv.close()
@@ -104,14 +104,14 @@ def test_same_bits_below_the_bound(
 
 def test_bfloat16_rows_return_as_they_were(tmp_path: Path) -> None:
     shape = replace(SHAPE, dtype=torch.bfloat16)
-    kv = OffloadedKV(shape, 2 * shape.layer_bytes, FileCopyEngine(shape, tmp_path))
+    kv = OffloadedKV(shape, 2 * shape.layer_bytes, FileCopyEngine(shape, tmp_path).start())
     assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
     kv.close()
 
 
 def test_inference_mode_tensors_travel(tmp_path: Path, expected: dict[bool, Tensor]) -> None:
     with torch.inference_mode():
-        kv = OffloadedKV(SHAPE, 3 * SHAPE.layer_bytes, FileCopyEngine(SHAPE, tmp_path))
+        kv = OffloadedKV(SHAPE, 3 * SHAPE.layer_bytes, FileCopyEngine(SHAPE, tmp_path).start())
         assert torch.equal(run(kv, SHAPE), expected[False])
     kv.close()
 
@@ -153,7 +153,7 @@ SLOW = replace(SHAPE, num_layers=6, num_tokens=12 * CHUNK, head_dim=64)
 
 def timed(tmp_path: Path, share: object) -> tuple[float, float, list[int], int]:
     """Seconds stalled, seconds computed, rows offloaded after each chunk, and the high water."""
-    kv = OffloadedKV(SLOW, 1 << 40, SlowFile(SLOW, tmp_path), share)  # type: ignore[arg-type]
+    kv = OffloadedKV(SLOW, 1 << 40, SlowFile(SLOW, tmp_path).start(), share)  # type: ignore[arg-type]
     away = []
     computed = 0.0
     for number, (start, end) in enumerate(chunks(SLOW)):
@@ -207,7 +207,7 @@ def test_the_rule() -> None:
 def test_more_than_the_disk_is_refused(tmp_path: Path) -> None:
     huge = replace(SHAPE, num_tokens=1 << 38)
     with pytest.raises(ServiceError, match=r"no space for \d+ bytes of offloaded KV in") as caught:
-        FileCopyEngine(huge, tmp_path)
+        FileCopyEngine(huge, tmp_path).start()
     assert caught.value.reason is Reason.KV_POOL_FULL
 
 
@@ -227,7 +227,7 @@ class Broken(FileCopyEngine):
 
 def test_a_copy_that_fails_is_told_and_interrupts_nothing(tmp_path: Path) -> None:
     """Other ranks wait for what this one sends: it goes on until they agree to stop."""
-    engine = Broken(SHAPE, tmp_path, float("inf"))
+    engine = Broken(SHAPE, tmp_path, float("inf")).start()
     kv = OffloadedKV(SHAPE, 2 * SHAPE.layer_bytes, engine)
     assert kv.failure is None
     engine.moves = 3
@@ -240,12 +240,12 @@ def test_a_copy_that_fails_is_told_and_interrupts_nothing(tmp_path: Path) -> Non
 
 def test_a_file_that_cannot_be_written_fails_at_once(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=r"cannot be moved: Input/output error"):
-        Broken(SHAPE, tmp_path, 0)
+        Broken(SHAPE, tmp_path, 0).start()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_three_layers_at_a_time_are_a_bug(tmp_path: Path) -> None:
-    kv = OffloadedKV(SHAPE, 2 * SHAPE.layer_bytes, FileCopyEngine(SHAPE, tmp_path))
+    kv = OffloadedKV(SHAPE, 2 * SHAPE.layer_bytes, FileCopyEngine(SHAPE, tmp_path).start())
     kv.start_chunk(0, 10)
     kv.acquire(0)
     kv.acquire(1)
@@ -258,7 +258,7 @@ def test_three_layers_at_a_time_are_a_bug(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [2, 4])
 def test_cuda_streams(layers: int) -> None:
     shape = replace(SHAPE, dtype=torch.bfloat16, device=torch.device("cuda"))
-    engine: CopyEngine = CudaCopyEngine(shape)
+    engine: CopyEngine = CudaCopyEngine(shape).start()
     kv = OffloadedKV(shape, layers * shape.layer_bytes, engine)
     assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
     report = kv.report()

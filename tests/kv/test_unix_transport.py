@@ -79,7 +79,7 @@ def test_a_reader_cannot_change_the_pages(tmp_path: Path) -> None:
         message = {"op": "open", "prefix_id": "prefix", "generation": GENERATION}
         connection.sendall(encode_line({**message, "lease_id": "lease"}))
         answer = reader.read()
-        assert answer == {"ok": True, "memory_bytes": 2 * LAYOUT.page_bytes}
+        assert answer == {"ok": True, "segment_bytes": 2 * LAYOUT.page_bytes}
         (fd,) = reader.fds
         with pytest.raises(PermissionError):
             mmap.mmap(fd, LAYOUT.page_bytes)  # writable

@@ -186,7 +186,7 @@ class Spied(DemandExchange):
 
 def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
     """Room for half a layer beside the two that are always here."""
-    engine = FileCopyEngine(shape, folder)
+    engine = FileCopyEngine(shape, folder).start()
     device_bytes = int(2.5 * shape.layer_bytes)
     return OffloadedKV(shape, device_bytes, engine, lambda _: 0.4)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -87,6 +88,10 @@ class CopyEngine(ABC):
         self.device_rate = Rate()
         self.moved_bytes = 0
         self.failure: ServiceError | None = None
+
+    @abstractmethod
+    def start(self) -> Self:
+        """Get room for the rows and begin; returns itself, its rates measured."""
 
     @abstractmethod
     def submit(self, copies: Sequence[Copy]) -> Ticket:

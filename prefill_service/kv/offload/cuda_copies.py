@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,22 +26,30 @@ class CudaCopyEngine(CopyEngine):
     Speeds are those of the probe: a copy engine of a GPU shares its link with little else.
 
     Args:
-        shape: of the working set; host memory for the whole of it is locked.
-
-    Raises:
-        ServiceError: KV_POOL_FULL if so much memory cannot be had or locked.
+        shape: of the working set; ``start`` locks host memory for the whole of it.
     """
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
+        self._shape = shape
         self._device = shape.device
         self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
         self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._rows: Tensor | None = None
+
+    @override
+    def start(self) -> Self:
+        """Lock the memory and begin.
+
+        Raises:
+            ServiceError: KV_POOL_FULL if so much memory cannot be had or locked.
+        """
+        shape = self._shape
         # torch's pinned allocator rounds up to a power of two; this much memory must be exact.
         size = (shape.num_layers, shape.num_tokens, *shape.row)
         num_bytes = shape.num_layers * shape.layer_bytes
         try:
-            self._rows: Tensor | None = torch.empty(size, dtype=shape.dtype)
+            self._rows = torch.empty(size, dtype=shape.dtype)
         except RuntimeError as error:
             raise _no_memory(num_bytes, str(error)) from error
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -50,6 +58,7 @@ class CudaCopyEngine(CopyEngine):
             raise _no_memory(num_bytes, f"cudaHostRegister gives error {code}")
         probe(self, shape)
         self._stalls.clear()
+        return self
 
     @override
     def submit(self, copies: Sequence[Copy]) -> Ticket:

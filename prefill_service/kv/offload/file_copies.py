@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Self
 
 import torch
 from torch import Tensor
@@ -39,33 +40,39 @@ class FileCopyEngine(CopyEngine):
     file on a disk costs little until memory is short. In a folder on tmpfs it is memory.
 
     Args:
-        shape: of the working set; the whole of it is reserved.
+        shape: of the working set; ``start`` reserves the whole of it.
         folder: for the file.
-
-    Raises:
-        ServiceError: KV_POOL_FULL if there is no space; PREFILL_FAILED if nothing can be moved.
     """
 
     def __init__(self, shape: AttentionShape, folder: Path) -> None:
         super().__init__()
-        self._layer_bytes = shape.layer_bytes
-        self._row_bytes = shape.row_bytes
+        self._shape = shape
         self._folder = folder
         self._stalled_s = 0.0
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="offload-")  # noqa: SIM115
+        self._file: IO[bytes]
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
+
+    @override
+    def start(self) -> Self:
+        """Make the file and begin.
+
+        Raises:
+            ServiceError: KV_POOL_FULL if there is no space; PREFILL_FAILED if nothing can be moved.
+        """
+        self._file = tempfile.TemporaryFile(dir=self._folder, prefix="offload-")  # noqa: SIM115
         try:
-            self._reserve(shape.num_layers * shape.layer_bytes)
+            self._reserve(self._shape.num_layers * self._shape.layer_bytes)
         except ServiceError:
             self._file.close()
             raise
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
         self._thread.start()
-        probe(self, shape)
+        probe(self, self._shape)
         if self.failure is not None:
             self.close()
             raise self.failure
         self._stalled_s = 0.0
+        return self
 
     @override
     def submit(self, copies: Sequence[Copy]) -> Ticket:
@@ -140,7 +147,7 @@ class FileCopyEngine(CopyEngine):
     def _move(self, rows: Tensor, backing: HostRows, to_device: bool) -> None:
         """Between contiguous rows and the file; both calls let other threads run."""
         raw = memoryview(rows.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        offset = backing.layer * self._layer_bytes + backing.start * self._row_bytes
+        offset = backing.layer * self._shape.layer_bytes + backing.start * self._shape.row_bytes
         while raw:
             fd = self._file.fileno()
             done = os.preadv(fd, [raw], offset) if to_device else os.pwrite(fd, raw, offset)

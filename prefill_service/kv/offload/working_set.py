@@ -82,7 +82,9 @@ def open_working(budget: KVBudget, shape: AttentionShape, folder: Path) -> Offlo
     """
     if not budget.offloads(shape.num_tokens):
         return None
-    engine = CudaCopyEngine(shape) if shape.device.type == "cuda" else FileCopyEngine(shape, folder)
+    on_gpu = shape.device.type == "cuda"
+    engine: CopyEngine = CudaCopyEngine(shape) if on_gpu else FileCopyEngine(shape, folder)
+    engine.start()
     try:
         return OffloadedKV(shape, budget.working_bytes, engine)
     except BaseException:

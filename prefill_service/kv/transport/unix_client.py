@@ -45,7 +45,7 @@ class UnixConnection(PageConnection):
                     "lease_id": self._request.lease_id,
                 }
             )
-            self._memory = self._map(self._reader.fds, int(answer["memory_bytes"]))
+            self._memory = self._map(self._reader.fds, int(answer["segment_bytes"]))
         finally:
             self._reader.close()
 

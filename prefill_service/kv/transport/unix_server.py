@@ -130,7 +130,7 @@ class _Session:
                 str(message["prefix_id"]), int(message["generation"]), self._lease_id, self._wanted
             )
             try:
-                line = encode_line({"ok": True, "memory_bytes": self._file.num_bytes})
+                line = encode_line({"ok": True, "segment_bytes": self._file.num_bytes})
                 sent = socket.send_fds(self._connection, [line], [fd])
                 self._connection.sendall(line[sent:])
             finally:
