@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ def _compute(
     model: Path, size: tuple[int, int, int], new_tokens: int
 ) -> tuple[PrefixPlan, np.ndarray, list[list[int]], list[list[int]]]:
     from prefill_service.models.checkpoint import open_checkpoint
+    from prefill_service.models.family_registry import FAMILIES
     from prefill_service.models.prefix_plan import FrameSampling
     from prefill_service.models.prefix_planner import PrefixPlanner
     from prefill_service.video.index import VideoIndex
@@ -70,22 +71,23 @@ def _compute(
         frames / 4,
     )
     planner = PrefixPlanner(open_checkpoint(str(model)), "float32")
-    pixels = height * width
-    sampling = FrameSampling(
-        num_frames=frames,
-        min_pixels=1,
-        max_pixels=pixels * (frames if "qwen3" in str(model) else 1),
-    )
+    _, processor = load(model, torch.float32)
+    sampling = FrameSampling(num_frames=frames)
+    if FAMILIES[planner.checkpoint.family].pixel_limits(processor.video_processor, sampling):
+        # No less than the video has, whether a frame's pixels are limited or the whole video's.
+        sampling = replace(sampling, min_pixels=1, max_pixels=frames * height * width)
     plan = planner.plan(index, f"{frames}x{height}x{width}", sampling, "")
     blocks = (len(plan.frame_indices), height // 32 + 1, width // 32 + 1, 3)
     colours = np.random.default_rng(0).integers(0, 256, blocks, np.uint8)
     video = colours.repeat(32, 1).repeat(32, 2)[:, :height, :width]
-    _, processor = load(model, torch.float32)
-    processor.video_processor.size = {
-        "shortest_edge": sampling.min_pixels,
-        "longest_edge": sampling.max_pixels,
-    }
-    inputs = processor_inputs(model, video, plan, index, text=planner.chat.prefix(""))
+    inputs = processor_inputs(
+        model,
+        video,
+        plan,
+        index,
+        text=planner.chat.prefix(""),
+        size_kwargs=planner.sampler.size_kwargs(sampling),
+    )
     assert inputs["input_ids"][0].tolist() == plan.token_ids.tolist()
     cache = prefix_cache(model, inputs, plan)
     prompts = []

@@ -25,7 +25,8 @@ from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.video.index import VideoIndex
 from tests.models.toy_family import ToyFamily, build_checkpoint
-from tests.oracles.transformers_forward import load, prefix_kv, processor_inputs
+from tests.oracles.transformers_forward import load, prefix_cache, prefix_kv, processor_inputs
+from tests.oracles.transformers_greedy import generate, greedy
 
 TOY = ToyFamily.model_type
 NAMES = [*FAMILIES, TOY]
@@ -232,6 +233,21 @@ def test_prefill_in_chunks_is_transformers_forward(subject: Subject, mlp_chunk_t
         )
         start = end
     torch.testing.assert_close(kept.all(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_greedy_tokens_by_the_plans_positions_are_transformers_generate(subject: Subject) -> None:
+    """Checks the oracle of ``tests/generation``, on a video so short that positions agree."""
+    planner = subject.planner
+    plan = subject.plan(9)
+    chat = [("user", "what happens?")]
+    prompt = planner.prompt_token_ids(plan, chat)
+    index = index_of(9)
+    text = planner.chat.render("", chat, add_generation_prompt=True)
+    inputs = processor_inputs(subject.path, pixels_of(plan, index), plan, index, text=text)
+    assert inputs["input_ids"][0].tolist() == prompt
+    cache = prefix_cache(subject.path, subject.whole(plan), plan)
+    tokens = greedy(subject.path, cache, prompt, plan, new_tokens=4)
+    assert tokens == generate(subject.path, inputs, 4)
 
 
 def chunk_ends(plan: PrefixPlan, patches: int) -> list[int]:

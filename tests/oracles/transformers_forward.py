@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
+from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.video.index import VideoIndex
 
@@ -28,14 +30,15 @@ def processor_inputs(
     index: VideoIndex,
     *,
     text: str,
-    max_pixels: int | None = None,
+    size_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The family's processor on the whole video at once. frames: [frames, height, width, 3]."""
+    """The family's processor on the whole video at once.
+
+    Args:
+        frames: [frames, height, width, 3].
+        size_kwargs: by ``FrameSampler.size_kwargs``; the processor's own size without them.
+    """
     _, processor = load(model, torch.float32)
-    kwargs: dict[str, Any] = {}
-    if max_pixels is not None:
-        shortest = min(processor.video_processor.size["shortest_edge"], max_pixels)
-        kwargs["size"] = {"shortest_edge": shortest, "longest_edge": max_pixels}
     metadata = VideoMetadata(
         total_num_frames=index.frame_count,
         fps=index.fps,
@@ -46,7 +49,11 @@ def processor_inputs(
         processor(
             text=[text],
             videos=[frames],
-            videos_kwargs={"do_sample_frames": False, "video_metadata": [metadata], **kwargs},
+            videos_kwargs={
+                "do_sample_frames": False,
+                "video_metadata": [metadata],
+                **(size_kwargs or {}),
+            },
             return_tensors="pt",
         )
     )
@@ -59,10 +66,17 @@ def prefix_cache(
     """transformers' cache of the prefix, with the plan's positions."""
     network, _ = load(model, dtype)
     known = {k: v for k, v in inputs.items() if k not in ("second_per_grid_ts", "video_metadata")}
-    positions = torch.from_numpy(plan.position_ids)  # [axes, tokens]
-    if len(positions) > 1:
-        positions = positions[:, None]
+    positions = model_positions(plan, torch.from_numpy(plan.position_ids))
     return network(**known, position_ids=positions, use_cache=True).past_key_values
+
+
+def model_positions(plan: PrefixPlan, positions: torch.Tensor) -> torch.Tensor:
+    """Positions [axes, tokens] in the shape that the model of the plan's family takes."""
+    no_vision = torch.zeros(positions.shape[1], dtype=torch.bool)
+    shaped: torch.Tensor = FAMILIES[plan.family].language_kwargs(positions, no_vision, [])[
+        "position_ids"
+    ]
+    return shaped
 
 
 def cached_kv(cache: Any) -> torch.Tensor:

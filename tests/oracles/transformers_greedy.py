@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from prefill_service.models.prefix_plan import PrefixPlan
-from tests.oracles.transformers_forward import load
+from tests.oracles.transformers_forward import load, model_positions
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def greedy(
         positions = torch.arange(start, start + len(tokens)) + plan.position_delta
         output = network(
             input_ids=torch.tensor([tokens]),
-            position_ids=positions.expand(len(plan.position_ids), 1, -1),
+            position_ids=model_positions(plan, positions.expand(len(plan.position_ids), -1)),
             past_key_values=cache,
             use_cache=True,
         )

@@ -156,13 +156,14 @@ async def test_vllm_alone_equals_transformers(
         video = make_video(**SIZES[size])
         index = await index_video(video, VideoConfig())
         index.save(tmp_path / "index.npz")
-        plan = planner.plan(index, "", FrameSampling(**SAMPLING[family, size]), "")  # type: ignore[arg-type]
+        sampling = FrameSampling(**SAMPLING[family, size])  # type: ignore[arg-type]
+        plan = planner.plan(index, "", sampling, "")
         indices = plan.frame_indices.tolist()
         with FrameStream.open(video, tmp_path / "index.npz", indices, VideoConfig()) as stream:
             frames = np.stack(list(stream))
         text = planner.chat.prefix("")
-        max_pixels = SAMPLING[family, size].get("max_pixels")
-        inputs = processor_inputs(model, frames, plan, index, text=text, max_pixels=max_pixels)  # type: ignore[arg-type]
+        kwargs = planner.sampler.size_kwargs(sampling)
+        inputs = processor_inputs(model, frames, plan, index, text=text, size_kwargs=kwargs)
         cache = prefix_cache(model, inputs, plan)
         for chat, reference in zip(chats(), references, strict=True):
             prompt = planner.prompt_token_ids(plan, chat)
@@ -170,5 +171,5 @@ async def test_vllm_alone_equals_transformers(
             assert greedy(model, cache, prompt, plan, new_tokens=NEW_TOKENS) == reference.token_ids
         if family == "qwen3_vl":  # positions agree: generate() itself, from the pixels on
             text = planner.chat.render("", chats()[0], add_generation_prompt=True)
-            inputs = processor_inputs(model, frames, plan, index, text=text, max_pixels=max_pixels)  # type: ignore[arg-type]
+            inputs = processor_inputs(model, frames, plan, index, text=text, size_kwargs=kwargs)
             assert generate(model, inputs, NEW_TOKENS) == references[0].token_ids
