@@ -33,7 +33,7 @@ class PrefixPlan:
     Attributes:
         prefix_id: content-derived id.
         family: ``model_type`` of the checkpoint, e.g. ``"qwen3_vl"``.
-        token_ids: [tokens] int32, the prefix up to and including the end of the video.
+        token_ids: [tokens] int32, the prefix up to the question, with whatever closes the video.
         position_ids: [axes, tokens] int64 by vLLM's formula; the axes of M-RoPE are time, height
             and width, other families have one.
         position_delta: position of the next token minus its index.
@@ -44,7 +44,8 @@ class PrefixPlan:
         patch_ends: [temporal patches] int64; patch ``i`` owns the tokens
             ``[patch_ends[i-1], patch_ends[i])`` (from 0 for the first, so that it also owns the
             text before the video; the last one owns the text after its pixels).
-        placeholder: offset and length of the multimodal span as vLLM wants it.
+        placeholder: offset and length of the span from the first to the last vision token, see
+            ``VideoLayout``.
         vllm_fields: what vLLM gets of the video instead of its pixels, by the names of its model.
         system_prompt: the system message the chat template was given.
         video_token_id: id of the tokens that vision features take the place of.

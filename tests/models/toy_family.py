@@ -61,7 +61,7 @@ class ToyFamily(Family):
             "layernorm_before",
             "layernorm_after",
         ),
-        activated=("gate_proj", "fc1"),
+        activated=("gate_proj",),
     )
 
     @override

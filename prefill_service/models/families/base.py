@@ -28,7 +28,9 @@ class VideoLayout:
     Attributes:
         position_ids: [axes, tokens] int64; three axes (time, height, width) with M-RoPE, else one.
         position_delta: next position minus number of tokens.
-        placeholder: offset and length of the span vLLM takes for the video.
+        placeholder: offset and length of the span from the first to the last vision token. Where
+            vLLM looks for a start token (Qwen3-VL), the span begins with it; tokens after the last
+            vision token may be counted in.
         patch_ends: [temporal patches] int64, see ``PrefixPlan.patch_ends``.
         patch_grid: temporal patches, and patch rows and columns of each.
         resized_hw: pixels of a resized frame.
@@ -66,7 +68,7 @@ class ModuleNames:
         mlps: names, in a block of either, of MLPs that treat rows independently.
         norms: the same of norms.
         activated: names of linear layers whose result the ``act_fn`` beside them is applied to,
-            and nothing else.
+            and nothing else. They are fused with it on CPUs; an activation of another name is not.
     """
 
     vision_blocks: str
@@ -128,9 +130,9 @@ class Family(ABC):
 
     @abstractmethod
     def vllm_fields(self, processed: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """What the processor says of a video besides ids and pixels.
+        """The fewest fields that vLLM's model accepts as a video without pixels.
 
-        It is what vLLM needs of the multimodal item to compute positions, and all it gets.
+        They are all that vLLM gets of the video, and what it computes M-RoPE positions from.
 
         Args:
             processed: the processor's output of one prompt with one video.
@@ -143,7 +145,8 @@ class Family(ABC):
         """Positions, placeholder and patch boundaries of a prefix with one video.
 
         Args:
-            token_ids: [tokens], ending with the video's last token.
+            token_ids: [tokens], up to the question: after the last vision token comes whatever
+                the chat template and processor close the video with.
             fields: of the video, by ``vllm_fields``.
             config: the checkpoint's configuration.
         """
