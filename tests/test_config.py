@@ -11,6 +11,7 @@ import pytest
 
 from prefill_service.config import ServiceConfig, load_config, resolve_config
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
 
 def write(folder: Path, text: str) -> Path:
@@ -75,7 +76,7 @@ def test_an_earlier_section_name_is_read(tmp_path: Path, caplog: pytest.LogCaptu
         ),
         (
             "[engine]\nexchange = 'x'",
-            "expected gather, ring, ulysses, usp, pass_q, multi_ring, dem",
+            f"expected {', '.join(kind.name for kind in EXCHANGES)} or auto",
         ),
         (
             "[engine]\nbalance_above = 0.5",

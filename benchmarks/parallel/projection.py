@@ -259,8 +259,10 @@ def _over_links(work: Work, scheme: Scheme, machine: Machine) -> Work:
                 exposed_bytes=work.exposed_bytes * nvlink,
                 hidden_bytes=work.hidden_bytes * (elsewhere / others),
             )
-        case _:
+        case "ring" | "pass_q" | "multi_ring":  # the slowest hop sets the pace
             return work
+        case name:
+            raise ValueError(f"which of the bytes of {name} come over the network is not known")
 
 
 def _demand(

@@ -6,7 +6,6 @@ from benchmarks import tables
 from benchmarks.report.results import content, one, rows, seconds
 from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
-_COMPARED = ("gather", "ulysses", "ulysses_gather", "demand")
 _SHOWN = ("zigzag ring", "Spava", "ours: gather, sparse", "ours: demand, sparse")
 
 
@@ -41,14 +40,15 @@ def exchanges() -> str:
 def bytes_by_exchange() -> str:
     """Megabytes that all ranks receive, by quality and exchange."""
     found = rows("sp-sparse")
+    measured = dict.fromkeys(row["exchange"] for row in found)
     lines = []
     for quality in dict.fromkeys(row["quality"] for row in found):
-        cells = {name: one(found, quality=quality, exchange=name) for name in _COMPARED}
+        cells = {name: one(found, quality=quality, exchange=name) for name in measured}
         gather = cells["gather"]
         assert gather is not None
         received = [f"{row['mb']:.1f}" if row else "" for row in cells.values()]
         lines.append([f"`{quality}`", f"{gather['density']:.2f}", *received])
-    header = ("quality", "density", *(f"`{name}`, MB" for name in _COMPARED))
+    header = ("quality", "density", *(f"`{name}`, MB" for name in measured))
     return tables.markdown(header, lines)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from prefill_service.cli.main import main, make_parser
 from prefill_service.config import ServiceConfig
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
 MOST_USED = [
     "--config",
@@ -46,6 +47,7 @@ def test_each_option_is_shown_once_with_its_default(text: str) -> None:
     options = shown(text)
     assert len(set(options)) == len(options) == len(fields) + 2  # --config and --log-level
     flat = " ".join(text.split())
+    names = ", ".join(kind.name for kind in EXCHANGES)
     for part in (
         "--model TEXT Folder or hub id of the checkpoint. (default: none)",
         "--ranks N Ranks of the sequence-parallel group. (default: 2)",
@@ -53,7 +55,7 @@ def test_each_option_is_shown_once_with_its_default(text: str) -> None:
         "--storage-import-roots TEXT Folders ImportVideo may read from. May be repeated.",
         "--engine-sparse-from-tokens N Queries that see fewer keys attend exactly; 0: measured",
         "--engine-sparse-block-tokens N Keys per block of sparse attention. One of 64, 128. (def",
-        "multi_ring, demand, ulysses_gather, auto. (default: gather)",
+        f"One of {names}, auto. (default: gather)",
         "The workers that prefill: model, ranks, attention, KV memory, time limits.",
     ):
         assert part in flat

@@ -1,26 +1,36 @@
 """Prefill by hand: walks who holds what, token by token and head by head, and counts what moves.
 
-Knows nothing of the package's formulas. Walks assert that each query met every key it may see.
+Of an exchange it takes its token order and mesh from the catalogue, but none of its formulas.
+What it moves and keeps is its walk's (``WALKS``). Walks assert that each query met every key it
+may see.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.parallel.exchanges.catalog import ExchangeKind, MeshForm
+from prefill_service.parallel.token_order import Order
 
-ZIGZAG = {"ring", "multi_ring", "usp", "pass_q"}
+Shares = list[list[int]]
+"""[rank] positions of its tokens."""
 
 
 @dataclass
 class Moved:
-    """Per layer, one chunk: bytes and operations of each rank, and its (head, query, key) count."""
+    """Per layer, one chunk: bytes and operations of each rank, and its (head, query, key) count.
+
+    ``buffered`` are those of the bytes that do not arrive where K and V are kept.
+    """
 
     exposed: Counter[int] = field(default_factory=Counter)
     exposed_calls: Counter[int] = field(default_factory=Counter)
     hidden: Counter[int] = field(default_factory=Counter)
     hidden_calls: Counter[int] = field(default_factory=Counter)
+    buffered: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     pairs: Counter[int] = field(default_factory=Counter)
 
@@ -41,17 +51,35 @@ def deal(tokens: int, ranks: int, chunk_tokens: int, zigzag: bool) -> list[list[
 
 
 class Simulation:
-    """One layer of one model on some ranks."""
+    """One layer of one model on some ranks.
 
-    def __init__(self, exchange: str, shape: ModelShape, ranks: int, ulysses: int = 1) -> None:
+    Attributes:
+        share: share of the visible keys elsewhere that queries select.
+        block: tokens of a block of keys.
+        kept: of each rank, the (token, KV head) pairs whose K and V it keeps.
+        moving_shards: shards beside those kept for which one layer has room.
+    """
+
+    def __init__(
+        self,
+        exchange: ExchangeKind,
+        shape: ModelShape,
+        ranks: int,
+        ulysses: int = 1,
+        *,
+        share: float = 1.0,
+        block: int = 64,
+    ) -> None:
         self.exchange = exchange
         self.shape = shape
         self.ranks = ranks
-        self.ulysses = ranks if exchange == "ulysses" else ulysses
+        self.ulysses = ranks if exchange.mesh is MeshForm.ROW else ulysses
         self.ring = ranks // self.ulysses
+        self.share = share
+        self.block = block
         group = shape.q_heads // shape.kv_heads
         # What stays together: single heads, or a KV head's.
-        unit = group if exchange == "ulysses_gather" else 1
+        unit = group if exchange.whole_kv_heads else 1
         each, rest = divmod(shape.q_heads // unit, self.ulysses)
         heads = iter(range(shape.q_heads))
         self.q_heads = [
@@ -61,21 +89,33 @@ class Simulation:
         self.kv_heads = [sorted({head // group for head in heads}) for heads in self.q_heads]
         self.element = shape.bytes_per_element
         self.vector = shape.head_dim * self.element
-        self.kept: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]  # (token, KV head)
-        self.replicated: list[set[int]] = [set() for _ in range(ranks)]
+        self.kept: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+        self.moving_shards = 0
 
     def row(self, rank: int) -> range:
         start = rank // self.ulysses * self.ulysses
         return range(start, start + self.ulysses)
 
-    def run(
-        self, tokens: int, chunk_tokens: int, share: float = 1.0, block: int = 64
-    ) -> list[Moved]:
-        """Every chunk of a prompt."""
-        chunks = deal(tokens, self.ranks, chunk_tokens, self.exchange in ZIGZAG)
-        return [self.chunk(chunk, share, block) for chunk in chunks]
+    def columns(self) -> list[list[int]]:
+        return [
+            [r * self.ulysses + column for r in range(self.ring)] for column in range(self.ulysses)
+        ]
 
-    def chunk(self, shares: list[list[int]], share: float, block: int) -> Moved:
+    def keep(self, rank: int, tokens: Iterable[int]) -> None:
+        """K and V of all KV heads."""
+        new = [(token, head) for token in tokens for head in range(self.shape.kv_heads)]
+        assert not set(new) & set(self.kept[rank]), "a token came twice"
+        self.kept[rank] += new
+
+    def kept_tokens(self, rank: int) -> set[int]:
+        return {token for token, _ in self.kept[rank]}
+
+    def run(self, tokens: int, chunk_tokens: int) -> list[Moved]:
+        """Every chunk of a prompt."""
+        zigzag = self.exchange.order is Order.ZIGZAG
+        return [self.chunk(chunk) for chunk in deal(tokens, self.ranks, chunk_tokens, zigzag)]
+
+    def chunk(self, shares: Shares) -> Moved:
         """One chunk: ``shares[rank]`` are its tokens' positions."""
         moved = Moved()
         for rank, mine in enumerate(shares):
@@ -83,29 +123,42 @@ class Simulation:
             heads = self.q_heads[rank % self.ulysses]
             for member in self.row(rank):
                 moved.pairs[rank] += len(heads) * sum(token + 1 for token in shares[member])
-        match self.exchange:
-            case "gather":
-                self._gather(shares, moved)
-            case "pass_q":
-                self._pass_q(shares, moved)
-            case "demand":
-                self._demand(shares, moved, share, block)
-            case _:
-                self._mesh(shares, moved)
+        walk_of(self.exchange)(self, shares, moved)
         return moved
 
-    def _gather(self, shares: list[list[int]], moved: Moved) -> None:
+    def memory(self, chunks: Iterable[Moved], layers: int) -> int:
+        """Bytes of K, V and buffers on the fullest rank, once all chunks were walked."""
+        kept = max(len(kept) for kept in self.kept) * 2 * self.vector
+        buffers = max(max(moved.buffered.values(), default=0) for moved in chunks)
+        return (layers + self.moving_shards) * kept + buffers
+
+    def gather(self, shares: Shares, moved: Moved) -> None:
         for source, tokens in enumerate(shares):
             for rank in range(self.ranks):
-                assert not self.replicated[rank] & set(tokens), "a token came twice"
-                self.replicated[rank] |= set(tokens)
+                self.keep(rank, tokens)
                 if rank != source and tokens:
                     moved.hidden[rank] += len(tokens) * self.shape.kv_heads * 2 * self.vector
                     moved.hidden_calls[rank] += 1
         for rank, mine in enumerate(shares):
-            assert set(range(max(mine, default=-1) + 1)) <= self.replicated[rank]
+            assert set(range(max(mine, default=-1) + 1)) <= self.kept_tokens(rank)
 
-    def _mesh(self, shares: list[list[int]], moved: Moved) -> None:
+    def mesh_of_rings(self, shares: Shares, moved: Moved) -> None:
+        self._swap_heads(shares, moved)
+        for members in self.columns():
+            self._circulate(members, moved, strides=[1])
+
+    def multi_ring(self, shares: Shares, moved: Moved) -> None:
+        self._swap_heads(shares, moved)
+        for members in self.columns():
+            self._circulate(members, moved, strides=range(1, len(members)))
+
+    def mesh_that_gathers(self, shares: Shares, moved: Moved) -> None:
+        self._swap_heads(shares, moved)
+        for members in self.columns():
+            self._spread(members, shares, moved)
+
+    def _swap_heads(self, shares: Shares, moved: Moved) -> None:
+        """In rows, tokens for heads; afterwards each rank keeps its heads of its row's tokens."""
         for rank, mine in enumerate(shares):
             index = rank % self.ulysses
             for member in self.row(rank):
@@ -117,16 +170,11 @@ class Simulation:
                 if member != rank:  # outputs of its tokens come back from who has the heads
                     back = len(self.q_heads[member % self.ulysses]) * len(mine)
                     moved.exposed[rank] += back * self.vector
+            moved.buffered[rank] = moved.exposed[rank]
             if self.ulysses > 1:
                 moved.exposed_calls[rank] = 3
-        for column in range(self.ulysses):
-            members = [r * self.ulysses + column for r in range(self.ring)]
-            if self.exchange == "ulysses_gather":
-                self._spread(members, shares, moved)
-            else:
-                self._circulate(members, moved)
 
-    def _spread(self, members: list[int], shares: list[list[int]], moved: Moved) -> None:
+    def _spread(self, members: list[int], shares: Shares, moved: Moved) -> None:
         """What each row has got of the chunk goes to all others of a column, once."""
         news = [
             {token for rank in self.row(member) for token in shares[rank]} for member in members
@@ -143,15 +191,16 @@ class Simulation:
             known = {token for token, _ in self.kept[member]}
             assert known == set(range(max(known, default=-1) + 1))
 
-    def _circulate(self, members: list[int], moved: Moved) -> None:
+    def _circulate(self, members: list[int], moved: Moved, strides: Sequence[int]) -> None:
         """On one ring, or cut in parts, each on a ring of its own (of a prime number of ranks)."""
         size = len(members)
-        steps = range(1, size) if self.exchange == "multi_ring" else [1]
+        if size > 1:
+            self.moving_shards = 2  # the one being attended to and the one arriving
         seen = {rank: set(self.kept[rank]) for rank in members}
         flying = {
-            (place, stride): self.kept[rank][number :: len(steps)]
+            (place, stride): self.kept[rank][number :: len(strides)]
             for place, rank in enumerate(members)
-            for number, stride in enumerate(steps)
+            for number, stride in enumerate(strides)
         }
         for _ in range(size - 1):
             links = [(place, (place + stride) % size) for place, stride in flying]
@@ -167,10 +216,10 @@ class Simulation:
         everything = set().union(*(self.kept[rank] for rank in members))
         assert all(found == everything for found in seen.values())
 
-    def _pass_q(self, shares: list[list[int]], moved: Moved) -> None:
+    def pass_q(self, shares: Shares, moved: Moved) -> None:
         for rank, mine in enumerate(shares):
-            self.kept[rank] += [(token, 0) for token in mine]
-        met: list[set[int]] = [{token for token, _ in kept} for kept in self.kept]
+            self.keep(rank, mine)
+        met = [self.kept_tokens(rank) for rank in range(self.ranks)]
         query = self.shape.q_heads * self.vector
         result = self.shape.q_heads * (self.vector + max(4, self.element))
         for step in range(1, self.ranks):
@@ -178,16 +227,17 @@ class Simulation:
                 at = (owner + step) % self.ranks
                 moved.hidden[at] += len(mine) * query
                 moved.hidden_calls[at] += 1
-                met[owner] |= {token for token, _ in self.kept[at]}
+                met[owner] |= self.kept_tokens(at)
                 last = step == self.ranks - 1
                 received = moved.exposed if last else moved.hidden
                 received[owner] += len(mine) * result
                 (moved.exposed_calls if last else moved.hidden_calls)[owner] += 2
+        moved.buffered = moved.exposed + moved.hidden
         everything = {token for kept in self.kept for token, _ in kept}
         assert all(found == everything for found in met)
 
-    def _demand(self, shares: list[list[int]], moved: Moved, share: float, block: int) -> None:
-        past = [[token for token, _ in kept] for kept in self.kept]
+    def demand(self, shares: Shares, moved: Moved) -> None:
+        past = [self.kept_tokens(rank) for rank in range(self.ranks)]
         number = max(4, self.element)  # summaries are float32 at least
         vectors = self.shape.kv_heads * (4 * self.shape.head_dim + 1) * number
         for rank, mine in enumerate(shares):
@@ -196,11 +246,30 @@ class Simulation:
                 if other != rank:
                     visible += len(past[other])
                     visible += len(shares[other]) if other < rank else 0
-                    moved.exposed[rank] += -(-len(shares[other]) // block) * vectors
-            fetched = -int(-visible * share // 1)
+                    moved.exposed[rank] += -(-len(shares[other]) // self.block) * vectors
+            fetched = -int(-visible * self.share // 1)
             moved.exposed[rank] += fetched * self.shape.kv_heads * 2 * self.vector
             moved.exposed_calls[rank] = 3
-            self.kept[rank] += [(token, 0) for token in mine]
+            self.keep(rank, mine)
+
+
+WALKS: dict[str, Callable[[Simulation, Shares, Moved], None]] = {
+    "gather": Simulation.gather,
+    "ring": Simulation.mesh_of_rings,
+    "ulysses": Simulation.mesh_of_rings,
+    "usp": Simulation.mesh_of_rings,
+    "pass_q": Simulation.pass_q,
+    "multi_ring": Simulation.multi_ring,
+    "demand": Simulation.demand,
+    "ulysses_gather": Simulation.mesh_that_gathers,
+}
+"""How one chunk goes from rank to rank, by exchange: moves and keeps every token of it."""
+
+
+def walk_of(exchange: ExchangeKind) -> Callable[[Simulation, Shares, Moved], None]:
+    if exchange.name not in WALKS:
+        raise LookupError(f"{exchange} has no walk: add one to WALKS in {__file__}")
+    return WALKS[exchange.name]
 
 
 def prime(number: int) -> bool:

@@ -21,6 +21,12 @@ from prefill_service.parallel.exchanges.catalog import (
     MULTI_RING,
     PASS_Q,
     RING,
+    ULYSSES,
+    ULYSSES_GATHER,
+    USP,
+    ExchangeKind,
+    MeshForm,
+    exchange_named,
 )
 from tests.cost_model.simulator import Simulation, prime
 
@@ -35,30 +41,39 @@ SHAPE = ModelShape(
     bytes_per_element=4,
 )
 CHUNKS = (2, 4, 8, 16, 64)
-PLAIN = [name for name in EXCHANGES if name not in (MULTI_RING, DEMAND)]
+PLAIN = [kind for kind in EXCHANGES if kind.predictable and kind != MULTI_RING]
+"""Those that differ from all others without many links, and whose bytes no selection decides."""
 
 Found = tuple[str, int, int, int]  # exchange, ranks, Ulysses degree, tokens per chunk and rank
+
+
+def degrees_of(kind: ExchangeKind, ranks: int) -> list[int]:
+    match kind.mesh:
+        case MeshForm.COLUMN:
+            found = [1]
+        case MeshForm.ROW:
+            found = [ranks]
+        case MeshForm.GRID:
+            found = [u for u in range(2, ranks) if ranks % u == 0]
+    heads = SHAPE.kv_heads if kind.whole_kv_heads else SHAPE.q_heads
+    return [u for u in found if u <= heads]
 
 
 def every_way(ranks: int, tokens: int) -> list[Found]:
     ways = []
     for p in range(1, ranks + 1):
-        meshes = [("gather", 1)]
-        if p > 1:
-            meshes += [("ring", 1), ("pass_q", 1), ("ulysses", p)]
-            meshes += [("usp", u) for u in range(2, p) if p % u == 0]
-            meshes += [
-                ("ulysses_gather", u) for u in range(2, SHAPE.kv_heads + 1) if u < p and p % u == 0
-            ]
+        kinds = PLAIN if p > 1 else [GATHER]
         sizes = {min(size, -(-tokens // p)) for size in CHUNKS}
-        ways += [(name, p, u, size) for name, u in meshes for size in sizes]
-    return [way for way in ways if way[2] <= SHAPE.q_heads]
+        ways += [
+            (kind.name, p, u, size) for kind in kinds for u in degrees_of(kind, p) for size in sizes
+        ]
+    return ways
 
 
 def walked(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
     """Seconds, bytes received and memory of one way, from a walk over its tokens."""
     name, ranks, ulysses, size = way
-    walk = Simulation(name, SHAPE, ranks, ulysses)
+    walk = Simulation(exchange_named(name), SHAPE, ranks, ulysses)
     attending = SHAPE.layers - 1
     h = SHAPE.hidden
     kv = 2 * 4
@@ -67,8 +82,8 @@ def walked(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
     flops = attending * full + 2 * h * 2 * kv
     seconds = 0.0
     received = [0] * ranks
-    buffers = [0]
-    for chunk in walk.run(tokens, size):
+    chunks = walk.run(tokens, size)
+    for chunk in chunks:
         times = []
         for rank in range(ranks):
             attention = chunk.pairs[rank] * attending * 4 * 4 * cost.per_attention_flop
@@ -82,20 +97,8 @@ def walked(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
             fixed = SHAPE.layers * cost.per_pass
             times.append(fixed + linear + exposed + max(attention, hidden))
             received[rank] += attending * (chunk.exposed[rank] + chunk.hidden[rank])
-            if name == "pass_q":
-                buffers.append(chunk.exposed[rank] + chunk.hidden[rank])
-            elif ulysses > 1:
-                buffers.append(chunk.exposed[rank])
         seconds += max(times)
-    if name == "gather":
-        return seconds, max(received), attending * tokens * kv * 2 * 4
-    held = max(
-        len(kept) * (SHAPE.kv_heads if name == "pass_q" else 1) * 2 * walk.vector
-        for kept in walk.kept
-    )
-    moving = walk.ring > 1 and name not in ("pass_q", "ulysses_gather")
-    layers = attending + (2 if moving else 0)
-    return seconds, max(received), layers * held + max(buffers)
+    return seconds, max(received), walk.memory(chunks, attending)
 
 
 def brute_force(request: SearchRequest, cost: CostModel) -> Found | None:
@@ -107,7 +110,7 @@ def brute_force(request: SearchRequest, cost: CostModel) -> Found | None:
     if not found:
         return None
     limit = min(seconds for seconds, _ in found.values()) * (1 + TOLERANCE)
-    order = ["gather", "ring", "ulysses", "usp", "pass_q", "ulysses_gather"]
+    order = [kind.name for kind in EXCHANGES]
     return min(
         (way for way, (seconds, _) in found.items() if seconds <= limit),
         key=lambda way: (
@@ -231,7 +234,8 @@ def test_regimes_have_their_exchange() -> None:
     linear = replace(ASSUMED, per_attention_flop=0.0, per_byte=0.0, per_call=0.0)
     assert best(linear) == "gather"
     # Of the others, which are equal too, it is what moves least.
-    assert best(linear, exchanges=EXCHANGES[1:]) == "ulysses"
+    others = (RING, ULYSSES, USP, PASS_Q, ULYSSES_GATHER)
+    assert best(linear, exchanges=others) == "ulysses"
     # Seven links at once make seven rings of one.
     rings = (RING, MULTI_RING)
     assert best(slow, exchanges=rings, parallel_links=7) == "multi_ring"

@@ -13,7 +13,6 @@ from prefill_service.cost_model.traffic import queries_move_from, traffic
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import (
-    DEMAND,
     GATHER,
     MULTI_RING,
     PASS_Q,
@@ -22,6 +21,7 @@ from prefill_service.parallel.exchanges.catalog import (
     ULYSSES_GATHER,
     USP,
     ExchangeKind,
+    MeshForm,
 )
 from prefill_service.parallel.exchanges.cost_terms import Traffic, TrafficOptions
 from prefill_service.parallel.head_partition import HeadSplit
@@ -49,7 +49,7 @@ def moved(
 
 
 def scheme_of(exchange: ExchangeKind, ranks: int, ulysses: int = 1) -> Scheme:
-    return Scheme(exchange, ranks, ranks if exchange == ULYSSES else ulysses)
+    return Scheme(exchange, ranks, ranks if exchange.mesh is MeshForm.ROW else ulysses)
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -112,11 +112,11 @@ def test_chunks_move_what_a_walk_counts(
     for scheme in schemes(ranks):
         if scheme.exchange == MULTI_RING and not prime(ranks):
             continue  # the walk's rings exist for prime numbers only
-        if scheme.exchange == ULYSSES_GATHER and scheme.ulysses > shape.kv_heads:
+        if scheme.exchange.whole_kv_heads and scheme.ulysses > shape.kv_heads:
             continue  # never run
-        walk = Simulation(str(scheme.exchange), shape, ranks, scheme.ulysses)
-        share = 0.3 if scheme.exchange == DEMAND else 1.0
-        counted = walk.run(tokens, chunk, share)
+        share = 1.0 if scheme.exchange.predictable else 0.3
+        walk = Simulation(scheme.exchange, shape, ranks, scheme.ulysses, share=share)
+        counted = walk.run(tokens, chunk)
         found = moved(scheme, shape, tokens, chunk, share=share)
         for name in ("exposed", "hidden"):
             stream = getattr(found, name)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from prefill_service.parallel.exchanges.catalog import (
-    DEMAND,
     EXCHANGES,
     GATHER,
     MULTI_RING,
@@ -16,10 +15,10 @@ from prefill_service.parallel.exchanges.catalog import (
     ULYSSES,
     ULYSSES_GATHER,
     USP,
-    ExchangeKind,
 )
 from prefill_service.parallel.exchanges.registry import ulysses_degree
 from tests.parallel.conformance import HEAD_DIM, LAYERS, Case, check_exchange, run_rank
+from tests.parallel.published_bytes import published_bytes
 from tests.parallel.ranks import run_ranks
 
 EVEN = Case(tuple(60 * (i + 1) for i in range(8)), 1 << 20, 12, 2)
@@ -32,32 +31,10 @@ def test_every_exchange_conforms(size: int, tmp_path: Path) -> None:
     check_exchange(kinds, size, tmp_path)
 
 
-def published_bytes(kind: ExchangeKind, ranks: int, degree: int, case: Case) -> int:
-    """What one rank receives per layer, by the formulas of the papers (even shares, one chunk)."""
-    tokens = case.tokens
-    h_q = case.q_heads
-    h_kv = case.kv_heads
-    d = HEAD_DIM
-    e = 8
-    ring = ranks // degree
-    match kind.name:
-        case "gather" | "ring" | "multi_ring":
-            return 2 * h_kv * d * e * tokens * (ranks - 1) // ranks
-        case "ulysses":
-            return (2 * h_q + 2 * h_kv) * d * e * tokens * (ranks - 1) // ranks**2
-        case "usp" | "ulysses_gather":
-            heads = (2 * h_q + 2 * h_kv) * d * e * (tokens // ranks) * (degree - 1) // degree
-            return heads + 2 * h_kv * d * e * tokens * (ring - 1) // ranks
-        case "pass_q":
-            return h_q * (2 * d + 1) * e * tokens * (ranks - 1) // ranks
-        case "demand":
-            raise AssertionError("demand's bytes depend on what is selected")
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_rank_receives_what_the_papers_say(size: int, tmp_path: Path) -> None:
-    # What demand moves depends on what is selected: see test_sparse.py.
-    kinds = [kind for kind in EXCHANGES if kind != DEMAND]
+    # What the others move depends on what is selected: see test_sparse.py.
+    kinds = [kind for kind in EXCHANGES if kind.predictable]
     results = run_ranks(run_rank, size, tmp_path, [(kind, EVEN) for kind in kinds])
     for index, kind in enumerate(kinds):
         degree = ulysses_degree(kind, size, q_heads=EVEN.q_heads, kv_heads=EVEN.kv_heads)

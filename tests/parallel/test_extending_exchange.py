@@ -1,96 +1,31 @@
-"""A toy exchange, one class and one catalogue entry in this file, passes what all others pass."""
+"""The toy exchange passes what all others pass, its entry and formulas added as the recipe says."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
-from typing import Self
 
 import pytest
-import torch
-from torch import Tensor
-from typing_extensions import override
 
-from prefill_service.attention.dense import attend_causal
+from benchmarks.report import parallel
 from prefill_service.cost_model.model_shape import PRESETS
 from prefill_service.cost_model.schemes import Scheme, schemes
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.parallel.chunking import deal_tokens
-from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
-from prefill_service.parallel.exchanges.catalog import EXCHANGES, ExchangeKind
-from prefill_service.parallel.exchanges.cost_terms import CostTerms, Traffic
-from prefill_service.parallel.token_layout import Share
-from prefill_service.parallel.unit_attention import UnitAttention
+from prefill_service.parallel.exchanges.catalog import EXCHANGES
+from tests.parallel import toy_exchange
 from tests.parallel.conformance import check_exchange
+from tests.parallel.toy_exchange import SEND_TO_ALL
 
-
-class SendToAll(Exchange):
-    """Every rank sends its K and V to every other, and waits before it attends."""
-
-    def __init__(self, setup: ExchangeSetup) -> None:
-        shape = setup.shape
-        self._group = setup.mesh.world
-        self._scale = shape.scale
-        size = (shape.num_layers, shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
-        self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
-
-    @classmethod
-    @override
-    def build(cls, setup: ExchangeSetup) -> Self:
-        return cls(setup)
-
-    @override
-    def start_chunk(self, chunk: tuple[Share, ...]) -> None:
-        self._ranges = [share.contiguous for share in chunk]
-
-    @override
-    def store_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
-        rows = [self._kv[layer, start:end] for start, end in self._ranges]
-        mine = rows.pop(self._group.rank)
-        mine[:, 0] = k
-        mine[:, 1] = v
-        others = [rank for rank in range(self._group.size) if rank != self._group.rank]
-        receive = dict(zip(others, rows, strict=True))
-        self._group.send_recv(dict.fromkeys(others, mine), receive, "send_to_all").wait()
-
-    @override
-    def attend_exact(self, layer: int, q: Tensor) -> Tensor:
-        start, end = self._ranges[self._group.rank]
-        if start == end:
-            return q
-        k, v = self._kv[layer, :end].permute(1, 2, 0, 3)
-        return attend_causal(q, k, v, q_offset=start, scale=self._scale).out
-
-    @override
-    def attend_adaptive(self, layer: int, q: Tensor, attention: UnitAttention) -> Tensor:
-        start, end = self._ranges[self._group.rank]
-        if end > start:
-            attention.count_exact(layer, [(start, end)])
-        return self.attend_exact(layer, q)
-
-    @override
-    def finish(self) -> None:
-        pass
-
-
-def send_traffic(terms: CostTerms) -> Traffic:
-    return terms.traffic(exposed=terms.broadcasts())
-
-
-def send_memory(terms: CostTerms) -> int:
-    return terms.shape.attending_layers * terms.all_keys_bytes()
-
-
-SEND_TO_ALL = ExchangeKind(
-    name="send_to_all",
-    description="K and V to all ranks, a message from each to each",
-    bytes_received="2 h_kv d e N (P-1)/P",
-    more_chunks="the same",
-    keeps="all",
-    paper="none",
-    implementation=f"{__name__}:SendToAll",
-    traffic=send_traffic,
-    memory=send_memory,
-    all_tokens=True,
+ROOT = Path(__file__).resolve().parent.parent.parent
+OVER_THE_CATALOGUE = (
+    "tests/cli/test_plan.py::test_json_has_all_candidates",
+    "tests/cli/test_serve_help.py::test_each_option_is_shown_once_with_its_default",
+    "tests/cost_model/test_search.py",
+    "tests/cost_model/test_traffic.py::test_chunks_move_what_a_walk_counts",
+    "tests/parallel/test_exchanges.py::test_every_rank_receives_what_the_papers_say[2]",
+    "tests/test_config.py::test_refusals_name_file_option_and_what_is_accepted",
 )
 
 
@@ -108,3 +43,42 @@ def test_the_planner_costs_it() -> None:
     received = traffic(scheme, shape, chunking).received
     assert received.tolist() == [shape.kv_bytes * 8192 * 3 // 4] * 4
     assert memory_bytes(scheme, shape, chunking) == 35 * 8192 * shape.kv_bytes
+
+
+def test_what_goes_over_the_catalogue_takes_it() -> None:
+    """In a process of its own: modules read the catalogue when they are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", toy_exchange.__name__, *OVER_THE_CATALOGUE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_process_has_it_in_the_catalogue() -> None:
+    """Otherwise the test above would show nothing."""
+    code = (
+        "from tests.parallel.toy_exchange import pytest_load_initial_conftests as add; add();"
+        "from prefill_service.cli.main import main; main(['serve', '--help'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert "send_to_all, auto. (default: gather)" in " ".join(done.stdout.split())
+
+
+def test_it_has_a_row_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "EXCHANGES", (*EXCHANGES, SEND_TO_ALL))
+    *before, row = parallel.exchanges().splitlines()
+    monkeypatch.undo()
+    assert len(before) == len(parallel.exchanges().splitlines())
+    for text in ("`send_to_all`", SEND_TO_ALL.description, SEND_TO_ALL.bytes_received):
+        assert text in row
