@@ -201,7 +201,13 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         exchange = GatherExchange(group, shape)
     elif kind == "offloaded":
         exchange = GatherExchange(group, shape, offloaded(shape, folder))
-    elif kind in ("ulysses", "ulysses_gather"):
+    elif kind in ("demand", "uncached"):
+        cached = kind == "demand"
+        exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
+    elif kind == "balanced":
+        balancer = make_balancer(group, shape, case.settings, units, balancing=Balancing(1.0))
+        exchange = GatherExchange(group, shape, balancer=balancer)
+    else:
         meshes = form_meshes(group, TIMEOUT_S)
         choice = choose_exchange(
             exchange_named(kind), group.size, q_heads=case.q_heads, kv_heads=case.kv_heads
@@ -216,12 +222,6 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
             selects=sparse,
         )
         exchange = make_exchange(choice.kind, setup)
-    elif kind == "balanced":
-        balancer = make_balancer(group, shape, case.settings, units, balancing=Balancing(1.0))
-        exchange = GatherExchange(group, shape, balancer=balancer)
-    else:
-        cached = kind == "demand"
-        exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
     selection = Selection(case, exchange.local_kv_heads)
     data = case.data()
     before = dict(group.comm_stats.uses)
