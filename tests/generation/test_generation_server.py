@@ -51,7 +51,7 @@ async def test_preemption_death_and_restart(
     model = checkpoint("qwen3_vl")
     vllm = GenerationServer(config, str(model), "float32", tmp_path)
     starting = asyncio.create_task(vllm.start())
-    case = await asyncio.to_thread(compute, model, 16, 128, 160, 16)
+    case = await asyncio.to_thread(compute, model, 16, 128, 160, new_tokens=16)
     await starting
     try:
         with rank_processes(LAYOUT, 2, tmp_path) as ranks:
