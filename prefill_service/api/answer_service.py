@@ -14,6 +14,7 @@ from prefill_service.api.optional_fields import optional_field
 from prefill_service.api.prefill_service import job_to_proto, spec_from_proto
 from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto
+from prefill_service.api.video_service import warnings_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import Sampling
 from prefill_service.scheduling.answer_events import (
@@ -113,4 +114,5 @@ def _final_to_proto(final: AnswerFinal) -> pb.AskFinal:
         ),
         job_id=final.job_id,
         prefix_id=final.prefix_id,
+        warnings=warnings_to_proto(final.warnings),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,6 +14,7 @@ from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
+from prefill_service.video.index import VideoWarning
 
 if TYPE_CHECKING:
     from prefill_service.video.records import VideoRecord
@@ -124,6 +125,11 @@ def _invalid(message: str) -> ServiceError:
     return ServiceError(Reason.INVALID_REQUEST, message)
 
 
+def warnings_to_proto(warnings: Iterable[VideoWarning]) -> list[pb.VideoWarning]:
+    """Warnings as the API shows them."""
+    return [pb.VideoWarning(reason=w.reason, message=w.message) for w in warnings]
+
+
 def video_to_proto(record: VideoRecord) -> pb.Video:
     """A record as the API shows it."""
     message = pb.Video(
@@ -152,4 +158,5 @@ def video_to_proto(record: VideoRecord) -> pb.Video:
                 keyframe_count=info.keyframe_count,
             )
         )
+        message.warnings.extend(warnings_to_proto(info.warnings))
     return message

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefill_service.video.index import VideoWarning
+
 
 @dataclass(frozen=True, slots=True)
 class FrameSampling:
@@ -50,6 +52,7 @@ class PrefixPlan:
         system_prompt: the system message the chat template was given.
         video_token_id: id of the tokens that vision features take the place of.
         num_video_tokens: how many of them there are.
+        warnings: the video's.
     """
 
     prefix_id: str
@@ -66,6 +69,7 @@ class PrefixPlan:
     system_prompt: str
     video_token_id: int
     num_video_tokens: int
+    warnings: tuple[VideoWarning, ...] = ()
 
     @property
     def num_tokens(self) -> int:

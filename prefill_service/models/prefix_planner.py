@@ -109,6 +109,7 @@ class PrefixPlanner:
             system_prompt=system_prompt,
             video_token_id=video_token_id,
             num_video_tokens=int(np.count_nonzero(token_ids == video_token_id)),
+            warnings=index.warnings,
         )
 
     def prompt_token_ids(self, plan: PrefixPlan, messages: Messages) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prefill_service.generation.vllm_client import Sampling
 from prefill_service.scheduling.job import JobRecord, PrefillSpec
+from prefill_service.video.index import VideoWarning
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class AnswerFinal:
     kv_tokens_moved: int
     kv_bytes_moved: int
     cached_tokens: int
+    warnings: tuple[VideoWarning, ...]
 
 
 AnswerEvent = AnswerProgress | AnswerDelta | AnswerFinal

@@ -373,4 +373,5 @@ def _final(
         kv_tokens_moved=report.tokens if report else 0,
         kv_bytes_moved=report.bytes if report else 0,
         cached_tokens=last.cached_tokens,
+        warnings=answer.plan.warnings,
     )

@@ -201,5 +201,5 @@ class VideoDatabase:
 def _row(row: sqlite3.Row) -> VideoRow:
     values = dict(row)
     values["state"] = VideoState(values["state"])
-    values["info"] = VideoInfo(**json.loads(values["info"])) if values["info"] else None
+    values["info"] = VideoInfo.from_dict(json.loads(values["info"])) if values["info"] else None
     return VideoRow(**values)

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
+
+
+class WarningReason(StrEnum):
+    """Stable reasons of a ``VideoWarning``; docs/api.md says what each means."""
+
+    CLOCK_RATE = "CLOCK_RATE"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoWarning:
+    """What a user should know of a file that is taken all the same (``prefill.v1.VideoWarning``).
+
+    Attributes:
+        reason: for programs.
+        message: a sentence for people, with the values it is about.
+    """
+
+    reason: WarningReason
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +44,7 @@ class VideoIndex:
             its timestamps do not name its frames.
         fps: average frame rate, frames per second.
         duration_s: duration of the stream, seconds.
+        warnings: what of the file was not as its container says.
     """
 
     container: str
@@ -35,6 +57,7 @@ class VideoIndex:
     keyframe: np.ndarray
     fps: float
     duration_s: float
+    warnings: tuple[VideoWarning, ...] = ()
 
     @property
     def frame_count(self) -> int:
@@ -55,6 +78,7 @@ class VideoIndex:
             ints=np.array([self.width, self.height, self.rotation, *self.time_base], np.int64),
             floats=np.array([self.fps, self.duration_s], np.float64),
             names=np.array([self.container, self.codec]),
+            warnings=np.array([(w.reason, w.message) for w in self.warnings], np.str_),
         )
 
     @classmethod
@@ -75,4 +99,10 @@ class VideoIndex:
                 keyframe=data["keyframe"],
                 fps=fps,
                 duration_s=duration_s,
+                warnings=warnings_from_pairs(data["warnings"].reshape(-1, 2)),
             )
+
+
+def warnings_from_pairs(pairs: Iterable[Sequence[str]]) -> tuple[VideoWarning, ...]:
+    """Warnings from (reason, message) pairs."""
+    return tuple(VideoWarning(WarningReason(r), str(message)) for r, message in pairs)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from prefill_service.video.index import VideoIndex
+from prefill_service.video.index import VideoIndex, VideoWarning, warnings_from_pairs
 
 
 class VideoState(StrEnum):
@@ -30,6 +30,7 @@ class VideoInfo:
     fps: float
     duration_s: float
     keyframe_count: int
+    warnings: tuple[VideoWarning, ...] = ()
 
     @classmethod
     def from_index(cls, index: VideoIndex) -> VideoInfo:
@@ -37,8 +38,14 @@ class VideoInfo:
         return cls(**{name: getattr(index, name) for name in cls.__slots__})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; ``VideoInfo(**data)`` is the inverse."""
+        """JSON form, the inverse of ``from_dict``."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VideoInfo:
+        """Rebuild the summary from its JSON form."""
+        pairs = [(entry["reason"], entry["message"]) for entry in data.get("warnings", ())]
+        return cls(**{**data, "warnings": warnings_from_pairs(pairs)})
 
 
 @dataclass(frozen=True, slots=True)

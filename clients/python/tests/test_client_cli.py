@@ -39,6 +39,17 @@ def test_ask_several_questions_prefills_once(cli: Cli, server, clip):
     assert server.state.asks[1].spec.sampling.fps == 1.0
 
 
+def test_warnings_of_a_video_are_shown_once(cli: Cli, server, tmp_path):
+    clip = write_clip(tmp_path / "joined.mp4", 1)
+    warned = "prefill: warning: its clock restarts\n"
+    assert cli.run("upload", "-q", clip).stderr == warned
+    assert cli.run("ask", "-q", clip, "Who?", "Where?").stderr == warned
+    assert cli.run("chat", "-q", clip, stdin="Who?\nWhere?\n").stderr == warned
+    assert cli.run("list", "-q").stderr == warned
+    record = json.loads(cli.run("ask", "-q", clip, "Who?", "--json").stdout)
+    assert record["warnings"] == [{"reason": "CLOCK_RESTARTS", "message": "its clock restarts"}]
+
+
 def test_ask_json_and_id(cli: Cli, server, clip):
     video_id = cli.run("upload", clip).stdout.split()[0]
     run = cli.run("ask", video_id, "Who?", "--json")

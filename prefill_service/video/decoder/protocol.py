@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from prefill_service.video.index import VideoIndex
+from prefill_service.video.index import VideoIndex, warnings_from_pairs
 
 PREFIX = struct.Struct("<IQ")  # bytes of the JSON header, bytes of the payload
 MAX_HEADER_BYTES = 64 << 10
@@ -62,6 +62,7 @@ def index_to_message(index: VideoIndex) -> tuple[Header, bytes]:
         "fps": index.fps,
         "duration_s": index.duration_s,
         "frames": index.frame_count,
+        "warnings": [(warning.reason, warning.message) for warning in index.warnings],
     }
     return header, index.pts.tobytes() + index.keyframe.astype(np.uint8).tobytes()
 
@@ -90,5 +91,6 @@ def index_from_message(header: Header, payload: bytes) -> tuple[VideoIndex, byte
         keyframe=np.frombuffer(payload, np.uint8, frames, offset=8 * frames).astype(bool),
         fps=float(header["fps"]),
         duration_s=float(header["duration_s"]),
+        warnings=warnings_from_pairs(header["warnings"]),
     )
     return index, payload[9 * frames :]

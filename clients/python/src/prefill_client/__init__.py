@@ -50,6 +50,7 @@ from prefill_client.types import (
     Video,
     VideoInfo,
     VideoState,
+    VideoWarning,
     to_dict,
 )
 
@@ -101,5 +102,6 @@ __all__ = [
     "Video",
     "VideoInfo",
     "VideoState",
+    "VideoWarning",
     "to_dict",
 ]

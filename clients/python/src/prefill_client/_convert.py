@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,7 +50,13 @@ def video(message: video_pb.Video) -> types.Video:
         info=_video_info(message.info) if message.HasField("info") else None,
         error_reason=message.error_reason,
         error_message=message.error_message,
+        warnings=warnings(message.warnings),
     )
+
+
+def warnings(messages: Iterable[video_pb.VideoWarning]) -> tuple[types.VideoWarning, ...]:
+    """Convert the warnings of a Video or an answer."""
+    return tuple(types.VideoWarning(entry.reason, entry.message) for entry in messages)
 
 
 def _video_info(message: video_pb.VideoInfo) -> types.VideoInfo:

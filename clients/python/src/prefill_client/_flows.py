@@ -300,6 +300,7 @@ class AskState:
             prefix_id=final.prefix_id,
             video_id=self.video_id,
             request_id=self.request_id,
+            warnings=_convert.warnings(final.warnings),
         )
 
 

@@ -64,6 +64,17 @@ class VideoInfo:
 
 
 @dataclass(frozen=True)
+class VideoWarning:
+    """What you should know of a file that is taken all the same.
+
+    ``reason`` is for programs (docs/api.md lists them), ``message`` for people.
+    """
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Video:
     """A stored video, or an upload on its way to be one."""
 
@@ -78,6 +89,7 @@ class Video:
     info: VideoInfo | None
     error_reason: str
     error_message: str
+    warnings: tuple[VideoWarning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,6 +265,7 @@ class Answer:
     prefix_id: str
     video_id: str
     request_id: str
+    warnings: tuple[VideoWarning, ...] = ()
 
 
 @dataclass(frozen=True)

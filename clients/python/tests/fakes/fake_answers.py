@@ -75,6 +75,7 @@ class FakeAnswers(answer_grpc.AnswerServiceServicer):
             job_id=job.job_id,
             prefix_id="pfx_1",
             usage=apb.AskUsage(prompt_tokens=820, video_tokens=800, completion_tokens=len(words)),
+            warnings=self._backend.state.videos[job.spec.video_id].warnings,
         )
         final.timings.total.FromMilliseconds(1250)
         return final

@@ -141,6 +141,8 @@ class FakeVideos(video_grpc.VideoServiceServicer):
                 )
             )
             video.info.duration.FromMilliseconds(4000)
+            if video.display_name.startswith("joined"):
+                video.warnings.add(reason="CLOCK_RESTARTS", message="its clock restarts")
         await self._backend.leave("FinishUpload", context)
         return vpb.FinishUploadResponse(video=video)
 

@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from prefill.v1 import prefill_service_pb2 as _prefill_service_pb2
+from prefill.v1 import video_service_pb2 as _video_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -105,18 +106,20 @@ class AskDelta(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AskFinal(_message.Message):
-    __slots__ = ("finish_reason", "timings", "usage", "job_id", "prefix_id")
+    __slots__ = ("finish_reason", "timings", "usage", "job_id", "prefix_id", "warnings")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_ID_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     finish_reason: str
     timings: AskTimings
     usage: AskUsage
     job_id: str
     prefix_id: str
-    def __init__(self, finish_reason: _Optional[str] = ..., timings: _Optional[_Union[AskTimings, _Mapping]] = ..., usage: _Optional[_Union[AskUsage, _Mapping]] = ..., job_id: _Optional[str] = ..., prefix_id: _Optional[str] = ...) -> None: ...
+    warnings: _containers.RepeatedCompositeFieldContainer[_video_service_pb2.VideoWarning]
+    def __init__(self, finish_reason: _Optional[str] = ..., timings: _Optional[_Union[AskTimings, _Mapping]] = ..., usage: _Optional[_Union[AskUsage, _Mapping]] = ..., job_id: _Optional[str] = ..., prefix_id: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[_video_service_pb2.VideoWarning, _Mapping]]] = ...) -> None: ...
 
 class AskResponse(_message.Message):
     __slots__ = ("progress", "delta", "final")

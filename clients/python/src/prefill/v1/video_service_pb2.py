@@ -26,51 +26,53 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprefill/v1/video_service.proto\x12\nprefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n\tVideoInfo\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x0b\n\x03\x66ps\x18\x06 \x01(\x01\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ekeyframe_count\x18\x08 \x01(\x03\"\xc7\x02\n\x05Video\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.prefill.v1.VideoState\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x17\n\x0f\x63ommitted_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x04info\x18\t \x01(\x0b\x32\x15.prefill.v1.VideoInfo\x12\x14\n\x0c\x65rror_reason\x18\n \x01(\t\x12\x15\n\rerror_message\x18\x0b \x01(\t\"c\n\x13\x43reateUploadRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x14\x43reateUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\x05\"E\n\x13UploadChunksRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"/\n\x14UploadChunksResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\"*\n\x16GetUploadStatusRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"X\n\x17GetUploadStatusResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\'\n\x13\x46inishUploadRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"8\n\x14\x46inishUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"L\n\x12ImportVideoRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"7\n\x13ImportVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"#\n\x0fGetVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"4\n\x10GetVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\":\n\x11ListVideosRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListVideosResponse\x12!\n\x06videos\x18\x01 \x03(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x12\x44\x65leteVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteVideoResponse*\x8c\x01\n\nVideoState\x12\x1b\n\x17VIDEO_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VIDEO_STATE_UPLOADING\x10\x01\x12\x17\n\x13VIDEO_STATE_PROBING\x10\x02\x12\x15\n\x11VIDEO_STATE_READY\x10\x03\x12\x16\n\x12VIDEO_STATE_FAILED\x10\x04\x32\x99\x05\n\x0cVideoService\x12Q\n\x0c\x43reateUpload\x12\x1f.prefill.v1.CreateUploadRequest\x1a .prefill.v1.CreateUploadResponse\x12S\n\x0cUploadChunks\x12\x1f.prefill.v1.UploadChunksRequest\x1a .prefill.v1.UploadChunksResponse(\x01\x12Z\n\x0fGetUploadStatus\x12\".prefill.v1.GetUploadStatusRequest\x1a#.prefill.v1.GetUploadStatusResponse\x12Q\n\x0c\x46inishUpload\x12\x1f.prefill.v1.FinishUploadRequest\x1a .prefill.v1.FinishUploadResponse\x12N\n\x0bImportVideo\x12\x1e.prefill.v1.ImportVideoRequest\x1a\x1f.prefill.v1.ImportVideoResponse\x12\x45\n\x08GetVideo\x12\x1b.prefill.v1.GetVideoRequest\x1a\x1c.prefill.v1.GetVideoResponse\x12K\n\nListVideos\x12\x1d.prefill.v1.ListVideosRequest\x1a\x1e.prefill.v1.ListVideosResponse\x12N\n\x0b\x44\x65leteVideo\x12\x1e.prefill.v1.DeleteVideoRequest\x1a\x1f.prefill.v1.DeleteVideoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprefill/v1/video_service.proto\x12\nprefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n\tVideoInfo\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x0b\n\x03\x66ps\x18\x06 \x01(\x01\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ekeyframe_count\x18\x08 \x01(\x03\"/\n\x0cVideoWarning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf3\x02\n\x05Video\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.prefill.v1.VideoState\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x17\n\x0f\x63ommitted_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x04info\x18\t \x01(\x0b\x32\x15.prefill.v1.VideoInfo\x12\x14\n\x0c\x65rror_reason\x18\n \x01(\t\x12\x15\n\rerror_message\x18\x0b \x01(\t\x12*\n\x08warnings\x18\x0c \x03(\x0b\x32\x18.prefill.v1.VideoWarning\"c\n\x13\x43reateUploadRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x14\x43reateUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\x05\"E\n\x13UploadChunksRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"/\n\x14UploadChunksResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\"*\n\x16GetUploadStatusRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"X\n\x17GetUploadStatusResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\'\n\x13\x46inishUploadRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"8\n\x14\x46inishUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"L\n\x12ImportVideoRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"7\n\x13ImportVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"#\n\x0fGetVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"4\n\x10GetVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\":\n\x11ListVideosRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListVideosResponse\x12!\n\x06videos\x18\x01 \x03(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x12\x44\x65leteVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteVideoResponse*\x8c\x01\n\nVideoState\x12\x1b\n\x17VIDEO_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VIDEO_STATE_UPLOADING\x10\x01\x12\x17\n\x13VIDEO_STATE_PROBING\x10\x02\x12\x15\n\x11VIDEO_STATE_READY\x10\x03\x12\x16\n\x12VIDEO_STATE_FAILED\x10\x04\x32\x99\x05\n\x0cVideoService\x12Q\n\x0c\x43reateUpload\x12\x1f.prefill.v1.CreateUploadRequest\x1a .prefill.v1.CreateUploadResponse\x12S\n\x0cUploadChunks\x12\x1f.prefill.v1.UploadChunksRequest\x1a .prefill.v1.UploadChunksResponse(\x01\x12Z\n\x0fGetUploadStatus\x12\".prefill.v1.GetUploadStatusRequest\x1a#.prefill.v1.GetUploadStatusResponse\x12Q\n\x0c\x46inishUpload\x12\x1f.prefill.v1.FinishUploadRequest\x1a .prefill.v1.FinishUploadResponse\x12N\n\x0bImportVideo\x12\x1e.prefill.v1.ImportVideoRequest\x1a\x1f.prefill.v1.ImportVideoResponse\x12\x45\n\x08GetVideo\x12\x1b.prefill.v1.GetVideoRequest\x1a\x1c.prefill.v1.GetVideoResponse\x12K\n\nListVideos\x12\x1d.prefill.v1.ListVideosRequest\x1a\x1e.prefill.v1.ListVideosResponse\x12N\n\x0b\x44\x65leteVideo\x12\x1e.prefill.v1.DeleteVideoRequest\x1a\x1f.prefill.v1.DeleteVideoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefill.v1.video_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VIDEOSTATE']._serialized_start=1592
-  _globals['_VIDEOSTATE']._serialized_end=1732
+  _globals['_VIDEOSTATE']._serialized_start=1685
+  _globals['_VIDEOSTATE']._serialized_end=1825
   _globals['_VIDEOINFO']._serialized_start=112
   _globals['_VIDEOINFO']._serialized_end=291
-  _globals['_VIDEO']._serialized_start=294
-  _globals['_VIDEO']._serialized_end=621
-  _globals['_CREATEUPLOADREQUEST']._serialized_start=623
-  _globals['_CREATEUPLOADREQUEST']._serialized_end=722
-  _globals['_CREATEUPLOADRESPONSE']._serialized_start=724
-  _globals['_CREATEUPLOADRESPONSE']._serialized_end=805
-  _globals['_UPLOADCHUNKSREQUEST']._serialized_start=807
-  _globals['_UPLOADCHUNKSREQUEST']._serialized_end=876
-  _globals['_UPLOADCHUNKSRESPONSE']._serialized_start=878
-  _globals['_UPLOADCHUNKSRESPONSE']._serialized_end=925
-  _globals['_GETUPLOADSTATUSREQUEST']._serialized_start=927
-  _globals['_GETUPLOADSTATUSREQUEST']._serialized_end=969
-  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_start=971
-  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_end=1059
-  _globals['_FINISHUPLOADREQUEST']._serialized_start=1061
-  _globals['_FINISHUPLOADREQUEST']._serialized_end=1100
-  _globals['_FINISHUPLOADRESPONSE']._serialized_start=1102
-  _globals['_FINISHUPLOADRESPONSE']._serialized_end=1158
-  _globals['_IMPORTVIDEOREQUEST']._serialized_start=1160
-  _globals['_IMPORTVIDEOREQUEST']._serialized_end=1236
-  _globals['_IMPORTVIDEORESPONSE']._serialized_start=1238
-  _globals['_IMPORTVIDEORESPONSE']._serialized_end=1293
-  _globals['_GETVIDEOREQUEST']._serialized_start=1295
-  _globals['_GETVIDEOREQUEST']._serialized_end=1330
-  _globals['_GETVIDEORESPONSE']._serialized_start=1332
-  _globals['_GETVIDEORESPONSE']._serialized_end=1384
-  _globals['_LISTVIDEOSREQUEST']._serialized_start=1386
-  _globals['_LISTVIDEOSREQUEST']._serialized_end=1444
-  _globals['_LISTVIDEOSRESPONSE']._serialized_start=1446
-  _globals['_LISTVIDEOSRESPONSE']._serialized_end=1526
-  _globals['_DELETEVIDEOREQUEST']._serialized_start=1528
-  _globals['_DELETEVIDEOREQUEST']._serialized_end=1566
-  _globals['_DELETEVIDEORESPONSE']._serialized_start=1568
-  _globals['_DELETEVIDEORESPONSE']._serialized_end=1589
-  _globals['_VIDEOSERVICE']._serialized_start=1735
-  _globals['_VIDEOSERVICE']._serialized_end=2400
+  _globals['_VIDEOWARNING']._serialized_start=293
+  _globals['_VIDEOWARNING']._serialized_end=340
+  _globals['_VIDEO']._serialized_start=343
+  _globals['_VIDEO']._serialized_end=714
+  _globals['_CREATEUPLOADREQUEST']._serialized_start=716
+  _globals['_CREATEUPLOADREQUEST']._serialized_end=815
+  _globals['_CREATEUPLOADRESPONSE']._serialized_start=817
+  _globals['_CREATEUPLOADRESPONSE']._serialized_end=898
+  _globals['_UPLOADCHUNKSREQUEST']._serialized_start=900
+  _globals['_UPLOADCHUNKSREQUEST']._serialized_end=969
+  _globals['_UPLOADCHUNKSRESPONSE']._serialized_start=971
+  _globals['_UPLOADCHUNKSRESPONSE']._serialized_end=1018
+  _globals['_GETUPLOADSTATUSREQUEST']._serialized_start=1020
+  _globals['_GETUPLOADSTATUSREQUEST']._serialized_end=1062
+  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_start=1064
+  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_end=1152
+  _globals['_FINISHUPLOADREQUEST']._serialized_start=1154
+  _globals['_FINISHUPLOADREQUEST']._serialized_end=1193
+  _globals['_FINISHUPLOADRESPONSE']._serialized_start=1195
+  _globals['_FINISHUPLOADRESPONSE']._serialized_end=1251
+  _globals['_IMPORTVIDEOREQUEST']._serialized_start=1253
+  _globals['_IMPORTVIDEOREQUEST']._serialized_end=1329
+  _globals['_IMPORTVIDEORESPONSE']._serialized_start=1331
+  _globals['_IMPORTVIDEORESPONSE']._serialized_end=1386
+  _globals['_GETVIDEOREQUEST']._serialized_start=1388
+  _globals['_GETVIDEOREQUEST']._serialized_end=1423
+  _globals['_GETVIDEORESPONSE']._serialized_start=1425
+  _globals['_GETVIDEORESPONSE']._serialized_end=1477
+  _globals['_LISTVIDEOSREQUEST']._serialized_start=1479
+  _globals['_LISTVIDEOSREQUEST']._serialized_end=1537
+  _globals['_LISTVIDEOSRESPONSE']._serialized_start=1539
+  _globals['_LISTVIDEOSRESPONSE']._serialized_end=1619
+  _globals['_DELETEVIDEOREQUEST']._serialized_start=1621
+  _globals['_DELETEVIDEOREQUEST']._serialized_end=1659
+  _globals['_DELETEVIDEORESPONSE']._serialized_start=1661
+  _globals['_DELETEVIDEORESPONSE']._serialized_end=1682
+  _globals['_VIDEOSERVICE']._serialized_start=1828
+  _globals['_VIDEOSERVICE']._serialized_end=2493
 # @@protoc_insertion_point(module_scope)

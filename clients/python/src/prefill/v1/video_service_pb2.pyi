@@ -44,8 +44,16 @@ class VideoInfo(_message.Message):
     keyframe_count: int
     def __init__(self, container: _Optional[str] = ..., codec: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frame_count: _Optional[int] = ..., fps: _Optional[float] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., keyframe_count: _Optional[int] = ...) -> None: ...
 
+class VideoWarning(_message.Message):
+    __slots__ = ("reason", "message")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
 class Video(_message.Message):
-    __slots__ = ("video_id", "display_name", "state", "size_bytes", "committed_bytes", "sha256", "create_time", "expire_time", "info", "error_reason", "error_message")
+    __slots__ = ("video_id", "display_name", "state", "size_bytes", "committed_bytes", "sha256", "create_time", "expire_time", "info", "error_reason", "error_message", "warnings")
     VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +65,7 @@ class Video(_message.Message):
     INFO_FIELD_NUMBER: _ClassVar[int]
     ERROR_REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     video_id: str
     display_name: str
     state: VideoState
@@ -68,7 +77,8 @@ class Video(_message.Message):
     info: VideoInfo
     error_reason: str
     error_message: str
-    def __init__(self, video_id: _Optional[str] = ..., display_name: _Optional[str] = ..., state: _Optional[_Union[VideoState, str]] = ..., size_bytes: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., info: _Optional[_Union[VideoInfo, _Mapping]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ...) -> None: ...
+    warnings: _containers.RepeatedCompositeFieldContainer[VideoWarning]
+    def __init__(self, video_id: _Optional[str] = ..., display_name: _Optional[str] = ..., state: _Optional[_Union[VideoState, str]] = ..., size_bytes: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., info: _Optional[_Union[VideoInfo, _Mapping]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[VideoWarning, _Mapping]]] = ...) -> None: ...
 
 class CreateUploadRequest(_message.Message):
     __slots__ = ("display_name", "size_bytes", "sha256", "request_id")

@@ -66,11 +66,20 @@ def _fail(error: Exception, status: int = FAILURE, what: str = "") -> int:
     return status
 
 
+def _warn(warnings: Iterable[types.VideoWarning], shown: set[str]) -> None:
+    """Print what the user should know of a video, each once."""
+    for warning in warnings:
+        if warning.message not in shown:
+            shown.add(warning.message)
+            print(f"prefill: warning: {warning.message}", file=sys.stderr)
+
+
 def _ask(client: Client, args: argparse.Namespace) -> int:
     progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
     video = args.video
     several = len(args.questions) > 1
     reports: dict[str, AttentionReport] = {}
+    shown: set[str] = set()
 
     def on_progress(job: types.Job) -> None:
         progress.show_job(job)
@@ -93,6 +102,7 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
             _print_json({"question": question, **types.to_dict(answer)})
         elif several:
             print()
+        _warn(answer.warnings, shown)
         if not args.quiet:
             print(_summary(answer, reports.get(answer.job_id)), file=sys.stderr)
     return 0
@@ -138,6 +148,7 @@ def _chat(client: Client, args: argparse.Namespace) -> int:
     progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
     video = args.video
     turns = list[types.Message]()
+    shown: set[str] = set()
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -156,6 +167,7 @@ def _chat(client: Client, args: argparse.Namespace) -> int:
         )
         answer = _print_answer(stream, progress, silent=False)
         video = answer.video_id
+        _warn(answer.warnings, shown)
         turns.append(types.Message("assistant", answer.text))
 
 
@@ -186,6 +198,7 @@ def _upload(client: Client, args: argparse.Namespace) -> int:
             _print_json(types.to_dict(video))
         else:
             print(f"{video.video_id}  {path}", flush=True)
+        _warn(video.warnings, set())
 
     return _each(args.files, upload)
 
@@ -201,6 +214,7 @@ def _list(client: Client, args: argparse.Namespace) -> int:
             f"{video.video_id}  {video.state:<9}  {video.size_bytes:>12}  "
             f"{_local(video.create_time)}  {what:<20}  {video.display_name}"
         )
+        _warn(video.warnings, set())
     return 0
 
 
