@@ -34,6 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "build" / "checkpoints"
 
 cv2.setNumThreads(1)
+# Tests that name a proxy do so themselves.
+for proxy in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "grpc_proxy", "no_grpc_proxy"):
+    os.environ.pop(proxy, None)
+    os.environ.pop(proxy.upper(), None)
 
 
 @pytest.fixture(scope="session")

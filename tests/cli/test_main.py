@@ -13,6 +13,7 @@ import pytest
 
 from prefill_service import __version__
 from prefill_service.cli.main import main
+from tests.support.service_process import DEAD_PROXIES
 from tests.support.simulated_backends import SimulatedExecutor, SimulatedGenerationServer
 
 Serve = Callable[..., Any]
@@ -113,7 +114,10 @@ def test_missing_model_is_a_failure_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-async def test_healthcheck(serve: Serve) -> None:
+async def test_healthcheck(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, url in DEAD_PROXIES.items():
+        monkeypatch.setenv(name, url)
+
     async def check(*arguments: str) -> tuple[int, str]:
         done = await asyncio.to_thread(run, "healthcheck", *arguments)
         return done.returncode, done.stdout + done.stderr
@@ -121,6 +125,8 @@ async def test_healthcheck(serve: Serve) -> None:
     group = SimulatedExecutor()
     async with serve(executor=group, generation=SimulatedGenerationServer(group)) as s:
         assert await check("--address", s.address) == (0, "SERVING\n")
+        port = s.address.rpartition(":")[2]
+        assert await check("--address", f"localhost:{port}") == (0, "SERVING\n")
         s.generation.die()
         await asyncio.sleep(0.5)
         assert await check("--address", s.address) == (1, "NOT_SERVING\n")

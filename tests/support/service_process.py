@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,13 @@ from pathlib import Path
 import psutil
 from prefill_client import Client
 
+# Nothing listens there: a service that asked a proxy for its vLLM, or for anything else of this
+# machine, would not come up.
+DEAD_PROXIES = {
+    name: "http://127.0.0.1:9"
+    for lower in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+    for name in (lower, lower.upper())
+}
 READY = re.compile(r"serving on (\S+:\d+)")
 
 
@@ -53,7 +61,12 @@ def service_process(
     command += arguments
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **DEAD_PROXIES},
         )
     try:
         service = ServiceProcess(process, _wait_ready(process, log, start_s), log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,12 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
     # A job carries its manifest, which grows with the video and the ranks.
     ("grpc.max_receive_message_length", 64 << 20),
+]
+
+# gRPC would ask a proxy named in the environment for this very machine, too.
+NO_PROXY: list[tuple[str, Any]] = [
+    ("grpc.enable_http_proxy", 0),  # grpc_proxy, https_proxy, http_proxy
+    ("grpc.address_http_proxy_enabled_addresses", ""),  # GRPC_ADDRESS_HTTP_PROXY
 ]
 
 
@@ -73,16 +80,11 @@ class Endpoint:
         """The metadata that each call carries."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
-    def _is_loopback(self) -> bool:
-        host = self.address.rpartition("/")[2].rpartition(":")[0].strip("[]")
-        return host in ("localhost", "::1") or host.startswith("127.")
-
     def make_channel(self, module: Any) -> Any:
         """A channel of ``module`` (``grpc`` or ``grpc.aio``); it connects at its first call."""
         options = list(CHANNEL_OPTIONS)
-        if self._is_loopback():
-            # gRPC would ask a proxy named in the environment for this very machine.
-            options.append(("grpc.enable_http_proxy", 0))
+        if is_this_machine(self.address):
+            options += NO_PROXY
         if self.tls is None:
             return module.insecure_channel(self.address, options=options)
         if self.tls.server_name:
@@ -101,6 +103,40 @@ def make_endpoint(address: str, token: str | None, tls: TLS | bool | None) -> En
     if isinstance(tls, bool):
         tls = TLS() if tls else None
     return Endpoint(address, token, tls)
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether a gRPC target is a Unix socket, or addresses that this machine has for itself only.
+
+    A name other than localhost is not looked up.
+    """
+    scheme, colon, rest = address.partition(":")
+    scheme = scheme.lower()
+    if colon and scheme in ("unix", "unix-abstract", "vsock"):
+        return True
+    if not colon or scheme not in ("dns", "ipv4", "ipv6"):
+        rest = address
+    hosts = [_host(target) for target in rest.rpartition("/")[2].split(",")]
+    return all(host == "localhost" or _is_own(host) for host in hosts)
+
+
+def _host(target: str) -> str:
+    """The host of ``host``, ``host:port`` or ``[host]:port``, in lower case."""
+    if target.startswith("["):
+        return target[1:].partition("]")[0].lower()
+    host, colon, _ = target.rpartition(":")
+    several = ":" in host  # an IPv6 address without brackets or port
+    return (host if colon and not several else target).lower()
+
+
+def _is_own(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or address.is_unspecified
 
 
 def rpc_table(channel: Any) -> dict[str, Any]:

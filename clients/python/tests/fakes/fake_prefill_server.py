@@ -6,6 +6,7 @@ It keeps the contracts of protos/prefill/v1: offsets, states, idempotent request
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from typing import Any
 
@@ -37,6 +38,10 @@ class FakeServer:
     @property
     def address(self) -> str:
         return f"localhost:{self.port}"
+
+    @property
+    def unix_address(self) -> str:
+        return f"unix-abstract:fake-prefill-server-{os.getpid()}-{id(self)}"
 
     @property
     def state(self) -> State:
@@ -79,6 +84,7 @@ class FakeServer:
         answer_grpc.add_AnswerServiceServicer_to_server(answers, self._server)
         address = f"localhost:{self.port}"
         if self._credentials is None:
+            self._server.add_insecure_port(self.unix_address)
             self.port = self._server.add_insecure_port(address)
         else:
             self.port = self._server.add_secure_port(address, self._credentials)
