@@ -115,4 +115,7 @@ def _final_to_proto(final: AnswerFinal) -> pb.AskFinal:
         job_id=final.job_id,
         prefix_id=final.prefix_id,
         warnings=warnings_to_proto(final.warnings),
+        frames=pb.SampledFrames(
+            numbers=final.frame_indices.tolist(), seconds=final.frame_seconds.tolist()
+        ),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.families.base import Family
 
 Messages = Sequence[tuple[str, str]]
 """(role, text) in turn; role is "user" or "assistant", first and last "user"."""
@@ -16,12 +17,15 @@ class Chat:
 
     Args:
         processor: the checkpoint's, with tokenizer and chat template.
+        family: of the checkpoint; it says which special tokens are the user's.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, family: Family) -> None:
         self._processor = processor
         added = processor.tokenizer.added_tokens_decoder.values()
-        self._control_tokens = [token.content for token in added if token.special]
+        special = {token.content for token in added if token.special}
+        special |= {*processor.tokenizer.all_special_tokens, processor.video_token}
+        self._control_tokens = sorted(special - family.grounding_tokens)
 
     def prefix(self, system_prompt: str) -> str:
         """The rendered text up to the question: it ends with what closes the video."""
@@ -96,6 +100,7 @@ class Chat:
             if token in text:
                 raise ServiceError(
                     Reason.INVALID_REQUEST,
-                    f"{name} contains the control token {token!r}",
+                    f"{name} contains the control token {token!r}, which would forge a turn or a "
+                    "video; text may contain all tokens but the model's control tokens",
                     token=token,
                 )

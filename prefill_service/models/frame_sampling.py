@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,12 +103,20 @@ class FrameSampler:
             total_num_frames=index.frame_count, fps=index.fps, duration=index.duration_s
         )
         processor = self._processor
+        limit = sampling.max_frames
+        if limit is not None and hasattr(processor, "max_frames"):
+            processor = copy.copy(processor)
+            processor.max_frames = limit
         fps = sampling.fps
         num_frames = sampling.num_frames
         if fps is num_frames is processor.fps is processor.num_frames is None:
             fps = self._family.default_fps
         try:
-            return np.asarray(processor.sample_frames(metadata, num_frames=num_frames, fps=fps))
+            indices = np.asarray(processor.sample_frames(metadata, num_frames=num_frames, fps=fps))
+            if limit is not None and len(indices) > limit:  # a processor without a limit of its own
+                whole = limit - limit % self.frames_per_patch
+                indices = np.asarray(processor.sample_frames(metadata, num_frames=whole))
+            return indices
         except (ValueError, ZeroDivisionError) as error:
             raise ServiceError(
                 Reason.INVALID_REQUEST, f"the video cannot be sampled as asked: {error}"
@@ -128,14 +137,34 @@ def _check(sampling: FrameSampling, frames_per_patch: int) -> None:
     if fps is not None and num_frames is not None:
         raise ServiceError(Reason.INVALID_REQUEST, "fps and num_frames exclude each other")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ServiceError(Reason.INVALID_REQUEST, f"fps is {fps}, it must be more than 0", fps=fps)
-    if num_frames is not None and num_frames < frames_per_patch:
         raise ServiceError(
             Reason.INVALID_REQUEST,
-            f"num_frames is {num_frames}; one temporal patch takes {frames_per_patch}",
-            num_frames=num_frames,
-            minimum=frames_per_patch,
+            f"fps is {fps}, it must be more than 0 and finite",
+            name="fps",
+            value=fps,
         )
+    if num_frames is not None and sampling.max_frames is not None:
+        raise ServiceError(Reason.INVALID_REQUEST, "num_frames and max_frames exclude each other")
+    for name in ("num_frames", "max_frames"):
+        number = getattr(sampling, name)
+        if number is not None and number < frames_per_patch:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"{name} is {number}; one temporal patch takes {frames_per_patch}",
+                name=name,
+                value=number,
+                minimum=frames_per_patch,
+            )
+    for name in ("max_pixels", "min_pixels"):
+        number = getattr(sampling, name)
+        if number is not None and number < 1:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"{name} is {number}, it must be at least 1",
+                name=name,
+                value=number,
+                minimum=1,
+            )
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -26,6 +26,7 @@ class FrameSampling:
     max_pixels: int | None = None
     min_pixels: int | None = None
     cap_pixels_per_frame: bool | None = None
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class PrefixPlan:
         position_delta: position of the next token minus its index.
         frame_indices: [frames] int64 into the ``VideoIndex``; padded by repeating the last
             frame when the video has fewer frames than one temporal patch.
+        frame_seconds: [frames] float64, when each is shown, after the first frame of the video.
         patch_grid: temporal patches, and patch rows and columns of each.
         resized_hw: pixels of a resized frame.
         patch_ends: [temporal patches] int64; patch ``i`` owns the tokens
@@ -61,6 +63,7 @@ class PrefixPlan:
     position_ids: np.ndarray
     position_delta: int
     frame_indices: np.ndarray
+    frame_seconds: np.ndarray
     patch_grid: tuple[int, int, int]
     resized_hw: tuple[int, int]
     patch_ends: np.ndarray

@@ -49,7 +49,7 @@ class PrefixPlanner:
         self._processor = processors.from_pretrained(checkpoint.path)
         self._family = FAMILIES[checkpoint.family]
         video_processor = self._processor.video_processor
-        self.chat = Chat(self._processor)
+        self.chat = Chat(self._processor, self._family)
         self.sampler = FrameSampler(self._family, video_processor)
         self._processor_hash = _hash(
             transformers.__version__,
@@ -101,6 +101,7 @@ class PrefixPlanner:
             position_ids=layout.position_ids,
             position_delta=layout.position_delta,
             frame_indices=indices,
+            frame_seconds=index.seconds_at(indices),
             patch_grid=layout.patch_grid,
             resized_hw=layout.resized_hw,
             patch_ends=layout.patch_ends,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from prefill_service.generation.vllm_client import Sampling
 from prefill_service.scheduling.job import JobRecord, PrefillSpec
 from prefill_service.video.index import VideoWarning
@@ -42,7 +44,12 @@ class AnswerDelta:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFinal:
-    """The end of the answer; times in seconds (``prefill.v1.AskTimings``, ``AskUsage``)."""
+    """The end of the answer; times in seconds (``prefill.v1.AskTimings``, ``AskUsage``).
+
+    Attributes:
+        warnings: of the video.
+        frame_indices, frame_seconds: the plan's.
+    """
 
     finish_reason: str
     job_id: str
@@ -59,6 +66,8 @@ class AnswerFinal:
     kv_bytes_moved: int
     cached_tokens: int
     warnings: tuple[VideoWarning, ...]
+    frame_indices: np.ndarray
+    frame_seconds: np.ndarray
 
 
 AnswerEvent = AnswerProgress | AnswerDelta | AnswerFinal

@@ -374,4 +374,6 @@ def _final(
         kv_bytes_moved=report.bytes if report else 0,
         cached_tokens=last.cached_tokens,
         warnings=answer.plan.warnings,
+        frame_indices=answer.plan.frame_indices,
+        frame_seconds=answer.plan.frame_seconds,
     )

@@ -69,6 +69,12 @@ class VideoIndex:
         """Frames decoding can start at."""
         return int(self.keyframe.sum())
 
+    def seconds_at(self, indices: np.ndarray) -> np.ndarray:
+        """When frames are shown, [indices] float64 seconds after the first frame."""
+        numerator, denominator = self.time_base
+        seconds: np.ndarray = (self.pts[indices] - self.pts[0]) * numerator / denominator
+        return seconds
+
     def save(self, path: Path) -> None:
         """Write as ``.npz``."""
         np.savez_compressed(

@@ -24,6 +24,7 @@ def make_plan(interval: float | None) -> PrefixPlan:
         position_ids=np.zeros((3, 100), np.int64),
         position_delta=-3,
         frame_indices=np.arange(4),
+        frame_seconds=np.arange(4) / 2.0,
         patch_grid=(2, 8, 10),
         resized_hw=(128, 160),
         patch_ends=np.array([50, 100]),

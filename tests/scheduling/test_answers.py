@@ -40,6 +40,8 @@ async def test_progress_then_tokens_then_final(serve: Serve) -> None:
         assert final.usage.completion_tokens == 4
         assert (final.usage.kv_tokens_moved, final.usage.kv_bytes_moved) == (256, 1000)
         assert final.usage.cached_tokens == 7
+        assert list(final.frames.numbers) == list(range(16))
+        assert list(final.frames.seconds) == [number / 2 for number in range(16)]
         assert final.timings.handoff.ToNanoseconds() == 250_000_000
         assert 0.7 < final.timings.prefill_wait.ToNanoseconds() / 1e9 < 5
         assert final.timings.first_token.ToNanoseconds() <= final.timings.total.ToNanoseconds()

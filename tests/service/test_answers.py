@@ -126,6 +126,10 @@ def test_tokens_equal_vllm_alone(
                 assert got.text == reference.text
                 usage = got.usage
                 assert usage.prompt_tokens == len(reference.prompt_token_ids)
+                assert got.frames.numbers == tuple(sorted(set(got.frames.numbers)))
+                assert got.frames.times_s == tuple(
+                    pytest.approx(number / video.info.fps) for number in got.frames.numbers
+                )
                 if number == 0:
                     job = client.job(got.job_id)
                     prefix_tokens = job.prefix_tokens
@@ -133,6 +137,7 @@ def test_tokens_equal_vllm_alone(
                     assert moved.exchange.split()[0] == exchange
                     received = sum(use.bytes_received for use in moved.collectives)
                     assert (received > 0) == (ranks > 1)
+                    assert len(got.frames.numbers) == job.result.frames
                     assert usage.kv_tokens_moved == prefix_tokens
                     assert 150 < usage.video_tokens < 450 or usage.video_tokens >= 8000
                 elif number == 1:

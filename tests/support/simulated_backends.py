@@ -65,6 +65,7 @@ class SimulatedPlanner:
             position_ids=np.zeros((3, tokens), np.int64),
             position_delta=-3,
             frame_indices=np.arange(frames),
+            frame_seconds=np.arange(frames) / 2.0,
             patch_grid=(frames // 2, 8, 8),
             resized_hw=(128, 128),
             patch_ends=np.arange(1, frames // 2 + 1) * 2 * TOKENS_PER_FRAME,

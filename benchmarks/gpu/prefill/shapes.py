@@ -162,6 +162,7 @@ class ModelShape:
             position_ids=layout.position_ids,
             position_delta=layout.position_delta,
             frame_indices=np.arange(2 * patches),
+            frame_seconds=np.arange(2 * patches) / 2.0,
             patch_grid=layout.patch_grid,
             resized_hw=layout.resized_hw,
             patch_ends=layout.patch_ends,

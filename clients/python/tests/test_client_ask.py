@@ -12,6 +12,7 @@ from prefill_client import (
     DeadlineExceededError,
     InvalidRequestError,
     Message,
+    SampledFrames,
     UnavailableError,
 )
 
@@ -28,6 +29,7 @@ async def test_ask_a_path(api: Api, server, clip):
         on_progress=jobs.append,
         on_upload=uploads.append,
         fps=1.0,
+        max_frames=900,
         stop="END",
         temperature=0.5,
         max_tokens=100,
@@ -41,6 +43,7 @@ async def test_ask_a_path(api: Api, server, clip):
     final = stream.final
     assert (final.text, final.finish_reason, final.usage.video_tokens) == (ANSWER, "stop", 800)
     assert final.timings.total_s == 1.25
+    assert final.frames == SampledFrames((0, 12, 25), (0.0, 0.48, 1.0))
     assert final.video_id in server.state.videos
     assert final.request_id == stream.request_id == server.state.asks[0].request_id
     assert jobs[-1].result is not None
@@ -48,7 +51,8 @@ async def test_ask_a_path(api: Api, server, clip):
     request = server.state.asks[0]
     assert list(request.sampling_params.stop) == ["END"]
     assert not request.sampling_params.HasField("top_p")
-    assert (request.spec.sampling.fps, request.spec.system_prompt) == (1.0, "Be brief.")
+    assert (request.spec.sampling.fps, request.spec.sampling.max_frames) == (1.0, 900)
+    assert request.spec.system_prompt == "Be brief."
 
 
 async def test_the_whole_answer_with_id_and_video(api: Api, server, clip):

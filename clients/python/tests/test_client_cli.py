@@ -27,7 +27,7 @@ def test_ask(cli: Cli, server, clip):
     assert (run.returncode, run.stdout) == (0, "You asked: Who is it? \n")
     assert "prefill: 800/800 tokens" in run.stderr
     assert "upload: 1.5M/1.5M bytes" in run.stderr
-    assert "800 video tokens" in run.stderr
+    assert "3 frames, 0.0 to 1.0 s; 800 video tokens" in run.stderr
     assert "\x1b" not in run.stderr
 
 
@@ -56,6 +56,7 @@ def test_ask_json_and_id(cli: Cli, server, clip):
     record = json.loads(run.stdout)
     assert (record["question"], record["text"]) == ("Who?", "You asked: Who? ")
     assert record["usage"]["video_tokens"] == 800
+    assert record["frames"] == {"numbers": [0, 12, 25], "times_s": [0.0, 0.48, 1.0]}
     assert record["video_id"] == video_id
 
 

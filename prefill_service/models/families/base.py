@@ -85,11 +85,14 @@ class Family(ABC):
         model_type: as the checkpoint's ``config.json`` names the family.
         modules: where its parts are.
         default_fps: frames per second where neither the request nor the processor names a rate.
+        grounding_tokens: special tokens of the vocabulary that questions may contain, because
+            they mark objects and regions and not turns or media. All others are refused.
     """
 
     model_type: str
     modules: ModuleNames
     default_fps = 2.0
+    grounding_tokens: frozenset[str] = frozenset()
 
     # ---- frames: how many, how large -------------------------------------------------------
 

@@ -30,6 +30,9 @@ TIMESTAMP_TOKENS = 12
 class QwenVL(Family):
     """A video is a grid of patches, merged 2 x 2 into tokens, with M-RoPE positions."""
 
+    grounding_tokens = frozenset(
+        f"<|{mark}_{side}|>" for mark in ("object_ref", "box", "quad") for side in ("start", "end")
+    )
     modules = ModuleNames(
         vision_blocks="visual.blocks",
         norms=("input_layernorm", "post_attention_layernorm", "norm1", "norm2"),

@@ -102,6 +102,7 @@ def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
         max_pixels=_optional(sampling, "max_pixels"),
         min_pixels=_optional(sampling, "min_pixels"),
         cap_pixels_per_frame=_optional(sampling, "cap_pixels_per_frame"),
+        max_frames=_optional(sampling, "max_frames"),
         system_prompt=message.system_prompt,
         quality=_quality(message.attention.quality),
         epsilon=_optional(message.attention, "epsilon"),
@@ -251,3 +252,10 @@ def usage(message: answer_pb.AskUsage) -> types.Usage:
         kv_bytes_moved=message.kv_bytes_moved,
         cached_tokens=message.cached_tokens,
     )
+
+
+def frames(final: answer_pb.AskFinal) -> types.SampledFrames | None:
+    """The frames of an answer; None from a server that is older than the field."""
+    if not final.HasField("frames"):
+        return None
+    return types.SampledFrames(tuple(final.frames.numbers), tuple(final.frames.seconds))

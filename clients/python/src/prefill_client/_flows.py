@@ -301,6 +301,7 @@ class AskState:
             video_id=self.video_id,
             request_id=self.request_id,
             warnings=_convert.warnings(final.warnings),
+            frames=_convert.frames(final),
         )
 
 

@@ -22,7 +22,14 @@ from prefill_client.types import (
     VideoLike,
 )
 
-SAMPLING_NAMES = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
+SAMPLING_NAMES = (
+    "fps",
+    "num_frames",
+    "max_frames",
+    "max_pixels",
+    "min_pixels",
+    "cap_pixels_per_frame",
+)
 DECODING_NAMES = (
     "max_tokens",
     "temperature",

@@ -189,6 +189,7 @@ class PrefillSpec:
     max_pixels: int | None
     min_pixels: int | None
     cap_pixels_per_frame: bool | None
+    max_frames: int | None
     system_prompt: str
     quality: Quality
     epsilon: float | None
@@ -253,6 +254,20 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class SampledFrames:
+    """The frames of the video that the model looked at, in order.
+
+    Attributes:
+        numbers: of each in the file, from 0 in presentation order. The last one stands more than
+            once where a video has too few frames for a temporal patch.
+        times_s: when each is shown, seconds after the file's first frame.
+    """
+
+    numbers: tuple[int, ...]
+    times_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Answer:
     """One complete answer. ``finish_reason`` is "stop", "length" or "abort"."""
 
@@ -266,6 +281,7 @@ class Answer:
     video_id: str
     request_id: str
     warnings: tuple[VideoWarning, ...] = ()
+    frames: SampledFrames | None = None
 
 
 @dataclass(frozen=True)
@@ -289,8 +305,10 @@ class FrameOptions(TypedDict, total=False):
     """What is prefilled: which frames, how large, the system prompt before them, and how well.
 
     What is left out (or None) is the model family's own default. At most one of ``fps`` and
-    ``num_frames``. ``max_pixels`` and ``min_pixels`` are the processor's ``longest_edge`` and
-    ``shortest_edge``, in pixels; ``cap_pixels_per_frame`` applies the family's per-frame ceiling.
+    ``num_frames``. ``max_frames`` limits what ``fps``, or the default, leads to, in place of the
+    processor's own limit; the frames are evenly spread then. ``max_pixels`` and ``min_pixels``
+    are the processor's ``longest_edge`` and ``shortest_edge``, in pixels;
+    ``cap_pixels_per_frame`` applies the family's per-frame ceiling.
 
     ``quality`` is "exact", "high", "balanced" (the default) or "fast"; ``epsilon``, instead of
     it, is the attention mass that may be misplaced, 0 (exact) to below 1. ``min_kept_mass`` is
@@ -306,6 +324,7 @@ class FrameOptions(TypedDict, total=False):
     max_pixels: int | None
     min_pixels: int | None
     cap_pixels_per_frame: bool | None
+    max_frames: int | None
     system_prompt: str | None
     quality: Quality | str | None
     epsilon: float | None

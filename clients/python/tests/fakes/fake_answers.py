@@ -76,6 +76,7 @@ class FakeAnswers(answer_grpc.AnswerServiceServicer):
             prefix_id="pfx_1",
             usage=apb.AskUsage(prompt_tokens=820, video_tokens=800, completion_tokens=len(words)),
             warnings=self._backend.state.videos[job.spec.video_id].warnings,
+            frames=apb.SampledFrames(numbers=[0, 12, 25], seconds=[0.0, 0.48, 1.0]),
         )
         final.timings.total.FromMilliseconds(1250)
         return final

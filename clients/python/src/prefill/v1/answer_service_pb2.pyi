@@ -105,21 +105,31 @@ class AskDelta(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class SampledFrames(_message.Message):
+    __slots__ = ("numbers", "seconds")
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    numbers: _containers.RepeatedScalarFieldContainer[int]
+    seconds: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, numbers: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class AskFinal(_message.Message):
-    __slots__ = ("finish_reason", "timings", "usage", "job_id", "prefix_id", "warnings")
+    __slots__ = ("finish_reason", "timings", "usage", "job_id", "prefix_id", "warnings", "frames")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_ID_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     finish_reason: str
     timings: AskTimings
     usage: AskUsage
     job_id: str
     prefix_id: str
     warnings: _containers.RepeatedCompositeFieldContainer[_video_service_pb2.VideoWarning]
-    def __init__(self, finish_reason: _Optional[str] = ..., timings: _Optional[_Union[AskTimings, _Mapping]] = ..., usage: _Optional[_Union[AskUsage, _Mapping]] = ..., job_id: _Optional[str] = ..., prefix_id: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[_video_service_pb2.VideoWarning, _Mapping]]] = ...) -> None: ...
+    frames: SampledFrames
+    def __init__(self, finish_reason: _Optional[str] = ..., timings: _Optional[_Union[AskTimings, _Mapping]] = ..., usage: _Optional[_Union[AskUsage, _Mapping]] = ..., job_id: _Optional[str] = ..., prefix_id: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[_video_service_pb2.VideoWarning, _Mapping]]] = ..., frames: _Optional[_Union[SampledFrames, _Mapping]] = ...) -> None: ...
 
 class AskResponse(_message.Message):
     __slots__ = ("progress", "delta", "final")

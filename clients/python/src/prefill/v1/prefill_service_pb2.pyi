@@ -66,18 +66,20 @@ STAGE_VISION: Stage
 STAGE_PREFILL: Stage
 
 class FrameSampling(_message.Message):
-    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame")
+    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame", "max_frames")
     FPS_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
     CAP_PIXELS_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
     fps: float
     num_frames: int
     max_pixels: int
     min_pixels: int
     cap_pixels_per_frame: bool
-    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: _Optional[bool] = ...) -> None: ...
+    max_frames: int
+    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: _Optional[bool] = ..., max_frames: _Optional[int] = ...) -> None: ...
 
 class AttentionSpec(_message.Message):
     __slots__ = ("quality", "epsilon", "min_kept_mass")

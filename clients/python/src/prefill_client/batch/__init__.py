@@ -269,6 +269,9 @@ def _sha256(path: str) -> str:
 
 def _success(custom_id: str, answer: Answer) -> dict[str, Any]:
     body = to_dict(answer)
+    if answer.frames is not None and answer.frames.times_s:  # thousands would swamp the line
+        times_s = answer.frames.times_s
+        body["frames"] = {"count": len(times_s), "first_s": times_s[0], "last_s": times_s[-1]}
     request_id = body.pop("request_id")
     return {
         "id": f"batch_req_{uuid.uuid4().hex}",

@@ -128,9 +128,16 @@ def _summary(answer: types.Answer, report: AttentionReport | None) -> str:
     return (
         f"[{usage.completion_tokens} tokens, {answer.finish_reason}; "
         f"first after {timings.first_token_s:.2f} s, all after {timings.total_s:.2f} s; "
-        f"{usage.video_tokens} video tokens, KV of {usage.kv_tokens_moved} moved; "
+        f"{_frames(answer.frames)}{usage.video_tokens} video tokens, "
+        f"KV of {usage.kv_tokens_moved} moved; "
         f"{_attention(report) + '; ' if report else ''}{answer.job_id}]"
     )
+
+
+def _frames(frames: types.SampledFrames | None) -> str:
+    if frames is None or not frames.times_s:
+        return ""
+    return f"{len(frames.times_s)} frames, {frames.times_s[0]:.1f} to {frames.times_s[-1]:.1f} s; "
 
 
 def _attention(report: AttentionReport) -> str:

@@ -39,8 +39,9 @@ input, one JSON object per line:
    "body": {"video": "a.mp4", "question": "Who opens the door?", "max_tokens": 64}}
 "video" is a path (relative to the current folder), a file:// URL or an id. Instead of
 "question" there may be "messages": [{"role": "user", "content": "..."}]. The other keys of
-"body" are the options of "prefill ask" with underscores: fps, num_frames, max_pixels,
-system_prompt, quality, comparison, max_tokens, temperature, top_p, top_k, seed, stop, ...
+"body" are the options of "prefill ask" with underscores: fps, num_frames, max_frames,
+max_pixels, system_prompt, quality, comparison, max_tokens, temperature, top_p, top_k,
+seed, stop, ...
 
 Each answer is appended to the output and synced to the disk at once. Run the same command
 again to go on after an interruption: lines that are in the output are skipped, lines that
@@ -69,6 +70,7 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--fps", type=float, metavar="N", help="frames per second")
     rate.add_argument("--num-frames", type=int, metavar="N", help="frames, evenly spread")
+    group.add_argument("--max-frames", type=int, metavar="N", help="frames at most, at any rate")
     group.add_argument("--max-pixels", type=int, metavar="N", help="processor's longest_edge")
     group.add_argument("--min-pixels", type=int, metavar="N", help="processor's shortest_edge")
     group.add_argument(
