@@ -33,50 +33,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b, acc=None):
-    """a [M, K] @ b [K, N] (+ acc) in float32; float32 operands in three tf32 products."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        # The interpreter would multiply the bits of bfloat16 as integers.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES: tl.constexpr):
-    """Take one key tile in. raw: [M, N] unscaled scores; b_v: [N, D]; m: [M] running maximum."""
-    m_new = tl.maximum(m, tl.max(raw, 1) * scale_log2)
-    p = tl.exp2(raw * scale_log2 - m_new[:, None])  # [M, N]
-    alpha = tl.exp2(m - m_new)
-    if VALUES:
-        acc = dot(p.to(b_v.dtype), b_v, acc * alpha[:, None])
-    return acc, m_new, total * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def _load_tile(
-    desc,
-    p_tile,
-    o_tile,
-    d_mask,
-    block,
-    i_head,
-    within,
-    TMA: tl.constexpr,
-    PADDED: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
-    """[N, D] keys or values of one kept block, whole by contract."""
-    if TMA:
-        return desc.load([block, i_head, within, 0]).reshape(N, D)
-    if PADDED:
-        return tl.load(p_tile + o_tile, mask=d_mask[None, :], other=0.0)
-    return tl.load(p_tile + o_tile)
-
-
-@triton.jit
 def attention_kernel(
     p_q,
     p_k,
@@ -127,14 +83,14 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """``block_sparse_attention`` of one tile. Packed row r is head r // tokens, token r % tokens.
+    """``block_sparse_attention`` of BLOCK_M packed rows of one (KV head, query tile).
+
+    Packed row r is query head r // tokens of the KV head, and token r % tokens of the tile.
 
     ALIGNED: there are tensor descriptors. It is part of the autotuner's key, so that what was
     tuned with them is not used without.
     """
     tl.static_assert(ALIGNED or not TMA, "TMA needs tensor descriptors")
-    PADDED: tl.constexpr = HEAD_DIM != BLOCK_D
-    STEPS: tl.constexpr = BLOCK_TOKENS // BLOCK_N  # inner steps per block
     # The masked loops address every element; a narrower tile keeps them within the registers.
     SIDE_N: tl.constexpr = min(BLOCK_N, 64 if BLOCK_D <= 128 else 32)
 
@@ -154,73 +110,183 @@ def attention_kernel(
 
     rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < GROUP * tokens
-    o_token = rows % tokens
     o_d = tl.arange(0, BLOCK_D)
     d_mask = o_d < HEAD_DIM
     o_q = (i_head * GROUP + rows // tokens).to(tl.int64) * stride_q_head
-    o_q += (i_tile * tile_tokens + o_token).to(tl.int64) * stride_q_token
+    o_q += (i_tile * tile_tokens + rows % tokens).to(tl.int64) * stride_q_token
     q_mask = valid[:, None] & d_mask[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)  # [M, D]
 
-    p_k += i_head.to(tl.int64) * stride_k_head
-    p_v += i_head.to(tl.int64) * stride_v_head
+    k = (p_k + i_head.to(tl.int64) * stride_k_head, stride_k_block, stride_k_token)
+    v = (p_v + i_head.to(tl.int64) * stride_v_head, stride_v_block, stride_v_token)
     if PAGED:
         p_table += i_head * stride_table_head
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # A finite start instead of -inf: rows and tiles without any key then need no special case.
     m = tl.full([BLOCK_M], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    softmax = (acc, m, tl.zeros([BLOCK_M], tl.float32))
 
     if LOCAL:
-        o_n = tl.arange(0, SIDE_N)
-        o_k = o_n[:, None] * stride_k_token + o_d[None, :]
-        o_v = o_n[:, None] * stride_v_token + o_d[None, :]
+        position = first + rows % tokens * QUERY_STEP
         last_row = tl.minimum((i_m + 1) * BLOCK_M, GROUP * tokens) - 1
         one_head = i_m * BLOCK_M // tokens == last_row // tokens
         last = first + tl.where(one_head, last_row % tokens, tokens - 1) * QUERY_STEP
-        position = first + o_token * QUERY_STEP
-        for start in tl.range(first // BLOCK_TOKENS * BLOCK_TOKENS, last + 1, SIDE_N):
-            block = start // BLOCK_TOKENS
-            within = start % BLOCK_TOKENS
-            if PAGED:
-                block = tl.load(p_table + block)
-            o_key = start + o_n
-            inside = (o_key <= last)[:, None] & d_mask[None, :]
-            p_tile = p_k + block.to(tl.int64) * stride_k_block + within * stride_k_token
-            b_k = tl.load(p_tile + o_k, mask=inside, other=0.0)  # [N, D]
-            raw = dot(b_q, b_k.T)
-            raw = tl.where(o_key[None, :] <= position[:, None], raw, float("-inf"))
-            p_tile = p_v + block.to(tl.int64) * stride_v_block + within * stride_v_token
-            b_v = tl.load(p_tile + o_v, mask=inside, other=0.0) if VALUES else b_k
-            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
-
+        start = first // BLOCK_TOKENS * BLOCK_TOKENS
+        softmax = _attend_local(
+            softmax,
+            b_q,
+            k,
+            v,
+            p_table,
+            position,
+            start,
+            last,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_TOKENS,
+            PAGED,
+            VALUES,
+            SIDE_N,
+        )
     begin = tl.load(p_row_ptr + i_row)
-    steps = (tl.load(p_row_ptr + i_row + 1) - begin) * STEPS
-    p_col += begin
+    kept = tl.load(p_row_ptr + i_row + 1) - begin
+    softmax = _attend_kept(
+        softmax,
+        b_q,
+        k,
+        v,
+        k_desc_64 if BLOCK_N == 64 else k_desc_128,
+        v_desc_64 if BLOCK_N == 64 else v_desc_128,
+        p_table,
+        p_col + begin,
+        kept,
+        i_head,
+        valid,
+        scale_log2,
+        skip_log2,
+        HEAD_DIM,
+        BLOCK_TOKENS,
+        PAGED,
+        SKIP,
+        VALUES,
+        BLOCK_N,
+        TMA,
+    )
+    if SUMMARIES:
+        softmax = _attend_summaries(
+            softmax,
+            b_q,
+            p_k_mean + i_head.to(tl.int64) * blocks * HEAD_DIM,
+            p_v_mean + i_head.to(tl.int64) * blocks * HEAD_DIM,
+            p_bias + i_row.to(tl.int64) * blocks,
+            first // BLOCK_TOKENS,
+            scale_log2,
+            inverse_scale,
+            HEAD_DIM,
+            VALUES,
+            SIDE_N,
+        )
+
+    acc, m, total = softmax
+    empty = total == 0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
+    lse = tl.where(empty, float("-inf"), lse)
+    # The rows again, in a form (kept is never negative) that the compiler cannot merge with the
+    # one above: kept alive through the loops they would cost more than 30 registers a thread.
+    rows = i_m * BLOCK_M + tl.minimum(kept, 0) + tl.arange(0, BLOCK_M)
+    valid = rows < GROUP * tokens
+    o_row = (i_head * GROUP + rows // tokens).to(tl.int64) * queries
+    o_row += i_tile * tile_tokens + rows % tokens
+    if VALUES:
+        p_tile = p_out + o_row[:, None] * HEAD_DIM + o_d[None, :]
+        tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & d_mask[None, :])
+    tl.store(p_lse + o_row, lse, mask=valid)
+
+
+@triton.jit
+def _attend_local(
+    softmax,
+    b_q,
+    k,
+    v,
+    p_table,
+    position,
+    start,
+    last,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGED: tl.constexpr,
+    VALUES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Take in keys start to last, N a step, of which a row sees those up to its position [M]."""
+    acc, m, total = softmax
+    BLOCK_D: tl.constexpr = b_q.shape[1]
+    d_mask = tl.arange(0, BLOCK_D) < HEAD_DIM
+    for key in tl.range(start, last + 1, N):
+        o_key = key + tl.arange(0, N)
+        inside = (o_key <= last)[:, None] & d_mask[None, :]
+        block = key // BLOCK_TOKENS
+        if PAGED:
+            block = tl.load(p_table + block)
+        p_tile = _tile_pointers(k, block, key % BLOCK_TOKENS, N, BLOCK_D)
+        b_k = tl.load(p_tile, mask=inside, other=0.0)  # [N, D]
+        raw = dot(b_q, b_k.T)  # [M, N]
+        raw = tl.where(o_key[None, :] <= position[:, None], raw, float("-inf"))
+        b_v = b_k
+        if VALUES:
+            p_tile = _tile_pointers(v, block, key % BLOCK_TOKENS, N, BLOCK_D)
+            b_v = tl.load(p_tile, mask=inside, other=0.0)  # [N, D]
+        acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
+    return acc, m, total
+
+
+@triton.jit
+def _attend_kept(
+    softmax,
+    b_q,
+    k,
+    v,
+    k_desc,
+    v_desc,
+    p_table,
+    p_col,
+    kept,
+    i_head,
+    valid,
+    scale_log2,
+    skip_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PAGED: tl.constexpr,
+    SKIP: tl.constexpr,
+    VALUES: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Take in the ``kept`` blocks listed at p_col, N keys a step.
+
+    They lie wholly before all rows, so that no key is masked.
+    """
+    acc, m, total = softmax
+    BLOCK_D: tl.constexpr = b_q.shape[1]
+    STEPS: tl.constexpr = BLOCK_TOKENS // N  # of a block
+    steps = kept * STEPS
     # The index of the next block (and, when paged, its page) is fetched a step ahead: the loads of
     # a step then wait for no other load, and the compiler can pipeline them.
     block = tl.load(p_col, mask=steps > 0, other=0)
     if PAGED:
         block = tl.load(p_table + block, mask=steps > 0, other=0)
         col = tl.load(p_col + 1 // STEPS, mask=steps > 1, other=0)
-    o_b = tl.arange(0, BLOCK_N)
-    o_k = o_b[:, None] * stride_k_token + o_d[None, :]
-    o_v = o_b[:, None] * stride_v_token + o_d[None, :]
-    k_desc = k_desc_64 if BLOCK_N == 64 else k_desc_128
-    v_desc = v_desc_64 if BLOCK_N == 64 else v_desc_128
     for i in tl.range(0, steps):
-        within = i % STEPS * BLOCK_N
-        p_tile = p_k + block.to(tl.int64) * stride_k_block + within * stride_k_token
-        b_k = _load_tile(
-            k_desc, p_tile, o_k, d_mask, block, i_head, within, TMA, PADDED, BLOCK_N, BLOCK_D
-        )
-        raw = dot(b_q, b_k.T)
-        p_tile = p_v + block.to(tl.int64) * stride_v_block + within * stride_v_token
+        within = i % STEPS * N
+        b_k = _load_tile(k, k_desc, block, i_head, within, HEAD_DIM, N, BLOCK_D, TMA)
+        raw = dot(b_q, b_k.T)  # [M, N]
         b_v = b_k
         if VALUES:
-            b_v = _load_tile(
-                v_desc, p_tile, o_v, d_mask, block, i_head, within, TMA, PADDED, BLOCK_N, BLOCK_D
-            )
+            b_v = _load_tile(v, v_desc, block, i_head, within, HEAD_DIM, N, BLOCK_D, TMA)
         if SKIP:
             gap = tl.where(valid, tl.max(raw, 1) * scale_log2 - m, float("-inf"))
             if tl.max(gap, 0) >= skip_log2:
@@ -232,39 +298,95 @@ def attention_kernel(
             col = tl.load(p_col + (i + 2) // STEPS, mask=i + 2 < steps, other=0)
         else:
             block = tl.load(p_col + (i + 1) // STEPS, mask=i + 1 < steps, other=0)
+    return acc, m, total
 
-    if SUMMARIES:
-        o_n = tl.arange(0, SIDE_N)
-        p_bias += i_row.to(tl.int64) * blocks
-        p_k_mean += i_head.to(tl.int64) * blocks * HEAD_DIM
-        p_v_mean += i_head.to(tl.int64) * blocks * HEAD_DIM
-        candidates = first // BLOCK_TOKENS
-        for start in tl.range(0, candidates, SIDE_N):
-            o_block = start + o_n
-            inside = o_block < candidates
-            o_mean = o_block[:, None] * HEAD_DIM + o_d[None, :]
-            mean_mask = inside[:, None] & d_mask[None, :]
-            b_bias = tl.load(p_bias + o_block, mask=inside, other=float("-inf"))
-            b_k = tl.load(p_k_mean + o_mean, mask=mean_mask, other=0.0)
-            raw = dot(b_q, b_k.T)
-            raw += (b_bias * inverse_scale)[None, :]
-            b_v = tl.load(p_v_mean + o_mean, mask=mean_mask, other=0.0) if VALUES else b_k
-            acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
 
-    empty = total == 0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
-    lse = tl.where(empty, float("-inf"), lse)
-    # The rows again, in a form (steps is never negative) that the compiler cannot merge with the
-    # one above: kept alive through the loops they would cost more than 30 registers a thread.
-    rows = i_m * BLOCK_M + tl.minimum(steps, 0) + tl.arange(0, BLOCK_M)
-    valid = rows < GROUP * tokens
-    o_row = (i_head * GROUP + rows // tokens).to(tl.int64) * queries
-    o_row += i_tile * tile_tokens + rows % tokens
+@triton.jit
+def _attend_summaries(
+    softmax,
+    b_q,
+    p_k_mean,
+    p_v_mean,
+    p_bias,
+    candidates,
+    scale_log2,
+    inverse_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Take in the summaries of a tile's candidate blocks: a key each, with an additive logit.
+
+    The logit is -inf where the block itself was taken in.
+    """
+    acc, m, total = softmax
+    o_d = tl.arange(0, b_q.shape[1])
+    for start in tl.range(0, candidates, N):
+        o_block = start + tl.arange(0, N)
+        inside = o_block < candidates
+        o_mean = o_block[:, None] * HEAD_DIM + o_d[None, :]
+        mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
+        b_bias = tl.load(p_bias + o_block, mask=inside, other=float("-inf"))
+        b_k = tl.load(p_k_mean + o_mean, mask=mask, other=0.0)  # [N, D]
+        raw = dot(b_q, b_k.T) + (b_bias * inverse_scale)[None, :]  # [M, N]
+        b_v = tl.load(p_v_mean + o_mean, mask=mask, other=0.0) if VALUES else b_k  # [N, D]
+        acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
+    return acc, m, total
+
+
+@triton.jit
+def _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES: tl.constexpr):
+    """Take N keys into the online softmax of M rows, to base two.
+
+    acc: [M, D] weighted sum of values; m: [M] largest score; total: [M] sum of the weights;
+    raw: [M, N] unscaled scores; b_v: [N, D].
+    """
+    m_new = tl.maximum(m, tl.max(raw, 1) * scale_log2)
+    p = tl.exp2(raw * scale_log2 - m_new[:, None])  # [M, N]
+    alpha = tl.exp2(m - m_new)
     if VALUES:
-        p_tile = p_out + o_row[:, None] * HEAD_DIM + o_d[None, :]
-        tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=valid[:, None] & d_mask[None, :])
-    tl.store(p_lse + o_row, lse, mask=valid)
+        acc = dot(p.to(b_v.dtype), b_v, acc * alpha[:, None])
+    return acc, m_new, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _load_tile(
+    x,
+    desc,
+    block,
+    i_head,
+    within,
+    HEAD_DIM: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[N, D] keys or values of a whole block, from its token ``within`` on."""
+    if TMA:
+        return desc.load([block, i_head, within, 0]).reshape(N, D)
+    p_tile = _tile_pointers(x, block, within, N, D)
+    if HEAD_DIM != D:
+        return tl.load(p_tile, mask=(tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def _tile_pointers(x, block, within, N: tl.constexpr, D: tl.constexpr):
+    """[N, D] addresses in a block; x: its KV head's pointer, stride of blocks, of tokens."""
+    p, stride_block, stride_token = x
+    p += block.to(tl.int64) * stride_block + within * stride_token
+    return p + (tl.arange(0, N)[:, None] * stride_token + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a [M, K] @ b [K, N] (+ acc) in float32; float32 operands in three tf32 products."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        # The interpreter would multiply the bits of bfloat16 as integers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc)
 
 
 _tuned_kernel = triton.autotune(

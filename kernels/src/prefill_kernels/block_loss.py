@@ -112,7 +112,6 @@ def loss_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Losses and peaks of BLOCK_N blocks for a (KV head, tile). p_lse: of sampled tokens only."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     i_row = tl.program_id(0)
     i_head = i_row // tiles
     i_tile = i_row % tiles
@@ -123,71 +122,79 @@ def loss_kernel(
         tl.store(p_loss + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
         tl.store(p_peak + o_row, tl.zeros([BLOCK_N], tl.float32), mask=o_n < blocks)
         return
+    inside = o_n < candidates
+    o_block = i_head.to(tl.int64) * blocks + o_n
+    o_d = tl.arange(0, BLOCK_D)
+    o_key = o_block[:, None] * HEAD_DIM + o_d[None, :]
+    k_mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
     sampled = tl.cdiv(tokens, _STEP)
     rows = GROUP * sampled
-    inside = o_n < candidates
-    o_d = tl.arange(0, BLOCK_D)
-    d_mask = o_d < HEAD_DIM
-    mask = inside[:, None] & d_mask[None, :]
-    o_block = (i_head.to(tl.int64) * blocks + o_n)[:, None] * HEAD_DIM + o_d[None, :]
     columns = tl.cdiv(queries, _STEP)
     p_lse += (i_head * GROUP).to(tl.int64) * columns + i_tile * (tile_tokens // _STEP)
     p_q += (i_head * GROUP).to(tl.int64) * stride_q_head
     p_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
+    row_strides = (stride_q_head, stride_q_token, columns)
 
-    b_k = tl.load(p_k_mean + o_block, mask=mask, other=0.0)  # [N, D]
-    bias = tl.load(p_bias + o_row, mask=inside, other=float("-inf")) * LOG2E
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    mass_peak = tl.zeros([BLOCK_N], tl.float32)
-    for start in tl.range(0, rows, BLOCK_M):
-        b_q, lse = _sampled_rows(
-            p_q,
-            p_lse,
-            start + tl.arange(0, BLOCK_M),
-            rows,
-            sampled,
-            columns,
-            stride_q_head,
-            stride_q_token,
-            o_d,
-            HEAD_DIM,
-        )
-        score = dot(b_q, b_k.T) * (scale * LOG2E) + bias[None, :] - lse[:, None] * LOG2E
-        p = tl.exp2(score)
-        mass += tl.sum(p, 0)
-        mass_peak = tl.maximum(mass_peak, tl.max(p, 0))
+    b_k = tl.load(p_k_mean + o_key, mask=k_mask, other=0.0)  # [N, D]
+    bias = tl.load(p_bias + o_row, mask=inside, other=float("-inf"))
+    mass, mass_peak = _mass_of_keys(
+        p_q, p_lse, b_k, bias, rows, sampled, row_strides, scale, HEAD_DIM, BLOCK_M
+    )
     variance = tl.load(p_variance + o_row, mask=inside, other=0.0)
     misplaced = tl.sqrt(1 - tl.exp(variance / -_TWO_PI))
 
     # A few keys among many (the needle) hide in mean and variance: ask for the outliers by
     # themselves. In a loop of its own, so that only one tile of keys is held at a time.
-    b_k = tl.load(p_k_far + o_block, mask=mask, other=0.0)
-    far = tl.zeros([BLOCK_N], tl.float32)
-    far_peak = tl.zeros([BLOCK_N], tl.float32)
-    for start in tl.range(0, rows, BLOCK_M):
-        b_q, lse = _sampled_rows(
-            p_q,
-            p_lse,
-            start + tl.arange(0, BLOCK_M),
-            rows,
-            sampled,
-            columns,
-            stride_q_head,
-            stride_q_token,
-            o_d,
-            HEAD_DIM,
-        )
-        score = dot(b_q, b_k.T) * (scale * LOG2E) - lse[:, None] * LOG2E
-        p = tl.minimum(tl.exp2(score), 1.0)
-        far += tl.sum(p, 0)
-        far_peak = tl.maximum(far_peak, tl.max(p, 0))
-    count = tl.load(p_far_count + i_head.to(tl.int64) * blocks + o_n, mask=inside, other=1.0)
+    b_k = tl.load(p_k_far + o_key, mask=k_mask, other=0.0)
+    far, far_peak = _mass_of_keys(
+        p_q, p_lse, b_k, None, rows, sampled, row_strides, scale, HEAD_DIM, BLOCK_M
+    )
+    count = tl.load(p_far_count + o_block, mask=inside, other=1.0)
     far_peak = tl.minimum(far_peak * count, 1.0)
+
     loss = (mass * misplaced + far) / rows
     peak = tl.maximum(mass_peak * misplaced, far_peak)
     tl.store(p_loss + o_row, tl.where(inside, loss, 0.0), mask=o_n < blocks)
     tl.store(p_peak + o_row, tl.where(inside, peak, 0.0), mask=o_n < blocks)
+
+
+@triton.jit
+def _mass_of_keys(
+    p_q,
+    p_lse,
+    b_k,
+    bias,
+    rows,
+    sampled,
+    row_strides,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Attention mass of keys b_k [N, D], summed over a tile's sampled rows, and its largest: [N].
+
+    bias: [N] added to the scores of keys that stand for blocks. Without it a key is a single one,
+    and no row gives it more than 1: it may be missing from the row's log-sum-exp.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    N: tl.constexpr = b_k.shape[0]
+    mass = tl.zeros([N], tl.float32)
+    peak = tl.zeros([N], tl.float32)
+    for start in tl.range(0, rows, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_q, lse = _sampled_rows(
+            p_q, p_lse, o_m, rows, sampled, row_strides, HEAD_DIM, b_k.shape[1]
+        )
+        score = dot(b_q, b_k.T) * (scale * LOG2E)  # [M, N]
+        if bias is not None:
+            score += bias[None, :] * LOG2E
+        p = tl.exp2(score - lse[:, None] * LOG2E)
+        if bias is None:
+            p = tl.minimum(p, 1.0)
+        mass += tl.sum(p, 0)
+        peak = tl.maximum(peak, tl.max(p, 0))
+    return mass, peak
 
 
 @triton.jit
@@ -197,19 +204,22 @@ def _sampled_rows(
     o_m,
     rows,
     sampled,
-    columns,
-    stride_q_head,
-    stride_q_token,
-    o_d,
+    row_strides,
     HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Queries [M, D] of some sampled rows and their log-sum-exp, infinite behind the last row."""
+    """Queries [M, D] of sampled rows o_m and their log-sum-exp [M], infinite behind the last row.
+
+    row_strides: of a head's queries, of a query, and of a head's log-sum-exps.
+    """
+    stride_q_head, stride_q_token, stride_lse_head = row_strides
     valid = o_m < rows
     head = (o_m // sampled).to(tl.int64)
+    o_d = tl.arange(0, D)
     o_q = head * stride_q_head + o_m % sampled * _STEP * stride_q_token
     q_mask = valid[:, None] & (o_d < HEAD_DIM)[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)
-    lse = tl.load(p_lse + head * columns + o_m % sampled, mask=valid, other=float("inf"))
+    lse = tl.load(p_lse + head * stride_lse_head + o_m % sampled, mask=valid, other=float("inf"))
     return b_q, lse
 
 
@@ -239,70 +249,20 @@ def estimate_block_loss(
         ValueError: shapes, dtypes or values that do not fit.
     """
     check_attention(q, k, k, tiling)
-    queries = q.shape[1]
     kv_heads, blocks, _ = summaries.k_mean.shape
-    tiles = tiling.tiles(queries)
+    tiles = tiling.tiles(q.shape[1])
     _check(summaries, tiling, tiles)
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float32, device=q.device)
-    peak = torch.zeros_like(loss)
-    bias = torch.full_like(loss, -torch.inf)
+    found = BlockLoss(loss, torch.zeros_like(loss), torch.full_like(loss, -torch.inf))
     if loss.numel() == 0:
-        return BlockLoss(loss, peak, bias)
+        return found
     scale = scale or q.shape[2] ** -0.5
-    variance = _score_variance(q, summaries.k_var, tiling, scale)
-    _write_bias(bias, variance, tiling)
     k_mean = summaries.k_mean.to(q.dtype).contiguous()
-    k_far = summaries.k_far.to(q.dtype).contiguous()
-    # Every fourth query, over its local region and all summaries.
-    sampled = Tiling(
-        block_tokens=tiling.block_tokens,
-        tile_tokens=tiling.tile_tokens // ROW_STEP,
-        q_offset=tiling.q_offset,
-        query_step=ROW_STEP,
-        block_table=tiling.block_table,
-    )
-    rows = kv_heads * tiles
-    none = BlockCSR(*(torch.zeros(n, dtype=torch.int32, device=q.device) for n in (rows + 1, 1)))
-    lse = block_sparse_lse(
-        q[:, ::ROW_STEP],
-        k,
-        none,
-        tiling=sampled,
-        dropped=DroppedBlocks(k_mean, k_mean, bias),
-        options=AttentionOptions(scale=scale),
-    )
-    # With 128 rows of 128 blocks the registers of sm_90 do not suffice.
-    block_d = max(16, triton.next_power_of_2(q.shape[2]))
-    block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
-    loss_kernel[rows, triton.cdiv(blocks, block_n)](
-        q,
-        lse,
-        k_mean,
-        k_far,
-        summaries.far_count.float().contiguous(),
-        variance,
-        bias,
-        loss,
-        peak,
-        q.stride(0),
-        q.stride(1),
-        queries,
-        tiles,
-        tiling.tile_tokens,
-        tiling.q_offset,
-        blocks,
-        scale,
-        GROUP=q.shape[0] // kv_heads,
-        HEAD_DIM=q.shape[2],
-        BLOCK_D=block_d,
-        BLOCK_TOKENS=tiling.block_tokens,
-        BLOCK_M=64,
-        BLOCK_N=block_n,
-        num_warps=8,
-        num_stages=2,
-        enable_fp_fusion=True,
-    )
-    return BlockLoss(loss, peak, bias)
+    variance = _score_variance(q, summaries.k_var, tiling, scale)
+    _write_bias(found.bias, variance, tiling)
+    lse = _sampled_lse(q, k, DroppedBlocks(k_mean, k_mean, found.bias), tiling, scale=scale)
+    _write_loss(q, lse, summaries, variance, found=found, tiling=tiling, scale=scale)
+    return found
 
 
 def _check(summaries: Summaries, tiling: Tiling, tiles: int) -> None:
@@ -359,5 +319,74 @@ def _write_bias(bias: Tensor, variance: Tensor, tiling: Tiling) -> None:
         LOG_BLOCK=math.log(tiling.block_tokens),
         EDGE=largest_of_normals(tiling.block_tokens),
         BLOCK_N=block_n,
+        enable_fp_fusion=True,
+    )
+
+
+def _sampled_lse(
+    q: Tensor, k: Tensor, summaries: DroppedBlocks, tiling: Tiling, *, scale: float
+) -> Tensor:
+    """[q_heads, sampled queries] log-sum-exp over the local region and all summaries."""
+    sampled = Tiling(
+        block_tokens=tiling.block_tokens,
+        tile_tokens=tiling.tile_tokens // ROW_STEP,
+        q_offset=tiling.q_offset,
+        query_step=ROW_STEP,
+        block_table=tiling.block_table,
+    )
+    kv_heads, tiles, _ = summaries.bias.shape
+    row_ptr = torch.zeros(kv_heads * tiles + 1, dtype=torch.int32, device=q.device)
+    return block_sparse_lse(
+        q[:, ::ROW_STEP],
+        k,
+        BlockCSR(row_ptr, row_ptr[:1]),  # no block is kept
+        tiling=sampled,
+        dropped=summaries,
+        options=AttentionOptions(scale=scale),
+    )
+
+
+def _write_loss(
+    q: Tensor,
+    lse: Tensor,
+    summaries: Summaries,
+    variance: Tensor,
+    *,
+    found: BlockLoss,
+    tiling: Tiling,
+    scale: float,
+) -> None:
+    """Fill in losses and peaks, the biases being known."""
+    q_heads, queries, head_dim = q.shape
+    kv_heads, tiles, blocks = found.loss.shape
+    # With 128 rows of 128 blocks the registers of sm_90 do not suffice.
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_n = 64 if block_d > 128 or q.dtype == torch.float32 else 128
+    loss_kernel[kv_heads * tiles, triton.cdiv(blocks, block_n)](
+        q,
+        lse,
+        summaries.k_mean.to(q.dtype).contiguous(),
+        summaries.k_far.to(q.dtype).contiguous(),
+        summaries.far_count.float().contiguous(),
+        variance,
+        found.bias,
+        found.loss,
+        found.peak,
+        q.stride(0),
+        q.stride(1),
+        queries,
+        tiles,
+        tiling.tile_tokens,
+        tiling.q_offset,
+        blocks,
+        scale,
+        GROUP=q_heads // kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_TOKENS=tiling.block_tokens,
+        BLOCK_M=64,
+        BLOCK_N=block_n,
+        num_warps=8,
+        num_stages=2,
         enable_fp_fusion=True,
     )
