@@ -257,10 +257,14 @@ def estimate_block_loss(
     if loss.numel() == 0:
         return found
     scale = scale or q.shape[2] ** -0.5
-    k_mean = summaries.k_mean.to(q.dtype).contiguous()
+    summaries = summaries._replace(
+        k_mean=summaries.k_mean.to(q.dtype).contiguous(),
+        k_far=summaries.k_far.to(q.dtype).contiguous(),
+    )
     variance = _score_variance(q, summaries.k_var, tiling, scale)
     _write_bias(found.bias, variance, tiling)
-    lse = _sampled_lse(q, k, DroppedBlocks(k_mean, k_mean, found.bias), tiling, scale=scale)
+    every = DroppedBlocks(summaries.k_mean, summaries.k_mean, found.bias)
+    lse = _sampled_lse(q, k, every, tiling, scale=scale)
     _write_loss(q, lse, summaries, variance, found=found, tiling=tiling, scale=scale)
     return found
 
@@ -356,7 +360,13 @@ def _write_loss(
     tiling: Tiling,
     scale: float,
 ) -> None:
-    """Fill in losses and peaks, the biases being known."""
+    """Fill in losses and peaks; mean keys and outliers are in the queries' dtype.
+
+    Args:
+        lse: [q_heads, sampled queries] (``_sampled_lse``).
+        variance: [kv_heads, tiles, blocks] (``_score_variance``).
+        found: whose biases are known.
+    """
     q_heads, queries, head_dim = q.shape
     kv_heads, tiles, blocks = found.loss.shape
     # With 128 rows of 128 blocks the registers of sm_90 do not suffice.
@@ -365,8 +375,8 @@ def _write_loss(
     loss_kernel[kv_heads * tiles, triton.cdiv(blocks, block_n)](
         q,
         lse,
-        summaries.k_mean.to(q.dtype).contiguous(),
-        summaries.k_far.to(q.dtype).contiguous(),
+        summaries.k_mean,
+        summaries.k_far,
         summaries.far_count.float().contiguous(),
         variance,
         found.bias,
