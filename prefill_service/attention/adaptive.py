@@ -117,50 +117,45 @@ class AdaptiveAttention:
         """
         source = source or ReplicatedKeys(kv, self._settings.segments, self._scratch)
         tiles = self._settings.tiles(start, q.shape[1])
-        k, v = kv[: tiles.keys].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
         state = self._states[layer]
-        clock = Stopwatch(k.device)
+        clock = Stopwatch(kv.device)
         # What is kept by place stays in place: the sinks, and the patch before this unit.
         source.prepare_keys(layer, state, self.recent_from(start), tiles)
         clock.lap("cluster")
-        sampled, recheck = choose_rows(self._settings, tiles, layer)
-        position = start + sampled.to(k.device)
+        rows, recheck = choose_rows(self._settings, tiles, layer)
+        position = start + rows.to(kv.device)
         attention = FallbackAttention(
             backend=self._backend,
             source=source,
-            sampled=SampledRows(sampled, self.stats.patch_weights(position, tiles.keys)),
+            sampled=SampledRows(rows, self.stats.patch_weights(position, tiles.keys)),
             recheck=recheck,
             min_kept_mass=self._policy.min_kept_mass,
         )
-        problem = SparseProblem(
+        used = attention.attend_verified(self._problem(layer, q, kv, tiles))
+        self.stats.record_sparse(layer, tiles, used, position=position, order=state.order)
+        clock.lap("sparse")
+        self.stats.record_seconds(layer, used, clock)
+        return used.out
+
+    def observe_exact(self, layer: int, q: Tensor, kv: Tensor, *, start: int) -> None:
+        """Note queries that were attended to exactly elsewhere; see ``attend_unit``."""
+        self.stats.observe_exact(layer, q, kv, start=start, order=self._states[layer].order)
+
+    def _problem(self, layer: int, q: Tensor, kv: Tensor, tiles: Tiles) -> SparseProblem:
+        """The attention of queries to be computed; arguments as in ``attend_unit``."""
+        k, v = kv[: tiles.keys].permute(1, 2, 0, 3)  # each [kv_heads, keys, head_dim]
+        return SparseProblem(
             q=q,
             k=k,
             v=v,
             heads=all_heads(k),
-            summaries=state.summaries,
+            summaries=self._states[layer].summaries,
             tiles=tiles,
             epsilon=self._epsilons[layer],
             row_limit=self._row_limits[layer],
             forced=self._forced(tiles),
             scale=self._shape.scale,
         )
-        used = attention.attend_verified(problem)
-        self.stats.record_sparse(layer, tiles, used, position=position, order=state.order)
-        clock.lap("sparse")
-        select = used.seconds("select")
-        attend = used.seconds("attend")
-        self.stats.add_seconds(
-            layer,
-            select=clock.seconds("cluster") + select,
-            attend=attend,
-            # All that is neither selection nor attention is there to know what they did.
-            verify=clock.seconds("sparse") - select - attend,
-        )
-        return used.out
-
-    def observe_exact(self, layer: int, q: Tensor, kv: Tensor, *, start: int) -> None:
-        """Note queries that were attended to exactly elsewhere; see ``attend_unit``."""
-        self.stats.observe_exact(layer, q, kv, start=start, order=self._states[layer].order)
 
     def _unclustered(self, heads: int) -> list[LayerState]:
         """States of all layers before any key is known, of ``heads`` KV heads."""
@@ -177,6 +172,7 @@ class AdaptiveAttention:
         return not self._policy.exact and keys >= self._settings.from_tokens
 
     def _forced(self, tiles: Tiles) -> Tensor:
+        """[tiles, blocks] bool, blocks that are kept by place."""
         first = [tiles.q_offset + t * tiles.tile_tokens for t in range(tiles.count)]
         recent = previous_patch(self._patch_ends, first)
         return forced_blocks(tiles, self._settings.sink_blocks, recent.tolist())

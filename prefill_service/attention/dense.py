@@ -53,16 +53,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Pa
         raise ValueError(f"causal attention needs as many keys as queries, got {keys}, {queries}")
     if keys == 0 or queries == 0:
         return empty_partial(q)
-    group = q_heads // kv_heads
+    queries_per_kv = q_heads // kv_heads
     if q.device.type == "cpu":
         return _attend_on_cpu(q, k, v, causal=causal, scale=scale)
     if causal:
         # Packed rows would break the causal diagonal, so repeat K and V; this part is short.
-        k = k.repeat_interleave(group, 0)
-        v = v.repeat_interleave(group, 0)
+        k = k.repeat_interleave(queries_per_kv, 0)
+        v = v.repeat_interleave(queries_per_kv, 0)
         out, lse = _flash(q[None], k[None], v[None], causal=True, scale=scale)
         return Partial(out[0], lse[0])
-    packed = q.reshape(1, kv_heads, group * queries, head_dim)
+    packed = q.reshape(1, kv_heads, queries_per_kv * queries, head_dim)
     out, lse = _flash(packed, k[None], v[None], causal=False, scale=scale)
     return Partial(out.reshape(q_heads, queries, head_dim), lse.reshape(q_heads, queries))
 
@@ -105,19 +105,19 @@ def merge(partials: list[Partial]) -> Partial:
 
 def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Partial:
     """``attend``: the query heads of a KV head are rows that share their keys."""
-    grouped = q.reshape(len(k), -1, *q.shape[1:])  # [kv_heads, group, queries, head_dim]
+    grouped = q.reshape(len(k), -1, *q.shape[1:])  # [kv_heads, queries_per_kv, queries, head_dim]
     queries = q.shape[1]
     size = min(queries, _CAUSAL_ROWS) if causal else queries
     outs = []
     lses = []
     for start in range(0, queries, size):
         part = grouped[:, :, start : start + size]
-        group, count = part.shape[1:3]
+        queries_per_kv, count = part.shape[1:3]
         end = k.shape[1]
         hidden = None
         if causal:  # what lies before the strip is seen by all of it
             end = start + count
-            hidden = torch.ones(count, count, dtype=torch.bool).triu(1).repeat(group, 1)
+            hidden = torch.ones(count, count, dtype=torch.bool).triu(1).repeat(queries_per_kv, 1)
         out, lse = attend_rows(part.flatten(1, 2), k[:, :end], v[:, :end], scale, hidden=hidden)
         outs.append(out.view(part.shape))
         lses.append(lse.view(part.shape[:3]))

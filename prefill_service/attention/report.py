@@ -116,13 +116,15 @@ class LayerReport:
 
     def among(self, heads: slice, kv_heads: int) -> LayerReport:
         """The same as a part of more KV heads; keys are counted where the first one is."""
-        group = len(self.head_mass) // max(1, len(self.attended))
-        before = heads.start
-        after = kv_heads - heads.stop
-        attended = [*[0.0] * before, *self.attended, *[0.0] * after]
-        mass = [*[0.0] * (before * group), *self.head_mass, *[0.0] * (after * group)]
-        causal = 0.0 if before else self.causal
-        return replace(self, attended=attended, causal=causal, head_mass=mass)
+        queries_per_kv = len(self.head_mass) // max(1, len(self.attended))
+        before = [0.0] * heads.start
+        after = [0.0] * (kv_heads - heads.stop)
+        return replace(
+            self,
+            attended=[*before, *self.attended, *after],
+            causal=0.0 if before else self.causal,
+            head_mass=[*before * queries_per_kv, *self.head_mass, *after * queries_per_kv],
+        )
 
     @property
     def head_density(self) -> list[float]:

@@ -85,7 +85,7 @@ class AttentionStats:
 
     def count_exact(self, layer: int, start: int, queries: int) -> None:
         """Count queries attended to exactly, of whose keys this rank may hold only a part."""
-        tiles = self._tiles(start, queries)
+        tiles = self._settings.tiles(start, queries)
         report = self._reports[layer]
         heads = len(report.attended)
         self._grids.add_dense(layer, tiles, range(heads))
@@ -106,7 +106,7 @@ class AttentionStats:
         """
         if not q.shape[1]:
             return
-        tiles = self._tiles(start, q.shape[1])
+        tiles = self._settings.tiles(start, q.shape[1])
         clock = Stopwatch(kv.device)
         k = kv[: tiles.keys, 0].transpose(0, 1)
         sampled = choose_observed_rows(tiles, layer).to(q.device)
@@ -158,12 +158,15 @@ class AttentionStats:
             heads = verification.kept_mass.shape[:2].numel()
             self._add_mass(verification.weighted, heads, position, tiles=tiles, order=order)
 
-    def add_seconds(self, layer: int, *, select: float, attend: float, verify: float) -> None:
-        """Note the times of a sparse attention."""
+    def record_seconds(self, layer: int, used: VerifiedAttention, clock: Stopwatch) -> None:
+        """Count the time of a sparse attention; ``clock`` has laps "cluster" and "sparse"."""
         report = self._reports[layer]
-        report.select_s += select
+        select = used.seconds("select")
+        attend = used.seconds("attend")
+        report.select_s += clock.seconds("cluster") + select
         report.attend_s += attend
-        report.certify_s += verify
+        # All that is neither selection nor attention is there to know what they did.
+        report.certify_s += clock.seconds("sparse") - select - attend
 
     def report(self) -> RankAttention:
         """What was measured so far."""
@@ -180,10 +183,8 @@ class AttentionStats:
         )
         return found.among(self._heads, self._shape.kv_heads)
 
-    def _tiles(self, start: int, queries: int) -> Tiles:
-        return self._settings.tiles(start, queries)
-
     def _count(self, layer: int, tiles: Tiles, attended: list[float]) -> None:
+        """Count queries of which each KV head attended to so many key columns."""
         report = self._reports[layer]
         report.attended = [a + b for a, b in zip(report.attended, attended, strict=True)]
         report.causal += tiles.causal_keys

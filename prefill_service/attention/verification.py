@@ -228,12 +228,10 @@ class _Comparison:
         logit = logit + result.bias[head, tile] - lse[..., None]  # [queries_per_kv, samples, b]
         kept = self._kept_mass(p, ratio, logit, result.keep[head, tile] | local)
         exact = matmul_nt(p, problem.v[head].to(p.dtype).T).view_as(out)
-        error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
-        # What is not a number is not verified: an infinite LSE would make p~ anything.
-        sound = finite_rows(out) & lse.isfinite() & error.isfinite()
+        kept, error = measure_rows(kept, out, lse, exact)
         return Verification(
-            kept_mass=torch.where(sound, kept, 0.0),
-            output_error=torch.where(sound, error, 1.0),
+            kept_mass=kept,
+            output_error=error,
             weighted=p.new_empty(0) if weights is None else visible_mass(p, weights),
         )
 
@@ -256,6 +254,23 @@ class _Comparison:
         torch.minimum(p[:, :end].view_as(least), spread[..., None], out=least)
         of_block = least.sum(-1)
         return kept + torch.where(whole, of_block * ratio[..., None], of_block).sum(-1)
+
+
+def measure_rows(
+    kept_mass: Tensor, out: Tensor, lse: Tensor, exact: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Kept mass and relative output error of rows; 0 and 1 where any of it is not a number.
+
+    An infinite log-sum-exp would make p~ anything, so that such a row keeps nothing.
+
+    Args:
+        kept_mass: [...] sum of min(p, p~).
+        out, lse: [..., head_dim] and [...], what the approximation gave.
+        exact: [..., head_dim], the exact output.
+    """
+    error = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+    sound = finite_rows(out) & lse.isfinite() & error.isfinite() & kept_mass.isfinite()
+    return torch.where(sound, kept_mass, 0.0), torch.where(sound, error, 1.0)
 
 
 def finite_rows(out: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.verification import (
     SampledRows,
     choose_rows,
+    measure_rows,
     sample_rows,
     sample_tiles,
     verify_rows,
@@ -81,6 +82,19 @@ def test_rows_that_are_no_numbers_keep_nothing() -> None:
     assert (proof.kept_mass.view(4, 128)[bad] == 0).all()
     assert (proof.output_error.view(4, 128)[bad] == 1).all()
     assert (proof.kept_mass.view(4, 128)[~bad] > 0.3).all()
+
+
+def test_what_is_no_number_in_any_measurement_keeps_nothing() -> None:
+    exact = rand(4, 8)
+    out = exact.clone()
+    lse = torch.zeros(4)
+    kept = torch.ones(4)
+    out[0, 3] = torch.inf
+    lse[1] = -torch.inf
+    kept[2] = torch.nan  # a summary that is none
+    mass, error = measure_rows(kept, out, lse, exact)
+    assert mass.tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert error.tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_sampled_rows_are_spread_and_differ() -> None:

@@ -94,9 +94,8 @@ def estimate(
     """Estimate the loss of every candidate block from every fourth token's rows.
 
     Args:
-        rows: [kv_heads, tiles, group * tile_tokens, head_dim] packed queries (``Tiles.pack``).
-        local_lse: [kv_heads, tiles, group * tile_tokens] natural log-sum-exp of each row over its
-            local region.
+        rows: [kv_heads, tiles, rows, head_dim] packed queries (``Tiles.pack``).
+        local_lse: [kv_heads, tiles, rows] natural log-sum-exp of each row over its local region.
         summaries: of the first ``tiles.blocks`` blocks (at least).
         tiles: of the queries.
         scale: factor on the scores.
@@ -228,9 +227,8 @@ def select(loss: Tensor, forced: Tensor, epsilon: Tensor) -> Tensor:
     unknown = ~torch.isfinite(loss)
     free = torch.where(unknown | forced, 0.0, loss)
     largest = free.amax(-1, keepdim=True).clamp(min=torch.finfo(loss.dtype).tiny)
-    level = (
-        (-LEVELS_PER_OCTAVE * torch.log2(free / largest)).clamp(0, LEVELS - 1).long()
-    )  # log2(0): the last one
+    octaves = torch.log2(free / largest)  # 0 and below; -inf, the last level, where nothing is lost
+    level = (-LEVELS_PER_OCTAVE * octaves).clamp(0, LEVELS - 1).long()
     at_level = torch.zeros(*loss.shape[:-1], LEVELS, dtype=loss.dtype, device=loss.device)
     at_level.scatter_add_(-1, level, free)
     # left[i]: loss of the blocks at level i and beyond, which a threshold above level i drops.

@@ -71,13 +71,13 @@ class Tiles:
         return min(self.tile_tokens, self.queries - tile * self.tile_tokens)
 
     def pack(self, q: Tensor, kv_heads: int) -> Tensor:
-        """Queries of a KV head's group as the rows of its tiles; missing ones are 0.
+        """The queries of all query heads of a KV head as the rows of its tiles; missing ones are 0.
 
         Args:
             q: [q_heads, queries, head_dim].
 
         Returns:
-            [kv_heads, tiles, group * tile_tokens, head_dim].
+            [kv_heads, tiles, queries_per_kv * tile_tokens, head_dim].
         """
         q_heads, queries, head_dim = q.shape
         missing = self.count * self.tile_tokens - queries
@@ -87,15 +87,15 @@ class Tiles:
         return packed.transpose(1, 2).reshape(kv_heads, self.count, -1, head_dim)
 
     def unpack(self, rows: Tensor, q_heads: int) -> Tensor:
-        """The reverse: [kv_heads, tiles, group * tile_tokens, ...] to [q_heads, queries, ...]."""
+        """The reverse of ``pack``: [kv_heads, tiles, rows, ...] to [q_heads, queries, ...]."""
         kv_heads = rows.shape[0]
         split = (kv_heads, self.count, q_heads // kv_heads, self.tile_tokens, *rows.shape[3:])
         joined = rows.reshape(split).transpose(1, 2)
         return joined.reshape(q_heads, -1, *rows.shape[3:])[:, : self.queries]
 
-    def row_weights(self, group: int, like: Tensor) -> Tensor:
-        """[tiles, group * tile_tokens], 1 / rows of the tile for rows that exist, else 0."""
+    def row_weights(self, queries_per_kv: int, like: Tensor) -> Tensor:
+        """[tiles, rows] weights of packed rows: 1 / rows that hold a query, 0 for the others."""
         position = torch.arange(self.count * self.tile_tokens, device=like.device)
         present = (position < self.queries).reshape(self.count, 1, self.tile_tokens)
-        present = present.expand(-1, group, -1).reshape(self.count, -1).to(like.dtype)
+        present = present.expand(-1, queries_per_kv, -1).reshape(self.count, -1).to(like.dtype)
         return present / present.sum(1, keepdim=True)

@@ -177,8 +177,9 @@ class GatherExchange(Exchange):
             [tokens, 2, kv_heads, head_dim]; rows after this rank's share may still be arriving.
         """
         rank = self._group.rank
-        leaves = self._ranges[rank][0] < reorder_before
-        self._wait(layer, before_rank=rank + leaves)
+        # Own rows may be reordered only once the others have got them as they are.
+        reorders_own = self._ranges[rank][0] < reorder_before
+        self._wait(layer, before_rank=rank + 1 if reorders_own else rank)
         return self._buffers.layer(layer)
 
     def _note_reordered(self, layer: int, start: int, end: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
-from prefill_service.attention.verification import Verification, finite_rows
+from prefill_service.attention.verification import Verification, measure_rows
 from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.exchanges.demand.owned_kv import KeyOrder
 from prefill_service.parallel.exchanges.demand.rpc import RequestHeader, RequestKind
@@ -97,11 +97,7 @@ class VerificationRequest:
         """The measurements, from all owners' kept mass."""
         assert self._exact is not None, "measure() comes after merge_attention()"
         mass = torch.stack(list(kept.values())).sum(0).view_as(self._lse)
-        exact = self._exact.out
-        error = (self._out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
-        sound = finite_rows(self._out) & self._lse.isfinite() & error.isfinite() & mass.isfinite()
-        mass = torch.where(sound, mass, 0.0)
-        error = torch.where(sound, error, 1.0)
+        mass, error = measure_rows(mass, self._out, self._lse, self._exact.out)
         heads = len(self._problem.heads)
         shape = (heads, -1, len(self._sampled))
         return Verification(
@@ -196,20 +192,20 @@ class VerificationServer:
         kv_heads = header.heads.bit_count()
         samples = header.samples
         blocks = k_mean.shape[1]
-        group = self._queries_per_kv
-        count = kv_heads * group * samples
+        per_kv = self._queries_per_kv
+        count = kv_heads * per_kv * samples
         if not blocks:  # this owner has no keys yet
             return request.new_zeros(count)
         scores = self._reordered(rows.scores, header, orders)
         bias, lse = torch.split(request, [len(request) - 2 * count, 2 * count])
         bias = bias.view(kv_heads, 1, samples, blocks)
-        exact, used = lse.view(2, kv_heads, group, samples)
-        p = torch.exp(scores.view(kv_heads, group, samples, -1) - exact[..., None])
-        p = p.view(kv_heads, group, samples, blocks, -1)  # the last: block_tokens
+        exact, used = lse.view(2, kv_heads, per_kv, samples)
+        p = torch.exp(scores.view(kv_heads, per_kv, samples, -1) - exact[..., None])
+        p = p.view(kv_heads, per_kv, samples, blocks, -1)  # the last: block_tokens
         whole = bias == torch.inf
         means = k_mean[self._heads(header)].to(rows.q.dtype)[:, None]
-        # [kv_heads, 1, blocks, head_dim] means give [kv_heads, group, samples, blocks] logits.
-        logit = rows.q.view(kv_heads, group, samples, -1) @ means.transpose(2, 3)
+        # [kv_heads, 1, blocks, head_dim] means give [kv_heads, per_kv, samples, blocks] logits.
+        logit = rows.q.view(kv_heads, per_kv, samples, -1) @ means.transpose(2, 3)
         logit = logit + bias.masked_fill(whole, 0.0) - used[..., None]
         spread = logit.exp() / p.shape[-1]
         ratio = torch.exp(exact - used).clamp(max=1)[..., None]
