@@ -136,18 +136,23 @@ def spec_from_proto(message: pb.PrefillSpec, question: str = "") -> PrefillSpec:
     )
 
 
+def _sampling_to_proto(sampling: FrameSampling) -> pb.FrameSampling:
+    message = pb.FrameSampling(
+        fps=sampling.fps,
+        num_frames=sampling.num_frames,
+        max_pixels=sampling.max_pixels,
+        min_pixels=sampling.min_pixels,
+        max_frames=sampling.max_frames,
+    )
+    if sampling.cap_pixels_per_frame is not None:
+        message.cap_pixels_per_frame = sampling.cap_pixels_per_frame
+    return message
+
+
 def _spec_to_proto(spec: PrefillSpec) -> pb.PrefillSpec:
-    sampling = spec.sampling
     return pb.PrefillSpec(
         video_id=spec.video_id,
-        sampling=pb.FrameSampling(
-            fps=sampling.fps,
-            num_frames=sampling.num_frames,
-            max_pixels=sampling.max_pixels,
-            min_pixels=sampling.min_pixels,
-            cap_pixels_per_frame=sampling.cap_pixels_per_frame,
-            max_frames=sampling.max_frames,
-        ),
+        sampling=_sampling_to_proto(spec.sampling),
         system_prompt=spec.system_prompt,
         attention=policy_to_proto(spec.attention) if spec.comparison is None else None,
         comparison=comparison_to_proto(spec.comparison) if spec.comparison else None,

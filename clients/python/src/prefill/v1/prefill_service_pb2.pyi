@@ -1,13 +1,10 @@
-import datetime
-
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -79,7 +76,7 @@ class FrameSampling(_message.Message):
     min_pixels: int
     cap_pixels_per_frame: bool
     max_frames: int
-    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: _Optional[bool] = ..., max_frames: _Optional[int] = ...) -> None: ...
+    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: bool = ..., max_frames: _Optional[int] = ...) -> None: ...
 
 class AttentionSpec(_message.Message):
     __slots__ = ("quality", "epsilon", "min_kept_mass")
@@ -129,7 +126,7 @@ class StageProgress(_message.Message):
     done: int
     total: int
     elapsed: _duration_pb2.Duration
-    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., rank: _Optional[int] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., rank: _Optional[int] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., elapsed: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class JobError(_message.Message):
     __slots__ = ("reason", "message", "metadata")
@@ -186,7 +183,7 @@ class AttentionMeasures(_message.Message):
     select: _duration_pb2.Duration
     attend: _duration_pb2.Duration
     certify: _duration_pb2.Duration
-    def __init__(self, density: _Optional[float] = ..., sampled_rows: _Optional[int] = ..., kept_mass_mean: _Optional[float] = ..., kept_mass_p5: _Optional[float] = ..., kept_mass_min: _Optional[float] = ..., output_error_mean: _Optional[float] = ..., output_error_p95: _Optional[float] = ..., tiles: _Optional[int] = ..., tiles_redone: _Optional[int] = ..., tiles_dense: _Optional[int] = ..., select: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., attend: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., certify: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, density: _Optional[float] = ..., sampled_rows: _Optional[int] = ..., kept_mass_mean: _Optional[float] = ..., kept_mass_p5: _Optional[float] = ..., kept_mass_min: _Optional[float] = ..., output_error_mean: _Optional[float] = ..., output_error_p95: _Optional[float] = ..., tiles: _Optional[int] = ..., tiles_redone: _Optional[int] = ..., tiles_dense: _Optional[int] = ..., select: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., attend: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., certify: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class LayerAttention(_message.Message):
     __slots__ = ("layer", "measures", "head_density")
@@ -218,7 +215,7 @@ class AttentionReport(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[LayerAttention]
     imbalance: float
     imbalance_before: float
-    def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ..., floor_met: _Optional[bool] = ..., sparse_from_tokens: _Optional[int] = ..., total: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ..., imbalance: _Optional[float] = ..., imbalance_before: _Optional[float] = ...) -> None: ...
+    def __init__(self, quality: _Optional[_Union[Quality, str]] = ..., epsilon: _Optional[float] = ..., min_kept_mass: _Optional[float] = ..., floor_met: bool = ..., sparse_from_tokens: _Optional[int] = ..., total: _Optional[_Union[AttentionMeasures, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerAttention, _Mapping]]] = ..., imbalance: _Optional[float] = ..., imbalance_before: _Optional[float] = ...) -> None: ...
 
 class CollectiveUse(_message.Message):
     __slots__ = ("name", "calls", "bytes_received", "elapsed")
@@ -230,7 +227,7 @@ class CollectiveUse(_message.Message):
     calls: int
     bytes_received: int
     elapsed: _duration_pb2.Duration
-    def __init__(self, name: _Optional[str] = ..., calls: _Optional[int] = ..., bytes_received: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., calls: _Optional[int] = ..., bytes_received: _Optional[int] = ..., elapsed: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class CommunicationReport(_message.Message):
     __slots__ = ("exchange", "collectives")
@@ -294,7 +291,7 @@ class PrefillJob(_message.Message):
     start_time: _timestamp_pb2.Timestamp
     end_time: _timestamp_pb2.Timestamp
     prefix_tokens: int
-    def __init__(self, job_id: _Optional[str] = ..., spec: _Optional[_Union[PrefillSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., progress: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., attempts: _Optional[int] = ..., queue_position: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[PrefillResult, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., spec: _Optional[_Union[PrefillSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., progress: _Optional[_Iterable[_Union[StageProgress, _Mapping]]] = ..., attempts: _Optional[int] = ..., queue_position: _Optional[int] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[PrefillResult, _Mapping]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., prefix_tokens: _Optional[int] = ...) -> None: ...
 
 class CreatePrefillJobRequest(_message.Message):
     __slots__ = ("spec", "request_id")
@@ -388,7 +385,7 @@ class PatchAttention(_message.Message):
     MASS_FIELD_NUMBER: _ClassVar[int]
     time: _duration_pb2.Duration
     mass: float
-    def __init__(self, time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., mass: _Optional[float] = ...) -> None: ...
+    def __init__(self, time: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., mass: _Optional[float] = ...) -> None: ...
 
 class InspectPrefillJobResponse(_message.Message):
     __slots__ = ("job", "attention", "block_map", "patches")

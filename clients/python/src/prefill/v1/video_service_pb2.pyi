@@ -1,13 +1,10 @@
-import datetime
-
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -42,7 +39,7 @@ class VideoInfo(_message.Message):
     fps: float
     duration: _duration_pb2.Duration
     keyframe_count: int
-    def __init__(self, container: _Optional[str] = ..., codec: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frame_count: _Optional[int] = ..., fps: _Optional[float] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., keyframe_count: _Optional[int] = ...) -> None: ...
+    def __init__(self, container: _Optional[str] = ..., codec: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frame_count: _Optional[int] = ..., fps: _Optional[float] = ..., duration: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., keyframe_count: _Optional[int] = ...) -> None: ...
 
 class VideoWarning(_message.Message):
     __slots__ = ("reason", "message")
@@ -78,7 +75,7 @@ class Video(_message.Message):
     error_reason: str
     error_message: str
     warnings: _containers.RepeatedCompositeFieldContainer[VideoWarning]
-    def __init__(self, video_id: _Optional[str] = ..., display_name: _Optional[str] = ..., state: _Optional[_Union[VideoState, str]] = ..., size_bytes: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., info: _Optional[_Union[VideoInfo, _Mapping]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[VideoWarning, _Mapping]]] = ...) -> None: ...
+    def __init__(self, video_id: _Optional[str] = ..., display_name: _Optional[str] = ..., state: _Optional[_Union[VideoState, str]] = ..., size_bytes: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., info: _Optional[_Union[VideoInfo, _Mapping]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[VideoWarning, _Mapping]]] = ...) -> None: ...
 
 class CreateUploadRequest(_message.Message):
     __slots__ = ("display_name", "size_bytes", "sha256", "request_id")
@@ -130,7 +127,7 @@ class GetUploadStatusResponse(_message.Message):
     committed_bytes: int
     size_bytes: int
     complete: bool
-    def __init__(self, committed_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+    def __init__(self, committed_bytes: _Optional[int] = ..., size_bytes: _Optional[int] = ..., complete: bool = ...) -> None: ...
 
 class FinishUploadRequest(_message.Message):
     __slots__ = ("video_id",)
