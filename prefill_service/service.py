@@ -9,7 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,6 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     from prefill_service.attention.head_budgets import load_head_budgets
     from prefill_service.engine.executor import PrefillExecutor
     from prefill_service.engine.resolve import kv_budget
-    from prefill_service.engine.startup_probe import model_shape
     from prefill_service.generation.server import GenerationServer
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
     from prefill_service.models.prefix_planner import PrefixPlanner
@@ -83,7 +82,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     budgets = None
     if engine.head_budgets:
         path = Path(engine.head_budgets).expanduser()
-        shape = (checkpoint.attending_layers, checkpoint.num_kv_heads)
+        shape = (checkpoint.shape.attending_layers, checkpoint.shape.kv_heads)
         budgets = load_head_budgets(path, checkpoint.fingerprint, shape=shape)
     executor = PrefillExecutor(
         engine, config.video, checkpoint, dtype, device=device, runtime_dir=runtime_dir
@@ -92,7 +91,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     exchanges = None
     if engine.exchange == AUTO:
         exchanges = ExchangePlanner(
-            model_shape(checkpoint, dtype),
+            replace(checkpoint.shape, dtype=dtype),
             executor.chunk_tokens,
             memory.working_bytes,
             lambda: executor.supervisor.observed,

@@ -33,7 +33,7 @@ from prefill_service.attention.sparse.selection import (
 )
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape, dtype_name
 
 SETTINGS = SparseSettings(from_tokens=1)
 
@@ -213,14 +213,14 @@ def run(problem: Problem, epsilon: float, kv: Tensor) -> tuple[Tensor, LayerRepo
     attention = AdaptiveAttention(
         SETTINGS,
         AttentionPolicy(Quality.CUSTOM, epsilon, 0.0),
-        AttentionShape(
-            num_layers=1,
+        PromptShape(
+            num_layers=2,  # the last one does not attend
             num_tokens=problem.tokens,
             q_heads=len(problem.q),
             kv_heads=kv.shape[2],
             head_dim=kv.shape[3],
             scale=problem.scale,
-            dtype=kv.dtype,
+            dtype=dtype_name(kv.dtype),
             device=kv.device,
         ),
         problem.patch_ends,

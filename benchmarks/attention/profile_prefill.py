@@ -232,9 +232,7 @@ def _causal(reports: list[LayerReport]) -> float:
 
 
 def _attention_flops(model: PrefillModel, reports: list[LayerReport]) -> float:
-    checkpoint = model.checkpoint
-    group = model.num_heads // checkpoint.num_kv_heads
-    return 4.0 * checkpoint.head_dim * group * _attended(reports)
+    return 4.0 * model.shape.head_dim * model.shape.queries_per_kv * _attended(reports)
 
 
 @torch.inference_mode()
@@ -247,11 +245,11 @@ def _linear_rate(model: PrefillModel, rows: int) -> float:
 
 @torch.inference_mode()
 def _attention_rate(model: PrefillModel, rows: int, keys: int) -> float:
-    checkpoint = model.checkpoint
-    q = torch.randn(model.num_heads, rows, checkpoint.head_dim)
-    k, v = torch.randn(2, checkpoint.num_kv_heads, keys, checkpoint.head_dim)
+    shape = model.shape
+    q = torch.randn(shape.q_heads, rows, shape.head_dim)
+    k, v = torch.randn(2, shape.kv_heads, keys, shape.head_dim)
     seconds = _best(lambda: attend(q, k, v, causal=False, scale=0.1))
-    return 4.0 * model.num_heads * rows * keys * checkpoint.head_dim / seconds
+    return 4.0 * shape.q_heads * rows * keys * shape.head_dim / seconds
 
 
 def _best(work: Callable[[], object], times: int = 10) -> float:

@@ -24,6 +24,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
 
 def working_bytes(model: Path, tokens: int) -> int:
     """K and V that a rank computes with, float32."""
-    checkpoint = open_checkpoint(str(model))
-    row = 2 * checkpoint.num_kv_heads * checkpoint.head_dim * 4
-    return (checkpoint.num_layers - 1) * row * tokens
+    shape = replace(open_checkpoint(str(model)).shape, dtype="float32")
+    return shape.attending_layers * shape.row_bytes * tokens
 
 
 def show(row: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.config import EngineConfig
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.load_balance import Balancing, make_balancer
@@ -63,16 +63,16 @@ class Problem:
         return np.arange(PATCH, self.tokens + 1, PATCH)
 
     @property
-    def shape(self) -> AttentionShape:
+    def shape(self) -> PromptShape:
         """Of every layer."""
-        return AttentionShape(
-            num_layers=LAYERS,
+        return PromptShape(
+            num_layers=LAYERS + 1,
             num_tokens=self.tokens,
             q_heads=Q_HEADS,
             kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             scale=SCALE,
-            dtype=torch.float32,
+            dtype="float32",
             device=CPU,
         )
 

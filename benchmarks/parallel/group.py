@@ -75,8 +75,8 @@ async def prefill_video(
             exchange = choose_exchange(
                 case.kind,
                 config.ranks,
-                q_heads=checkpoint.num_heads,
-                kv_heads=checkpoint.num_kv_heads,
+                q_heads=checkpoint.shape.q_heads,
+                kv_heads=checkpoint.shape.kv_heads,
             )
             whole_units = executor.has_whole_units(plan, exchange, case.policy)
             manifest = Manifest(
@@ -116,8 +116,8 @@ async def prefill_video(
 def _read(manifest: Manifest) -> Tensor:
     layout = manifest.layout
     tokens = manifest.num_tokens
-    shape = (layout.num_layers, 2, tokens, layout.num_kv_heads, layout.head_dim)
-    kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
+    shape = (layout.num_layers, 2, tokens, layout.kv_heads, layout.head_dim)
+    kv = torch.full(shape, torch.nan, dtype=layout.torch_dtype)
     with PageClient(manifest, "lease", 60.0) as client:
         for batch in client.fetch(0, tokens):
             for page, data in zip(batch.pages, batch.data, strict=True):

@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks.parallel.ranks import TIMEOUT_S
 from prefill_service.attention.report import NEVER
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
-from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.attention_shape import PromptShape, dtype_name
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.traffic import traffic
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import chunking_of
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
@@ -88,16 +88,16 @@ class Problem:
         """Which rank has which tokens."""
         return deal_patches(self.patch_ends, ranks, self.chunk, order=kind.order)
 
-    def shape(self, dtype: torch.dtype, device: torch.device) -> AttentionShape:
+    def shape(self, dtype: torch.dtype, device: torch.device) -> PromptShape:
         """Of the attention."""
-        return AttentionShape(
-            num_layers=self.layers,
+        return PromptShape(
+            num_layers=self.layers + 1,
             num_tokens=self.tokens,
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             scale=self.scale,
-            dtype=dtype,
+            dtype=dtype_name(dtype),
             device=device,
         )
 
@@ -144,13 +144,13 @@ class Problem:
         """
         shape = ModelShape(
             name="random",
-            layers=self.layers + 1,
+            num_layers=self.layers + 1,
             hidden=1,
             intermediate=1,
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
-            bytes_per_element=dtype.itemsize,
+            dtype=dtype_name(dtype),
         )
         choice = self.choice(kind, ranks)
         layout = self.layout(kind, ranks)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prefill_service.cost_model.cost import CostModel
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import Work, prefill_work
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.baselines.methods import spava
 from prefill_service.parallel.chunking import Chunking, deal_tokens
 from prefill_service.parallel.exchanges.catalog import (
@@ -211,7 +211,7 @@ def _of_scheme(
         work, received = _demand(shape, chunking, density, given)
         # Room for all blocks, beside those at home here.
         memory = memory_bytes(Scheme(GATHER, scheme.ranks), shape, chunking)
-        memory += int(chunking.held[-1].max()) * shape.kv_bytes * shape.attending_layers
+        memory += int(chunking.held[-1].max()) * shape.row_bytes * shape.attending_layers
     else:
         work = prefill_work(scheme, shape, chunking, density=density)
         received = int(traffic(scheme, shape, chunking).received.max()) * shape.attending_layers
@@ -271,7 +271,7 @@ def _demand(
     """As ``gather``, but of K and V only what is wanted, once, and all summaries."""
     scheme = Scheme(GATHER, chunking.ranks)
     gather = prefill_work(scheme, shape, chunking, density=density)
-    share = given.wanted + summary_bytes(shape) / 64 / shape.kv_bytes
+    share = given.wanted + summary_bytes(shape) / 64 / shape.row_bytes
     sizes = gather.hidden_bytes * share
     # Summaries, what is wanted, the blocks.
     calls = np.full(chunking.tokens.shape, 3.0 * shape.attending_layers)
@@ -294,10 +294,10 @@ def spava_projection(
     anchor = mode.anchor_tokens
     passing = mode.passing_tokens
     pairs = spava_pairs(tokens, ranks, anchor, passing)
-    received = 2 * (ranks - 1) * passing * shape.kv_bytes * shape.attending_layers
+    received = 2 * (ranks - 1) * passing * shape.row_bytes * shape.attending_layers
     one = np.ones((1, 1))
     work = Work(
-        passes=one * shape.layers,
+        passes=one * shape.num_layers,
         linear_flops=one * (tokens / ranks + anchor) * shape.linear_flops,
         attention_flops=one * pairs * shape.attention_flops(shape.q_heads),
         exposed_bytes=0 * one,
@@ -305,7 +305,7 @@ def spava_projection(
         hidden_bytes=one * received * (machine.remote if machine.nodes > 1 else 1.0),
         hidden_calls=one * 2 * (ranks - 1) * shape.attending_layers,
     )
-    memory = shape.attending_layers * shape.kv_bytes * (tokens // ranks + anchor)
+    memory = shape.attending_layers * shape.row_bytes * (tokens // ranks + anchor)
     return _projection(
         "Spava",
         -(-tokens // ranks),

@@ -25,7 +25,8 @@ from benchmarks import tables
 from benchmarks.parallel.projection import MACHINES, Assumptions, Machine, Projection, project
 from benchmarks.parallel.work import REDUCED, Measured, fit_work, measure
 from prefill_service.cost_model.cost import CostModel
-from prefill_service.cost_model.model_shape import PRESETS, ModelShape
+from prefill_service.cost_model.presets import PRESETS
+from prefill_service.models.model_shape import ModelShape
 
 CHECKED_TOKENS = (1024, 2048, 4096)
 CHUNK = 256

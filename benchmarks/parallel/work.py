@@ -17,9 +17,9 @@ from benchmarks.parallel.problem import DENSE, Problem, positions
 from benchmarks.parallel.ranks import TIMEOUT_S, Transport, run_ranks
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import chunking_of
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.catalog import GATHER, ExchangeKind
@@ -28,13 +28,13 @@ from prefill_service.parallel.process_group import SPGroup
 
 REDUCED = ModelShape(
     name="reduced",
-    layers=3,
+    num_layers=3,
     hidden=256,
     intermediate=1024,
     q_heads=8,
     kv_heads=2,
     head_dim=64,
-    bytes_per_element=4,
+    dtype="float32",
 )
 TURNS = 2
 
@@ -164,7 +164,7 @@ def _prefill(
         x = torch.randn(tokens, shape.hidden)
         exchange.start_chunk(chunk)
         start = time.thread_time()
-        for layer in range(shape.layers):
+        for layer in range(shape.num_layers):
             k, v = (x @ to_kv).view(tokens, 2, shape.kv_heads, shape.head_dim).unbind(1)
             if layer == shape.attending_layers:
                 break  # nothing of a prefix is observable after its last K and V

@@ -30,7 +30,7 @@ from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.stats import AttentionStats
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.attention.verification import SampledRows, choose_rows
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 
 
 class AdaptiveAttention:
@@ -54,7 +54,7 @@ class AdaptiveAttention:
         self,
         settings: SparseSettings,
         policy: AttentionPolicy,
-        shape: AttentionShape,
+        shape: PromptShape,
         patch_ends: np.ndarray,
         *,
         heads: slice | None = None,
@@ -64,7 +64,7 @@ class AdaptiveAttention:
         self._patch_ends = patch_ends
         self._shape = shape
         heads = slice(0, shape.kv_heads) if heads is None else heads
-        epsilons = policy.head_epsilons(shape.num_layers, shape.kv_heads)
+        epsilons = policy.head_epsilons(shape.attending_layers, shape.kv_heads)
         self._epsilons = [torch.tensor(layer[heads], device=shape.device) for layer in epsilons]
         self._row_limits = [
             torch.tensor([policy.row_limit(value) for value in layer[heads]], device=shape.device)
@@ -164,8 +164,8 @@ class AdaptiveAttention:
         raster = torch.arange(tokens, device=self._shape.device).expand(heads, -1)
         shape = (heads, blocks, self._shape.head_dim)
         return [
-            LayerState(empty_summaries(shape, self._shape.dtype, self._shape.device), raster)
-            for _ in range(self._shape.num_layers)
+            LayerState(empty_summaries(shape, self._shape.torch_dtype, self._shape.device), raster)
+            for _ in range(self._shape.attending_layers)
         ]
 
     def _sparse_at(self, keys: int) -> bool:

@@ -18,6 +18,7 @@ from prefill_service.attention.sparse.clustering import cluster_order
 from prefill_service.attention.sparse.hooks import NoHooks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.summaries import summarize
+from prefill_service.attention_shape import AttentionShape
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,7 @@ _ROUNDS = 3
 
 
 def measure_crossover(
-    settings: SparseSettings,
-    chunk_tokens: int,
-    *,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    shape: AttentionShape, settings: SparseSettings, chunk_tokens: int, device: torch.device
 ) -> int:
     """The shortest of a few lengths at which a sparse chunk beats a dense one.
 
@@ -48,13 +42,14 @@ def measure_crossover(
     Returns:
         Tokens; the next length if time ran out, ``NEVER`` if the longest one was no win.
     """
+    dtype = shape.torch_dtype
     spent_s = 0.0
     for keys in _LENGTHS:
         if spent_s > _BUDGET_S:
             return keys
         queries = min(chunk_tokens, keys // 2)
-        q = torch.randn(q_heads, queries, head_dim, dtype=dtype, device=device)
-        k, v = torch.randn(2, kv_heads, keys, head_dim, dtype=dtype, device=device)
+        q = torch.randn(shape.q_heads, queries, shape.head_dim, dtype=dtype, device=device)
+        k, v = torch.randn(2, shape.kv_heads, keys, shape.head_dim, dtype=dtype, device=device)
         dense_s, sparse_s = _fastest(
             device,
             partial(attend_causal, q, k, v, q_offset=keys - queries, scale=1.0),

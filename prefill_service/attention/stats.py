@@ -14,7 +14,7 @@ from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.attention.verification import choose_observed_rows, exact_rows, visible_mass
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 
 
 class WorkLog:
@@ -53,7 +53,7 @@ class AttentionStats:
     def __init__(
         self,
         settings: SparseSettings,
-        shape: AttentionShape,
+        shape: PromptShape,
         patch_ends: np.ndarray,
         *,
         heads: slice,
@@ -62,10 +62,11 @@ class AttentionStats:
         self._shape = shape
         self._heads = heads
         here = heads.stop - heads.start
-        self._reports = [LayerReport(layer, [0.0] * here) for layer in range(shape.num_layers)]
+        layers = shape.attending_layers
+        self._reports = [LayerReport(layer, [0.0] * here) for layer in range(layers)]
         self._patch_mass = PatchMass(patch_ends, shape.device)
-        self._grids = BlockGrids(shape.num_layers, here, shape.num_tokens)
-        self._work = WorkLog(shape.num_layers)
+        self._grids = BlockGrids(layers, here, shape.num_tokens)
+        self._work = WorkLog(layers)
 
     def start_chunk(self) -> None:
         """What follows is of the next chunk: ranks wait for each other at every layer of it."""

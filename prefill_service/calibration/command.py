@@ -67,18 +67,18 @@ def _calibrate(args: argparse.Namespace, folder: Path) -> None:
     messages.disable_progress_bar()
     messages.set_verbosity_error()  # a prefill needs no lm_head: its absence is no news
     checkpoint = open_checkpoint(args.model)
-    if checkpoint.num_layers < 2:
+    if checkpoint.shape.num_layers < 2:
         raise ServiceError(
             Reason.MODEL_INVALID,
-            f"{args.model} has {checkpoint.num_layers} layer; a prefill attends in all but the "
-            "last, so that there is nothing to calibrate",
+            f"{args.model} has {checkpoint.shape.num_layers} layer; a prefill attends in all but "
+            "the last, so that there is nothing to calibrate",
         )
     given = None
     if args.check:
         given = load_head_budgets(
             args.check,
             checkpoint.fingerprint,
-            shape=(checkpoint.attending_layers, checkpoint.num_kv_heads),
+            shape=(checkpoint.shape.attending_layers, checkpoint.shape.kv_heads),
             option="--check",
         )
     device = resolve_device(args.device)

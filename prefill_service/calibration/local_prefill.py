@@ -11,7 +11,6 @@ from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.attention_shape import AttentionShape
 from prefill_service.calibration.encoded_video import EncodedVideo
 from prefill_service.models.prefill_model import PrefillModel
 
@@ -38,25 +37,17 @@ class LocalPrefill:
         only: int | None = None,
         keep: bool = False,
     ) -> None:
-        checkpoint = model.checkpoint
         self._model = model
         self._video = video
         self._only = only
-        self._shape = AttentionShape(
-            num_layers=checkpoint.attending_layers,
-            num_tokens=video.plan.num_tokens,
-            q_heads=model.num_heads,
-            kv_heads=checkpoint.num_kv_heads,
-            head_dim=checkpoint.head_dim,
-            scale=model.attention_scale,
-            dtype=model.dtype,
-            device=model.device,
+        self._shape = model.shape.of_prompt(
+            video.plan.num_tokens, scale=model.attention_scale, device=model.device
         )
-        self._replica = [self._empty() for _ in range(self._shape.num_layers)]
+        self._replica = [self._empty_layer() for _ in range(self._shape.attending_layers)]
         self._attention = AdaptiveAttention(settings, policy, self._shape, video.plan.patch_ends)
         self._start = 0
         self._end = 0
-        self.pages = [self._empty() for _ in range(checkpoint.num_layers)] if keep else []
+        self.pages = [self._empty_layer() for _ in range(self._shape.num_layers)] if keep else []
         """Per layer [tokens, 2, kv_heads, head_dim]."""
 
     def run(self) -> list[LayerReport]:
@@ -77,7 +68,7 @@ class LocalPrefill:
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Take [tokens, kv_heads, head_dim] keys and values of the chunk."""
         fused = torch.stack([k, v], 1)
-        if layer < self._shape.num_layers:
+        if layer < self._shape.attending_layers:
             self._replica[layer][self._start : self._end] = fused
         if self.pages:
             self.pages[layer][self._start : self._end] = fused
@@ -98,8 +89,5 @@ class LocalPrefill:
         self._attention.stats.add_attend_seconds(layer, clock.seconds("attend"))
         return out
 
-    def _empty(self) -> Tensor:
-        """Room for one layer's keys and values."""
-        shape = self._shape
-        size = (shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
-        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+    def _empty_layer(self) -> Tensor:
+        return self._shape.empty(self._shape.num_tokens)

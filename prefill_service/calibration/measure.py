@@ -60,7 +60,7 @@ class Bench:
         self._settings = settings
         self._step = step
         checkpoint = model.checkpoint
-        self.shape = (checkpoint.attending_layers, checkpoint.num_kv_heads)
+        self.shape = (checkpoint.shape.attending_layers, checkpoint.shape.kv_heads)
 
     def measure(self, epsilons: np.ndarray, label: str) -> Measured:
         """Prefill all videos with an epsilon per head, [layers, kv_heads]."""
@@ -68,7 +68,7 @@ class Bench:
         layers = self.shape[0]
         attended = np.zeros(self.shape)
         causal = np.zeros(layers)
-        mass = np.zeros((layers, self._model.num_heads))
+        mass = np.zeros((layers, self._model.shape.q_heads))
         rows = np.zeros(layers)
         for video in self._videos:
             self._step(f"{label}: {video.name}")
@@ -77,7 +77,7 @@ class Bench:
                 attended[report.layer] += report.attended
                 causal[report.layer] += report.causal
                 mass[report.layer] += report.head_mass
-                rows[report.layer] += report.kept_mass.count / self._model.num_heads
+                rows[report.layer] += report.kept_mass.count / self._model.shape.q_heads
         heads = mass.reshape(*self.shape, -1) / rows[:, None, None]  # [layers, kv_heads, group]
         return Measured(attended / causal[:, None], heads.min(-1))
 

@@ -15,8 +15,8 @@ from prefill_service.errors import Reason, ServiceError
 
 if TYPE_CHECKING:
     from prefill_service.cost_model.cost import CostModel
-    from prefill_service.cost_model.model_shape import ModelShape
     from prefill_service.cost_model.request import SearchRequest
+    from prefill_service.models.model_shape import ModelShape
 
 _PRESET = "qwen3-vl-8b"
 _MEMORY_GIB = 40.0
@@ -117,7 +117,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:
-    from prefill_service.cost_model.model_shape import open_shape, preset_shape
+    from prefill_service.cost_model.presets import preset_shape
+    from prefill_service.models.model_config import open_shape
 
     return open_shape(args.model) if args.model else preset_shape(args.preset or _PRESET)
 
@@ -161,10 +162,11 @@ def _probed(shape: ModelShape) -> CostModel:
     from prefill_service.cost_model.fitting import fit
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    shape = dataclasses.replace(shape, dtype="float32" if device.type == "cpu" else "bfloat16")
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    provenance = f"probe of {name}, {torch.get_num_threads()} threads, {dtype}; link not measured"
-    return fit(probe_device(shape, device, dtype), ASSUMED, provenance)
+    threads = torch.get_num_threads()
+    provenance = f"probe of {name}, {threads} threads, {shape.torch_dtype}; link not measured"
+    return fit(probe_device(shape, device), ASSUMED, provenance)
 
 
 def _rates(cost: CostModel, shape: ModelShape) -> str:
@@ -177,13 +179,26 @@ def _rates(cost: CostModel, shape: ModelShape) -> str:
 
 def _context(request: SearchRequest, cost: CostModel, assumed: list[str]) -> dict[str, object]:
     return {
-        "model": dataclasses.asdict(request.shape),
+        "model": _model(request.shape),
         "tokens": request.tokens,
         "max_ranks": request.max_ranks,
         "density": request.density,
         "kv_memory_bytes": request.kv_memory_bytes,
         "cost_model": dataclasses.asdict(cost),
         "assumed": assumed,
+    }
+
+
+def _model(shape: ModelShape) -> dict[str, object]:
+    return {
+        "name": shape.name,
+        "layers": shape.num_layers,
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+        "q_heads": shape.q_heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "bytes_per_element": shape.bytes_per_element,
     }
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.work import Amount, Work
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import Floats
 
 
@@ -94,7 +94,7 @@ class CostModel:
     def rates(self, shape: ModelShape) -> tuple[float, float, float]:
         """One model's A in s per chunk, B in s per token and C in s per attended pair."""
         return (
-            self.per_pass * shape.layers,
+            self.per_pass * shape.num_layers,
             self.per_linear_flop * shape.linear_flops,
             self.per_attention_flop * shape.attention_flops(shape.q_heads),
         )

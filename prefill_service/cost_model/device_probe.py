@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefill_service.cost_model.fitting import Observation
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.work import Work
+from prefill_service.models.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,14 @@ _REPEATS = 3
 
 
 def probe_device(
-    shape: ModelShape, device: torch.device, dtype: torch.dtype, budget_s: float = 0.6
+    shape: ModelShape, device: torch.device, budget_s: float = 0.6
 ) -> list[Observation]:
     """Time the operations that prefill consists of, on one rank.
 
     Args:
-        shape: of the model; matrices have its widths as far as a small fraction of a second allows.
+        shape: of the model; matrices have its dtype, and its widths as far as a small fraction of
+            a second allows.
         device: where it will run.
-        dtype: of its weights and activations.
         budget_s: seconds to spend. The first run of each operation may overrun it.
 
     Returns:
@@ -46,7 +46,7 @@ def probe_device(
 
     target = _Target(
         device=device,
-        dtype=dtype,
+        dtype=shape.torch_dtype,
         max_flops=_MAX_FLOPS.get(device.type, 1e9),
         budget_s=budget_s / 3,
     )

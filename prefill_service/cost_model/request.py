@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, ExchangeKind
 from prefill_service.parallel.exchanges.cost_terms import TrafficOptions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.exchanges.catalog import (
     EXCHANGES,
     GATHER,

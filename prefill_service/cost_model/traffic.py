@@ -6,8 +6,8 @@ with a walk that moves every token.
 
 from __future__ import annotations
 
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import Chunking
 from prefill_service.parallel.exchanges.cost_terms import CostTerms, Traffic, TrafficOptions
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.traffic import DEFAULT_OPTIONS, cost_terms
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import Chunking, Floats, Ints
 from prefill_service.parallel.exchanges.cost_terms import CostTerms, Stream, TrafficOptions
 
@@ -78,7 +78,7 @@ def prefill_work(
         return _floats(stream.received, layers / min(stream.links, parallel_links))
 
     return Work(
-        passes=np.full(chunking.tokens.shape, float(shape.layers)),
+        passes=np.full(chunking.tokens.shape, float(shape.num_layers)),
         linear_flops=_floats(chunking.tokens, shape.linear_flops),
         attention_flops=_head_pairs(terms) * (shape.attention_flops(1) * kept),
         exposed_bytes=bytes_of(moved.exposed),

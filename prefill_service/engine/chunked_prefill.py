@@ -12,7 +12,7 @@ from typing_extensions import override
 from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.report import NEVER, RankAttention
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.engine.agreement import SyncInterval
 from prefill_service.engine.frame_prefetch import FramePrefetcher
 from prefill_service.engine.shard_map import task_layout
@@ -91,7 +91,7 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
             settings = replace(settings, from_tokens=NEVER)
         layout = task_layout(task, worker.chunk_tokens, worker.kv_layout)
         units = SelectionUnits.of(task.plan.patch_ends, worker.chunk_tokens)
-        shape = _attention_shape(rank_task)
+        shape = _prompt_shape(rank_task)
         buffers = _open_buffers(rank_task, shape)
         try:
             exchange = make_exchange(
@@ -234,15 +234,15 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
         An exchange expects the same calls in the same order on every rank (``Exchange``). A model
         does not run on zero tokens, so that its calls, one pair per layer, are made here.
         """
-        layout = self._worker.kv_layout
         model = self._worker.model
+        shape = model.shape
 
         def empty(*sizes: int) -> Tensor:
             return torch.empty(sizes, dtype=model.dtype, device=model.device)
 
-        kv = empty(0, layout.num_kv_heads, layout.head_dim)
-        q = empty(model.num_heads, 0, layout.head_dim)
-        for layer in range(layout.num_layers):
+        kv = empty(0, shape.kv_heads, shape.head_dim)
+        q = empty(shape.q_heads, 0, shape.head_dim)
+        for layer in range(shape.num_layers):
             self.store(layer, kv, kv)
             if layer < self._last_layer:
                 self.attend(layer, q, model.attention_scale)
@@ -256,23 +256,13 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
             page += self._worker.kv_layout.pages_for(len(part_k))
 
 
-def _attention_shape(rank_task: RankTask) -> AttentionShape:
-    """The sizes of the layers that attend, which the last one does not."""
+def _prompt_shape(rank_task: RankTask) -> PromptShape:
     model = rank_task.worker.model
-    layout = rank_task.worker.kv_layout
-    return AttentionShape(
-        num_layers=layout.attending_layers,
-        num_tokens=rank_task.task.plan.num_tokens,
-        q_heads=model.num_heads,
-        kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        scale=model.attention_scale,
-        dtype=model.dtype,
-        device=model.device,
-    )
+    tokens = rank_task.task.plan.num_tokens
+    return model.shape.of_prompt(tokens, scale=model.attention_scale, device=model.device)
 
 
-def _open_buffers(rank_task: RankTask, shape: AttentionShape) -> OffloadedKV | None:
+def _open_buffers(rank_task: RankTask, shape: PromptShape) -> OffloadedKV | None:
     """Buffers of which only a part is on the device, where all of it exceeds the budget."""
     worker = rank_task.worker
     budget = worker.kv_budget(rank_task.task.exchange)
@@ -289,7 +279,7 @@ def _balancing(rank_task: RankTask) -> Balancing:
 
 def _adaptive_attention(
     rank_task: RankTask,
-    shape: AttentionShape,
+    shape: PromptShape,
     settings: SparseSettings,
     local_kv_heads: slice | None,
 ) -> AdaptiveAttention:

@@ -53,8 +53,8 @@ def exchange_choice(checkpoint: Checkpoint, engine: EngineConfig, ranks: int = 0
         return choose_exchange(
             kind,
             ranks,
-            q_heads=checkpoint.num_heads,
-            kv_heads=checkpoint.num_kv_heads,
+            q_heads=checkpoint.shape.q_heads,
+            kv_heads=checkpoint.shape.kv_heads,
             wanted=wanted,
         )
     except ValueError as error:
@@ -77,10 +77,11 @@ def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:
 
 def kv_layout(checkpoint: Checkpoint, dtype: str, engine: EngineConfig) -> KVLayout:
     """The shape of a KV page of this model."""
+    shape = checkpoint.shape
     return KVLayout(
-        num_layers=checkpoint.num_layers,
-        num_kv_heads=checkpoint.num_kv_heads,
-        head_dim=checkpoint.head_dim,
+        num_layers=shape.num_layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         dtype=dtype,
         page_tokens=engine.page_tokens,
     )
@@ -111,7 +112,7 @@ def kv_budget(
         resolve_kv_pool_bytes(engine),
         engine.kv_working_bytes or _default_working_bytes(engine.ranks, device),
         offload=engine.kv_offload == "host" and choice.kind.offloads,
-        kv_shards=choice.kv_shards(ranks, checkpoint.num_heads, checkpoint.num_kv_heads),
+        kv_shards=choice.kv_shards(ranks, checkpoint.shape.q_heads, checkpoint.shape.kv_heads),
     )
 
 

@@ -31,7 +31,7 @@ from prefill_service.engine.agreement import CollectiveStatus, TaskAborted, Task
 from prefill_service.engine.baseline_prefill import BaselinePrefill
 from prefill_service.engine.chunked_prefill import ChunkedPrefill
 from prefill_service.engine.resolve import chunk_tokens, kv_layout, sparse_settings
-from prefill_service.engine.startup_probe import model_shape, probe_ranks
+from prefill_service.engine.startup_probe import probe_ranks
 from prefill_service.engine.task import WorkerContext, run_task
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_store import ShardStore
@@ -127,11 +127,9 @@ class Worker:
 
     def _probe(self, model: PrefillModel, group: SPGroup) -> tuple[Observation, ...]:
         """What this rank measures of its device and links, if exchanges are planned."""
-        spec = self._spec
-        if spec.engine.exchange != AUTO:
+        if self._spec.engine.exchange != AUTO:
             return ()
-        shape = model_shape(spec.checkpoint, spec.dtype)
-        return probe_ranks(shape, group, model.device, model.dtype)
+        return probe_ranks(model.shape, group, model.device)
 
     def _sparse_from_tokens(self, model: PrefillModel, group: SPGroup) -> int:
         """Prompt length from which attention is sparse: as configured, else as measured.
@@ -144,15 +142,8 @@ class Worker:
     def _measure_crossover(self, model: PrefillModel) -> int:
         spec = self._spec
         sizes = sparse_settings(spec.engine, 0)
-        return measure_crossover(
-            sizes,
-            chunk_tokens(spec.engine, model.device.type),
-            q_heads=model.num_heads,
-            kv_heads=spec.checkpoint.num_kv_heads,
-            head_dim=spec.checkpoint.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        chunk = chunk_tokens(spec.engine, model.device.type)
+        return measure_crossover(model.shape, sizes, chunk, model.device)
 
     def _form_contexts(
         self, model: PrefillModel, group: SPGroup, decoders: DecoderPool, sparse: SparseSettings

@@ -37,7 +37,7 @@ class KVBudget:
 
     def layer_bytes(self, tokens: int) -> int:
         """Working set of one layer of a prefix on one rank."""
-        return ceil(tokens / self.kv_shards) * (self.layout.token_bytes // self.layout.num_layers)
+        return ceil(tokens / self.kv_shards) * self.layout.row_bytes
 
     def working_set(self, tokens: int) -> int:
         """Working set of a prefix on one rank, wherever it lies."""

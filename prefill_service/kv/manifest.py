@@ -10,53 +10,63 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, prod
+from math import ceil
+from typing import Any
 
 import numpy as np
 
+from prefill_service.attention_shape import KVShape, require_sizes
+
 MANIFEST_VERSION = 1
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """Shape of one page: ``[num_layers, 2 (K, V), page_tokens, num_kv_heads, head_dim]``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout(KVShape):
+    """Shape of one page: ``[num_layers, 2 (K, V), page_tokens, kv_heads, head_dim]``.
 
     K is stored after rotary embedding, as every paged cache stores it.
+
+    Raises:
+        ValueError: a size below 1, or an unknown dtype.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
     page_tokens: int = 64
 
-    @property
-    def attending_layers(self) -> int:
-        """Layers whose attention is computed: a prefix needs only K and V of the last one."""
-        return self.num_layers - 1
+    def __post_init__(self) -> None:
+        KVShape.__post_init__(self)
+        require_sizes(self, "num_layers", "kv_heads", "head_dim", "page_tokens")
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
         """Elements of one page, outermost first."""
-        return (self.num_layers, 2, self.page_tokens, self.num_kv_heads, self.head_dim)
+        return (self.num_layers, 2, self.page_tokens, self.kv_heads, self.head_dim)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return prod(self.page_shape) * DTYPE_BYTES[self.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return self.page_bytes // self.page_tokens
+        return self.page_tokens * self.token_bytes
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages needed for a run of ``num_tokens`` that starts on a fresh page."""
         return ceil(num_tokens / self.page_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A layout as a manifest's JSON has it, which calls ``kv_heads`` ``num_kv_heads``."""
+        data = asdict(self)
+        return {{"kv_heads": "num_kv_heads"}.get(name, name): data[name] for name in data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KVLayout:
+        """Parse what ``to_dict`` made.
+
+        Raises:
+            KeyError, TypeError: an entry is missing, or unknown.
+            ValueError: a size below 1, or an unknown dtype.
+        """
+        sizes = dict(data)
+        return cls(kv_heads=sizes.pop("num_kv_heads"), **sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +154,7 @@ class Manifest:
     def to_json(self) -> str:
         """Compact JSON; ``from_json`` is the inverse."""
         data = asdict(self)
+        data["layout"] = self.layout.to_dict()
         data["runs"] = [[r.start_token, r.end_token, r.rank, r.first_page] for r in self.runs]
         return json.dumps(data, separators=(",", ":"))
 
@@ -160,7 +171,7 @@ class Manifest:
                 raise ValueError(
                     f"manifest version {data['version']}, this build reads {MANIFEST_VERSION}"
                 )
-            data["layout"] = KVLayout(**data["layout"])
+            data["layout"] = KVLayout.from_dict(data["layout"])
             data["runs"] = tuple(ShardRun(*run) for run in data["runs"])
             data["endpoints"] = tuple(data["endpoints"])
             return cls(**data)

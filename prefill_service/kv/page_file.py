@@ -13,12 +13,6 @@ from torch import Tensor
 from prefill_service.errors import ServiceError
 from prefill_service.kv.manifest import KVLayout
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 # Since Linux 5.1, not yet named by the fcntl module: existing writable maps go on working,
 # new ones and write(2) are refused.
 _F_SEAL_FUTURE_WRITE = 0x10
@@ -63,7 +57,7 @@ class PageFile:
             raise
         # The tensor keeps the mapping alive and nobody closes it, so that a write that is under
         # way while the prefix is dropped stays harmless.
-        flat = torch.frombuffer(memory, dtype=TORCH_DTYPES[layout.dtype])
+        flat = torch.frombuffer(memory, dtype=layout.torch_dtype)
         return cls(
             prefix_id=prefix_id,
             generation=generation,

@@ -9,7 +9,7 @@ import xxhash
 from torch import Tensor
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.page_file import TORCH_DTYPES, PageFile
+from prefill_service.kv.page_file import PageFile
 
 
 class ShardWriter:
@@ -25,7 +25,7 @@ class ShardWriter:
         Args:
             layer: index of the layer.
             first_page: page that takes the first token.
-            k: [tokens, num_kv_heads, head_dim] after rotary embedding, on any device, in
+            k: [tokens, kv_heads, head_dim] after rotary embedding, on any device, in
                 the layout's dtype. The last page may be filled partly.
             v: as ``k``.
 
@@ -36,10 +36,10 @@ class ShardWriter:
         layout = self._file.layout
         num_tokens = k.shape[0]
         pages = self._open_pages(first_page, layout.pages_for(num_tokens))
-        expected = (num_tokens, layout.num_kv_heads, layout.head_dim)
+        expected = (num_tokens, layout.kv_heads, layout.head_dim)
         full, rest = divmod(num_tokens, layout.page_tokens)
         for which, source in enumerate((k, v)):
-            if tuple(source.shape) != expected or source.dtype != TORCH_DTYPES[layout.dtype]:
+            if tuple(source.shape) != expected or source.dtype != layout.torch_dtype:
                 raise ServiceError(
                     Reason.KV_MISMATCH,
                     f"{'KV'[which]} of layer {layer} is {tuple(source.shape)} {source.dtype}; "
@@ -47,7 +47,7 @@ class ShardWriter:
                     layer=layer,
                 )
             host = source.detach().to("cpu")
-            target = pages[:, layer, which]  # [pages, page_tokens, num_kv_heads, head_dim]
+            target = pages[:, layer, which]  # [pages, page_tokens, kv_heads, head_dim]
             if full:
                 target[:full].copy_(host[: num_tokens - rest].view(full, *target.shape[1:]))
             if rest:

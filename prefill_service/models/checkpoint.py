@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
 from prefill_service.models.family_registry import FAMILIES
+from prefill_service.models.model_config import ModelConfig, read_json
+from prefill_service.models.model_shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,25 +20,15 @@ class Checkpoint:
         path: local folder.
         family: ``model_type``, one of ``FAMILIES``.
         fingerprint: hash of configuration and weights (``kv.fingerprint``).
-        num_layers, num_heads, num_kv_heads, head_dim: of the language model.
+        shape: of the language model, with the dtype that its configuration names.
         max_position_embeddings: longest context.
-        dtype: the dtype its configuration names, e.g. ``"bfloat16"``.
     """
 
     path: Path
     family: str
     fingerprint: str
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    shape: ModelShape
     max_position_embeddings: int
-    dtype: str
-
-    @property
-    def attending_layers(self) -> int:
-        """Layers whose attention is computed: a prefix needs only K and V of the last one."""
-        return self.num_layers - 1
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -52,8 +42,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     if not path.is_dir():
         path = _download(model)
-    config = _read_json(path, "config.json", model)
-    family = str(config.get("model_type"))
+    config = ModelConfig.open(path, model)
+    family = config.family
     if family not in FAMILIES:
         raise ServiceError(
             Reason.MODEL_INVALID,
@@ -70,20 +60,12 @@ def open_checkpoint(model: str) -> Checkpoint:
         "preprocessor_config.json",
     )
     _check_weights(path, model)
-    text = config.get("text_config") or config
-    heads = int(text["num_attention_heads"])
-    # Published Qwen3-VL configurations name it in the text's part only.
-    named = (part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype"))
     return Checkpoint(
         path=path.resolve(),
         family=family,
         fingerprint=fingerprint_model(path),
-        num_layers=int(text["num_hidden_layers"]),
-        num_heads=heads,
-        num_kv_heads=int(text.get("num_key_value_heads", heads)),
-        head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
-        max_position_embeddings=int(text["max_position_embeddings"]),
-        dtype=str(next(filter(None, named), "float32")),
+        shape=config.shape(),
+        max_position_embeddings=config.size("max_position_embeddings"),
     )
 
 
@@ -91,7 +73,7 @@ def resolve_dtype(requested: str, checkpoint: Checkpoint, device: str) -> str:
     """``auto`` is the checkpoint's dtype on CUDA and float32 on CPU, where bf16 GEMMs crawl."""
     if requested != "auto":
         return requested
-    return "float32" if device == "cpu" else checkpoint.dtype
+    return "float32" if device == "cpu" else checkpoint.shape.dtype
 
 
 def resolve_device(requested: str) -> str:
@@ -125,22 +107,6 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path, name: str, model: str) -> dict[str, Any]:
-    try:
-        data = json.loads((path / name).read_text())
-    except FileNotFoundError:
-        raise _missing(model, name) from None
-    except (OSError, ValueError) as error:
-        raise ServiceError(
-            Reason.MODEL_INVALID, f"{model}: {name} cannot be read: {error}", model=model, file=name
-        ) from error
-    if not isinstance(data, dict):
-        raise ServiceError(
-            Reason.MODEL_INVALID, f"{model}: {name} is not a JSON object", model=model, file=name
-        )
-    return data
-
-
 def _missing(model: str, name: str) -> ServiceError:
     return ServiceError(
         Reason.MODEL_INVALID, f"{model}: file {name} is missing", model=model, file=name
@@ -157,7 +123,7 @@ def _check_weights(path: Path, model: str) -> None:
         return
     if not (path / "model.safetensors.index.json").is_file():
         raise _missing(model, "model.safetensors or model.safetensors.index.json")
-    index = _read_json(path, "model.safetensors.index.json", model)
+    index = read_json(path, "model.safetensors.index.json", model)
     for name in sorted(set(index.get("weight_map", {}).values())):
         if not (path / name).is_file():
             raise _missing(model, name)

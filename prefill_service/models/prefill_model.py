@@ -7,10 +7,12 @@ attention goes through ``AttentionInterface``, keys and values through a ``Cache
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from prefill_service.attention_shape import dtype_name
 from prefill_service.compat import ensure_torchvision
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.chunked_mlp import limit_rows
@@ -60,6 +62,7 @@ class PrefillModel:
         mlp_chunk_tokens: int = 0,
     ) -> None:
         self.checkpoint = checkpoint
+        self.shape = replace(checkpoint.shape, dtype=dtype_name(dtype))
         self.dtype = dtype
         self.device = device
         self._family = FAMILIES[checkpoint.family]
@@ -76,7 +79,6 @@ class PrefillModel:
             limit_rows(self._language.layers, mlp_chunk_tokens, names)
             patches = mlp_chunk_tokens * self._family.patches_per_token(self._model.config)
             limit_rows(self._model.get_submodule(names.vision_blocks), patches, names)
-        self.num_heads = int(self._language.config.num_attention_heads)
         self.attention_scale = float(self._language.layers[0].self_attn.scaling)
 
     def _load(self) -> tuple[Any, Any]:
@@ -135,7 +137,7 @@ class PrefillModel:
         try:
             language(
                 inputs_embeds=embeds[None],
-                past_key_values=_KVBridge(kv, self.checkpoint.num_layers - 1),
+                past_key_values=_KVBridge(kv, self.shape.attending_layers),
                 use_cache=True,
                 layer_kv=kv,
                 **self._family.language_kwargs(

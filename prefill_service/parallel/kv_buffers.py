@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 
 
 class KVBuffers(Protocol):
@@ -58,8 +58,8 @@ class ResidentKV(KVBuffers):
     def resident(self) -> bool:
         return True
 
-    def __init__(self, shape: AttentionShape) -> None:
-        self._buffers = [shape.empty(shape.num_tokens) for _ in range(shape.num_layers)]
+    def __init__(self, shape: PromptShape) -> None:
+        self._buffers = [shape.empty(shape.num_tokens) for _ in range(shape.attending_layers)]
 
     @override
     def start_chunk(self, start: int, end: int) -> None:

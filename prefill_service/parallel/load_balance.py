@@ -29,7 +29,7 @@ from prefill_service.attention.sparse.gathered_attention import PackedTiles, att
 from prefill_service.attention.sparse.hooks import DelegatedBlocks, SelectedBlocks
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.process_group import SPGroup, Transfer
 from prefill_service.parallel.selection_units import SelectionUnits
 
@@ -169,7 +169,7 @@ class Balancer:
     """
 
     group: SPGroup
-    shape: AttentionShape
+    shape: PromptShape
     tile_tokens: int
     block_tokens: int
     max_tiles: int
@@ -189,7 +189,7 @@ class Balancer:
         """
         if first is not None:
             totals = [row[0] for row in self.group.all_gather_ints([first])]
-            flops = 4 * self.shape.head_dim * self.shape.q_heads // self.shape.kv_heads
+            flops = 4 * self.shape.head_dim * self.shape.queries_per_kv
             gain = (max(totals) - sum(totals) / len(totals)) * flops
             limits = self.balancing
             self._due = imbalance(totals) > limits.above and gain >= limits.least_gain
@@ -243,7 +243,7 @@ class Balancer:
         """
         rank = self.group.rank
         device = self.shape.device
-        group = self.shape.q_heads // self.shape.kv_heads
+        group = self.shape.queries_per_kv
         given: dict[int, list[Move]] = {}
         taken: dict[int, list[Move]] = {}
         for move in moves:
@@ -261,7 +261,7 @@ class Balancer:
             blocks[taker] = torch.cat(lists).int()
         size = (group * self.tile_tokens, self.shape.head_dim)
         coming = {
-            giver: torch.empty((len(some), *size), dtype=self.shape.dtype, device=device)
+            giver: torch.empty((len(some), *size), dtype=self.shape.torch_dtype, device=device)
             for giver, some in taken.items()
         }
         numbers = {
@@ -305,7 +305,7 @@ class Balancer:
 
 def make_balancer(
     group: SPGroup,
-    shape: AttentionShape,
+    shape: PromptShape,
     settings: SparseSettings,
     units: SelectionUnits,
     *,
@@ -349,8 +349,8 @@ class Help:
             for giver, moves in self._taken.items()
         }
         shape = self._of.shape
-        rows = shape.q_heads // shape.kv_heads * self._of.tile_tokens
-        work = torch.float64 if shape.dtype == torch.float64 else torch.float32
+        rows = shape.queries_per_kv * self._of.tile_tokens
+        work = torch.float64 if shape.torch_dtype == torch.float64 else torch.float32
         back = {
             taker: torch.empty(
                 (len(moves), rows, shape.head_dim + 1), dtype=work, device=shape.device

@@ -15,7 +15,6 @@ from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
 from prefill_service.cost_model.history import CostHistory
-from prefill_service.cost_model.model_shape import ModelShape
 from prefill_service.cost_model.request import SearchRequest
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.search import search_candidates
@@ -24,6 +23,7 @@ from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.shard_map import token_layout
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import ServiceError
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER

@@ -10,22 +10,22 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape, dtype_name
 
 SCALE = 0.3
 PATCH = 50
 
 
-def layer_shape(q: torch.Tensor, k: torch.Tensor) -> AttentionShape:
+def layer_shape(q: torch.Tensor, k: torch.Tensor) -> PromptShape:
     """The shape of one layer of [heads, tokens, head_dim] queries and keys on the CPU."""
-    return AttentionShape(
-        num_layers=1,
+    return PromptShape(
+        num_layers=2,  # the last one does not attend
         num_tokens=k.shape[1],
         q_heads=len(q),
         kv_heads=len(k),
         head_dim=k.shape[-1],
         scale=SCALE,
-        dtype=k.dtype,
+        dtype=dtype_name(k.dtype),
         device=torch.device("cpu"),
     )
 

@@ -27,7 +27,7 @@ from benchmarks.gpu.prefill.runs import (
     prefill,
     torch_flash,
 )
-from benchmarks.gpu.prefill.shapes import QWEN3_8B, QWEN25_7B, SHAPES, TINY, ModelShape
+from benchmarks.gpu.prefill.shapes import QWEN3_8B, QWEN25_7B, SHAPES, TINY, PublishedModel
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
@@ -90,7 +90,7 @@ def test_rehearsal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_work_is_that_of_the_layers(shape: ModelShape) -> None:
+def test_work_is_that_of_the_layers(shape: PublishedModel) -> None:
     with torch.device("meta"):
         model = AutoModel.from_config(shape.config(1))
     (layer,) = model.language_model.layers
@@ -106,7 +106,7 @@ def test_work_is_that_of_the_layers(shape: ModelShape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_plans_have_the_family_s_own_layout(shape: ModelShape) -> None:
+def test_plans_have_the_family_s_own_layout(shape: PublishedModel) -> None:
     plan = shape.plan(32768)
     video = plan.token_ids == plan.video_token_id
     assert plan.num_video_tokens == int(video.sum()) == 130 * 252

@@ -19,7 +19,7 @@ from benchmarks.parallel.projection import (
 )
 from benchmarks.parallel.work import Measured
 from prefill_service.cost_model.cost import ASSUMED
-from prefill_service.cost_model.model_shape import PRESETS
+from prefill_service.cost_model.presets import PRESETS
 from prefill_service.parallel.exchanges.catalog import RING
 
 SHAPE = PRESETS["qwen2.5-vl-7b"]
@@ -78,7 +78,7 @@ def test_projections_add_up() -> None:
     assert found["dense, 1 GPU"].seconds == pytest.approx(flops / given.peak, rel=1e-6)
     ring = found["zigzag ring"]
     assert ring.seconds == pytest.approx(flops / given.peak / 8, rel=1e-6)  # all hidden
-    assert ring.received == 27 * SHAPE.kv_bytes * tokens * 7 // 8
+    assert ring.received == 27 * SHAPE.row_bytes * tokens * 7 // 8
     sparse = found["ours: gather, sparse"]
     assert sparse.seconds < 0.3 * found["ours: gather"].seconds
     assert found["ours: demand, sparse"].received < 0.6 * sparse.received

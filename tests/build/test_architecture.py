@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"attention", "models.prefix_plan"},
     # The catalogue of exchanges, and what their formulas need. None of it imports torch.
     "cost_model": {
+        "models.model_shape",
         "parallel.chunking",
         "parallel.exchanges.catalog",
         "parallel.exchanges.cost_terms",

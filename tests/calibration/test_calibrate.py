@@ -63,7 +63,7 @@ def load(path: Path, model: Path) -> HeadBudgets:
     return load_head_budgets(
         path,
         checkpoint.fingerprint,
-        shape=(checkpoint.attending_layers, checkpoint.num_kv_heads),
+        shape=(checkpoint.shape.attending_layers, checkpoint.shape.kv_heads),
     )
 
 

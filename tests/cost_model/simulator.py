@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from prefill_service.cost_model.model_shape import ModelShape
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.exchanges.catalog import ExchangeKind, MeshForm
 from prefill_service.parallel.token_order import Order
 

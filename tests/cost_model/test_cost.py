@@ -21,11 +21,12 @@ from prefill_service.cost_model.device_probe import (
 )
 from prefill_service.cost_model.fitting import Observation, fit, nonnegative_least_squares
 from prefill_service.cost_model.history import CostHistory
-from prefill_service.cost_model.model_shape import PRESETS, ModelShape
+from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.profile import load_profile, save_profile
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import deal_tokens
 from prefill_service.parallel.exchanges.catalog import GATHER, RING, ULYSSES, USP, ExchangeKind
 
@@ -107,7 +108,7 @@ def test_fit_recovers_a_b_c_from_one_ranks_chunks() -> None:
         pairs = float(cut.pairs[0, 0]) - past * (past + 1) / 2
         seconds = (fixed + token * n + pair * pairs) * draw.normal(1, 0.02)
         work = Work(
-            passes=float(SHAPE.layers),
+            passes=float(SHAPE.num_layers),
             linear_flops=float(SHAPE.linear_flops) * n,
             attention_flops=float(SHAPE.attention_flops(SHAPE.q_heads)) * pairs,
         )
@@ -243,14 +244,21 @@ def test_unreadable_profiles_are_named(tmp_path: Path) -> None:
 
 
 TINY = ModelShape(
-    name="tiny", layers=2, hidden=64, intermediate=128, q_heads=4, kv_heads=2, head_dim=16
+    name="tiny",
+    num_layers=2,
+    hidden=64,
+    intermediate=128,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    dtype="bfloat16",
 )
 
 
 @pytest.mark.parametrize("shape", [SHAPE, TINY], ids=["large", "tiny"])
 def test_probe_fits_a_model_of_this_machine(shape: ModelShape) -> None:
     start = time.perf_counter()
-    seen = probe_device(shape, torch.device("cpu"), torch.float32)
+    seen = probe_device(replace(shape, dtype="float32"), torch.device("cpu"))
     # A second on an idle core; the rest is for a busy one.
     assert time.perf_counter() - start < 5
     found = fit(seen, ASSUMED, "probe")

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 
 from prefill_service.cost_model.cost import ASSUMED, CostModel
-from prefill_service.cost_model.model_shape import PRESETS, ModelShape
+from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.request import SearchRequest
 from prefill_service.cost_model.search import TOLERANCE, degrees, search_candidates
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.exchanges.catalog import (
     DEMAND,
     EXCHANGES,
@@ -32,13 +33,13 @@ from tests.cost_model.simulator import Simulation, prime
 
 SHAPE = ModelShape(
     name="test",
-    layers=3,
+    num_layers=3,
     hidden=16,
     intermediate=24,
     q_heads=6,
     kv_heads=2,
     head_dim=4,
-    bytes_per_element=4,
+    dtype="float32",
 )
 CHUNKS = (2, 4, 8, 16, 64)
 PLAIN = [kind for kind in EXCHANGES if kind.predictable and kind != MULTI_RING]
@@ -74,7 +75,7 @@ def walked(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
     """Seconds, bytes received and memory of one way, from a walk over its tokens."""
     name, ranks, ulysses, size = way
     walk = Simulation(exchange_named(name), SHAPE, ranks, ulysses)
-    attending = SHAPE.layers - 1
+    attending = SHAPE.num_layers - 1
     h = SHAPE.hidden
     kv = 2 * 4
     q = 6 * 4
@@ -94,7 +95,7 @@ def walked(way: Found, tokens: int, cost: CostModel) -> tuple[float, int, int]:
                 chunk.exposed[rank] * cost.per_byte + chunk.exposed_calls[rank] * cost.per_call
             )
             linear = chunk.tokens[rank] * flops * cost.per_linear_flop
-            fixed = SHAPE.layers * cost.per_pass
+            fixed = SHAPE.num_layers * cost.per_pass
             times.append(fixed + linear + exposed + max(attention, hidden))
             received[rank] += attending * (chunk.exposed[rank] + chunk.hidden[rank])
         seconds += max(times)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from prefill_service.cost_model.model_shape import PRESETS, ModelShape
+from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.schemes import Scheme, schemes
 from prefill_service.cost_model.traffic import queries_move_from, traffic
 from prefill_service.cost_model.work import prefill_work
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import (
     GATHER,
@@ -30,15 +31,15 @@ from tests.cost_model.simulator import Simulation, deal, prime
 
 SHAPE = ModelShape(
     name="test",
-    layers=3,
+    num_layers=3,
     hidden=32,
     intermediate=48,
     q_heads=8,
     kv_heads=4,
     head_dim=16,
-    bytes_per_element=8,
+    dtype="float64",
 )
-ODD = replace(SHAPE, name="odd", q_heads=14, kv_heads=2, head_dim=4, bytes_per_element=2)
+ODD = replace(SHAPE, name="odd", q_heads=14, kv_heads=2, head_dim=4, dtype="bfloat16")
 
 
 def moved(
@@ -222,7 +223,7 @@ def test_refusals_name_the_value() -> None:
 @pytest.mark.parametrize("shape", [SHAPE, ODD, *PRESETS.values()], ids=lambda s: s.name)
 def test_queries_move_exactly_when_that_is_cheaper(shape: ModelShape) -> None:
     """Both sides of the break-even, by the rule and by the bytes of the exchanges themselves."""
-    shape = replace(shape, bytes_per_element=4)  # as wide as a log-sum-exp, as in the rule
+    shape = replace(shape, dtype="float32")  # as wide as a log-sum-exp, as in the rule
     queries = 4 * 16
     start = queries_move_from(shape, queries)
     query_elements = queries * shape.q_heads * (2 * shape.head_dim + 1)

@@ -29,9 +29,9 @@ async def prefill(
 ) -> tuple[torch.Tensor, PrefillOutcome]:
     plan, _ = await standalone.plan(video, FrameSampling(fps=8.0))
     plan = replace(plan, prefix_id=f"pfx_{policy.attention_key}_{exchange}")
-    model = standalone.planner.checkpoint
+    shape = standalone.planner.checkpoint.shape
     ranks = standalone.executor.all_ranks.size
-    choice = choose_exchange(exchange, ranks, q_heads=model.num_heads, kv_heads=model.num_kv_heads)
+    choice = choose_exchange(exchange, ranks, q_heads=shape.q_heads, kv_heads=shape.kv_heads)
     task = standalone.task(video, plan, choice, policy=policy)
     outcome = await standalone.prefill(task)
     return standalone.read_kv(task), outcome

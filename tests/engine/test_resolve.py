@@ -9,10 +9,10 @@ import pytest
 from prefill_service.config import EngineConfig
 from prefill_service.engine.resolve import exchange_choice, kv_budget
 from prefill_service.errors import ServiceError
-from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.parallel.subgroups import form_subgroups
+from tests.support.checkpoints import described_checkpoint
 
-MODEL = Checkpoint(Path(), "qwen3_vl", "f", 3, 6, 2, 16, 1024, "float32")  # 6 query, 2 KV heads
+MODEL = described_checkpoint(Path(), num_layers=3, q_heads=6, kv_heads=2)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import pytest
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.checkpoint import Checkpoint
+from tests.support.checkpoints import described_checkpoint
 
 
 @pytest.fixture
 def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrefillExecutor:
     """An executor whose interpreter is gone."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    checkpoint = Checkpoint(tmp_path, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
+    checkpoint = described_checkpoint(tmp_path, num_layers=2, q_heads=2, kv_heads=1)
     return PrefillExecutor(
         EngineConfig(),
         VideoConfig(),

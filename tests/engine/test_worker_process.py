@@ -12,14 +12,14 @@ from pathlib import Path
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine import messages as msg
 from prefill_service.engine.worker_process import WorkerProcess
-from prefill_service.models.checkpoint import Checkpoint
+from tests.support.checkpoints import described_checkpoint
 
 BYTES = 8 << 20
 """Far more than a socket takes."""
 
 
 def spec(folder: Path) -> msg.WorkerSpec:
-    checkpoint = Checkpoint(folder, "qwen3_vl", "f", 2, 2, 1, 16, 1024, "float32")
+    checkpoint = described_checkpoint(folder, num_layers=2, q_heads=2, kv_heads=1)
     return msg.WorkerSpec(
         rank=7,
         generation=0,

@@ -25,7 +25,7 @@ from prefill_service.kv.manifest import KVLayout, hash_token_ids
 from tests.generation.oracle import Case, compute
 from tests.kv.rank_process import deal, make_manifest, publish, rank_processes
 
-LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float32", page_tokens=64)
+LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=64, dtype="float32", page_tokens=64)
 
 
 async def ask(

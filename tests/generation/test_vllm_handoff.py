@@ -35,7 +35,7 @@ from tests.kv.rank_process import (
 )
 from tests.vllm_server import VllmServer
 
-LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float32", page_tokens=64)
+LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=64, dtype="float32", page_tokens=64)
 BLOCK = 128  # vLLM's on the CPU
 NEW_TOKENS = 16
 SIZES = {  # frames, height, width
@@ -329,7 +329,7 @@ async def test_request_that_must_not_be_computed_is_refused(
         if what == "hash":
             body["token_ids"][2] += 1
         elif what == "layout":
-            changed = replace(manifest, layout=replace(LAYOUT, num_kv_heads=4))
+            changed = replace(manifest, layout=replace(LAYOUT, kv_heads=4))
             entry["manifest"] = changed.to_json()
         elif what == "weights":
             entry["manifest"] = replace(manifest, model_fingerprint="feed").to_json()

@@ -23,7 +23,7 @@ from prefill_service.kv.transport.base import Transport
 from prefill_service.kv.transport.unix import UnixTransport
 
 GENERATION = 7
-LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
+LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
 
 
 @dataclass(frozen=True)
@@ -192,5 +192,5 @@ def publish(manifest: Manifest, ranks: list[WorkerProcess], kv: Tensor, lease_id
 def random_kv(layout: KVLayout, num_tokens: int, seed: int = 0) -> Tensor:
     """[layers, 2, tokens, kv heads, head_dim]."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (layout.num_layers, 2, num_tokens, layout.num_kv_heads, layout.head_dim)
-    return torch.randn(shape, generator=generator).to(getattr(torch, layout.dtype))
+    shape = (layout.num_layers, 2, num_tokens, layout.kv_heads, layout.head_dim)
+    return torch.randn(shape, generator=generator).to(layout.torch_dtype)

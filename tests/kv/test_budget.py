@@ -10,7 +10,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
 
-LAYOUT = KVLayout(num_layers=5, num_kv_heads=2, head_dim=8, dtype="bfloat16", page_tokens=16)
+LAYOUT = KVLayout(num_layers=5, kv_heads=2, head_dim=8, dtype="bfloat16", page_tokens=16)
 ROW = 2 * 2 * 8 * 2  # bytes of K and V of a token in a layer
 ROOMY = KVBudget(LAYOUT, pool_bytes=1 << 40, working_bytes=1 << 40)
 

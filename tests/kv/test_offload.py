@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.dense import attend_causal
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
 from prefill_service.kv.manifest import KVLayout
@@ -29,25 +29,27 @@ from prefill_service.kv.offload.working_set import (
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 
 CPU = torch.device("cpu")
-SHAPE = AttentionShape(
-    num_layers=5,
+LAYERS = 5
+"""Those that attend."""
+SHAPE = PromptShape(
+    num_layers=LAYERS + 1,
     num_tokens=301,
     q_heads=2,
     kv_heads=2,
     head_dim=16,
     scale=0.5,
-    dtype=torch.float32,
+    dtype="float32",
     device=CPU,
 )
 CHUNK = 64
 
 
-def chunks(shape: AttentionShape) -> Iterator[tuple[int, int]]:
+def chunks(shape: PromptShape) -> Iterator[tuple[int, int]]:
     for start in range(0, shape.num_tokens, CHUNK):
         yield start, min(start + CHUNK, shape.num_tokens)
 
 
-def run(kv: KVBuffers, shape: AttentionShape, reorder: bool = False) -> Tensor:
+def run(kv: KVBuffers, shape: PromptShape, reorder: bool = False) -> Tensor:
     """A prefill's loop: each layer's rows are made of the outputs of the layer before.
 
     With ``reorder``, rows before the chunk change places now and then, as clustering makes them.
@@ -58,8 +60,8 @@ def run(kv: KVBuffers, shape: AttentionShape, reorder: bool = False) -> Tensor:
     for number, (start, end) in enumerate(chunks(shape)):
         kv.start_chunk(start, end)
         x = torch.randn(shape.kv_heads, end - start, shape.head_dim, generator=generator)
-        x = x.to(shape.device, shape.dtype)
-        for layer in range(shape.num_layers):
+        x = x.to(shape.device, shape.torch_dtype)
+        for layer in range(shape.attending_layers):
             if layer:
                 kv.release(layer - 1)
             buffer = kv.acquire(layer)
@@ -73,7 +75,7 @@ def run(kv: KVBuffers, shape: AttentionShape, reorder: bool = False) -> Tensor:
                 kv.touch(layer, first, start)
             k, v = buffer[:end].permute(1, 2, 0, 3)
             x = attend_causal(x, k, v, q_offset=start, scale=0.5).out + x
-        kv.release(shape.num_layers - 1)
+        kv.release(shape.attending_layers - 1)
         outputs.append(x.cpu())
     return torch.cat(outputs, 1)
 
@@ -96,14 +98,14 @@ def test_same_bits_below_the_bound(
     kv.close()
     kv.close()
     assert report.high_water_bytes <= limit
-    away = SHAPE.num_layers * SHAPE.layer_bytes - (report.high_water_bytes - 2 * SHAPE.layer_bytes)
+    away = LAYERS * SHAPE.layer_bytes - (report.high_water_bytes - 2 * SHAPE.layer_bytes)
     assert report.offloaded_bytes == away  # every row has one backing
     assert (report.moved_bytes > 0) == (report.offloaded_bytes > 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bfloat16_rows_return_as_they_were(tmp_path: Path) -> None:
-    shape = replace(SHAPE, dtype=torch.bfloat16)
+    shape = replace(SHAPE, dtype="bfloat16")
     kv = OffloadedKV(shape, 2 * shape.layer_bytes, FileCopyEngine(shape, tmp_path).start())
     assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))
     kv.close()
@@ -117,8 +119,14 @@ def test_inference_mode_tensors_travel(tmp_path: Path, expected: dict[bool, Tens
 
 
 def test_what_is_chosen(tmp_path: Path) -> None:
-    layout = KVLayout(SHAPE.num_layers + 1, SHAPE.kv_heads, SHAPE.head_dim, "float32", 16)
-    everything = SHAPE.num_layers * SHAPE.layer_bytes
+    layout = KVLayout(
+        num_layers=LAYERS + 1,
+        kv_heads=SHAPE.kv_heads,
+        head_dim=SHAPE.head_dim,
+        dtype="float32",
+        page_tokens=16,
+    )
+    everything = LAYERS * SHAPE.layer_bytes
     budget = KVBudget(layout, 1 << 40, everything - 1, offload=True)
     assert budget.offloads(SHAPE.num_tokens)
     kv = open_working(budget, SHAPE, tmp_path)
@@ -147,7 +155,7 @@ class SlowFile(FileCopyEngine):
         time.sleep(max(0.0, left - (time.perf_counter() - start)))
 
 
-SLOW = replace(SHAPE, num_layers=6, num_tokens=12 * CHUNK, head_dim=64)
+SLOW = replace(SHAPE, num_layers=7, num_tokens=12 * CHUNK, head_dim=64)
 """1 KiB a row, 4 ms a chunk's layer."""
 
 
@@ -158,8 +166,8 @@ def timed(tmp_path: Path, share: object) -> tuple[float, float, list[int], int]:
     computed = 0.0
     for number, (start, end) in enumerate(chunks(SLOW)):
         kv.start_chunk(start, end)
-        away.append(kv.report().offloaded_bytes // SLOW.num_layers // SLOW.row_bytes)
-        for layer in range(SLOW.num_layers):
+        away.append(kv.report().offloaded_bytes // SLOW.attending_layers // SLOW.row_bytes)
+        for layer in range(SLOW.attending_layers):
             kv.acquire(layer)
             seconds = 0.006 + 0.002 * number  # attention to all before takes longer and longer
             time.sleep(seconds)
@@ -177,7 +185,7 @@ def test_copies_hide_where_the_rule_decides_and_stall_where_forced(tmp_path: Pat
     assert away[0] == 0  # nothing is known of the first chunk's time
     assert away[-1] > 2 * CHUNK
     assert sum(growth[-4:]) > 0  # later chunks take longer, and may send more away
-    assert high < (SLOW.num_layers + 2) * SLOW.layer_bytes
+    assert high < (SLOW.attending_layers + 2) * SLOW.layer_bytes
     assert least == 2 * SLOW.layer_bytes
     assert stalled < 0.1 * computed, (stalled, forced, computed, away)
     assert forced > 0.1 * computed
@@ -214,7 +222,7 @@ def test_more_than_the_disk_is_refused(tmp_path: Path) -> None:
 class Broken(FileCopyEngine):
     """A file that cannot be written or read once ``moves`` copies were."""
 
-    def __init__(self, shape: AttentionShape, folder: Path, moves: float) -> None:
+    def __init__(self, shape: PromptShape, folder: Path, moves: float) -> None:
         self.moves = moves
         super().__init__(shape, folder)
 
@@ -257,7 +265,7 @@ def test_three_layers_at_a_time_are_a_bug(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("layers", [2, 4])
 def test_cuda_streams(layers: int) -> None:
-    shape = replace(SHAPE, dtype=torch.bfloat16, device=torch.device("cuda"))
+    shape = replace(SHAPE, dtype="bfloat16", device=torch.device("cuda"))
     engine: CopyEngine = CudaCopyEngine(shape).start()
     kv = OffloadedKV(shape, layers * shape.layer_bytes, engine)
     assert torch.equal(run(kv, shape, True), run(ResidentKV(shape), shape, True))

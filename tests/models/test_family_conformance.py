@@ -221,7 +221,7 @@ def test_prefill_in_chunks_is_transformers_forward(subject: Subject, mlp_chunk_t
     plan = subject.plan(18)
     expected = prefix_kv(subject.path, subject.whole(plan), plan)
     model = PrefillModel(subject.planner.checkpoint, torch.float32, CPU, mlp_chunk_tokens)
-    kept = KeptKV(model.checkpoint.num_layers)
+    kept = KeptKV(model.shape.num_layers)
     start = 0
     for part, end in zip(subject.parts(plan, 2), chunk_ends(plan, 2), strict=True):
         model.prefill(

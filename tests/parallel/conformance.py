@@ -19,7 +19,7 @@ from prefill_service.attention.adaptive import AdaptiveAttention
 from prefill_service.attention.quality import resolve_policy
 from prefill_service.attention.report import NEVER
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.comm_stats import moved
 from prefill_service.parallel.exchanges.base import ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import ExchangeKind, MeshForm
@@ -114,8 +114,15 @@ def run_case(group: SPGroup, meshes: dict[int, Any], kind: ExchangeKind, case: C
         kind, group.size, q_heads=case.q_heads, kv_heads=case.kv_heads, wanted=case.degree
     )
     layout = deal_patches(case.ends, group.size, case.chunk, order=kind.order)
-    shape = AttentionShape(
-        LAYERS, case.tokens, case.q_heads, case.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
+    shape = PromptShape(
+        num_layers=LAYERS + 1,
+        num_tokens=case.tokens,
+        q_heads=case.q_heads,
+        kv_heads=case.kv_heads,
+        head_dim=HEAD_DIM,
+        scale=SCALE,
+        dtype="float64",
+        device=CPU,
     )
     setup = ExchangeSetup(
         mesh=meshes[choice.degree],

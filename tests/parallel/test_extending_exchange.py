@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import parallel
-from prefill_service.cost_model.model_shape import PRESETS
+from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.schemes import Scheme, schemes
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.parallel.chunking import deal_tokens
@@ -41,8 +41,8 @@ def test_the_planner_costs_it() -> None:
     shape = PRESETS["qwen3-vl-8b"]
     chunking = deal_tokens(8192, 4, 512)
     received = traffic(scheme, shape, chunking).received
-    assert received.tolist() == [shape.kv_bytes * 8192 * 3 // 4] * 4
-    assert memory_bytes(scheme, shape, chunking) == 35 * 8192 * shape.kv_bytes
+    assert received.tolist() == [shape.row_bytes * 8192 * 3 // 4] * 4
+    assert memory_bytes(scheme, shape, chunking) == 35 * 8192 * shape.row_bytes
 
 
 def test_what_goes_over_the_catalogue_takes_it() -> None:

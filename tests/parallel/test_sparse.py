@@ -18,7 +18,7 @@ from prefill_service.attention.quality import AttentionPolicy, resolve_policy
 from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.engine.resolve import is_sparse
 from prefill_service.kv.offload.file_copies import FileCopyEngine
 from prefill_service.kv.offload.working_set import OffloadedKV
@@ -74,10 +74,16 @@ class Case:
         return SparseSettings(self.from_tokens, block_tokens=16, tile_tokens=32, segment_blocks=4)
 
     @property
-    def shape(self) -> AttentionShape:
-        tokens = int(self.ends[-1])
-        return AttentionShape(
-            LAYERS, tokens, self.q_heads, self.kv_heads, HEAD_DIM, SCALE, torch.float64, CPU
+    def shape(self) -> PromptShape:
+        return PromptShape(
+            num_layers=LAYERS + 1,
+            num_tokens=int(self.ends[-1]),
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=HEAD_DIM,
+            scale=SCALE,
+            dtype="float64",
+            device=CPU,
         )
 
     def layout(self, ranks: int) -> ChunkLayout:
@@ -184,7 +190,7 @@ class Spied(DemandExchange):
         keys.fetch_blocks = fetched  # type: ignore[method-assign]
 
 
-def offloaded(shape: AttentionShape, folder: Path) -> OffloadedKV:
+def offloaded(shape: PromptShape, folder: Path) -> OffloadedKV:
     """Room for half a layer beside the two that are always here."""
     engine = FileCopyEngine(shape, folder).start()
     device_bytes = int(2.5 * shape.layer_bytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Self
 
 import pytest
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -31,8 +30,7 @@ class SendToAll(Exchange):
         shape = setup.shape
         self._group = setup.mesh.world
         self._scale = shape.scale
-        size = (shape.num_layers, shape.num_tokens, 2, shape.kv_heads, shape.head_dim)
-        self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self._kv = shape.empty(shape.attending_layers, shape.num_tokens)
 
     @classmethod
     @override

@@ -16,7 +16,7 @@ from prefill.v1 import prefill_service_pb2 as pb
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.cost_model.fitting import Observation
-from prefill_service.cost_model.model_shape import PRESETS
+from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.engine.messages import PrefillTask
@@ -106,7 +106,7 @@ def test_the_regimes() -> None:
     assert slow.kind in (GATHER, ULYSSES)  # the fewest bytes
     alike = planner(1e13, chunk=512).choose(prefix(131_072), EXACT, RANKS)
     assert alike.kind == GATHER  # no exchange is faster by more than the tolerance
-    gather_takes = 262_144 * SHAPE.kv_bytes * SHAPE.attending_layers
+    gather_takes = 262_144 * SHAPE.row_bytes * SHAPE.attending_layers
     tight = planner(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT, RANKS)
     assert tight.kind != GATHER
     assert tight.kind != DEMAND

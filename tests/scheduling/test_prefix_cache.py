@@ -14,7 +14,7 @@ from prefill_service.scheduling.prefix_cache import Lease, PrefixCache
 from prefill_service.scheduling.runner import RESTARTABLE
 
 POOL = 1000
-LAYOUT = KVLayout(1, 1, 4, "float32", 16)
+LAYOUT = KVLayout(num_layers=1, kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
 
 
 class RecordingExecutor:

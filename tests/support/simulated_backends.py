@@ -35,7 +35,7 @@ from prefill_service.parallel.subgroups import Subgroup, form_subgroups
 from prefill_service.video.index import VideoIndex
 
 TOKENS_PER_FRAME = 16
-LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
+LAYOUT = KVLayout(num_layers=1, kv_heads=1, head_dim=4, dtype="float32", page_tokens=16)
 ALL_RANKS = Subgroup(0, 2)
 FRAME_BYTES = LAYOUT.page_bytes  # a frame is one page
 

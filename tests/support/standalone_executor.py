@@ -106,8 +106,8 @@ class StandaloneExecutor:
         """All pages back into [layers, 2, tokens, kv_heads, head_dim]."""
         layout = self.executor.kv_layout
         tokens = task.plan.num_tokens
-        shape = (layout.num_layers, 2, tokens, layout.num_kv_heads, layout.head_dim)
-        kv = torch.full(shape, torch.nan, dtype=getattr(torch, layout.dtype))
+        shape = (layout.num_layers, 2, tokens, layout.kv_heads, layout.head_dim)
+        kv = torch.full(shape, torch.nan, dtype=layout.torch_dtype)
         with PageClient(task.manifest, "lease", 30.0) as client:
             for batch in client.fetch(0, tokens):
                 for page, data in zip(batch.pages, batch.data, strict=True):

@@ -25,9 +25,10 @@ from benchmarks.gpu.prefill.runs import (
     dense_kernels,
     prefill,
 )
-from benchmarks.gpu.prefill.shapes import SHAPES, TINY, ModelShape
+from benchmarks.gpu.prefill.shapes import SHAPES, TINY, PublishedModel
 from prefill_service.attention.crossover import measure_crossover
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import dtype_name
 from prefill_service.config import EngineConfig
 from prefill_service.engine.resolve import chunk_tokens, sparse_settings
 from prefill_service.models.prefix_plan import PrefixPlan
@@ -123,16 +124,9 @@ class Benchmark:
         sizes = sparse_settings(engine, self._options.sparse_from)
         if self._options.sparse_from:
             return sizes
-        shape = self.shapes[0]
-        found = measure_crossover(
-            sizes,
-            chunk,
-            q_heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            dtype=self.device.dtype,
-            device=self.device.torch,
-        )
+        preset = self.shapes[0]
+        shape = preset.model_shape(preset.layers, dtype_name(self.device.dtype))
+        found = measure_crossover(shape, sizes, chunk, self.device.torch)
         used = min(found, min(self._lengths()) // 2)
         print(f"the product would attend sparsely from {found} keys on; here from {used}")
         return replace(sizes, from_tokens=used)
@@ -239,7 +233,7 @@ class Benchmark:
             device.forget()
         self._account()
 
-    def _inputs(self, shape: ModelShape, plan: PrefixPlan) -> AttentionInputs:
+    def _inputs(self, shape: PublishedModel, plan: PrefixPlan) -> AttentionInputs:
         return video_attention(
             Frames(plan.num_tokens, round(plan.num_tokens / len(plan.patch_ends)), shape.grid[1]),
             Heads(shape.heads, shape.kv_heads, shape.head_dim),
@@ -272,7 +266,7 @@ class Benchmark:
         found = {name: row.get(name) for name in ("model", "tokens", "mode", "layers")}
         print(f"{found} {run.seconds:.3f} s, attention {run.attention_s:.3f} s", flush=True)
 
-    def _whole(self, shape: ModelShape) -> None:
+    def _whole(self, shape: PublishedModel) -> None:
         """All layers at one length: dense and balanced, against what was extrapolated."""
         tokens = self._options.whole_tokens or (768 if self._options.tiny else WHOLE_TOKENS)
         cells = [

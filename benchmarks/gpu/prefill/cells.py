@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.gpu.prefill.runs import DENSE
-from benchmarks.gpu.prefill.shapes import ModelShape
+from benchmarks.gpu.prefill.shapes import PublishedModel
 
 LINEAR_SHARE = 0.5
 ATTENTION_SHARE = 0.4
@@ -27,7 +27,7 @@ class Cell:
         layers: of the model that is run.
     """
 
-    shape: ModelShape
+    shape: PublishedModel
     video_tokens: int
     mode: str
     layers: int
@@ -44,12 +44,12 @@ class Cell:
         return linear + attention + OVERHEAD_S
 
 
-Group = tuple[ModelShape, int]
+Group = tuple[PublishedModel, int]
 """The cells that share inputs: a model and a length."""
 
 
 def plan_cells(
-    shapes: Sequence[ModelShape], tokens: Iterable[int], modes: Sequence[str], layers: int
+    shapes: Sequence[PublishedModel], tokens: Iterable[int], modes: Sequence[str], layers: int
 ) -> dict[Group, list[Cell]]:
     """Shortest lengths first, so that running out of time costs the longest ones."""
     return {

@@ -13,7 +13,7 @@ from benchmarks.gpu.prefill.device import Device
 from benchmarks.gpu.prefill.inputs import AttentionInputs, Frames, Heads, video_attention
 from benchmarks.gpu.prefill.model import RandomModel
 from benchmarks.gpu.prefill.runs import DENSE, MODES, DenseKernel, Run, Settings, Workload, prefill
-from benchmarks.gpu.prefill.shapes import ModelShape
+from benchmarks.gpu.prefill.shapes import PublishedModel
 from prefill_service.attention.dense import Partial
 
 LAYERS = 2  # one that attends, and the keys and values of the next, which are its result
@@ -59,7 +59,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) 
 
 
 def problem(
-    device: Device, shape: ModelShape, video_tokens: int, mlp_chunk_tokens: int
+    device: Device, shape: PublishedModel, video_tokens: int, mlp_chunk_tokens: int
 ) -> Workload:
     """A model of two layers, a plan and inputs."""
     plan = shape.plan(video_tokens)
@@ -81,7 +81,7 @@ def reference(device: Device, workload: Workload, settings: Settings) -> Wanted:
     plan = workload.plan
     inputs = workload.inputs
     exact = RandomModel(
-        model.shape,
+        model.preset,
         LAYERS,
         torch.float32,
         device=device.torch,
@@ -104,7 +104,7 @@ def reference(device: Device, workload: Workload, settings: Settings) -> Wanted:
 
 def check(
     device: Device,
-    shape: ModelShape,
+    shape: PublishedModel,
     video_tokens: int,
     *,
     settings: Settings,

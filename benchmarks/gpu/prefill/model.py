@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from benchmarks.gpu.prefill.inputs import AttentionInputs
-from benchmarks.gpu.prefill.shapes import ModelShape
+from benchmarks.gpu.prefill.shapes import PublishedModel
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import (
@@ -37,7 +37,7 @@ class RandomModel(PrefillModel):
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: PublishedModel,
         layers: int,
         dtype: torch.dtype,
         *,
@@ -45,7 +45,7 @@ class RandomModel(PrefillModel):
         mlp_chunk_tokens: int,
         drawn: torch.dtype | None = None,
     ) -> None:
-        self.shape = shape
+        self.preset = shape
         self._drawn = drawn or dtype
         name = str(dtype).removeprefix("torch.")
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ class RandomModel(PrefillModel):
         models: Any = AutoModel
         with torch.device(self.device):
             model = models.from_config(
-                self.shape.config(self.checkpoint.num_layers),
+                self.preset.config(self.shape.num_layers),
                 dtype=self._drawn,
                 attn_implementation=ATTENTION_IMPLEMENTATION,
             )
@@ -66,9 +66,9 @@ class RandomModel(PrefillModel):
     def features(self) -> VisionFeatures:
         """Random ones, which vision tokens take in turn; of deepstack, a reduced model's share."""
         rng = torch.Generator(self.device).manual_seed(1)
-        size = (FEATURES, self.shape.hidden)
-        layers = self.checkpoint.num_layers
-        levels = -(-self.shape.deepstack * layers // self.shape.layers)
+        size = (FEATURES, self.preset.hidden)
+        layers = self.shape.num_layers
+        levels = -(-self.preset.deepstack * layers // self.preset.layers)
         embeds, *deepstack = (
             torch.randn(size, generator=rng, dtype=self._drawn, device=self.device).to(self.dtype)
             for _ in range(1 + levels)

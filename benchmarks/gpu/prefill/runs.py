@@ -18,7 +18,6 @@ from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.report import LayerReport
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.attention_shape import AttentionShape
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.page_writer import ShardWriter
@@ -106,19 +105,11 @@ class OursKV:
         quality: Quality,
         writer: ShardWriter | None = None,
     ) -> None:
-        checkpoint = model.checkpoint
         self._layout = layout
         self._writer = writer
-        self._attending = checkpoint.num_layers - 1
-        shape = AttentionShape(
-            num_layers=self._attending,
-            num_tokens=plan.num_tokens,
-            q_heads=model.num_heads,
-            kv_heads=checkpoint.num_kv_heads,
-            head_dim=checkpoint.head_dim,
-            scale=model.attention_scale,
-            dtype=model.dtype,
-            device=model.device,
+        self._attending = model.shape.attending_layers
+        shape = model.shape.of_prompt(
+            plan.num_tokens, scale=model.attention_scale, device=model.device
         )
         self._exchange = GatherExchange(SPGroup(rank=0, size=1, data=None, control=None), shape)
         self.attention = AdaptiveAttention(
@@ -159,11 +150,10 @@ class DenseKV:
     """All keys, attended to by a dense kernel: own chunk causally, all before without a mask."""
 
     def __init__(self, model: RandomModel, plan: PrefixPlan, chunks: int, kernel: DenseKernel):
-        checkpoint = model.checkpoint
         self._kernel = kernel
-        self._attending = checkpoint.num_layers - 1
+        self._attending = model.shape.attending_layers
         self._single = chunks == 1
-        rows = (plan.num_tokens, 2, checkpoint.num_kv_heads, checkpoint.head_dim)
+        rows = (plan.num_tokens, *model.shape.row)
         self._kv = [
             torch.empty((0,) if self._single else rows, dtype=model.dtype, device=model.device)
             for _ in range(self._attending)
@@ -279,13 +269,12 @@ def prefill(
 
 
 def _writer(model: RandomModel, plan: PrefixPlan, chunks: list[tuple[int, int]]) -> ShardWriter:
-    checkpoint = model.checkpoint
-    name = str(model.dtype).removeprefix("torch.")
+    shape = model.shape
     layout = KVLayout(
-        num_layers=checkpoint.num_layers,
-        num_kv_heads=checkpoint.num_kv_heads,
-        head_dim=checkpoint.head_dim,
-        dtype=name,
+        num_layers=shape.num_layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
         page_tokens=PAGE_TOKENS,
     )
     pages = sum(layout.pages_for(end - start) for start, end in chunks)

@@ -11,6 +11,7 @@ import transformers
 
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.family_registry import FAMILIES
+from prefill_service.models.model_shape import ModelShape
 from prefill_service.models.prefix_plan import PrefixPlan
 
 hf: Any = transformers
@@ -28,7 +29,7 @@ TIMESTAMP_TOKENS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
+class PublishedModel:
     """A language model's sizes, and the frames of its videos.
 
     Attributes:
@@ -130,11 +131,20 @@ class ModelShape:
             path=Path("random"),
             family=self.family,
             fingerprint="random",
-            num_layers=layers,
-            num_heads=self.heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
+            shape=self.model_shape(layers, dtype),
             max_position_embeddings=1 << 20,
+        )
+
+    def model_shape(self, layers: int, dtype: str) -> ModelShape:
+        """Its sizes with so many layers."""
+        return ModelShape(
+            name=self.name,
+            num_layers=layers,
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            q_heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
             dtype=dtype,
         )
 
@@ -174,7 +184,7 @@ class ModelShape:
         )
 
 
-QWEN25_7B = ModelShape(
+QWEN25_7B = PublishedModel(
     "Qwen2.5-VL-7B",
     "qwen2_5_vl",
     layers=28,
@@ -187,7 +197,7 @@ QWEN25_7B = ModelShape(
     rope_theta=1e6,
     mrope_section=(16, 24, 24),
 )
-QWEN3_8B = ModelShape(
+QWEN3_8B = PublishedModel(
     "Qwen3-VL-8B",
     "qwen3_vl",
     layers=36,

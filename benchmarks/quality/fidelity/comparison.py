@@ -48,13 +48,12 @@ def comparison_kv(
     Raises:
         ValueError: the video is too short for the method on so many ranks.
     """
-    checkpoint = model.checkpoint
     tokens = len(prefix.token_ids)
     split = split_patches(
         prefix.patch_ends, len(question_ids), ranks, mode, text_tokens=_text_tokens(prefix)
     )
-    shape = (tokens, 2, checkpoint.num_kv_heads, checkpoint.head_dim)
-    pages = [torch.empty(shape, dtype=model.dtype) for _ in range(checkpoint.num_layers)]
+    shape = (tokens, 2, model.shape.kv_heads, model.shape.head_dim)
+    pages = [torch.empty(shape, dtype=model.dtype) for _ in range(model.shape.num_layers)]
     board = Timeline(ranks)
     question = np.array(question_ids, np.int32)
 

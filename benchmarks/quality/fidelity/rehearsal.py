@@ -17,7 +17,6 @@ from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.report import AttentionReport, combine
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.selection_units import SelectionUnits
@@ -79,24 +78,13 @@ def rehearse(
     Args:
         chunk_tokens: tokens per chunk and rank.
     """
-    checkpoint = model.checkpoint
     tokens = len(prefix.token_ids)
-    layers = checkpoint.num_layers
-    shape = AttentionShape(
-        num_layers=layers - 1,
-        num_tokens=tokens,
-        q_heads=model.num_heads,
-        kv_heads=checkpoint.num_kv_heads,
-        head_dim=checkpoint.head_dim,
-        scale=model.attention_scale,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    buffer = (tokens, 2, shape.kv_heads, shape.head_dim)
-    pages = [torch.empty(buffer, dtype=model.dtype) for _ in range(layers)]
+    shape = model.shape.of_prompt(tokens, scale=model.attention_scale, device=model.device)
+    buffer = (tokens, *shape.row)
+    pages = [torch.empty(buffer, dtype=model.dtype) for _ in range(shape.num_layers)]
     members = [
         _Rank(
-            [torch.empty(buffer, dtype=model.dtype) for _ in range(shape.num_layers)],
+            [torch.empty(buffer, dtype=model.dtype) for _ in range(shape.attending_layers)],
             pages,
             AdaptiveAttention(settings, policy, shape, prefix.patch_ends),
         )

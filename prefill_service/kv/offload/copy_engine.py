@@ -14,7 +14,7 @@ from typing import Self
 
 from torch import Tensor
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.errors import ServiceError
 
 _PROBE_BYTES = 16 << 20
@@ -119,7 +119,7 @@ class CopyEngine(ABC):
         """Wait for all copies and give the store back. Idempotent."""
 
 
-def probe(engine: CopyEngine, shape: AttentionShape) -> None:
+def probe(engine: CopyEngine, shape: PromptShape) -> None:
     """Copy some rows each way, so that both rates of a fresh engine are known."""
     rows = max(1, min(shape.num_tokens, _PROBE_BYTES // shape.row_bytes))
     buffer = shape.empty(rows).zero_()

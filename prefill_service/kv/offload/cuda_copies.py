@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, Mark, Ticket, probe
 
@@ -29,7 +29,7 @@ class CudaCopyEngine(CopyEngine):
         shape: of the working set; ``start`` locks host memory for the whole of it.
     """
 
-    def __init__(self, shape: AttentionShape) -> None:
+    def __init__(self, shape: PromptShape) -> None:
         super().__init__()
         self._shape = shape
         self._device = shape.device
@@ -46,10 +46,10 @@ class CudaCopyEngine(CopyEngine):
         """
         shape = self._shape
         # torch's pinned allocator rounds up to a power of two; this much memory must be exact.
-        size = (shape.num_layers, shape.num_tokens, *shape.row)
-        num_bytes = shape.num_layers * shape.layer_bytes
+        size = (shape.attending_layers, shape.num_tokens, *shape.row)
+        num_bytes = shape.attending_layers * shape.layer_bytes
         try:
-            self._rows = torch.empty(size, dtype=shape.dtype)
+            self._rows = torch.empty(size, dtype=shape.torch_dtype)
         except RuntimeError as error:
             raise _no_memory(num_bytes, str(error)) from error
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, HostRows, Mark, Ticket, probe
 
@@ -44,7 +44,7 @@ class FileCopyEngine(CopyEngine):
         folder: for the file.
     """
 
-    def __init__(self, shape: AttentionShape, folder: Path) -> None:
+    def __init__(self, shape: PromptShape, folder: Path) -> None:
         super().__init__()
         self._shape = shape
         self._folder = folder
@@ -62,7 +62,7 @@ class FileCopyEngine(CopyEngine):
         """
         self._file = tempfile.TemporaryFile(dir=self._folder, prefix="offload-")  # noqa: SIM115
         try:
-            self._reserve(self._shape.num_layers * self._shape.layer_bytes)
+            self._reserve(self._shape.attending_layers * self._shape.layer_bytes)
         except ServiceError:
             self._file.close()
             raise

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import WORKING_SLOTS, KVBudget
 from prefill_service.kv.offload.copy_engine import Copy, CopyEngine, HostRows, Mark, Ticket
@@ -69,7 +69,7 @@ class _Run:
     kept: Tensor | None  # [layers, end - start, *row]
 
 
-def open_working(budget: KVBudget, shape: AttentionShape, folder: Path) -> OffloadedKV | None:
+def open_working(budget: KVBudget, shape: PromptShape, folder: Path) -> OffloadedKV | None:
     """The working set of one prefix where it has to be offloaded, else nothing.
 
     Args:
@@ -111,7 +111,7 @@ class OffloadedKV:
 
     def __init__(
         self,
-        shape: AttentionShape,
+        shape: PromptShape,
         limit_bytes: int,
         engine: CopyEngine,
         share: Callable[[ChunkCosts], float] = hidden_share,
@@ -136,7 +136,7 @@ class OffloadedKV:
         self._arriving: dict[int, Ticket] = {}
         self._wanted: int | None = None
         self._runs: list[_Run] = []
-        self._done = [0] * shape.num_layers  # rows that are in their backing
+        self._done = [0] * shape.attending_layers  # rows that are in their backing
         self._touched: dict[int, tuple[int, int]] = {}
         self._chunk = (0, 0)
         self._resumed: Mark | None = None
@@ -156,7 +156,7 @@ class OffloadedKV:
         ticket = self._arriving.pop(layer, None)
         if ticket is not None:
             self._engine.wait(ticket)
-        following = (layer + 1) % self._shape.num_layers
+        following = (layer + 1) % self._shape.attending_layers
         if following or self._chunk[1] < self._shape.num_tokens:
             self.prefetch(following)
         self._resumed = self._engine.mark()
@@ -200,7 +200,7 @@ class OffloadedKV:
         """What it took so far; also after ``close``."""
         return OffloadReport(
             high_water_bytes=self._bytes,  # kept rows are never given back before the end
-            offloaded_bytes=self._stored * self._shape.num_layers * self._shape.row_bytes,
+            offloaded_bytes=self._stored * self._shape.attending_layers * self._shape.row_bytes,
             moved_bytes=self._engine.moved_bytes,
             stalled_s=self._engine.stalled_s,
         )
@@ -219,11 +219,11 @@ class OffloadedKV:
         if not last or not self._spans:
             return 0.0
         seconds = sum(self._engine.seconds(a, b) for a, b in self._spans)
-        return seconds * self._shape.num_layers / len(self._spans) * min(1.0, rows / last)
+        return seconds * self._shape.attending_layers / len(self._spans) * min(1.0, rows / last)
 
     def _settle(self, start: int, end: int, compute_s: float) -> None:
         """Decide what backs the chunk's rows."""
-        row_bytes = self._shape.num_layers * self._shape.row_bytes
+        row_bytes = self._shape.attending_layers * self._shape.row_bytes
         kept = sum(run.end - run.start for run in self._runs if run.kept is not None)
         costs = ChunkCosts(
             compute_s,
@@ -244,7 +244,7 @@ class OffloadedKV:
         if start + stored < end:
             rows = end - start - stored
             self._runs.append(
-                _Run(start + stored, end, self._shape.empty(self._shape.num_layers, rows))
+                _Run(start + stored, end, self._shape.empty(self._shape.attending_layers, rows))
             )
             self._room -= rows * row_bytes
             self._bytes += rows * row_bytes

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.manifest import Manifest, Page
-from prefill_service.kv.page_file import TORCH_DTYPES
 from prefill_service.kv.transport.base import PullRequest, cancelled
 from prefill_service.kv.transport_registry import transport_of
 
@@ -34,7 +33,7 @@ class PageBatch:
 
     Attributes:
         pages: what they hold, in token order.
-        data: [pages, num_layers, 2 (K, V), page_tokens, num_kv_heads, head_dim], a private
+        data: [pages, num_layers, 2 (K, V), page_tokens, kv_heads, head_dim], a private
             copy on the CPU.
     """
 
@@ -191,7 +190,7 @@ class _RankPuller(threading.Thread):
                 if actual != expected:
                     raise self._corruption(page, actual, expected)
             layout = self._request.manifest.layout
-            tensor = torch.from_numpy(data).view(TORCH_DTYPES[layout.dtype])
+            tensor = torch.from_numpy(data).view(layout.torch_dtype)
             self._ready.put(PageBatch(pages, tensor.view(len(pages), *layout.page_shape)))
 
     def _corruption(self, page: Page, actual: int, expected: int) -> ServiceError:

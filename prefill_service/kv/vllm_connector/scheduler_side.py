@@ -181,7 +181,7 @@ class SchedulerSide:
 
     def _check_model(self, manifest: Manifest) -> None:
         layout = manifest.layout
-        offered = (layout.num_layers, layout.num_kv_heads, layout.head_dim)
+        offered = (layout.num_layers, layout.kv_heads, layout.head_dim)
         if offered != self._model_shape:
             names = "layers, KV heads, head size"
             raise ServiceError(

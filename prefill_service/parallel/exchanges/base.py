@@ -9,7 +9,7 @@ from typing import Self
 from torch import Tensor
 
 from prefill_service.attention.settings import SparseSettings
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.kv_buffers import KVBuffers
 from prefill_service.parallel.load_balance import Balancing
 from prefill_service.parallel.mesh import SPMesh
@@ -35,7 +35,7 @@ class ExchangeSetup:
 
     mesh: SPMesh
     layout: ChunkLayout
-    shape: AttentionShape
+    shape: PromptShape
     settings: SparseSettings
     units: SelectionUnits
     selects: bool = False

@@ -9,48 +9,16 @@ again for every chunk, or the chunk's queries go to them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from prefill_service.attention_shape import AttentionShape
 from prefill_service.parallel.chunking import Chunking, Ints
 from prefill_service.parallel.head_partition import HeadSplit
 
 BLOCK_TOKENS = 64
 _SUMMARY_VECTORS = 4  # of a block and KV head: mean key, variance, mean value, mean outlier
 _SUMMARY_NUMBERS = 1  # the outliers' count
-
-
-class AttentionSizes(Protocol):
-    """Sizes of a model that its exchanges' bytes depend on."""
-
-    @property
-    def attending_layers(self) -> int:
-        """Layers whose attention is computed."""
-
-    @property
-    def q_heads(self) -> int:
-        """Query heads of a layer."""
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of a layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of a head."""
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Bytes of an element of Q, K and V."""
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of K and V of one token in one layer."""
-
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes of one token's partial attention result in one layer, its log-sum-exp included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +66,16 @@ class TrafficOptions:
     demand_share: float = 1.0
 
 
-def summary_bytes(shape: AttentionSizes) -> int:
+def summary_bytes(shape: AttentionShape) -> int:
     """Bytes of the summaries of one block of keys in one layer."""
     numbers = _SUMMARY_VECTORS * shape.head_dim + _SUMMARY_NUMBERS
     return numbers * shape.kv_heads * max(4, shape.bytes_per_element)  # at least float32
+
+
+def partial_bytes(shape: AttentionShape) -> int:
+    """Bytes of one token's partial attention result in one layer, its log-sum-exp included."""
+    lse = max(4, shape.bytes_per_element)  # sums of exponentials do not survive bfloat16
+    return shape.q_heads * (shape.head_dim * shape.bytes_per_element + lse)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +90,7 @@ class CostTerms:
         options: what formulas leave open.
     """
 
-    shape: AttentionSizes
+    shape: AttentionShape
     chunking: Chunking
     ulysses: int
     whole_kv_heads: bool
@@ -160,13 +134,13 @@ class CostTerms:
         others = self.ranks - 1
         elsewhere = self.tokens.sum(1, keepdims=True) - self.tokens
         query = shape.q_heads * shape.head_dim * shape.bytes_per_element
-        received = elsewhere * query + self.tokens * (others - 1) * shape.partial_bytes
+        received = elsewhere * query + self.tokens * (others - 1) * partial_bytes(shape)
         # Queries, outputs and log-sum-exps travel separately.
         return Stream(received, np.full_like(received, others + 2 * (others - 1)))
 
     def last_results(self) -> Stream:
         """Results from the last rank its queries came to: nothing is left to compute meanwhile."""
-        return Stream(self.tokens * self.shape.partial_bytes, np.full_like(self.tokens, 2))
+        return Stream(self.tokens * partial_bytes(self.shape), np.full_like(self.tokens, 2))
 
     def selected_blocks(self) -> Stream:
         """Summaries of the chunk's blocks once; then, of what it may see, what was selected."""
@@ -176,7 +150,7 @@ class CostTerms:
         fetched = np.ceil(visible * self.options.demand_share).astype(np.int64)
         blocks = -(-self.tokens // BLOCK_TOKENS)
         others = blocks.sum(1, keepdims=True) - blocks
-        received = fetched * self.shape.kv_bytes + others * summary_bytes(self.shape)
+        received = fetched * self.shape.row_bytes + others * summary_bytes(self.shape)
         # Summaries, then which blocks are wanted (a few bytes), then the blocks.
         return Stream(received, np.full_like(received, 3), self.ranks - 1)
 

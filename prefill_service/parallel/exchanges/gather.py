@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.stopwatch import Stopwatch
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 from prefill_service.parallel.load_balance import BalancedKeys, Balancer, make_balancer
@@ -45,7 +45,7 @@ class GatherExchange(Exchange):
     def __init__(
         self,
         group: SPGroup,
-        shape: AttentionShape,
+        shape: PromptShape,
         buffers: KVBuffers | None = None,
         balancer: Balancer | None = None,
     ) -> None:
@@ -53,7 +53,7 @@ class GatherExchange(Exchange):
         self._scale = shape.scale
         self._buffers = buffers or ResidentKV(shape)
         self._balancer = balancer
-        self._pending: list[list[PendingPart]] = [[] for _ in range(shape.num_layers)]
+        self._pending: list[list[PendingPart]] = [[] for _ in range(shape.attending_layers)]
         self._ranges: list[Range] = []
         self._chunk = (0, 0)
 

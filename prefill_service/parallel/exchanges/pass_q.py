@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prefill_service.attention.dense import Partial, merge
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.online_softmax import OnlineSoftmax
@@ -33,16 +33,16 @@ class PassQExchange(Exchange):
         shape: of the model's attention.
     """
 
-    def __init__(self, group: SPGroup, layout: ChunkLayout, shape: AttentionShape) -> None:
+    def __init__(self, group: SPGroup, layout: ChunkLayout, shape: PromptShape) -> None:
         self._group = group
         self._heads = HeadSplit(shape.q_heads, shape.kv_heads, 1)
         self._held = HeldTokens(group.size)
         self._scale = shape.scale
         tokens = sum(share.num_tokens for share in layout.of_rank(group.rank))
-        size = (tokens, 2, shape.kv_heads, shape.head_dim)
+        size = (tokens, *shape.row)
         self._kv = [
-            torch.empty(size, dtype=shape.dtype, device=shape.device)
-            for _ in range(shape.num_layers)
+            torch.empty(size, dtype=shape.torch_dtype, device=shape.device)
+            for _ in range(shape.attending_layers)
         ]
 
     @classmethod

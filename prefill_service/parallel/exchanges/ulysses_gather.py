@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.head_partition import HeadSplit
@@ -42,7 +42,7 @@ class UlyssesGatherExchange(Exchange):
         ValueError: the Ulysses degree exceeds the query heads.
     """
 
-    def __init__(self, mesh: SPMesh, shape: AttentionShape) -> None:
+    def __init__(self, mesh: SPMesh, shape: PromptShape) -> None:
         split = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size, whole_kv_heads=True)
         self._columns = mesh.ring
         self._row = UlyssesRow(mesh, split)

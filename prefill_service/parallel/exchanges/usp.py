@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.ring import Cycle, circulate, hamiltonian_cycles
 from prefill_service.parallel.head_partition import HeadSplit
@@ -44,7 +44,7 @@ class UspExchange(Exchange):
         ValueError: the Ulysses degree exceeds the query heads.
     """
 
-    def __init__(self, mesh: SPMesh, layout: ChunkLayout, shape: AttentionShape) -> None:
+    def __init__(self, mesh: SPMesh, layout: ChunkLayout, shape: PromptShape) -> None:
         self._mesh = mesh
         self._heads = HeadSplit(shape.q_heads, shape.kv_heads, mesh.ulysses.size)
         self._row = UlyssesRow(mesh, self._heads)
@@ -57,8 +57,8 @@ class UspExchange(Exchange):
         )
         size = (tokens, 2, mine.stop - mine.start, shape.head_dim)
         self._kv = [
-            torch.empty(size, dtype=shape.dtype, device=shape.device)
-            for _ in range(shape.num_layers)
+            torch.empty(size, dtype=shape.torch_dtype, device=shape.device)
+            for _ in range(shape.attending_layers)
         ]
         self._device = shape.device
         self._scale = shape.scale

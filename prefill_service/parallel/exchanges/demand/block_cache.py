@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 
 
 class BlockCache:
@@ -21,11 +21,11 @@ class BlockCache:
         blocks: [blocks, block_tokens, 2, kv_heads, head_dim]; what is not valid is stale.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int, shape: AttentionShape) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, shape: PromptShape) -> None:
         self._num_tokens = shape.num_tokens
         self._block_tokens = block_tokens
-        size = (num_blocks, block_tokens, 2, shape.kv_heads, shape.head_dim)
-        self.blocks = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        size = (num_blocks, block_tokens, *shape.row)
+        self.blocks = torch.zeros(size, dtype=shape.torch_dtype, device=shape.device)
         self._valid = torch.zeros(shape.kv_heads, num_blocks, dtype=torch.bool)  # on the host
 
     @property

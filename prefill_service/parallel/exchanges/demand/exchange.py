@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from prefill_service.attention.dense import attend_causal
 from prefill_service.attention.settings import Segments
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.demand.block_cache import BlockCache
 from prefill_service.parallel.exchanges.demand.chunk_routes import ChunkRoutes
@@ -50,7 +50,7 @@ class DemandExchange(Exchange):
         self,
         group: SPGroup,
         layout: ChunkLayout,
-        shape: AttentionShape,
+        shape: PromptShape,
         segments: Segments,
         *,
         cached: bool = True,
@@ -61,12 +61,12 @@ class DemandExchange(Exchange):
         self._owners = OwnerMap(layout, group.size, segments)
         caches = [
             BlockCache(self._owners.num_blocks, segments.block_tokens, shape)
-            for _ in range(shape.num_layers if cached else 1)
+            for _ in range(shape.attending_layers if cached else 1)
         ]
         setup = DemandSetup(group=group, owners=self._owners, shape=shape, segments=segments)
         self._layers = [
             DemandLayerKeys(setup, caches[layer % len(caches)], cached=cached)
-            for layer in range(shape.num_layers)
+            for layer in range(shape.attending_layers)
         ]
 
     @classmethod

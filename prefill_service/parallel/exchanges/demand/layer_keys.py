@@ -15,7 +15,7 @@ from prefill_service.attention.sparse.hooks import SelectedBlocks
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.tiles import Tiles
 from prefill_service.attention.verification import SampledRows, Verification
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.demand.block_cache import BlockCache
 from prefill_service.parallel.exchanges.demand.chunk_routes import ChunkRoutes
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
@@ -44,7 +44,7 @@ class DemandSetup:
 
     group: SPGroup
     owners: OwnerMap
-    shape: AttentionShape
+    shape: PromptShape
     segments: Segments
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefill_service.attention.settings import Segments
 from prefill_service.attention.sparse.clustering import order_segments
 from prefill_service.attention.sparse.summaries import BlockSummaries, summarize
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 
 
@@ -61,9 +61,7 @@ class OwnedKV:
         segments: sizes of blocks and segments.
     """
 
-    def __init__(
-        self, owners: OwnerMap, rank: int, shape: AttentionShape, segments: Segments
-    ) -> None:
+    def __init__(self, owners: OwnerMap, rank: int, shape: PromptShape, segments: Segments) -> None:
         self._owners = owners
         self._rank = rank
         self._segments = segments
@@ -75,7 +73,7 @@ class OwnedKV:
             shape.head_dim,
         )
         # Zeros, because the last block may never be full.
-        self._blocks = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self._blocks = torch.zeros(size, dtype=shape.torch_dtype, device=shape.device)
         self._clustered: dict[int, _ClusteredSegment] = {}  # by the segment's first token
 
     def store_rows(self, rows: Tensor, kv: Tensor) -> None:

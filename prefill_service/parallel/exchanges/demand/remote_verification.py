@@ -18,7 +18,7 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.verification import Verification, measure_rows
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.demand.owned_kv import KeyOrder
 from prefill_service.parallel.exchanges.demand.rpc import RequestHeader, RequestKind
 
@@ -128,7 +128,7 @@ class VerificationServer:
         shape: of the model's attention.
     """
 
-    shape: AttentionShape
+    shape: PromptShape
     _scores: dict[int, _RowScores] = field(default_factory=dict)  # by requesting rank
 
     def request_size(self, header: RequestHeader, blocks: int) -> int:
@@ -224,7 +224,7 @@ class VerificationServer:
 
     @property
     def _queries_per_kv(self) -> int:
-        return self.shape.q_heads // self.shape.kv_heads
+        return self.shape.queries_per_kv
 
     def _heads(self, header: RequestHeader) -> list[int]:
         return [head for head in range(self.shape.kv_heads) if header.heads >> head & 1]

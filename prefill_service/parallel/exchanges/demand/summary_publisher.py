@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.sparse.summaries import BlockSummaries
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 from prefill_service.parallel.process_group import SPGroup
@@ -47,7 +47,7 @@ class SummaryPublisher:
     """
 
     def __init__(
-        self, group: SPGroup, owners: OwnerMap, owned: OwnedKV, shape: AttentionShape
+        self, group: SPGroup, owners: OwnerMap, owned: OwnedKV, shape: PromptShape
     ) -> None:
         self._group = group
         self._owners = owners

@@ -1,21 +1,18 @@
-"""Shapes: from a checkpoint's configuration, by name, and what is refused."""
+"""A checkpoint's configuration: the shape that it describes, and what is refused."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefill_service.cost_model.model_shape import (
-    PRESETS,
-    ModelShape,
-    open_shape,
-    preset_shape,
-    shape_from_config,
-)
+from prefill_service.cost_model.presets import PRESETS, preset_shape
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.model_config import ModelConfig, open_shape
+from prefill_service.models.model_shape import ModelShape
 
 FLAT: dict[str, Any] = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
@@ -23,19 +20,23 @@ FLAT: dict[str, Any] = {
 }  # fmt: skip
 
 
+def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
+    return ModelConfig.parse(name, config).shape()
+
+
 def test_flat_and_nested_configurations() -> None:
     name = "Qwen2.5-VL-7B"
-    assert shape_from_config(name, FLAT) == PRESETS["qwen2.5-vl-7b"]
+    assert shape_of(name, FLAT) == PRESETS["qwen2.5-vl-7b"]
     text = {key: value for key, value in FLAT.items() if key != "torch_dtype"}
     nested = {"dtype": "bfloat16", "text_config": text, "vision_config": {"hidden_size": 1}}
-    assert shape_from_config(name, nested) == PRESETS["qwen2.5-vl-7b"]
+    assert shape_of(name, nested) == PRESETS["qwen2.5-vl-7b"]
     inside = {"text_config": {**text, "dtype": "bfloat16"}}  # as Qwen3-VL is published
-    assert shape_from_config(name, inside) == PRESETS["qwen2.5-vl-7b"]
+    assert shape_of(name, inside) == PRESETS["qwen2.5-vl-7b"]
 
 
 def test_defaults_of_configurations() -> None:
     config = {key: FLAT[key] for key in FLAT if key not in ("num_key_value_heads", "torch_dtype")}
-    shape = shape_from_config("m", config)
+    shape = shape_of("m", config)
     assert (shape.kv_heads, shape.head_dim, shape.bytes_per_element) == (28, 128, 4)
 
 
@@ -66,18 +67,22 @@ def test_the_models_parameters_are_half_the_flops() -> None:
 )
 def test_bad_configurations_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ServiceError, match=message) as refused:
-        shape_from_config("some/model", FLAT | change)
+        shape_of("some/model", FLAT | change)
     assert refused.value.reason is Reason.MODEL_INVALID
     assert "some/model" in str(refused.value)
 
 
 def test_missing_files_and_names_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match=r"config.json cannot be read: .*No such file"):
+    with pytest.raises(ServiceError, match=r"file config.json is missing"):
         open_shape(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ServiceError, match=r"config.json is not a JSON object"):
         open_shape(str(tmp_path))
     with pytest.raises(ServiceError, match=r"preset 'gpt' is not known; known are qwen2.5-vl-7b, "):
         preset_shape("gpt")
-    with pytest.raises(ValueError, match="layers = 0; expected 1 or more"):
-        ModelShape(name="m", layers=0, hidden=1, intermediate=1, q_heads=1, kv_heads=1, head_dim=1)
+    with pytest.raises(ValueError, match="num_layers = 0; expected 1 or more"):
+        replace(PRESETS["qwen3-vl-8b"], num_layers=0)
+    with pytest.raises(ValueError, match="intermediate = -1; expected 1 or more"):
+        replace(PRESETS["qwen3-vl-8b"], intermediate=-1)
+    with pytest.raises(ValueError, match="dtype = 'fp8'; expected one of float64, "):
+        replace(PRESETS["qwen3-vl-8b"], dtype="fp8")
