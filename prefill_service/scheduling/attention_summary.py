@@ -176,6 +176,5 @@ def patch_seconds(plan: PrefixPlan, index: VideoIndex) -> np.ndarray:
     """[temporal patches] float64, seconds from the video's first frame to the patch's first."""
     frames_per_patch = -(-len(plan.frame_indices) // plan.patch_grid[0])  # the last may be partial
     first = plan.frame_indices[::frames_per_patch]
-    numerator, denominator = index.time_base
-    seconds: np.ndarray = (index.pts[first] - index.pts[0]) * numerator / denominator
+    seconds: np.ndarray = index.times_s[first]
     return seconds

@@ -14,6 +14,12 @@ class WarningReason(StrEnum):
     """Stable reasons of a ``VideoWarning``; docs/api.md says what each means."""
 
     CLOCK_RATE = "CLOCK_RATE"
+    CLOCK_RESTARTS = "CLOCK_RESTARTS"
+    CLOCK_JUMPS = "CLOCK_JUMPS"
+    CLOCK_GAP = "CLOCK_GAP"
+    CLOCK_MISSING = "CLOCK_MISSING"
+    FRAME_COUNT = "FRAME_COUNT"
+    DURATION = "DURATION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +45,14 @@ class VideoIndex:
         width, height: pixels of a decoded frame, after rotation.
         rotation: degrees (0, 90, 180, 270) a decoded frame must be turned counter-clockwise.
         time_base: seconds per unit of ``pts``, as (numerator, denominator).
-        pts: [frames] int64, ascending; frame ``i`` is the i-th in presentation order.
+        pts: [frames] int64, ascending; frame ``i`` is the i-th in presentation order. In a file
+            that is read serially they are the frames' numbers.
         keyframe: [frames] bool. All False if the file can only be read serially, by counting:
             its timestamps do not name its frames.
-        fps: average frame rate, frames per second.
-        duration_s: duration of the stream, seconds.
+        times_s: [frames] float64, ascending from 0: when each frame is shown, in seconds. Where the
+            clock of ``pts`` restarts or jumps, time goes on.
+        fps: frames per second: the container's rate if it is true, else the average.
+        duration_s: seconds to the end of the last frame.
         warnings: what of the file was not as its container says.
     """
 
@@ -55,6 +64,7 @@ class VideoIndex:
     time_base: tuple[int, int]
     pts: np.ndarray
     keyframe: np.ndarray
+    times_s: np.ndarray
     fps: float
     duration_s: float
     warnings: tuple[VideoWarning, ...] = ()
@@ -81,6 +91,7 @@ class VideoIndex:
             path,
             pts=self.pts,
             keyframe=self.keyframe,
+            times_s=self.times_s,
             ints=np.array([self.width, self.height, self.rotation, *self.time_base], np.int64),
             floats=np.array([self.fps, self.duration_s], np.float64),
             names=np.array([self.container, self.codec]),
@@ -103,6 +114,7 @@ class VideoIndex:
                 time_base=(num, den),
                 pts=data["pts"],
                 keyframe=data["keyframe"],
+                times_s=data["times_s"],
                 fps=fps,
                 duration_s=duration_s,
                 warnings=warnings_from_pairs(data["warnings"].reshape(-1, 2)),

@@ -9,11 +9,9 @@ from pathlib import Path
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
-from prefill_service.video.decoder.protocol import index_from_message
+from prefill_service.video.decoder.protocol import BYTES_PER_FRAME, index_from_message
 from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
 from prefill_service.video.index import VideoIndex
-
-_BYTES_PER_FRAME = 9  # pts and keyframe flag
 
 
 async def index_video(
@@ -32,7 +30,7 @@ async def index_video(
         header={"type": "index"},
         payload=b"",
         cpu_s=limits.probe_timeout_s + 1,
-        max_answer_bytes=_BYTES_PER_FRAME * limits.max_frames,
+        max_answer_bytes=BYTES_PER_FRAME * limits.max_frames,
     )
     session = DecoderSession.open(path, request, limits, pool)
     answer = asyncio.create_task(asyncio.to_thread(_receive_index, session, limits))

@@ -20,9 +20,11 @@ from prefill_service.video.records import VideoRecord, VideoState
 
 logger = logging.getLogger(__name__)
 
+_INDEX_FILE = "index.2.npz"  # the number is the format's: one of another format is made anew
+
 
 class VideoRepository:
-    """``videos.db`` and ``videos/<video_id>/{input.bin,index.npz}`` of a data folder.
+    """``videos.db`` and ``videos/<video_id>/{input.bin,index.2.npz}`` of a data folder.
 
     Attributes:
         database: the rows.
@@ -63,11 +65,14 @@ class VideoRepository:
         for row in self.database.list_all():
             if row.state is VideoState.PROBING:
                 self.database.set_state(row.video_id, VideoState.UPLOADING)
-            elif row.state is VideoState.READY and not (
-                self.input_path(row.video_id).exists() and self.index_path(row.video_id).exists()
-            ):
-                logger.error("the files of video %s are gone; the video is removed", row.video_id)
+            elif row.state is not VideoState.READY:
+                continue
+            elif not self.input_path(row.video_id).exists():
+                logger.error("the file of video %s is gone; the video is removed", row.video_id)
                 self.database.delete_video(row.video_id)
+            elif not self.index_path(row.video_id).exists():  # or it is of an earlier format
+                logger.warning("video %s has to be indexed again: FinishUpload", row.video_id)
+                self.database.set_state(row.video_id, VideoState.UPLOADING)
         known = {row.video_id for row in self.database.list_all()}
         for folder in self.videos_dir.iterdir():
             if folder.name not in known:
@@ -92,7 +97,7 @@ class VideoRepository:
 
     def index_path(self, video_id: str) -> Path:
         """The file of the index, which a READY video has."""
-        return self.folder_of(video_id) / "index.npz"
+        return self.folder_of(video_id) / _INDEX_FILE
 
     def lock(self, name: str) -> threading.Lock:
         """The lock of an existing video, or of an operation that makes new ones."""

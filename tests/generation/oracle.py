@@ -59,16 +59,17 @@ def _compute(
     torch.set_num_threads(1)
     frames, height, width = size
     index = VideoIndex(
-        "mp4",
-        "h264",
-        width,
-        height,
-        0,
-        (1, 4),
-        np.arange(frames),
-        np.ones(frames, bool),
-        4.0,
-        frames / 4,
+        container="mp4",
+        codec="h264",
+        width=width,
+        height=height,
+        rotation=0,
+        time_base=(1, 4),
+        pts=np.arange(frames),
+        keyframe=np.ones(frames, bool),
+        times_s=np.arange(frames) / 4,
+        fps=4.0,
+        duration_s=frames / 4,
     )
     planner = PrefixPlanner(open_checkpoint(str(model)), "float32")
     _, processor = load(model, torch.float32)

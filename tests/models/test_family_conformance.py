@@ -35,7 +35,19 @@ CPU = torch.device("cpu")
 
 def index_of(frames: int, width: int = 160, height: int = 120) -> VideoIndex:
     pts = np.arange(frames)
-    return VideoIndex("mp4", "h264", width, height, 0, (1, 4), pts, pts % 10 == 0, 4.0, frames / 4)
+    return VideoIndex(
+        container="mp4",
+        codec="h264",
+        width=width,
+        height=height,
+        rotation=0,
+        time_base=(1, 4),
+        pts=pts,
+        keyframe=pts % 10 == 0,
+        times_s=pts / 4,
+        fps=4.0,
+        duration_s=frames / 4,
+    )
 
 
 def pixels_of(plan: PrefixPlan, index: VideoIndex) -> np.ndarray:

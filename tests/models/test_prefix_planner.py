@@ -23,7 +23,19 @@ from prefill_service.video.index import VideoIndex
 def index_of(frames: int, fps: float = 4.0, width: int = 160, height: int = 120) -> VideoIndex:
     key = np.arange(frames) % 10 == 0
     pts = np.arange(frames)
-    return VideoIndex("mp4", "h264", width, height, 0, (1, 4), pts, key, fps, frames / fps)
+    return VideoIndex(
+        container="mp4",
+        codec="h264",
+        width=width,
+        height=height,
+        rotation=0,
+        time_base=(1, 4),
+        pts=pts,
+        keyframe=key,
+        times_s=pts / fps,
+        fps=fps,
+        duration_s=frames / fps,
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -221,7 +221,7 @@ def test_what_is_kept_is_bounded() -> None:
     patches = 3 * attention.MAX_PATCHES
     frames = 2 * patches - 1  # the last patch is one frame short
     plan: Any = SimpleNamespace(frame_indices=np.arange(frames), patch_grid=(patches, 2, 2))
-    index: Any = SimpleNamespace(pts=np.arange(frames) * 40 + 1000, time_base=(1, 1000))
+    index: Any = SimpleNamespace(times_s=np.arange(frames) * 0.04)
     report = AttentionReport(patch_mass=[float(i % 3) for i in range(patches)])
     summary = attention.summarize(resolve_policy(), report)
     detail = attention.detail(summary, report, plan, index)

@@ -23,6 +23,7 @@ def make_index(warnings: tuple[VideoWarning, ...]) -> VideoIndex:
         time_base=(1, 1000),
         pts=np.array([5, 105, 206]),
         keyframe=np.array([True, False, True]),
+        times_s=np.array([0.0, 0.1, 0.201]),
         fps=10.0,
         duration_s=0.3,
         warnings=warnings,

@@ -100,6 +100,19 @@ async def test_unusable_folder_is_named() -> None:
     assert "/proc/nothing" in caught.value.message
 
 
+async def test_index_of_another_format_is_made_again(open_store: OpenStore, video: bytes) -> None:
+    store = open_store()
+    record = await upload(store, video)
+    await store.close()
+    index_path = store._repository.index_path(record.video_id)
+    index_path.rename(index_path.with_name("index.npz"))
+    store = open_store()
+    assert (await store.get_video(record.video_id)).state is VideoState.UPLOADING
+    again = await store.finish_upload(record.video_id)
+    assert (again.state, again.info) == (VideoState.READY, record.info)
+    assert index_path.exists()
+
+
 async def test_foreign_database_is_named_and_the_folder_let_go(tmp_path: Path) -> None:
     config = StorageConfig(data_dir=str(tmp_path / "data"))
     (tmp_path / "data").mkdir()

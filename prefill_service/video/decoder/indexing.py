@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.clock import measure_clock
 from prefill_service.video.decoder.container import (
     limit_exceeded,
     open_container,
@@ -30,23 +31,38 @@ from prefill_service.video.decoder.container import (
 )
 from prefill_service.video.decoder.readers.pyav import decoded_frames
 from prefill_service.video.decoder.seek_schedule import gop_starts
+from prefill_service.video.decoder.timestamps import Declared, OtherStreams, Stamps
 from prefill_service.video.decoder.truncation import find_truncation
 from prefill_service.video.index import VideoIndex
 
 _HEAD_FRAMES = 64
 _MAX_REORDER = 64  # places a frame is shown away from where it is sent; codecs allow 16
+_WITHOUT_HEADER = ("mpegts", "mpeg")  # packets only; FFmpeg then estimates a file's duration
 _TAIL_FRAMES = 600  # a longer last GOP is not checked: it would be decoded whole
 
 
 @dataclass(slots=True)
 class _Packets:
-    """The video stream's packets, as demuxed without decoding."""
+    """The video stream's packets, as demuxed without decoding; times in its time base.
 
-    pts: list[int] = field(default_factory=list)
+    Attributes:
+        hidden: packets whose frames the container says not to show.
+        other_s, other_at: seconds of the other streams' packets, and how many packets of the
+            video precede each; only of formats without a header.
+    """
+
+    pts: list[int | None] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
     keyframe: list[bool] = field(default_factory=list)
-    count: int = 0
-    without_pts: int = 0
-    last_duration: int = 0
+    duration: list[int] = field(default_factory=list)
+    hidden: int = 0
+    other_s: list[float] = field(default_factory=list)
+    other_at: list[int] = field(default_factory=list)
+
+    @property
+    def shown(self) -> int:
+        """Number of packets whose frames are shown."""
+        return len(self.pts)
 
 
 def build_index(path: str, limits: VideoConfig) -> VideoIndex:
@@ -63,39 +79,45 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
             stream = video_stream(container, limits)
             if stream.frames > limits.max_frames:
                 raise _too_many_frames(stream.frames, limits)
+            description = _Description(container, stream)
             packets = _demux(container, stream, limits)
             truncation = truncation or _missing_samples(container, stream)
-            description = _Description(container, stream)
     except ServiceError as error:
         if truncation and error.reason in (Reason.NOT_A_VIDEO, Reason.NO_VIDEO_STREAM):
             raise _truncated(truncation) from None
         raise
     if truncation:
         raise _truncated(truncation)
-    if not packets.count:
+    if not packets.shown:
         raise ServiceError(Reason.NO_FRAMES, "the video stream holds no frames")
     frames = _check_frames(path, limits, packets, description)
-    return description.make_index(frames, packets.last_duration, limits)
+    return description.make_index(frames, packets, limits)
 
 
 def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) -> _Packets:
     packets = _Packets()
     hidden_vp8 = stream.codec_context.name == "vp8"
     try:
-        for packet in container.demux(stream):
-            if not packet.size or packet.is_discard:
+        wanted = container.streams if container.format.name in _WITHOUT_HEADER else [stream]
+        for packet in container.demux(*wanted):
+            if not packet.size:
+                continue
+            if packet.stream_index != stream.index:
+                if packet.pts is not None and packet.time_base is not None:
+                    packets.other_s.append(float(packet.pts * packet.time_base))
+                    packets.other_at.append(packets.shown)
+                continue
+            if packet.is_discard:
+                packets.hidden += 1
                 continue
             if hidden_vp8 and not memoryview(packet)[0] >> 4 & 1:  # an alt-ref frame
                 continue
-            packets.count += 1
-            if packets.count > limits.max_frames:
-                raise _too_many_frames(packets.count, limits)
-            if packet.pts is None:
-                packets.without_pts += 1
-                continue
             packets.pts.append(packet.pts)
+            packets.dts.append(packet.dts)
             packets.keyframe.append(packet.is_keyframe)
-            packets.last_duration = packet.duration or packets.last_duration
+            packets.duration.append(packet.duration or 0)
+            if packets.shown > limits.max_frames:
+                raise _too_many_frames(packets.shown, limits)
     except (av.error.InvalidDataError, av.error.EOFError):
         pass  # a serial reader stops here too; what was read counts
     return packets
@@ -117,13 +139,15 @@ class _Frames:
 
     Attributes:
         first: decoded; it tells size and rotation.
-        pts: [frames] int64, ascending.
-        keyframe: [frames] bool.
+        pts: [frames] int64, ascending; numbers from 0 if the file is read serially.
+        keyframe: [frames] bool; all False if the file is read serially.
+        stamps: their timestamps.
     """
 
     first: VideoFrame
     pts: np.ndarray
     keyframe: np.ndarray
+    stamps: Stamps
 
 
 class _Description:
@@ -133,25 +157,39 @@ class _Description:
         self.container = container.format.name
         self.codec = stream.codec_context.name
         self.time_base = stream.time_base or Fraction(1, av.time_base)
-        self.rate = float(stream.average_rate or 0)
+        self.declared = _declared(container, stream)
 
-    def make_index(self, frames: _Frames, last_duration: int, limits: VideoConfig) -> VideoIndex:
-        """The index of ``frames``; ``last_duration`` is the last packet's, in ``time_base``.
+    def stamps(self, times: np.ndarray, keyframe: np.ndarray, durations: np.ndarray) -> Stamps:
+        """Timestamps [frames] (nan: none) and durations [frames] in ``time_base``, as seconds."""
+        tick = float(self.time_base)
+        known = times[~np.isnan(times)]
+        start = float(known[0]) if len(known) else 0.0
+        return Stamps(
+            times_s=(times - start) * tick,
+            keyframe=keyframe,
+            durations_s=durations * tick,
+            tick_s=tick,
+            start_s=start * tick,
+        )
+
+    def make_index(self, frames: _Frames, packets: _Packets, limits: VideoConfig) -> VideoIndex:
+        """The index of ``frames``, which are those of ``packets`` that can be decoded.
 
         Raises:
             ServiceError: VIDEO_LIMIT_EXCEEDED for its duration or the size of its first frame.
         """
         first = frames.first
-        pts = frames.pts
-        span = int(pts[-1] - pts[0])
-        # Without a duration on the last frame, it is shown as long as the average one.
-        last = last_duration or (span / (len(pts) - 1) if len(pts) > 1 else 0)
-        duration_s = float((span + last) * self.time_base)
-        fps = self.rate if 0 < self.rate <= 1000 else len(pts) / duration_s if duration_s else 0.0
-        duration_s = duration_s or (1 / fps if fps else 0.0)
-        if duration_s > limits.max_duration_s:
+        others = OtherStreams(
+            times_s=np.array(packets.other_s) - frames.stamps.start_s,
+            packets=np.array(packets.other_at, np.int64),
+        )
+        clock = measure_clock(frames.stamps, self.declared, others, hidden=packets.hidden)
+        if clock.duration_s > limits.max_duration_s:
             raise limit_exceeded(
-                "max_duration_s", duration_s, limits.max_duration_s, f"it lasts {duration_s:.1f} s"
+                "max_duration_s",
+                clock.duration_s,
+                limits.max_duration_s,
+                f"it lasts {clock.duration_s:.1f} s",
             )
         rotation = round(first.rotation / 90) * 90 % 360
         size = (first.width, first.height)
@@ -165,47 +203,78 @@ class _Description:
             height=height,
             rotation=rotation,
             time_base=(self.time_base.numerator, self.time_base.denominator),
-            pts=pts,
+            pts=frames.pts,
             keyframe=frames.keyframe,
-            fps=fps,
-            duration_s=duration_s,
+            times_s=clock.times_s,
+            fps=clock.fps,
+            duration_s=clock.duration_s,
+            warnings=clock.warnings,
         )
+
+
+def _declared(container: InputContainer, stream: VideoStream) -> Declared:
+    """What the container declares; FFmpeg estimates the durations of formats without a header."""
+    has_header = container.format.name not in _WITHOUT_HEADER
+    durations = []
+    if has_header:
+        if stream.duration and stream.time_base:
+            durations.append(float(stream.duration * stream.time_base))
+        if container.duration:
+            durations.append(container.duration / av.time_base)
+    rates = (stream.average_rate, stream.guessed_rate)
+    return Declared(
+        rates=tuple(float(rate) for rate in rates if rate),
+        frame_count=stream.frames,
+        durations_s=tuple(durations),
+        has_header=has_header,
+        appendable=not has_header or container.format.name.startswith("matroska"),
+    )
 
 
 def _check_frames(
     path: str, limits: VideoConfig, packets: _Packets, description: _Description
 ) -> _Frames:
     """The frames that a serial reader sees, checked by decoding."""
-    order = np.argsort(np.array(packets.pts, np.int64), kind="stable")
-    pts = np.array(packets.pts, np.int64)[order]
-    keyframe = np.array(packets.keyframe, bool)[order]
+    sent = _as_floats(packets.pts)
+    order = np.argsort(sent, kind="stable")
     moved = np.abs(order - np.arange(len(order))).max(initial=0)
     trusted = (
-        packets.without_pts == 0
-        and bool((np.diff(pts) > 0).all())
+        not np.isnan(sent).any()
+        and bool((np.diff(sent[order]) > 0).all())
         and moved <= _MAX_REORDER  # more: the clock was set back, as in joined recordings
+        and not _set_back(_as_floats(packets.dts))  # the same, by less
     )
+    pts = np.array([packets.pts[i] for i in order] if trusted else [], np.int64)
+    keyframe = np.array(packets.keyframe, bool)[order]
+    duration = np.array(packets.duration, np.int64)[order]
     first, head, ended = _decode(path, limits, None, _HEAD_FRAMES if trusted else None)
     if first is None:
         raise ServiceError(
-            Reason.NO_FRAMES, f"none of the {packets.count} frames in the file can be decoded"
+            Reason.NO_FRAMES, f"none of the {packets.shown} frames in the file can be decoded"
         )
     if trusted:
         lead = _offset(pts, head)
         if lead is not None:
             pts = pts[lead:]
             keyframe = keyframe[lead:]
-            if ended:
-                return _Frames(first, pts[: len(head)], keyframe[: len(head)])
-            decodable = _decodable_tail(path, limits, pts, keyframe)
+            duration = duration[lead:]
+            decodable: np.ndarray | None = np.arange(len(pts)) < len(head)
+            if not ended:
+                decodable = _decodable_tail(path, limits, pts, keyframe)
             if decodable is not None:
-                return _Frames(first, pts[decodable], keyframe[decodable])
+                pts = pts[decodable]
+                keyframe = keyframe[decodable]
+                stamps = description.stamps(pts.astype(np.float64), keyframe, duration[decodable])
+                return _Frames(first, pts, keyframe, stamps)
         if not ended:
             first, head, ended = _decode(path, limits, None, None)
             assert first is not None
-    step = 1 / (description.rate * description.time_base) if description.rate else 1.0
-    times = _ascending(head, float(step))
-    return _Frames(first, times, np.zeros(len(times), bool))
+    count = len(head)
+    durations = np.zeros(count, np.int64)
+    durations[-1] = packets.duration[-1]
+    near_key = np.resize(np.array(packets.keyframe, bool), count)
+    stamps = description.stamps(_serial_times(head, packets), near_key, durations)
+    return _Frames(first, np.arange(count), np.zeros(count, bool), stamps)
 
 
 def _decode(
@@ -260,12 +329,28 @@ def _offset(pts: np.ndarray, times: list[int | None]) -> int | None:
     return lead if np.array_equal(pts[lead : lead + len(found)], found) else None
 
 
-def _ascending(times: list[int | None], step: float) -> np.ndarray:
-    """[frames] int64, ascending: the decoder's times if they are distinct, else even ones."""
-    given = [time for time in times if time is not None]
-    if len(set(given)) == len(times):
-        return np.array(sorted(given), np.int64)
-    return np.round(np.arange(len(times)) * max(step, 1.0)).astype(np.int64)
+def _serial_times(times: list[int | None], packets: _Packets) -> np.ndarray:
+    """[frames] float64 in the order of frames, nan where there is none.
+
+    A decoder makes up times where the packets have none, and damaged files have wrong ones. If
+    the times for decoding go back less often, they are better: there is one for every frame, and
+    in order they are those of showing, a constant delay apart.
+    """
+    shown = _as_floats(times)
+    decoded = _as_floats(packets.dts)
+    if len(decoded) == len(shown) and not np.isnan(decoded).any():
+        faults = _set_back(shown) + int(np.isnan(shown).sum())
+        return decoded if _set_back(decoded) < faults else shown
+    return shown
+
+
+def _as_floats(times: list[int | None]) -> np.ndarray:
+    return np.array([np.nan if time is None else time for time in times], np.float64)
+
+
+def _set_back(times: np.ndarray) -> int:
+    """How often a time is before the one before; missing ones do not count."""
+    return int((np.diff(times[~np.isnan(times)]) < 0).sum())
 
 
 def _too_many_frames(count: int, limits: VideoConfig) -> ServiceError:

@@ -13,6 +13,7 @@ from prefill_service.video.index import VideoIndex, warnings_from_pairs
 
 PREFIX = struct.Struct("<IQ")  # bytes of the JSON header, bytes of the payload
 MAX_HEADER_BYTES = 64 << 10
+BYTES_PER_FRAME = 17  # of an index: pts, time, keyframe flag
 
 Header = dict[str, Any]
 
@@ -64,7 +65,8 @@ def index_to_message(index: VideoIndex) -> tuple[Header, bytes]:
         "frames": index.frame_count,
         "warnings": [(warning.reason, warning.message) for warning in index.warnings],
     }
-    return header, index.pts.tobytes() + index.keyframe.astype(np.uint8).tobytes()
+    parts = (index.pts, index.times_s, index.keyframe.astype(np.uint8))
+    return header, b"".join(part.tobytes() for part in parts)
 
 
 def index_from_message(header: Header, payload: bytes) -> tuple[VideoIndex, bytes]:
@@ -74,11 +76,12 @@ def index_from_message(header: Header, payload: bytes) -> tuple[VideoIndex, byte
         ValueError: the message is not a sound index.
     """
     frames = int(header["frames"])
-    if frames < 1 or len(payload) < 9 * frames:
+    if frames < 1 or len(payload) < BYTES_PER_FRAME * frames:
         raise ValueError(f"{len(payload)} bytes for {frames} frames")
     pts = np.frombuffer(payload, np.int64, frames)
-    if (np.diff(pts) <= 0).any():
-        raise ValueError("times do not ascend")
+    times_s = np.frombuffer(payload, np.float64, frames, offset=8 * frames)
+    if (np.diff(pts) <= 0).any() or not (np.diff(times_s) > 0).all() or times_s[0] != 0:
+        raise ValueError("times do not ascend from 0")
     numerator, denominator = (int(part) for part in header["time_base"])
     index = VideoIndex(
         container=str(header["container"]),
@@ -88,9 +91,10 @@ def index_from_message(header: Header, payload: bytes) -> tuple[VideoIndex, byte
         rotation=int(header["rotation"]),
         time_base=(numerator, denominator),
         pts=pts,
-        keyframe=np.frombuffer(payload, np.uint8, frames, offset=8 * frames).astype(bool),
+        keyframe=np.frombuffer(payload, np.uint8, frames, offset=16 * frames).astype(bool),
+        times_s=times_s,
         fps=float(header["fps"]),
         duration_s=float(header["duration_s"]),
         warnings=warnings_from_pairs(header["warnings"]),
     )
-    return index, payload[9 * frames :]
+    return index, payload[BYTES_PER_FRAME * frames :]

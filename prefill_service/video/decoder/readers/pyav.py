@@ -197,8 +197,7 @@ class PyAVReader(FrameReader):
 
 def decode_failed(index: VideoIndex, target: int) -> ServiceError:
     """The error for a frame that is in the index and cannot be decoded."""
-    numerator, denominator = index.time_base
-    time_s = float(index.pts[target] - index.pts[0]) * numerator / denominator
+    time_s = float(index.times_s[target])
     return ServiceError(
         Reason.DECODE_FAILED,
         f"frame {target} at {time_s:.3f} s cannot be decoded; the file is damaged there",
