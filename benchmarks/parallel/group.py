@@ -82,7 +82,7 @@ async def prefill_video(
             manifest = Manifest(
                 prefix_id=plan.prefix_id,
                 engine_id="benchmark",
-                generation=executor.supervisor.generation,
+                epoch=executor.supervisor.epoch,
                 model_fingerprint=checkpoint.fingerprint,
                 layout=executor.kv_layout,
                 num_tokens=plan.num_tokens,

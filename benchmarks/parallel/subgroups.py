@@ -68,7 +68,7 @@ class Work:
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id="benchmark",
-            generation=group.supervisor.generation,
+            epoch=group.supervisor.epoch,
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=group.kv_layout,
             num_tokens=plan.num_tokens,

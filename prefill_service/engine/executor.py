@@ -89,10 +89,10 @@ class PrefillExecutor:
             lambda ranks: kv_budget(engine, checkpoint, dtype, device=device, ranks=ranks)
         )
 
-        def make_spec(rank: int, generation: int, rendezvous: str) -> msg.WorkerSpec:
+        def make_spec(rank: int, epoch: int, rendezvous: str) -> msg.WorkerSpec:
             return msg.WorkerSpec(
                 rank=rank,
-                generation=generation,
+                epoch=epoch,
                 engine=engine,
                 video=video,
                 checkpoint=checkpoint,
@@ -182,7 +182,7 @@ class PrefillExecutor:
 
         Raises:
             ServiceError: the task's own error; RANK_DIED or RANK_STALLED when the workers went
-                down with it; STALE_GENERATION if the manifest names an earlier generation.
+                down with it; STALE_GENERATION if the manifest names an earlier epoch.
         """
         acquired = self._allocator.acquire(
             task.job_id,
@@ -193,7 +193,7 @@ class PrefillExecutor:
         )
         async with acquired as allocation:
             await self.supervisor.wait_ready()
-            self._check_generation(task.manifest.generation)
+            self._check_epoch(task.manifest.epoch)
             start = time.perf_counter()
             future = asyncio.get_running_loop().create_future()
             state = TaskState(task.job_id, task.subgroup, on_progress, future)
@@ -206,12 +206,12 @@ class PrefillExecutor:
                 del self._tasks[task.job_id]
             return state.outcome(time.perf_counter() - start, allocation.paused_s)
 
-    def _check_generation(self, generation: int) -> None:
-        current = self.supervisor.generation
-        if generation != current:
+    def _check_epoch(self, epoch: int) -> None:
+        current = self.supervisor.epoch
+        if epoch != current:
             raise ServiceError(
                 Reason.STALE_GENERATION,
-                f"the manifest names generation {generation}, the ranks are at {current}",
+                f"the manifest names epoch {epoch}, the ranks are at {current}",
                 generation=current,
             )
 
@@ -275,7 +275,7 @@ class PrefillExecutor:
                 state.failed[rank] = ServiceError.from_dict(error)
                 state.settle()
 
-    def _fail_tasks(self, generation: int, error: ServiceError) -> None:
+    def _fail_tasks(self, epoch: int, error: ServiceError) -> None:
         for state in self._tasks.values():
             if not state.future.done():
                 state.future.set_exception(error)

@@ -21,7 +21,7 @@ from prefill_service.parallel.subgroups import Subgroup
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One rank of one generation of the workers: the first message that a worker gets.
+    """One rank of one epoch of the workers: the first message that a worker gets.
 
     Attributes:
         init_method: torch's rendezvous.
@@ -29,7 +29,7 @@ class WorkerSpec:
     """
 
     rank: int
-    generation: int
+    epoch: int
     engine: EngineConfig
     video: VideoConfig
     checkpoint: Checkpoint

@@ -25,28 +25,28 @@ _CRASH_DELAY_S = 0.5
 _MAX_START_FAILURES = 3
 
 MakeSpec = Callable[[int, int, str], msg.WorkerSpec]
-"""Rank, generation and torch's rendezvous to the spec of that worker."""
+"""Rank, epoch and torch's rendezvous to the spec of that worker."""
 
 LossListener = Callable[[int, ServiceError], None]
-"""Called with the generation that was lost, and why."""
+"""Called with the epoch that was lost, and why."""
 
 
 class WorkerSupervisor:
-    """R workers of one generation after the other.
+    """R workers of one epoch after the other.
 
     A worker's death or silence kills all of them: collectives cannot go on with a member missing.
-    They then start afresh with the next generation; everything they held is lost.
+    They then start afresh with the next epoch; everything they held is lost.
 
     Args:
         engine: how many workers, and how long they may take.
         make_spec: makes the spec of each worker.
         runtime_dir: for sockets and rendezvous.
-        on_message: called with each message of the current generation except ``WorkerReady``,
+        on_message: called with each message of the current epoch except ``WorkerReady``,
             heartbeats and crashes.
         jobs_of: ids of the jobs that run on a rank, for error messages.
 
     Attributes:
-        generation: how often the workers have been lost.
+        epoch: number of the workers' start: how often they have been lost.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WorkerSupervisor:
         self._pass_on = on_message
         self._jobs_of = jobs_of
         self._loss_listeners: list[LossListener] = []
-        self.generation = 0
+        self.epoch = 0
         self._workers: list[WorkerProcess] = []
         self._ready: dict[int, msg.WorkerReady] = {}
         self._crashed: set[int] = set()
@@ -108,7 +108,7 @@ class WorkerSupervisor:
                 worker.send(message)
 
     def add_loss_listener(self, listener: LossListener) -> None:
-        """Call ``listener`` at once whenever a generation is lost, before the next one starts."""
+        """Call ``listener`` at once whenever an epoch is lost, before the next one starts."""
         self._loss_listeners.append(listener)
 
     # ---- life ------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ class WorkerSupervisor:
         self._all_ready.clear()
         self._spawned = time.monotonic()
         rendezvous = self._runtime_dir / f"rendezvous-{uuid.uuid4().hex[:12]}"
-        generation = self.generation
+        epoch = self.epoch
         self._workers = []
         for rank in range(self._engine.ranks):
             worker = WorkerProcess(
-                self._make_spec(rank, generation, f"file://{rendezvous.absolute()}"),
-                on_message=partial(self._on_message, generation),
-                on_exit=partial(self._on_exit, generation),
+                self._make_spec(rank, epoch, f"file://{rendezvous.absolute()}"),
+                on_message=partial(self._on_message, epoch),
+                on_exit=partial(self._on_exit, epoch),
             )
             try:
                 worker.start()
@@ -188,8 +188,8 @@ class WorkerSupervisor:
 
     # ---- events ----------------------------------------------------------------------------
 
-    def _on_message(self, generation: int, message: object) -> None:
-        if generation != self.generation:
+    def _on_message(self, epoch: int, message: object) -> None:
+        if epoch != self.epoch:
             return
         match message:
             case msg.WorkerReady(rank=rank):
@@ -201,7 +201,7 @@ class WorkerSupervisor:
                 # A rank also fails when a peer was killed under it: give the exit that
                 # explains the failure a moment to arrive first.
                 asyncio.get_running_loop().call_later(
-                    _CRASH_DELAY_S, self._lose_crashed, generation, ServiceError.from_dict(error)
+                    _CRASH_DELAY_S, self._lose_crashed, epoch, ServiceError.from_dict(error)
                 )
             case _:
                 self._pass_on(message)
@@ -210,22 +210,22 @@ class WorkerSupervisor:
         self._failure = None
         self._all_ready.set()
         logger.info(
-            "%d ranks are ready: generation %d, %s, %d threads per rank",
+            "%d ranks are ready: epoch %d, %s, %d threads per rank",
             self._engine.ranks,
-            self.generation,
+            self.epoch,
             last.device,
             resolve_threads(self._engine),
         )
 
-    def _on_exit(self, generation: int, rank: int, cause: str) -> None:
-        if generation == self.generation and not self._stopping and rank not in self._crashed:
+    def _on_exit(self, epoch: int, rank: int, cause: str) -> None:
+        if epoch == self.epoch and not self._stopping and rank not in self._crashed:
             jobs = ", ".join(self._jobs_of(rank))
             during = f" during job {jobs}" if jobs else ""
             text = f"rank {rank} {cause}{during}"
             self.declare_lost(ServiceError(Reason.RANK_DIED, text, rank=rank, cause=cause))
 
-    def _lose_crashed(self, generation: int, error: ServiceError) -> None:
-        if generation == self.generation:
+    def _lose_crashed(self, epoch: int, error: ServiceError) -> None:
+        if epoch == self.epoch:
             self.declare_lost(error)
 
     async def _watch(self) -> None:
@@ -255,13 +255,13 @@ class WorkerSupervisor:
             self.declare_lost(self._not_ready())
 
     def declare_lost(self, error: ServiceError) -> None:
-        """Kill what is left of a generation, notify the listeners, start the next generation."""
+        """Kill what is left of an epoch, notify the listeners, start the next epoch."""
         if self._stopping:
             return
-        lost = self.generation
+        lost = self.epoch
         was_ready = self._all_ready.is_set()
-        self.generation += 1
-        logger.error("generation %d of the ranks is lost: %s", lost, error)
+        self.epoch += 1
+        logger.error("epoch %d of the ranks is lost: %s", lost, error)
         self._all_ready.clear()
         self._spawned = None
         self._kill_all()
@@ -275,9 +275,9 @@ class WorkerSupervisor:
         self._restarter = asyncio.create_task(self.restart(), name="worker-restarter")
 
     async def restart(self) -> None:
-        """Start the next generation, after a pause that grows with each failed start."""
+        """Start the next epoch, after a pause that grows with each failed start."""
         await asyncio.sleep(min(2.0**self._start_failures - 1, 10.0))
-        logger.info("starting generation %d of the ranks", self.generation)
+        logger.info("starting epoch %d of the ranks", self.epoch)
         try:
             self._spawn()
         except ServiceError as error:

@@ -212,7 +212,7 @@ def _run_task(
     # A rank without any share (fewer patches than ranks) holds one unused page.
     pages = max(1, pages_of_rank(manifest.runs, worker.spec.rank, worker.kv_layout))
     try:
-        writer = worker.store.create_pages(manifest.prefix_id, manifest.generation, pages)
+        writer = worker.store.create_pages(manifest.prefix_id, manifest.epoch, pages)
     except ServiceError as error:
         fail_together(worker.group, control, error)
     clock = worker.make_clock(task.job_id)

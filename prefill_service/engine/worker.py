@@ -49,7 +49,7 @@ class Worker:
     """One rank: its model, its pages and its process groups.
 
     Args:
-        spec: its rank, its generation and the configuration.
+        spec: its rank, its epoch and the configuration.
         pipe: to the front end.
     """
 
@@ -60,9 +60,7 @@ class Worker:
         self._inbox: queue.Queue[msg.StartTask | msg.ResumeTask | None] = queue.Queue()
         self._controls: dict[str, TaskControl] = {}
         self._contexts: dict[Subgroup, WorkerContext] = {}
-        self._store = ShardStore(
-            kv_layout(spec.checkpoint, spec.dtype, spec.engine), spec.generation
-        )
+        self._store = ShardStore(kv_layout(spec.checkpoint, spec.dtype, spec.engine), spec.epoch)
         self._units_done = 0
         self._busy = False
         self._serving = False
@@ -90,7 +88,7 @@ class Worker:
         decoders.start()
         self._contexts = self._form_contexts(model, group, decoders, sparse)
         transport = find_transport(spec.engine.kv_transport)
-        name = f"g{spec.generation}r{spec.rank}"
+        name = f"e{spec.epoch}r{spec.rank}"
         server = transport.serve(self._store, Path(spec.runtime_dir), name)
         server.start()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()

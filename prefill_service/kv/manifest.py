@@ -21,6 +21,9 @@ from prefill_service.attention_shape import KVShape, require_sizes
 
 MANIFEST_VERSION = 1
 
+_JSON_KEYS = {"epoch": "generation", "attention_key": "profile"}
+"""Fields that have another name in JSON, which clients and the database keep."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout(KVShape):
@@ -98,9 +101,9 @@ class Manifest:
 
     Attributes:
         prefix_id: content-derived id (model, video bytes, frames, positions, precision and
-            ``profile``), so that equal ids mean equal KV.
+            ``attention_key``), so that equal ids mean equal KV.
         engine_id: uuid of the service that computed it.
-        generation: counts rank-group restarts; pages of an older generation are gone.
+        epoch: number of the workers' start; pages of an older epoch are gone.
         model_fingerprint: hash of the configuration and weights.
         layout: shape of a page.
         num_tokens: tokens of the prefix.
@@ -109,12 +112,13 @@ class Manifest:
         token_ids_hash: ``hash_token_ids`` of the prefix; the consumer compares it with the
             prompt it was given.
         position_delta: M-RoPE position of the next token minus its index.
-        profile: how attention was computed, ``"exact"`` or an approximation's name and figures.
+        attention_key: how attention was computed: ``"exact"``, or the name and figures of an
+            approximation.
     """
 
     prefix_id: str
     engine_id: str
-    generation: int
+    epoch: int
     model_fingerprint: str
     layout: KVLayout
     num_tokens: int
@@ -122,7 +126,7 @@ class Manifest:
     endpoints: tuple[str, ...]
     token_ids_hash: str
     position_delta: int
-    profile: str = "exact"
+    attention_key: str = "exact"
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
@@ -156,6 +160,7 @@ class Manifest:
         data = asdict(self)
         data["layout"] = self.layout.to_dict()
         data["runs"] = [[r.start_token, r.end_token, r.rank, r.first_page] for r in self.runs]
+        data = {_JSON_KEYS.get(name, name): value for name, value in data.items()}
         return json.dumps(data, separators=(",", ":"))
 
     @classmethod
@@ -174,6 +179,8 @@ class Manifest:
             data["layout"] = KVLayout.from_dict(data["layout"])
             data["runs"] = tuple(ShardRun(*run) for run in data["runs"])
             data["endpoints"] = tuple(data["endpoints"])
+            for name, key in _JSON_KEYS.items():
+                data[name] = data.pop(key)
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"malformed manifest: {error!r}") from error

@@ -31,7 +31,7 @@ class PageFile:
     """
 
     prefix_id: str
-    generation: int
+    epoch: int
     num_pages: int
     layout: KVLayout
     fd: int
@@ -40,7 +40,7 @@ class PageFile:
     error: ServiceError | None = None
 
     @classmethod
-    def create(cls, prefix_id: str, generation: int, num_pages: int, layout: KVLayout) -> PageFile:
+    def create(cls, prefix_id: str, epoch: int, num_pages: int, layout: KVLayout) -> PageFile:
         """Make room for so many pages.
 
         Raises:
@@ -60,7 +60,7 @@ class PageFile:
         flat = torch.frombuffer(memory, dtype=layout.torch_dtype)
         return cls(
             prefix_id=prefix_id,
-            generation=generation,
+            epoch=epoch,
             num_pages=num_pages,
             layout=layout,
             fd=fd,

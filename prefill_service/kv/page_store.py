@@ -26,20 +26,20 @@ class ShardStore:
 
     Args:
         layout: shape of a page.
-        generation: generation of the rank group; lets the store tell a manifest of an
-            earlier group (STALE_GENERATION) from a prefix that never was (UNKNOWN_PREFIX).
+        epoch: number of the workers' start; lets the store distinguish a manifest of an
+            earlier one (STALE_GENERATION) from a prefix that never was (UNKNOWN_PREFIX).
     """
 
-    def __init__(self, layout: KVLayout, generation: int = 0) -> None:
+    def __init__(self, layout: KVLayout, epoch: int = 0) -> None:
         self.layout = layout
-        self.generation = generation
+        self.epoch = epoch
         self._changed = threading.Condition()
         self._files: dict[str, PageFile] = {}
         self._leases: dict[str, dict[str, float]] = {}  # prefix -> lease -> monotonic expiry
 
     # ---- the rank and the service -----------------------------------------------------
 
-    def create_pages(self, prefix_id: str, generation: int, num_pages: int) -> ShardWriter:
+    def create_pages(self, prefix_id: str, epoch: int, num_pages: int) -> ShardWriter:
         """Make room for ``num_pages`` pages, replacing an earlier file of the prefix.
 
         Raises:
@@ -48,7 +48,7 @@ class ShardStore:
         if num_pages < 1:
             raise ValueError(f"num_pages = {num_pages} of prefix {prefix_id}; at least 1")
         try:
-            file = PageFile.create(prefix_id, generation, num_pages, self.layout)
+            file = PageFile.create(prefix_id, epoch, num_pages, self.layout)
         except (OSError, ValueError) as error:
             num_bytes = num_pages * self.layout.page_bytes
             raise ServiceError(
@@ -60,7 +60,7 @@ class ShardStore:
         with self._changed:
             replaced = self._files.pop(prefix_id, None)
             if replaced is not None:
-                replaced.close(_stale(prefix_id, replaced.generation, generation))
+                replaced.close(_stale(prefix_id, replaced.epoch, epoch))
             self._files[prefix_id] = file
             self._changed.notify_all()
         return ShardWriter(file, self._changed)
@@ -104,12 +104,12 @@ class ShardStore:
     # ---- the page server ----------------------------------------------------------------
 
     def open_prefix(
-        self, prefix_id: str, generation: int, lease_id: str, wanted: Callable[[], bool]
+        self, prefix_id: str, epoch: int, lease_id: str, wanted: Callable[[], bool]
     ) -> tuple[PageFile, int]:
         """The file and a duplicate of its memfd, which the caller closes.
 
         Waits while a live lease announces the prefix but the rank has not created it, or
-        has not replaced an older generation of it. ``wanted`` is polled while it waits.
+        has not replaced an older epoch of it. ``wanted`` is polled while it waits.
 
         Raises:
             ServiceError: UNKNOWN_PREFIX, STALE_GENERATION, LEASE_EXPIRED, CANCELLED (no
@@ -119,14 +119,14 @@ class ShardStore:
         with self._changed:
             while True:
                 file = self._files.get(prefix_id)
-                current = self.generation if file is None else file.generation
-                if current > generation:
-                    raise _stale(prefix_id, generation, current)
+                current = self.epoch if file is None else file.epoch
+                if current > epoch:
+                    raise _stale(prefix_id, epoch, current)
                 if file is None and not announced and prefix_id not in self._leases:
                     raise _unknown(prefix_id, "is not held by this rank")
                 self._check_lease(prefix_id, lease_id)
                 announced = True
-                if file is not None and file.generation == generation:
+                if file is not None and file.epoch == epoch:
                     file.raise_error()
                     return file, os.dup(file.fd)
                 self._wait(prefix_id, lease_id, wanted)
@@ -196,7 +196,7 @@ class ShardStore:
 def _stale(prefix_id: str, asked: int, current: int) -> ServiceError:
     return ServiceError(
         Reason.STALE_GENERATION,
-        f"prefix {prefix_id} of generation {asked} is gone; this rank is at generation {current}",
+        f"prefix {prefix_id} of epoch {asked} is gone; this rank is at epoch {current}",
         prefix_id=prefix_id,
         generation=asked,
         current_generation=current,

@@ -81,7 +81,7 @@ class Admission:
         return requested.with_budgets(self._budgets)
 
     def attention_key(self, spec: PrefillSpec) -> str:
-        """How a prefix's KV is computed (``Manifest.profile``); part of its id."""
+        """How a prefix's KV is computed (``Manifest.attention_key``); part of its id."""
         if spec.comparison is not None:
             return spec.comparison.attention_key(self._ranks)
         return self.resolve_policy(spec.attention).attention_key

@@ -213,10 +213,10 @@ class PrefixCache:
             logger.warning("prefix %s is bad and will be computed again", manifest.prefix_id)
             self.invalidate(manifest)
 
-    def forget_generation(self, generation: int) -> None:
-        """Forget all prefixes of a generation of workers that died, and of those before it."""
+    def forget_epoch(self, epoch: int) -> None:
+        """Forget all prefixes of an epoch of workers that died, and of those before it."""
         for prefix in list(self._prefixes.values()):
-            if prefix.manifest.generation <= generation:
+            if prefix.manifest.epoch <= epoch:
                 self._forget(prefix)
 
     async def renew_leases(self) -> None:

@@ -156,7 +156,7 @@ class PrefillRunner:
         """Make the task and room for its pages, whose bytes are returned with it.
 
         Nothing is awaited after the workers were seen alive, so that the manifest names the
-        generation that the task is sent to.
+        epoch that the task is sent to.
         """
         plan = attempt.plan
         subgroup = attempt.placement.subgroup
@@ -184,7 +184,7 @@ class PrefillRunner:
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id=self._engine_id,
-            generation=self._executor.supervisor.generation,
+            epoch=self._executor.supervisor.epoch,
             model_fingerprint=self._admission.fingerprint,
             layout=layout,
             num_tokens=plan.num_tokens,
@@ -192,7 +192,7 @@ class PrefillRunner:
             endpoints=self._executor.supervisor.endpoints,
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
-            profile=self._admission.attention_key(attempt.spec),
+            attention_key=self._admission.attention_key(attempt.spec),
         )
         task = PrefillTask(
             job_id=attempt.job_id,
@@ -230,7 +230,7 @@ class PrefillRunner:
             outcome.paused_s,
             stages,
             outcome.bytes_received,
-            task.manifest.profile,
+            task.manifest.attention_key,
             _figures(attention),
         )
 

@@ -109,7 +109,7 @@ class Scheduler:
         The workers must have started once before: a service that cannot start must not fail the
         jobs that it has found.
         """
-        self._executor.supervisor.add_loss_listener(self._forget_generation)
+        self._executor.supervisor.add_loss_listener(self._forget_epoch)
         self._tasks = [
             asyncio.create_task(self._queue.dispatch(), name="scheduler"),
             asyncio.create_task(self.prefixes.renew_leases(), name="lease-renewal"),
@@ -306,7 +306,7 @@ class Scheduler:
             self.jobs.end_job(job, JobState.CANCELLED, _shutting_down())
 
     async def _run_job(self, job: Job, placement: Placement) -> None:
-        """Run a job to its success, on the next generation of workers if one is lost."""
+        """Run a job to its success, on the next epoch of workers if one is lost."""
         spec = job.record.spec
         job_id = job.record.job_id
         self.traces.end_queueing(job_id)
@@ -350,9 +350,9 @@ class Scheduler:
             job.update(state=JobState.RUNNING, attempts=attempts, start_time=time.time())
         )
 
-    def _forget_generation(self, generation: int, error: ServiceError) -> None:
-        logger.warning("generation %d of the workers is gone, with its prefixes", generation)
-        self.prefixes.forget_generation(generation)
+    def _forget_epoch(self, epoch: int, error: ServiceError) -> None:
+        logger.warning("epoch %d of the workers is gone, with its prefixes", epoch)
+        self.prefixes.forget_epoch(epoch)
 
 
 def _shutting_down() -> ServiceError:

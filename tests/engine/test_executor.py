@@ -167,7 +167,7 @@ async def test_progress_per_stage_and_rank(
 async def test_cancelling_stops_the_ranks_within_a_second(
     pair: StandaloneExecutor, long_video: Path, make_video: Callable[..., Path]
 ) -> None:
-    generation = pair.supervisor.generation
+    epoch = pair.supervisor.epoch
     pids = pair.supervisor.pids
     job = await start_long(pair, long_video)
     start = time.monotonic()
@@ -175,7 +175,7 @@ async def test_cancelling_stops_the_ranks_within_a_second(
     with pytest.raises(asyncio.CancelledError):
         await job
     assert time.monotonic() - start < 3.0  # one second on an idle machine
-    assert (pair.supervisor.generation, pair.supervisor.pids) == (generation, pids)
+    assert (pair.supervisor.epoch, pair.supervisor.pids) == (epoch, pids)
     await assert_works(pair, make_video)
 
 
@@ -196,16 +196,16 @@ async def test_a_hurt_rank_fails_the_job_and_the_workers_restart(
     named: str,
 ) -> None:
     lost: list[int] = []
-    pair.supervisor.add_loss_listener(lambda generation, error: lost.append(generation))
-    generation = pair.supervisor.generation
+    pair.supervisor.add_loss_listener(lambda epoch, error: lost.append(epoch))
+    epoch = pair.supervisor.epoch
     pids = pair.supervisor.pids
     job = await start_long(pair, long_video)
     os.kill(pids[1], number)
     with pytest.raises(ServiceError, match=named) as caught:
         await job
     assert caught.value.reason is reason
-    assert lost == [generation]
-    assert pair.supervisor.generation == generation + 1
+    assert lost == [epoch]
+    assert pair.supervisor.epoch == epoch + 1
     await assert_works(pair, make_video)
     assert not set(pids) & set(pair.supervisor.pids)
     for pid in pids:
@@ -224,22 +224,22 @@ async def test_a_frame_that_cannot_be_decoded_fails_the_job_only(
     data[middle : middle + 200_000] = bytes(200_000)
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(data)
-    generation = pair.supervisor.generation
+    epoch = pair.supervisor.epoch
     with pytest.raises(ServiceError, match="frame") as caught:
         await pair.prefill(replace(task, video_path=str(broken)))
     assert caught.value.reason is Reason.DECODE_FAILED
-    assert pair.supervisor.generation == generation
+    assert pair.supervisor.epoch == epoch
     await assert_works(pair, make_video)
 
 
 @module_loop
-async def test_a_manifest_of_an_earlier_generation_is_refused(
+async def test_a_manifest_of_an_earlier_epoch_is_refused(
     pair: StandaloneExecutor, make_video: Callable[..., Path]
 ) -> None:
     video = make_video(**VIDEOS[1])
     plan, _ = await pair.plan(video)
     task = pair.task(video, plan)
-    old = replace(task, manifest=replace(task.manifest, generation=task.manifest.generation + 7))
+    old = replace(task, manifest=replace(task.manifest, epoch=task.manifest.epoch + 7))
     with pytest.raises(ServiceError) as caught:
         await pair.prefill(old)
     assert caught.value.reason is Reason.STALE_GENERATION

@@ -82,7 +82,7 @@ async def pair(
 
 
 async def test_a_task_cancelled_again_and_again_ends_with_its_ranks(pair: Pair) -> None:
-    generation = pair.supervisor.generation
+    epoch = pair.supervisor.epoch
     task = await pair.task()
     job = await pair.begun(task)
     while not job.done():
@@ -91,11 +91,11 @@ async def test_a_task_cancelled_again_and_again_ends_with_its_ranks(pair: Pair) 
     assert job.cancelled()
     pair.executor.drop_prefix(task.plan.prefix_id)  # as whoever cancelled it does
     await pair.works()
-    assert pair.supervisor.generation == generation
+    assert pair.supervisor.epoch == epoch
 
 
 async def test_a_rank_without_room_for_its_pages_fails_the_task_only(pair: Pair) -> None:
-    generation = pair.supervisor.generation
+    epoch = pair.supervisor.epoch
     pids = pair.supervisor.pids
     soft, hard = resource.prlimit(pids[1], resource.RLIMIT_NOFILE)
     resource.prlimit(pids[1], resource.RLIMIT_NOFILE, (3, hard))
@@ -106,7 +106,7 @@ async def test_a_rank_without_room_for_its_pages_fails_the_task_only(pair: Pair)
         resource.prlimit(pids[1], resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.reason is Reason.KV_POOL_FULL
     await pair.works()
-    assert (pair.supervisor.generation, pair.supervisor.pids) == (generation, pids)
+    assert (pair.supervisor.epoch, pair.supervisor.pids) == (epoch, pids)
 
 
 async def test_what_kills_a_rank_is_no_error_of_tasks_on_others(pair: Pair) -> None:

@@ -29,7 +29,7 @@ async def test_a_video_beyond_the_working_bytes_fails_before_any_work(
     model = checkpoint("qwen3_vl")
     video = make_video(seconds=1.0, fps=5, width=130, height=98)
     async with standalone_executor(model, tmp_path, 2, kv_working_bytes=200_000) as standalone:
-        generation = standalone.supervisor.generation
+        epoch = standalone.supervisor.epoch
         budget = kv_budget(
             EngineConfig(kv_working_bytes=200_000),
             standalone.planner.checkpoint,
@@ -46,7 +46,7 @@ async def test_a_video_beyond_the_working_bytes_fails_before_any_work(
         task = standalone.task(video, short)
         await standalone.prefill(task)
         assert not standalone.read_kv(task).isnan().any()
-        assert standalone.supervisor.generation == generation
+        assert standalone.supervisor.epoch == epoch
 
 
 async def offloading(
@@ -96,7 +96,7 @@ async def test_a_rank_that_cannot_offload_fails_the_job_only(
     ) as standalone:
         plan, _ = await standalone.plan(video, FrameSampling(fps=8.0))
         layer = plan.num_tokens * standalone.executor.kv_layout.token_bytes // 5
-        generation = standalone.supervisor.generation
+        epoch = standalone.supervisor.epoch
         rank = standalone.supervisor.pids[1]
 
         def limit_files(size: int) -> None:
@@ -119,7 +119,7 @@ async def test_a_rank_that_cannot_offload_fails_the_job_only(
         outcome = await standalone.prefill(task)
         assert len(outcome.offloaded) == 2
         assert not standalone.read_kv(task).isnan().any()
-        assert standalone.supervisor.generation == generation
+        assert standalone.supervisor.epoch == epoch
 
 
 async def test_only_gather_offloads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -220,11 +220,11 @@ async def test_cancelling_the_paused_one_leaves_the_one_inside(four: Four, times
     four.check(LONG, inside)
     with pytest.raises(asyncio.CancelledError):
         await outer
-    generation = four.standalone.supervisor.generation
+    epoch = four.standalone.supervisor.epoch
     again = four.task(SHORT, ALL_RANKS)
     await four.standalone.prefill(again)
     four.check(SHORT, again)
-    assert four.standalone.supervisor.generation == generation
+    assert four.standalone.supervisor.epoch == epoch
 
 
 async def test_a_mix_of_subgroups_cancels_and_kills(four: Four) -> None:
@@ -260,7 +260,7 @@ async def test_a_mix_of_subgroups_cancels_and_kills(four: Four) -> None:
         await asyncio.sleep(2)
         os.kill(chance.choice(supervisor.pids), signal.SIGKILL)
 
-    generation = supervisor.generation
+    epoch = supervisor.epoch
     async with asyncio.timeout(240):
         *found, _ = await asyncio.gather(*(one(n) for n in range(20)), kill())
         await supervisor.wait_ready()
@@ -268,7 +268,7 @@ async def test_a_mix_of_subgroups_cancels_and_kills(four: Four) -> None:
     ways = {SHORT, LONG, "cancelled"}
     assert {how for how, _ in found} <= ways | {Reason.RANK_DIED, Reason.STALE_GENERATION}
     assert {how for how, _ in later} <= ways
-    assert supervisor.generation == generation + 1
+    assert supervisor.epoch == epoch + 1
     computed = [(name, task) for name, task in later if task is not None]
     assert len(computed) > 8
     for name, task in computed:

@@ -22,7 +22,7 @@ def spec(folder: Path) -> msg.WorkerSpec:
     checkpoint = described_checkpoint(folder, num_layers=2, q_heads=2, kv_heads=1)
     return msg.WorkerSpec(
         rank=7,
-        generation=0,
+        epoch=0,
         engine=EngineConfig(),
         video=VideoConfig(),
         checkpoint=checkpoint,

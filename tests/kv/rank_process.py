@@ -22,7 +22,7 @@ from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.kv.transport.base import Transport
 from prefill_service.kv.transport.unix import UnixTransport
 
-GENERATION = 7
+EPOCH = 7
 LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
 
 
@@ -33,13 +33,13 @@ class Serving:
     layout: KVLayout
     folder: Path
     name: str
-    generation: int = GENERATION
+    epoch: int = EPOCH
     transport: Transport = field(default_factory=UnixTransport)
 
 
 def _main(pipe: Connection, serving: Serving) -> None:
     torch.set_num_threads(1)
-    store = ShardStore(serving.layout, serving.generation)
+    store = ShardStore(serving.layout, serving.epoch)
     server = serving.transport.serve(store, serving.folder, serving.name)
     server.start()
     writers: dict[str, ShardWriter] = {}
@@ -135,7 +135,7 @@ def make_manifest(
     fields: dict[str, Any] = {
         "prefix_id": "prefix",
         "engine_id": "engine",
-        "generation": GENERATION,
+        "epoch": EPOCH,
         "model_fingerprint": "model",
         "layout": layout,
         "num_tokens": runs[-1].end_token,
@@ -158,9 +158,7 @@ def create(
     """Create the prefix on all ranks, under one lease."""
     for i, rank in enumerate(ranks):
         if pages_on(manifest, i):
-            rank.store(
-                "create_pages", manifest.prefix_id, manifest.generation, pages_on(manifest, i)
-            )
+            rank.store("create_pages", manifest.prefix_id, manifest.epoch, pages_on(manifest, i))
             rank.store("grant_lease", manifest.prefix_id, lease_id, ttl_s)
 
 

@@ -18,7 +18,7 @@ TEXT = (
 MANIFEST = Manifest(
     prefix_id="p",
     engine_id="e",
-    generation=3,
+    epoch=3,
     model_fingerprint="f",
     layout=KVLayout(num_layers=4, kv_heads=2, head_dim=64, dtype="bfloat16"),
     num_tokens=100,
@@ -57,4 +57,12 @@ def test_a_layout_without_heads_is_refused() -> None:
     data = json.loads(TEXT)
     del data["layout"]["num_kv_heads"]
     with pytest.raises(ValueError, match="malformed manifest: KeyError"):
+        Manifest.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("key", ["generation", "profile", "runs", "version"])
+def test_a_manifest_without_a_key_is_malformed(key: str) -> None:
+    data = json.loads(TEXT)
+    del data[key]
+    with pytest.raises(ValueError, match=key):
         Manifest.from_json(json.dumps(data))

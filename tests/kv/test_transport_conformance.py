@@ -18,7 +18,7 @@ from prefill_service.kv.transport.base import Transport
 from prefill_service.kv.transport_registry import TRANSPORTS, find_transport, transport_of
 from prefill_service.kv.vllm_connector.page_client import PageClient
 from tests.kv.rank_process import (
-    GENERATION,
+    EPOCH,
     LAYOUT,
     WorkerProcess,
     create,
@@ -85,12 +85,12 @@ def test_every_token_arrives_in_order(
     transport: Transport, tmp_path: Path, dtype: str, page_tokens: int
 ) -> None:
     layout = replace(LAYOUT, dtype=dtype, page_tokens=page_tokens)
-    store = ShardStore(layout, GENERATION)
+    store = ShardStore(layout, EPOCH)
     server = transport.serve(store, tmp_path, "r")
     server.start()
     kv = random_kv(layout, 45)
     manifest = make_manifest(layout, deal(45, 1, 10, layout), [server.endpoint])
-    writer = store.create_pages("prefix", GENERATION, manifest.runs[-1].first_page + 5)
+    writer = store.create_pages("prefix", EPOCH, manifest.runs[-1].first_page + 5)
     store.grant_lease("prefix", "lease", 30)
     for run in manifest.runs:
         for layer in range(layout.num_layers):
@@ -151,19 +151,19 @@ def test_unknown_prefix(manifest: Manifest) -> None:
     assert manifest.prefix_id in error.message
 
 
-def test_stale_generation(ranks: list[WorkerProcess], manifest: Manifest) -> None:
-    newer = replace(manifest, generation=GENERATION + 1)
+def test_stale_epoch(ranks: list[WorkerProcess], manifest: Manifest) -> None:
+    newer = replace(manifest, epoch=EPOCH + 1)
     publish(newer, ranks, random_kv(LAYOUT, 45), "lease")
     error = error_of(manifest)
     assert error.reason == Reason.STALE_GENERATION
-    assert error.metadata["generation"] == str(GENERATION)
-    assert error.metadata["current_generation"] == str(GENERATION + 1)
+    assert error.metadata["generation"] == str(EPOCH)
+    assert error.metadata["current_generation"] == str(EPOCH + 1)
 
 
 def test_manifest_of_an_earlier_group_is_stale_even_if_the_prefix_is_gone(
     manifest: Manifest,
 ) -> None:
-    assert error_of(replace(manifest, generation=1)).reason == Reason.STALE_GENERATION
+    assert error_of(replace(manifest, epoch=1)).reason == Reason.STALE_GENERATION
 
 
 def test_lease_that_was_never_granted(ranks: list[WorkerProcess], manifest: Manifest) -> None:
@@ -219,7 +219,7 @@ def test_waiting_reader_is_told_at_once(
     elif how == "fail":
         rank.writer(prefix_id, "fail", ServiceError(Reason.RANK_DIED, "rank 2 died", rank=2))
     else:
-        rank.store("create_pages", prefix_id, GENERATION + 1, 8)
+        rank.store("create_pages", prefix_id, EPOCH + 1, 8)
     reader.join(10)
     assert time.monotonic() - begin < 2
     expected = {
@@ -305,6 +305,6 @@ def test_fewer_pages_than_the_manifest_says_are_refused(
     ranks: list[WorkerProcess], manifest: Manifest
 ) -> None:
     for rank in ranks:
-        rank.store("create_pages", manifest.prefix_id, manifest.generation, 1)
+        rank.store("create_pages", manifest.prefix_id, manifest.epoch, 1)
         rank.store("grant_lease", manifest.prefix_id, "lease", 20)
     assert error_of(manifest).reason == Reason.KV_MISMATCH

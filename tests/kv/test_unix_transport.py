@@ -19,12 +19,12 @@ from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport.sockets import LineReader, encode_line
 from prefill_service.kv.transport.unix_server import UnixPageServer
 from prefill_service.kv.vllm_connector.page_client import PageClient
-from tests.kv.rank_process import GENERATION, LAYOUT, deal, make_manifest, random_kv
+from tests.kv.rank_process import EPOCH, LAYOUT, deal, make_manifest, random_kv
 
 
 def test_dropped_prefix_is_freed_once_nobody_maps_it(tmp_path: Path) -> None:
     layout = replace(LAYOUT, page_tokens=1024)  # 256 KiB a page
-    store = ShardStore(layout, GENERATION)
+    store = ShardStore(layout, EPOCH)
     server = UnixPageServer(store, tmp_path / "r.sock")
     server.start()
     kv = random_kv(layout, 64 * 1024)
@@ -53,7 +53,7 @@ def publish_but_one(store: ShardStore, manifest: Manifest, kv: torch.Tensor) -> 
     """All pages written, all but the last sealed."""
     (run,) = manifest.runs
     pages = manifest.layout.pages_for(run.end_token)
-    writer = store.create_pages(manifest.prefix_id, manifest.generation, pages)
+    writer = store.create_pages(manifest.prefix_id, manifest.epoch, pages)
     store.grant_lease(manifest.prefix_id, "lease", 30)
     for layer in range(manifest.layout.num_layers):
         writer.write(layer, 0, kv[layer, 0], kv[layer, 1])
@@ -68,15 +68,15 @@ def _shared_memory() -> int:
 
 
 def test_a_reader_cannot_change_the_pages(tmp_path: Path) -> None:
-    store = ShardStore(LAYOUT, GENERATION)
+    store = ShardStore(LAYOUT, EPOCH)
     server = UnixPageServer(store, tmp_path / "r.sock")
     server.start()
-    store.create_pages("prefix", GENERATION, 2)
+    store.create_pages("prefix", EPOCH, 2)
     store.grant_lease("prefix", "lease", 30)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(tmp_path / "r.sock"))
         reader = LineReader(connection)
-        message = {"op": "open", "prefix_id": "prefix", "generation": GENERATION}
+        message = {"op": "open", "prefix_id": "prefix", "generation": EPOCH}
         connection.sendall(encode_line({**message, "lease_id": "lease"}))
         answer = reader.read()
         assert answer == {"ok": True, "segment_bytes": 2 * LAYOUT.page_bytes}

@@ -64,9 +64,9 @@ class ToyServer(PageServer):
             return not self._closed.is_set() and not wait([connection], 0)
 
         with suppress(OSError, EOFError), connection:
-            prefix_id, generation, lease_id = connection.recv()
+            prefix_id, epoch, lease_id = connection.recv()
             try:
-                file, fd = self._store.open_prefix(prefix_id, generation, lease_id, wanted)
+                file, fd = self._store.open_prefix(prefix_id, epoch, lease_id, wanted)
                 os.close(fd)
                 connection.send(file.num_pages)
                 while True:
@@ -97,7 +97,7 @@ class ToyConnection(PageConnection):
             self._connection = Client((host, int(port)))
         except OSError as error:
             raise self._request.failure(f"cannot be reached: {error}") from error
-        num_pages = self._ask((manifest.prefix_id, manifest.generation, self._request.lease_id))
+        num_pages = self._ask((manifest.prefix_id, manifest.epoch, self._request.lease_id))
         if num_pages < self._request.num_pages:
             raise ServiceError(Reason.KV_MISMATCH, f"{num_pages} pages are too few")
 

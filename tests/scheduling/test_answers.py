@@ -201,8 +201,8 @@ async def test_rank_death_during_prefill_is_survived(serve: Serve) -> None:
         result = await reading
         assert result.text == "A red car."
         assert result.progress[-1].attempts == 2
-        generations = [request.handoff.manifest.generation for request in s.generation.requests]
-        assert generations == [0, 1]
+        epochs = [request.handoff.manifest.epoch for request in s.generation.requests]
+        assert epochs == [0, 1]
         assert len(s.generation.aborted) == 1
 
 
@@ -228,7 +228,7 @@ async def test_rank_death_after_the_handoff_does_not_matter(serve: Serve) -> Non
         messages = []
         async for message in call:
             messages.append(message)
-            if message.HasField("delta") and s.executor.ready and s.executor.generation == 0:
+            if message.HasField("delta") and s.executor.ready and s.executor.epoch == 0:
                 s.executor.die()
         assert "".join(message.delta.text for message in messages) == "A red car."
         job_id = messages[-1].final.job_id

@@ -57,14 +57,15 @@ async def test_each_policy_is_a_prefix_of_its_own(serve: Serve) -> None:
         assert ids["default"] == ids["balanced"] == ids["floor too"]
         assert ids["exact"] == ids["zero"] == ids["custom zero"] == ids["exact zero"]
         assert len(set(ids.values())) == len(s.executor.tasks) == 6
-        profiles = {
-            name: Manifest.from_json(job.result.manifest_json).profile for name, job in jobs.items()
+        keys = {
+            name: Manifest.from_json(job.result.manifest_json).attention_key
+            for name, job in jobs.items()
         }
-        assert profiles["exact"] == "exact"
-        assert profiles["default"] == BALANCED.attention_key
-        assert profiles["custom"] == "sparse:epsilon=0.0625,row_limit=0.03125,min_kept_mass=0.875"
+        assert keys["exact"] == "exact"
+        assert keys["default"] == BALANCED.attention_key
+        assert keys["custom"] == "sparse:epsilon=0.0625,row_limit=0.03125,min_kept_mass=0.875"
         for task in s.executor.tasks:  # what the ranks are sent is what the id stands for
-            assert task.policy.attention_key == task.manifest.profile
+            assert task.policy.attention_key == task.manifest.attention_key
         assert len({task.plan.prefix_id for task in s.executor.tasks}) == 6
         for job in jobs.values():  # a spec can be sent as it came
             request = pb.CreatePrefillJobRequest(spec=job.spec)
@@ -82,12 +83,12 @@ async def test_head_budgets_reach_the_ranks_and_the_prefix_id(serve: Serve) -> N
         exact = (await s.ended((await create(s, quality=pb.QUALITY_EXACT)).job_id))[-1]
         shared, other = (task.policy for task in s.executor.tasks)
     assert job.result.prefix_id != plain.result.prefix_id
-    profile = Manifest.from_json(job.result.manifest_json).profile
-    assert profile == shared.attention_key == f"{BALANCED.attention_key},budgets={budgets.digest}"
+    key = Manifest.from_json(job.result.manifest_json).attention_key
+    assert key == shared.attention_key == f"{BALANCED.attention_key},budgets={budgets.digest}"
     assert shared.budgets == budgets
     assert job.spec == plain.spec  # the request's own words
     assert other == resolve_policy(Quality.EXACT)
-    assert Manifest.from_json(exact.result.manifest_json).profile == "exact"
+    assert Manifest.from_json(exact.result.manifest_json).attention_key == "exact"
 
 
 @pytest.mark.parametrize(

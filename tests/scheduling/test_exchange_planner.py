@@ -78,7 +78,7 @@ def task(
     manifest = Manifest(
         prefix_id="prefix",
         engine_id="test",
-        generation=0,
+        epoch=0,
         model_fingerprint="model",
         layout=LAYOUT,
         num_tokens=plan.num_tokens,

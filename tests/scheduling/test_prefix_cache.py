@@ -34,11 +34,11 @@ class RecordingExecutor:
         self.held.pop(prefix_id, None)
 
 
-def manifest(prefix_id: str, generation: int = 0) -> Manifest:
+def manifest(prefix_id: str, epoch: int = 0) -> Manifest:
     return Manifest(
         prefix_id,
         "engine",
-        generation,
+        epoch,
         "model",
         LAYOUT,
         1,
@@ -65,7 +65,7 @@ class Model:
         self.computing: set[str] = set()
         self.manifests: dict[str, Manifest] = {}
         self.leases: list[Lease] = []
-        self.generation = 0
+        self.epoch = 0
         self.count = self.evictions = self.refusals = 0
 
     def leased(self) -> set[str]:
@@ -94,7 +94,7 @@ class Model:
         self.evictions += len(lost)
         self.count += 1
         name = f"prefix{self.count}"
-        self.manifests[name] = manifest(name, self.generation)
+        self.manifests[name] = manifest(name, self.epoch)
         self.cache.add_prefix(self.manifests[name], size)
         self.executor.held[name] = size
         self.computing.add(name)
@@ -124,9 +124,9 @@ class Model:
             assert lease.lease_id not in self.executor.leases[lease.manifest.prefix_id]
 
     def die(self) -> None:
-        self.cache.forget_generation(self.generation)
+        self.cache.forget_epoch(self.epoch)
         assert all(lease.lost.is_set() for lease in self.leases)
-        self.generation += 1
+        self.epoch += 1
         self.executor.held.clear()
         self.executor.leases.clear()
         self.computing.clear()
@@ -200,7 +200,7 @@ def test_ranks_lost_right_after_their_answer_are_no_fault_of_the_job() -> None:
         lambda _: None,
     )
     cache.add_prefix(manifest("first"), POOL)
-    cache.forget_generation(manifest("first").generation)
+    cache.forget_epoch(manifest("first").epoch)
     with pytest.raises(ServiceError, match="were lost before it was kept") as caught:
         cache.complete_prefix("first")
     assert caught.value.reason in RESTARTABLE

@@ -27,7 +27,7 @@ async def test_two_clients_cancel_one_job(serve: Serve) -> None:
         jobs = await asyncio.gather(*(cancel(s, job.job_id) for _ in range(3)))
         assert [job.state for job in jobs] == [pb.JOB_STATE_CANCELLED] * 3
         assert s.executor.stopped == [job.job_id]
-        assert s.executor.generation == 0
+        assert s.executor.epoch == 0
 
 
 async def test_a_call_leaves_the_job_that_a_client_has_cancelled(serve: Serve) -> None:
@@ -44,7 +44,7 @@ async def test_a_call_leaves_the_job_that_a_client_has_cancelled(serve: Serve) -
         assert (await cancelling).state == pb.JOB_STATE_CANCELLED
         await asyncio.wait({asking})
         assert s.executor.stopped == [job_id]
-        assert s.executor.generation == 0
+        assert s.executor.epoch == 0
 
 
 async def test_a_prefix_is_asked_for_again_while_its_ranks_stop(serve: Serve) -> None:
@@ -63,6 +63,6 @@ async def test_a_prefix_is_asked_for_again_while_its_ranks_stop(serve: Serve) ->
         assert (await cancelling).state == pb.JOB_STATE_CANCELLED
         ended = (await s.ended(again.job_id))[-1]
         assert (ended.state, ended.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
-        assert s.executor.generation == 0
+        assert s.executor.epoch == 0
         assert s.executor.pages[ended.result.prefix_id].is_set()
         assert s.executor.leases[ended.result.prefix_id]

@@ -1,6 +1,6 @@
 """A planner, an executor and a generation server that behave like the real ones, in-process.
 
-They keep time, hold pages, know leases and generations, die and come back. The video store and
+They keep time, hold pages, know leases and epochs, die and come back. The video store and
 the report socket beside them are the real ones.
 """
 
@@ -135,7 +135,7 @@ class SimulatedExecutor:
         self.step_s = self.stop_s = 0.0
         self.restart_s = restart_s
         self.start_s = start_s
-        self.generation = 0
+        self.epoch = 0
         self.ready = False
         self.supervisor = self
         self.listeners: list[Callable[[int, ServiceError], None]] = []
@@ -174,8 +174,8 @@ class SimulatedExecutor:
         self._up.set()
 
     def die(self, reason: Reason = Reason.RANK_DIED) -> None:
-        lost = self.generation
-        self.generation += 1
+        lost = self.epoch
+        self.epoch += 1
         self.ready = False
         self._up.clear()
         self.pages.clear()
@@ -244,7 +244,7 @@ class SimulatedExecutor:
     async def _prefill(
         self, task: PrefillTask, on_progress: Callable[[Progress], None]
     ) -> PrefillOutcome:
-        assert task.manifest.generation == self.generation
+        assert task.manifest.epoch == self.epoch
         assert self.ready
         assert Path(task.video_path).exists()
         self.started.append(task.job_id)
@@ -380,8 +380,8 @@ class SimulatedGenerationServer:
         lease_id = request.handoff.lease_id
         error = self.faults.popleft() if self.faults else None
         pages = self.executor.pages.get(manifest.prefix_id)
-        if manifest.generation != self.executor.generation:
-            error = ServiceError(Reason.STALE_GENERATION, "stale generation")
+        if manifest.epoch != self.executor.epoch:
+            error = ServiceError(Reason.STALE_GENERATION, "stale epoch")
         elif pages is None:
             error = ServiceError(Reason.UNKNOWN_PREFIX, "no such prefix")
         elif lease_id not in self.executor.leases.get(manifest.prefix_id, ()):

@@ -76,7 +76,7 @@ class StandaloneExecutor:
         manifest = Manifest(
             prefix_id=plan.prefix_id,
             engine_id="test",
-            generation=self.supervisor.generation,
+            epoch=self.supervisor.epoch,
             model_fingerprint=self.planner.checkpoint.fingerprint,
             layout=self.executor.kv_layout,
             num_tokens=plan.num_tokens,

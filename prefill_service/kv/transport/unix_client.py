@@ -41,7 +41,7 @@ class UnixConnection(PageConnection):
                 {
                     "op": "open",
                     "prefix_id": self._request.manifest.prefix_id,
-                    "generation": self._request.manifest.generation,
+                    "generation": self._request.manifest.epoch,
                     "lease_id": self._request.lease_id,
                 }
             )
