@@ -31,8 +31,9 @@ from prefill_service.attention.report import combine
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention_shape import PromptShape
 from prefill_service.config import EngineConfig
+from prefill_service.parallel.exchanges.delegation import make_balancer
 from prefill_service.parallel.exchanges.gather import GatherExchange
-from prefill_service.parallel.load_balance import Balancing, make_balancer
+from prefill_service.parallel.load_balance import BalanceLimits
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import deal_patches
@@ -96,8 +97,8 @@ def compute(group: SPGroup, device: torch.device, problem: Problem, above: float
     layout = deal_patches(problem.ends, group.size, CHUNK, whole_units=True)
     settings = SparseSettings(1024)
     attention = AdaptiveAttention(settings, resolve_policy(Quality.BALANCED), shape, problem.ends)
-    balancing = Balancing(above, EngineConfig().balance_least_gflop * 1e9)
-    balancer = make_balancer(group, shape, settings, units, balancing=balancing)
+    limits = BalanceLimits(above, EngineConfig().balance_least_gflop * 1e9)
+    balancer = make_balancer(group, shape, settings, units, limits=limits)
     exchange = GatherExchange(group, shape, balancer=balancer)
     unit_attention = UnitAttention(attention, units)
     data = [problem.layer(number) for number in range(LAYERS)]

@@ -72,7 +72,7 @@ class AttentionStats:
         """What follows is of the next chunk: ranks wait for each other at every layer of it."""
         self._work.start_chunk()
 
-    def add_moved_pairs(self, layer: int, pairs: int) -> None:
+    def add_delegated_pairs(self, layer: int, pairs: int) -> None:
         """Note pairs that this rank attended to for others, or if negative they for it."""
         self._work.computed[-1][layer] += pairs
 

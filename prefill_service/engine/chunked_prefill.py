@@ -25,7 +25,7 @@ from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import LayerKV
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.registry import make_exchange
-from prefill_service.parallel.load_balance import Balancing
+from prefill_service.parallel.load_balance import BalanceLimits
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import ChunkLayout, Share
 from prefill_service.parallel.unit_attention import UnitAttention
@@ -104,7 +104,7 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
                     units=units,
                     selects=task.whole_units,
                     buffers=buffers,
-                    balancing=_balancing(rank_task),
+                    balance_limits=_balance_limits(rank_task),
                 ),
             )
             adaptive = _adaptive_attention(rank_task, shape, settings, exchange.local_kv_heads)
@@ -272,9 +272,9 @@ def _open_buffers(rank_task: RankTask, shape: PromptShape) -> OffloadedKV | None
         rank_task.fail_together(error)
 
 
-def _balancing(rank_task: RankTask) -> Balancing:
+def _balance_limits(rank_task: RankTask) -> BalanceLimits:
     engine = rank_task.worker.spec.engine
-    return Balancing(engine.balance_above, engine.balance_least_gflop * 1e9)
+    return BalanceLimits(engine.balance_above, engine.balance_least_gflop * 1e9)
 
 
 def _adaptive_attention(

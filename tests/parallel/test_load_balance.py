@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefill_service.parallel.load_balance import Load, Move, choose_moves, imbalance
+from prefill_service.parallel.load_balance import Delegation, Load, choose_delegations, imbalance
 
 
 def random_loads(seed: int, ranks: int, skew: float) -> list[Load]:
@@ -25,12 +25,12 @@ def random_loads(seed: int, ranks: int, skew: float) -> list[Load]:
     return loads
 
 
-def after(loads: list[Load], moves: list[Move]) -> list[int]:
+def after(loads: list[Load], delegations: list[Delegation]) -> list[int]:
     totals = [load.total for load in loads]
-    for move in moves:
-        pairs = move.count * loads[move.giver].pairs[move.tile]
-        totals[move.giver] -= pairs
-        totals[move.taker] += pairs
+    for one in delegations:
+        pairs = one.count * loads[one.from_rank].pairs[one.tile]
+        totals[one.from_rank] -= pairs
+        totals[one.to_rank] += pairs
     return totals
 
 
@@ -39,33 +39,34 @@ def after(loads: list[Load], moves: list[Move]) -> list[int]:
 @pytest.mark.parametrize("seed", range(12))
 def test_loads_are_evened_out(ranks: int, skew: int, seed: int) -> None:
     loads = random_loads(seed, ranks, skew)
-    moves = choose_moves(loads, 1.0)
-    totals = after(loads, moves)
+    delegations = choose_delegations(loads, 1.0)
+    totals = after(loads, delegations)
     mean = sum(load.total for load in loads) / ranks
     assert imbalance(totals) <= imbalance([load.total for load in loads])
-    assert imbalance(totals) <= 1.02 + 8 * 128 * 64 / mean  # to two moved tiles' price
-    givers = {m.giver for m in moves}
-    takers = {m.taker for m in moves}
-    assert not givers & takers
-    assert len({(m.giver, m.taker, m.head, m.tile) for m in moves}) == len(moves)
-    given: dict[tuple[int, int, int], set[int]] = {}
-    for m in moves:
-        run = set(range(m.first, m.first + m.count))
-        assert run <= set(range(loads[m.giver].blocks[m.head][m.tile]))
-        assert m.count >= 4  # fewer would not pay for the queries on their way
-        taken = given.setdefault((m.giver, m.head, m.tile), set())
-        assert not taken & run
-        taken |= run
+    assert imbalance(totals) <= 1.02 + 8 * 128 * 64 / mean  # to two delegated tiles' price
+    assert not {d.from_rank for d in delegations} & {d.to_rank for d in delegations}
+    tiles = {(d.from_rank, d.to_rank, d.head, d.tile) for d in delegations}
+    assert len(tiles) == len(delegations)
+    delegated: dict[tuple[int, int, int], set[int]] = {}
+    for d in delegations:
+        run = set(range(d.first, d.first + d.count))
+        assert run <= set(range(loads[d.from_rank].blocks[d.head][d.tile]))
+        assert d.count >= 4  # fewer would not pay for the queries on their way
+        before = delegated.setdefault((d.from_rank, d.head, d.tile), set())
+        assert not before & run
+        before |= run
 
 
-def test_few_tiles_move_and_the_largest_ones() -> None:
+def test_few_tiles_are_delegated_and_the_largest_ones() -> None:
     loads = [Load(0, [[10, 300, 20, 30]], [8192] * 4), Load(0, [[10, 10, 10, 10]], [8192] * 4)]
-    assert choose_moves(loads, 1.1) == [Move(0, 1, 0, 1, 142, 158)]
+    assert choose_delegations(loads, 1.1) == [
+        Delegation(from_rank=0, to_rank=1, head=0, tile=1, first=142, count=158)
+    ]
 
 
-def test_nothing_moves_up_to_the_threshold_or_where_nothing_can() -> None:
+def test_nothing_is_delegated_up_to_the_threshold_or_where_nothing_can() -> None:
     loads = [Load(0, [[110]], [8192]), Load(0, [[90]], [8192])]
-    assert choose_moves(loads, 1.1) == []
-    assert choose_moves(loads, 1.09) != []
-    assert choose_moves([Load(10**9, [[3]], [8192]), Load(0, [[0]], [8192])], 1.0) == []
-    assert choose_moves([Load(0, [[0]], [0]), Load(0, [[0]], [0])], 1.0) == []
+    assert choose_delegations(loads, 1.1) == []
+    assert choose_delegations(loads, 1.09) != []
+    assert choose_delegations([Load(10**9, [[3]], [8192]), Load(0, [[0]], [8192])], 1.0) == []
+    assert choose_delegations([Load(0, [[0]], [0]), Load(0, [[0]], [0])], 1.0) == []

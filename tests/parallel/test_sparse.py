@@ -24,11 +24,12 @@ from prefill_service.kv.offload.file_copies import FileCopyEngine
 from prefill_service.kv.offload.working_set import OffloadedKV
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import exchange_named
+from prefill_service.parallel.exchanges.delegation import make_balancer
 from prefill_service.parallel.exchanges.demand.exchange import DemandExchange
 from prefill_service.parallel.exchanges.demand.layer_keys import DemandLayerKeys
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.exchanges.registry import choose_exchange, make_exchange
-from prefill_service.parallel.load_balance import Balancing, make_balancer
+from prefill_service.parallel.load_balance import BalanceLimits
 from prefill_service.parallel.mesh import form_meshes
 from prefill_service.parallel.process_group import SPGroup
 from prefill_service.parallel.selection_units import SelectionUnits
@@ -211,7 +212,7 @@ def compute(group: SPGroup, case: Case, kind: str, folder: Path) -> dict[str, An
         cached = kind == "demand"
         exchange = Spied(group, layout, shape, case.settings.segments, cached=cached)
     elif kind == "balanced":
-        balancer = make_balancer(group, shape, case.settings, units, balancing=Balancing(1.0))
+        balancer = make_balancer(group, shape, case.settings, units, limits=BalanceLimits(1.0))
         exchange = GatherExchange(group, shape, balancer=balancer)
     else:
         meshes = form_meshes(group, TIMEOUT_S)

@@ -11,7 +11,7 @@ from torch import Tensor
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.kv_buffers import KVBuffers
-from prefill_service.parallel.load_balance import Balancing
+from prefill_service.parallel.load_balance import BalanceLimits
 from prefill_service.parallel.mesh import SPMesh
 from prefill_service.parallel.selection_units import SelectionUnits
 from prefill_service.parallel.token_layout import ChunkLayout, Share
@@ -30,7 +30,7 @@ class ExchangeSetup:
         units: of the prompt.
         selects: some queries of the prompt are attended to sparsely.
         buffers: of an exchange that offloads; without them all keys are on the device.
-        balancing: when an exchange that balances does so; without it, never.
+        balance_limits: when an exchange that balances does so; without them, never.
     """
 
     mesh: SPMesh
@@ -40,7 +40,7 @@ class ExchangeSetup:
     units: SelectionUnits
     selects: bool = False
     buffers: KVBuffers | None = None
-    balancing: Balancing | None = None
+    balance_limits: BalanceLimits | None = None
 
 
 class Exchange(ABC):

@@ -74,7 +74,7 @@ class ExchangeKind:
         sparse: selected blocks can be attended to; without it every prefix is computed exactly.
         all_tokens: a rank has room for K and V of all tokens, if perhaps of some heads.
         offloads: its buffers can be elsewhere (``KVBuffers``).
-        balances: ranks attend to some of each other's selected blocks (``Balancer``).
+        balances: ranks attend to some of each other's selected blocks (``LoadBalancer``).
         predictable: what it moves is known before the prefix is computed.
     """
 

@@ -18,8 +18,12 @@ from prefill_service.attention.dense import Partial, attend, merge
 from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.attention_shape import PromptShape
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
+from prefill_service.parallel.exchanges.delegation import (
+    DelegatingKeys,
+    LoadBalancer,
+    make_balancer,
+)
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
-from prefill_service.parallel.load_balance import BalancedKeys, Balancer, make_balancer
 from prefill_service.parallel.process_group import PendingPart, SPGroup
 from prefill_service.parallel.token_layout import Range, Share, span
 from prefill_service.parallel.unit_attention import UnitAttention
@@ -47,7 +51,7 @@ class GatherExchange(Exchange):
         group: SPGroup,
         shape: PromptShape,
         buffers: KVBuffers | None = None,
-        balancer: Balancer | None = None,
+        balancer: LoadBalancer | None = None,
     ) -> None:
         self._group = group
         self._scale = shape.scale
@@ -63,7 +67,7 @@ class GatherExchange(Exchange):
         group = setup.mesh.world
         shape = setup.shape
         balancer = make_balancer(
-            group, shape, setup.settings, setup.units, balancing=setup.balancing
+            group, shape, setup.settings, setup.units, limits=setup.balance_limits
         )
         return cls(group, shape, setup.buffers, balancer)
 
@@ -112,15 +116,16 @@ class GatherExchange(Exchange):
         if border > start or not units:
             parts.append(self._attend_measured(layer, q[:, : border - start], start, attention))
         kv = self._complete(layer)
-        balanced = self._balanced(layer, kv, attention)
+        delegating = self._delegating_keys(layer, kv, attention)
         for first, last in units:
             self._complete(layer, reorder_before=adaptive.recent_from(first))
             part = q[:, first - start : last - start]
-            parts.append(adaptive.attend_unit(layer, part, kv, start=first, source=balanced))
-        if balanced is not None:
+            parts.append(adaptive.attend_unit(layer, part, kv, start=first, source=delegating))
+        if delegating is not None:
             if not units:
-                adaptive.advance_keys(layer, self._chunk[0], balanced)
-            balanced.close(0 if units else adaptive.stats.selected_pairs(layer))
+                adaptive.advance_keys(layer, self._chunk[0], delegating)
+            done = 0 if units else adaptive.stats.selected_pairs(layer)
+            delegating.attend_for_others(done)
         self._note_reordered(layer, clustered, state.clustered)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -144,27 +149,28 @@ class GatherExchange(Exchange):
         attention.adaptive.observe_exact(layer, q, self._complete(layer), start=start)
         return out
 
-    def _balanced(self, layer: int, kv: Tensor, attention: UnitAttention) -> BalancedKeys | None:
-        """Keys that are on every rank, where some rank's queries of the chunk are sparse.
+    def _delegating_keys(
+        self, layer: int, kv: Tensor, attention: UnitAttention
+    ) -> DelegatingKeys | None:
+        """Keys whose blocks can be delegated, where some rank's queries of the chunk are sparse.
 
-        Nothing if evening out what ranks have to do would not be worth it.
+        ``None`` if evening out what ranks have to do would not be worth it.
         """
         adaptive = attention.adaptive
         balancer = self._balancer
         if balancer is None or not attention.split(*self._chunk)[1]:
             return None
-        keys = BalancedKeys(
+        keys = DelegatingKeys(
             kv,
             adaptive.segments,
             balancer,
             common=adaptive.recent_from(self._chunk[0]),
-            note_pairs=lambda pairs: adaptive.stats.add_moved_pairs(layer, pairs),
+            note_pairs=lambda pairs: adaptive.stats.add_delegated_pairs(layer, pairs),
         )
         if not keys.common:
             return None
-        return (
-            keys if balancer.due(adaptive.stats.selected_pairs(0) if layer == 1 else None) else None
-        )
+        first = adaptive.stats.selected_pairs(0) if layer == 1 else None
+        return keys if balancer.is_due(first) else None
 
     def _complete(self, layer: int, reorder_before: int = 0) -> Tensor:
         """The layer's buffer, complete up to this rank's last token of the chunk.
