@@ -29,7 +29,7 @@ HEARTBEAT_S = 1.0
 """Seconds between two heartbeats of a worker."""
 
 AUTO = "auto"
-"""Each prefix's exchange is planned; see docs/planner.md."""
+"""Each prefix's exchange is chosen by the cost model; see docs/cost_model.md."""
 
 LEAST_DECODER_BYTES = 512 << 20
 """Address space of a decoder process: the libraries alone map up to 400 MiB (OpenCV)."""
@@ -131,7 +131,7 @@ class EngineConfig:
     )
     exchange: str = _opt(
         "gather",
-        "How ranks exchange keys; auto: planned for each prefix.",
+        "How ranks exchange keys; auto: chosen for each prefix.",
         choices=(*(kind.name for kind in EXCHANGES), AUTO),
     )
     ulysses_degree: int = _opt(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from prefill_service.generation.server import GenerationServer
     from prefill_service.kv.budget import KVBudget
     from prefill_service.models.prefix_planner import PrefixPlanner
-    from prefill_service.scheduling.exchange_planner import ExchangePlanner
+    from prefill_service.scheduling.exchange_chooser import ExchangeChooser
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Components:
     submit_early: bool = True
     budgets: HeadBudgets | None = None
     memory: KVBudget | None = None
-    exchanges: ExchangePlanner | None = None
+    exchanges: ExchangeChooser | None = None
 
 
 def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -> Components:
@@ -73,7 +73,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     from prefill_service.generation.server import GenerationServer
     from prefill_service.models.checkpoint import open_checkpoint, resolve_device, resolve_dtype
     from prefill_service.models.prefix_planner import PrefixPlanner
-    from prefill_service.scheduling.exchange_planner import ExchangePlanner
+    from prefill_service.scheduling.exchange_chooser import ExchangeChooser
 
     engine = config.engine
     checkpoint = open_checkpoint(engine.model)
@@ -90,7 +90,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     memory = kv_budget(engine, checkpoint, dtype, device=device)
     exchanges = None
     if engine.exchange == AUTO:
-        exchanges = ExchangePlanner(
+        exchanges = ExchangeChooser(
             replace(checkpoint.shape, dtype=dtype),
             executor.chunk_tokens,
             memory.working_bytes,

@@ -5,7 +5,7 @@
 
 On one GPU two to four ranks share it, and what they exchange goes through the host; with two GPUs
 or more, NCCL connects up to four ranks as well. Attention through each exchange is compared with
-dense float64 attention, and the bytes that each rank's meter counts with the planner's formulas,
+dense float64 attention, and the bytes that each rank's meter counts with the cost model's formulas,
 rank by rank (not of `demand`, whose bytes depend on what is selected). A rank group then prefills a
 video with a tiny random checkpoint (Qwen3-VL's and Qwen2.5-VL's architecture), and its KV is
 compared with that of a group of one rank. The last thing printed is the table; the exit status is 1

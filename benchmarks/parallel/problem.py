@@ -13,7 +13,7 @@ from benchmarks.parallel.ranks import TIMEOUT_S
 from prefill_service.attention.report import NEVER
 from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention_shape import PromptShape, dtype_name
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.traffic import traffic
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import chunking_of
@@ -138,7 +138,7 @@ class Problem:
         return torch.stack(rows)
 
     def predicted(self, kind: ExchangeKind, ranks: int, dtype: torch.dtype) -> Traffic:
-        """What the planner's formulas say that each rank receives per layer, chunk by chunk.
+        """What the cost model's formulas say that each rank receives per layer, chunk by chunk.
 
         Of the exchanges in ``DENSE``.
         """
@@ -155,7 +155,7 @@ class Problem:
         choice = self.choice(kind, ranks)
         layout = self.layout(kind, ranks)
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        return traffic(Scheme(kind, ranks, choice.degree), shape, chunking)
+        return traffic(Strategy(kind, ranks, choice.degree), shape, chunking)
 
 
 @dataclass(frozen=True, slots=True)

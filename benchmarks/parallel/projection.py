@@ -1,4 +1,4 @@
-"""Seconds of a prefill on GPUs that are not here: the planner's work over assumed rates."""
+"""Seconds of a prefill on GPUs that are not here: the cost model's work over assumed rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prefill_service.cost_model.cost import CostModel
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.models.model_shape import ModelShape
@@ -164,60 +164,60 @@ def project(
     """All contestants that this model's heads allow."""
     ranks = machine.ranks
     task = _Task(shape=shape, tokens=tokens, machine=machine, given=given)
-    yield replace(_of_scheme(Scheme(GATHER, 1), task, tokens), name="dense, 1 GPU")
+    yield replace(_of_strategy(Strategy(GATHER, 1), task, tokens), name="dense, 1 GPU")
     share = -(-tokens // ranks)
-    yield _of_scheme(Scheme(RING, ranks), task, share, prefix="zigzag ")
+    yield _of_strategy(Strategy(RING, ranks), task, share, prefix="zigzag ")
     if ranks <= shape.q_heads:
-        scheme = Scheme(ULYSSES, ranks, ranks)
-        yield _of_scheme(scheme, task, share, prefix="one-chunk ")
+        strategy = Strategy(ULYSSES, ranks, ranks)
+        yield _of_strategy(strategy, task, share, prefix="one-chunk ")
     yield spava_projection(shape, tokens, machine, given)
-    for scheme, sparse in _ours(shape, machine):
+    for strategy, sparse in _ours(shape, machine):
         yield min(
             (
-                _of_scheme(scheme, task, size, prefix="ours: ", sparse=sparse)
+                _of_strategy(strategy, task, size, prefix="ours: ", sparse=sparse)
                 for size in sorted({min(size, share) for size in (*CHUNKS, share)})
             ),
             key=lambda candidate: candidate.seconds,
         )
 
 
-def _ours(shape: ModelShape, machine: Machine) -> Iterator[tuple[Scheme, bool]]:
+def _ours(shape: ModelShape, machine: Machine) -> Iterator[tuple[Strategy, bool]]:
     ranks = machine.ranks
-    yield Scheme(GATHER, ranks), False
-    yield Scheme(RING, ranks), False
+    yield Strategy(GATHER, ranks), False
+    yield Strategy(RING, ranks), False
     if ranks <= shape.q_heads:
-        yield Scheme(ULYSSES, ranks, ranks), False
+        yield Strategy(ULYSSES, ranks, ranks), False
     degree = machine.gpus if machine.nodes > 1 else machine.gpus // 2
-    yield Scheme(USP, ranks, degree), False
-    yield Scheme(PASS_Q, ranks), False
-    yield Scheme(GATHER, ranks), True
-    yield Scheme(DEMAND, ranks), True
+    yield Strategy(USP, ranks, degree), False
+    yield Strategy(PASS_Q, ranks), False
+    yield Strategy(GATHER, ranks), True
+    yield Strategy(DEMAND, ranks), True
     if ranks <= shape.kv_heads:  # more would wait
-        yield Scheme(ULYSSES, ranks, ranks), True
+        yield Strategy(ULYSSES, ranks, ranks), True
     degree = min(degree, shape.kv_heads)
-    yield Scheme(ULYSSES_GATHER, ranks, degree), True
+    yield Strategy(ULYSSES_GATHER, ranks, degree), True
 
 
-def _of_scheme(
-    scheme: Scheme, task: _Task, chunk: int, *, prefix: str = "", sparse: bool = False
+def _of_strategy(
+    strategy: Strategy, task: _Task, chunk: int, *, prefix: str = "", sparse: bool = False
 ) -> Projection:
     shape = task.shape
     given = task.given
-    chunking = deal_tokens(task.tokens, scheme.ranks, chunk, scheme.order)
+    chunking = deal_tokens(task.tokens, strategy.ranks, chunk, strategy.order)
     # Sparse attention's rate is lower: as if it computed more pairs at that of dense attention.
     density = min(1.0, given.density / given.sparse) if sparse else 1.0
-    scheme = scheme.with_density(density)
-    if scheme.exchange == DEMAND:
+    strategy = strategy.with_density(density)
+    if strategy.exchange == DEMAND:
         work, received = _demand(shape, chunking, density, given)
         # Room for all blocks, beside those at home here.
-        memory = memory_bytes(Scheme(GATHER, scheme.ranks), shape, chunking)
+        memory = memory_bytes(Strategy(GATHER, strategy.ranks), shape, chunking)
         memory += int(chunking.held[-1].max()) * shape.row_bytes * shape.attending_layers
     else:
-        work = prefill_work(scheme, shape, chunking, density=density)
-        received = int(traffic(scheme, shape, chunking).received.max()) * shape.attending_layers
-        memory = memory_bytes(scheme, shape, chunking)
-    name = f"{prefix}{scheme.label}{', sparse' if sparse else ''}"
-    work = _over_links(work, scheme, task.machine)
+        work = prefill_work(strategy, shape, chunking, density=density)
+        received = int(traffic(strategy, shape, chunking).received.max()) * shape.attending_layers
+        memory = memory_bytes(strategy, shape, chunking)
+    name = f"{prefix}{strategy.label}{', sparse' if sparse else ''}"
+    work = _over_links(work, strategy, task.machine)
     model = given.model(task.machine)
     return _projection(name, chunk, work, received=received, memory=memory, model=model)
 
@@ -238,13 +238,13 @@ def _projection(
     )
 
 
-def _over_links(work: Work, scheme: Scheme, machine: Machine) -> Work:
+def _over_links(work: Work, strategy: Strategy, machine: Machine) -> Work:
     """Bytes as if all came over the slower link."""
-    if machine.nodes == 1 or scheme.ranks == 1:
+    if machine.nodes == 1 or strategy.ranks == 1:
         return work
     remote = machine.remote
     nvlink = machine.network / machine.nvlink
-    match scheme.exchange.name:
+    match strategy.exchange.name:
         case "gather":
             return replace(work, hidden_bytes=work.hidden_bytes * remote)
         case "ulysses" | "demand":
@@ -252,8 +252,8 @@ def _over_links(work: Work, scheme: Scheme, machine: Machine) -> Work:
         case "usp":  # the mesh's rows are nodes
             return replace(work, exposed_bytes=work.exposed_bytes * nvlink)
         case "ulysses_gather":  # rows are nodes, or parts of one
-            others = scheme.ring - 1
-            elsewhere = scheme.ring - scheme.ring // machine.nodes
+            others = strategy.ring - 1
+            elsewhere = strategy.ring - strategy.ring // machine.nodes
             return replace(
                 work,
                 exposed_bytes=work.exposed_bytes * nvlink,
@@ -269,8 +269,8 @@ def _demand(
     shape: ModelShape, chunking: Chunking, density: float, given: Assumptions
 ) -> tuple[Work, int]:
     """As ``gather``, but of K and V only what is wanted, once, and all summaries."""
-    scheme = Scheme(GATHER, chunking.ranks)
-    gather = prefill_work(scheme, shape, chunking, density=density)
+    strategy = Strategy(GATHER, chunking.ranks)
+    gather = prefill_work(strategy, shape, chunking, density=density)
     share = given.wanted + summary_bytes(shape) / 64 / shape.row_bytes
     sizes = gather.hidden_bytes * share
     # Summaries, what is wanted, the blocks.

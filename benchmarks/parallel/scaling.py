@@ -3,7 +3,7 @@
     python -m benchmarks.parallel.scaling
 
 First, prefills of a reduced shape run on 1 to 4 real ranks. What every rank's meter counts must
-equal the planner's traffic formulas to the byte, or the exit status is 1. The planner's work model
+equal the cost model's traffic formulas to the byte, or the exit status is 1. Its model of work
 (A per layer and chunk, B per FLOP of linear layers, C per FLOP of attention) is fitted to the CPU
 time of 1 and 2 ranks, and its predictions for 3 and 4 are compared with what those took.
 
@@ -101,7 +101,7 @@ def check(one: Measured, model: CostModel) -> dict[str, Any]:
     return {
         "ranks": one.ranks,
         "tokens": one.tokens,
-        "exchange": one.scheme.label,
+        "exchange": one.strategy.label,
         "bytes": list(one.received),
         "formula": list(one.predicted_bytes()),
         "cpu_s": round(took, 4),

@@ -17,7 +17,7 @@ from benchmarks.parallel.problem import DENSE, Problem, positions
 from benchmarks.parallel.ranks import TIMEOUT_S, Transport, run_ranks
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import chunking_of
@@ -56,19 +56,19 @@ class Measured:
     cpu_seconds: tuple[float, ...]
 
     @property
-    def scheme(self) -> Scheme:
-        """As the planner calls it."""
+    def strategy(self) -> Strategy:
+        """As the cost model calls it."""
         degree = _problem(REDUCED, self.tokens, self.chunk).choice(self.kind, self.ranks).degree
-        return Scheme(self.kind, self.ranks, degree)
+        return Strategy(self.kind, self.ranks, degree)
 
     def work(self) -> Work:
-        """By the planner's formulas: [chunks, ranks]."""
+        """by the cost model's formulas: [chunks, ranks]."""
         layout = _problem(REDUCED, self.tokens, self.chunk).layout(self.kind, self.ranks)
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        return prefill_work(self.scheme, REDUCED, chunking)
+        return prefill_work(self.strategy, REDUCED, chunking)
 
     def predicted_bytes(self) -> tuple[int, ...]:
-        """By the planner's formulas, by rank."""
+        """by the cost model's formulas, by rank."""
         problem = _problem(REDUCED, self.tokens, self.chunk)
         found = problem.predicted(self.kind, self.ranks, torch.float32).received * problem.layers
         return tuple(int(size) for size in found)

@@ -15,17 +15,20 @@ from prefill_service.cli.command_parser import USAGE_ERROR, CommandParser
 from prefill_service.cli.completion import add_completion
 from prefill_service.cli.config_show import add_config
 from prefill_service.cli.doctor import add_doctor
+from prefill_service.cli.estimate import add_estimate
 from prefill_service.cli.healthcheck import add_healthcheck
-from prefill_service.cli.plan import add_plan
 from prefill_service.cli.serve import add_serve
 from prefill_service.errors import Reason, ServiceError
 
 FAILURE = 1
 
+OTHER_NAMES = {"plan": "estimate"}
+"""Commands by names that help does not show."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 for failures, 2 for configuration."""
-    args = make_parser().parse_command(argv)
+    args = make_parser().parse_command(_canonical(sys.argv[1:] if argv is None else argv))
     try:
         return int(args.run(args))
     except ServiceError as error:
@@ -41,11 +44,20 @@ def make_parser() -> CommandParser:
     add_doctor(commands)
     add_config(commands)
     add_healthcheck(commands)
-    add_plan(commands)
+    add_estimate(commands)
     add_calibrate(commands)
     add_completion(commands, parser)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser
+
+
+def _canonical(argv: Sequence[str]) -> Sequence[str]:
+    """The command line with the command's own name for another one of it."""
+    name = OTHER_NAMES.get(argv[0]) if argv else None
+    if name is None:
+        return argv
+    print(f"prefill-service: {argv[0]} stands for {name}", file=sys.stderr)
+    return [name, *argv[1:]]
 
 
 def _version(args: argparse.Namespace) -> int:

@@ -17,8 +17,8 @@ def explain(request: SearchRequest, chosen: Candidate, fitting: Sequence[Candida
         f"Its K/V take {gibibytes(chosen.memory_bytes)} of "
         f"{gibibytes(request.kv_memory_bytes)} per rank."
     )
-    if _divides_keys(chosen.scheme.exchange) and chosen.scheme.ranks > 1:
-        chunk = min(request.tokens, chosen.chunk_tokens * chosen.scheme.ranks)
+    if _divides_keys(chosen.strategy.exchange) and chosen.strategy.ranks > 1:
+        chunk = min(request.tokens, chosen.chunk_tokens * chosen.strategy.ranks)
         start = queries_move_from(request.shape, chunk)
         sentences.append(
             f"A chunk of {chunk:,} queries moves fewer bytes than the keys from {start:,} keys on."
@@ -34,14 +34,14 @@ def _divides_keys(exchange: ExchangeKind) -> bool:
 def _choice(chosen: Candidate, fitting: Sequence[Candidate]) -> str:
     fastest = min(fitting, key=lambda candidate: candidate.seconds)
     name = (
-        f"{chosen.scheme.label} on {_ranks(chosen)}, {chosen.chunk_tokens:,} tokens per chunk and "
-        "rank"
+        f"{chosen.strategy.label} on {_ranks(chosen)}, "
+        f"{chosen.chunk_tokens:,} tokens per chunk and rank"
     )
     of = f"of {len(fitting)} candidates that fit"
     if fastest is chosen:
         return f"{name}: the fastest {of}, {duration(chosen.seconds)}."
     return (
-        f"{name}: {duration(chosen.seconds)}; the fastest {of}, {fastest.scheme.label} on "
+        f"{name}: {duration(chosen.seconds)}; the fastest {of}, {fastest.strategy.label} on "
         f"{_ranks(fastest)} in chunks of {fastest.chunk_tokens:,}, takes "
         f"{duration(fastest.seconds)}: too close to prefer more ranks, more bytes or a less simple "
         "exchange."
@@ -49,23 +49,23 @@ def _choice(chosen: Candidate, fitting: Sequence[Candidate]) -> str:
 
 
 def _rivals(chosen: Candidate, fitting: Sequence[Candidate]) -> list[str]:
-    others = [c for c in fitting if c.scheme.exchange != chosen.scheme.exchange]
-    single = [c for c in fitting if c.scheme.ranks == 1]
+    others = [c for c in fitting if c.strategy.exchange != chosen.strategy.exchange]
+    single = [c for c in fitting if c.strategy.ranks == 1]
     parts = []
     if others:
         best = min(others, key=lambda candidate: candidate.seconds)
         parts.append(
-            f"Of other exchanges {best.scheme.label} on {_ranks(best)} is best, "
+            f"Of other exchanges {best.strategy.label} on {_ranks(best)} is best, "
             f"{duration(best.seconds)}."
         )
-    if single and chosen.scheme.ranks > 1:
+    if single and chosen.strategy.ranks > 1:
         alone = min(candidate.seconds for candidate in single)
         parts.append(f"One rank would take {duration(alone)}.")
     return parts
 
 
 def _transfers(chosen: Candidate) -> str:
-    if chosen.scheme.ranks == 1:
+    if chosen.strategy.ranks == 1:
         return "Nothing is exchanged."
     received = f"A rank receives {gigabytes(chosen.bytes_received)}"
     share = 1 - chosen.exposed_seconds / chosen.transfer_seconds if chosen.transfer_seconds else 1.0
@@ -76,5 +76,5 @@ def _transfers(chosen: Candidate) -> str:
 
 
 def _ranks(candidate: Candidate) -> str:
-    count = candidate.scheme.ranks
+    count = candidate.strategy.ranks
     return f"{count} rank{'s' if count > 1 else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, ExchangeKind
 from prefill_service.parallel.exchanges.cost_terms import TrafficOptions
@@ -26,7 +26,7 @@ class SearchRequest:
         min_ranks: that have to be used.
         kv_memory_bytes: for K, V and exchange buffers on each rank.
         density: share of the (query, key) pairs that attention computes, 1 if exact; of exchanges
-            under which it can select (``Scheme.selects``).
+            under which it can select (``Strategy.selects``).
         parallel_links: see ``work.prefill_work``.
         chunk_tokens: chunk sizes per rank to choose from.
         exchanges: to choose from.
@@ -74,18 +74,18 @@ class Candidate:
     """One way to do it.
 
     Attributes:
-        scheme: exchange, ranks and mesh.
+        strategy: exchange, ranks and mesh.
         chunk_tokens: per rank.
         seconds: predicted for the whole prefill.
         transfer_seconds: predicted of transfers, hidden ones included.
         exposed_seconds: of them, what the slowest ranks wait for.
         bytes_received: over all layers and chunks, by the rank that receives most.
         memory_bytes: K, V and buffers on the fullest rank.
-        rejected: why it cannot be chosen; ``None`` if it can. Where the scheme cannot run at all,
+        rejected: why it cannot be chosen; ``None`` if it can. Where the strategy cannot run at all,
             the numbers are 0.
     """
 
-    scheme: Scheme
+    strategy: Strategy
     chunk_tokens: int
     seconds: float = 0.0
     transfer_seconds: float = 0.0

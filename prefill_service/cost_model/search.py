@@ -10,7 +10,7 @@ from prefill_service.cost_model.cost import CostModel
 from prefill_service.cost_model.explain import explain
 from prefill_service.cost_model.number_format import gibibytes
 from prefill_service.cost_model.request import Candidate, SearchRequest, SearchResult
-from prefill_service.cost_model.schemes import Scheme, schemes
+from prefill_service.cost_model.strategies import Strategy, strategies
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.errors import Reason, ServiceError
@@ -52,15 +52,15 @@ def choose(fitting: Sequence[Candidate]) -> Candidate:
 
     def preference(candidate: Candidate) -> tuple[float, ...]:
         """Ascending, the best one first."""
-        scheme = candidate.scheme
-        place = order.get(scheme.exchange, len(order))
+        strategy = candidate.strategy
+        place = order.get(strategy.exchange, len(order))
         return (
-            scheme.ranks,
+            strategy.ranks,
             place > 0,
             candidate.bytes_received,
             place,
             candidate.seconds,
-            scheme.ulysses,
+            strategy.ulysses,
             candidate.chunk_tokens,
         )
 
@@ -86,22 +86,22 @@ def _candidates(request: SearchRequest, cost: CostModel) -> Iterator[Candidate]:
             for size in sizes
             for order in Order
         }
-        for exact in schemes(ranks, request.exchanges):
-            scheme = exact.with_density(request.density)
-            unsuitable = scheme.unsuitable(request.shape, request.density, request.parallel_links)
+        for exact in strategies(ranks, request.exchanges):
+            strategy = exact.with_density(request.density)
+            unsuitable = strategy.unsuitable(request.shape, request.density, request.parallel_links)
             if unsuitable:
-                yield Candidate(scheme, sizes[-1], rejected=unsuitable)
+                yield Candidate(strategy, sizes[-1], rejected=unsuitable)
                 continue
             for size in sizes:
                 yield _evaluate(
-                    request, cost, scheme, chunk_tokens=size, chunking=cuts[size, scheme.order]
+                    request, cost, strategy, chunk_tokens=size, chunking=cuts[size, strategy.order]
                 )
 
 
 def _evaluate(
     request: SearchRequest,
     cost: CostModel,
-    scheme: Scheme,
+    strategy: Strategy,
     *,
     chunk_tokens: int,
     chunking: Chunking,
@@ -109,7 +109,7 @@ def _evaluate(
     shape = request.shape
     options = request.options(chunk_tokens)
     work = prefill_work(
-        scheme,
+        strategy,
         shape,
         chunking,
         density=request.density,
@@ -120,15 +120,15 @@ def _evaluate(
     seconds = float(cost.chunk_seconds(slowest).sum())
     computing = float(np.sum(cost.compute(slowest) + cost.attention(slowest)))
     transfer = float(np.sum(cost.exposed(slowest) + cost.hidden(slowest)))
-    received = traffic(scheme, shape, chunking, options).received.max()
-    memory = memory_bytes(scheme, shape, chunking, options)
+    received = traffic(strategy, shape, chunking, options).received.max()
+    memory = memory_bytes(strategy, shape, chunking, options)
     rejected = None
     if memory > request.kv_memory_bytes:
         rejected = (
             f"K/V of {gibibytes(memory)} per rank exceeds {gibibytes(request.kv_memory_bytes)}"
         )
     return Candidate(
-        scheme=scheme,
+        strategy=strategy,
         chunk_tokens=chunk_tokens,
         seconds=seconds,
         transfer_seconds=transfer,
@@ -143,14 +143,15 @@ def _nothing_fits(request: SearchRequest, candidates: Sequence[Candidate]) -> Se
     able = [candidate for candidate in candidates if candidate.memory_bytes]
     where = f"{request.tokens:,} tokens of {request.shape.name} on up to {request.max_ranks} ranks"
     if not able:
-        reasons = "; ".join(sorted({f"{c.scheme.label}: {c.rejected}" for c in candidates}))
+        reasons = "; ".join(sorted({f"{c.strategy.label}: {c.rejected}" for c in candidates}))
         return ServiceError(Reason.INVALID_REQUEST, f"no exchange can run {where}: {reasons}")
     least = min(able, key=lambda candidate: candidate.memory_bytes)
     return ServiceError(
         Reason.KV_POOL_FULL,
         f"{where} do not fit: the least that K/V take is {gibibytes(least.memory_bytes)} per rank "
-        f"({least.scheme.label} on {least.scheme.ranks}, {least.chunk_tokens:,} tokens per chunk "
-        f"and rank), the limit is {gibibytes(request.kv_memory_bytes)}",
+        f"({least.strategy.label} on {least.strategy.ranks}, "
+        f"{least.chunk_tokens:,} tokens per chunk and rank), "
+        f"the limit is {gibibytes(request.kv_memory_bytes)}",
         needed_bytes=least.memory_bytes,
         limit_bytes=int(request.kv_memory_bytes),
     )

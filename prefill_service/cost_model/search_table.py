@@ -22,7 +22,7 @@ def best_of_each(result: SearchResult) -> list[Candidate]:
     """
     best: dict[tuple[ExchangeKind, int], Candidate] = {}
     for candidate in (result.chosen, *result.candidates):
-        key = (candidate.scheme.exchange, _degree(candidate))
+        key = (candidate.strategy.exchange, _degree(candidate))
         first = best.setdefault(key, candidate)
         if first.rejected is not None and _more_informative(candidate, first):
             best[key] = candidate
@@ -46,11 +46,15 @@ def result_json(result: SearchResult) -> dict[str, Any]:
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as JSON values, its scheme's fields beside the others."""
+    """A candidate as JSON values, its strategy's fields beside the others."""
     values = asdict(candidate)
-    scheme = candidate.scheme
-    del values["scheme"]
-    mesh = {"exchange": str(scheme.exchange), "ranks": scheme.ranks, "ulysses": scheme.ulysses}
+    strategy = candidate.strategy
+    del values["strategy"]
+    mesh = {
+        "exchange": str(strategy.exchange),
+        "ranks": strategy.ranks,
+        "ulysses": strategy.ulysses,
+    }
     return mesh | values
 
 
@@ -60,22 +64,22 @@ def _more_informative(candidate: Candidate, first: Candidate) -> bool:
         return candidate.memory_bytes < first.memory_bytes
     if candidate.memory_bytes or first.memory_bytes:
         return bool(candidate.memory_bytes)
-    return candidate.scheme.ranks > first.scheme.ranks
+    return candidate.strategy.ranks > first.strategy.ranks
 
 
 def _degree(candidate: Candidate) -> int:
     """Ranks of a row of the mesh, where that is a choice."""
-    return candidate.scheme.ulysses if candidate.scheme.exchange.two_dimensional else 0
+    return candidate.strategy.ulysses if candidate.strategy.exchange.two_dimensional else 0
 
 
 def _row(candidate: Candidate, chosen: Candidate) -> Sequence[str]:
-    scheme = candidate.scheme
+    strategy = candidate.strategy
     if not candidate.memory_bytes:  # it cannot run at all
-        return ("", scheme.label, str(scheme.ranks), "", "", "", "", candidate.rejected or "")
+        return ("", strategy.label, str(strategy.ranks), "", "", "", "", candidate.rejected or "")
     return (
         "*" if candidate is chosen else "",
-        scheme.label,
-        str(scheme.ranks),
+        strategy.label,
+        str(strategy.ranks),
         f"{candidate.chunk_tokens:,}",
         duration(candidate.seconds),
         gigabytes(candidate.bytes_received),

@@ -1,4 +1,4 @@
-"""What a scheme makes a rank receive per layer and keep, and which side of attention should move.
+"""What a strategy makes a rank receive per layer and keep, and which side of attention should move.
 
 The formulas are in each exchange's entry of the catalogue; tests compare them with the papers' and
 with a walk that moves every token.
@@ -6,7 +6,7 @@ with a walk that moves every token.
 
 from __future__ import annotations
 
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import Chunking
 from prefill_service.parallel.exchanges.cost_terms import CostTerms, Traffic, TrafficOptions
@@ -15,43 +15,43 @@ DEFAULT_OPTIONS = TrafficOptions()
 
 
 def cost_terms(
-    scheme: Scheme,
+    strategy: Strategy,
     shape: ModelShape,
     chunking: Chunking,
     options: TrafficOptions = DEFAULT_OPTIONS,
 ) -> CostTerms:
-    """What the formulas of a scheme's exchange are made of.
+    """What the formulas of a strategy's exchange are made of.
 
     Args:
-        chunking: shares of the scheme's ranks.
+        chunking: shares of the strategy's ranks.
         options: what formulas leave open.
 
     Raises:
-        ValueError: the chunking has other ranks than the scheme.
+        ValueError: the chunking has other ranks than the strategy.
     """
-    if chunking.ranks != scheme.ranks:
-        raise ValueError(f"shares of {chunking.ranks} ranks for a scheme on {scheme.ranks}")
+    if chunking.ranks != strategy.ranks:
+        raise ValueError(f"shares of {chunking.ranks} ranks for a strategy on {strategy.ranks}")
     return CostTerms(
         shape=shape,
         chunking=chunking,
-        ulysses=scheme.ulysses,
-        whole_kv_heads=scheme.whole_kv_heads,
+        ulysses=strategy.ulysses,
+        whole_kv_heads=strategy.whole_kv_heads,
         options=options,
     )
 
 
 def traffic(
-    scheme: Scheme,
+    strategy: Strategy,
     shape: ModelShape,
     chunking: Chunking,
     options: TrafficOptions = DEFAULT_OPTIONS,
 ) -> Traffic:
-    """What a scheme moves per layer; arguments and errors of ``cost_terms``."""
-    return scheme.exchange.traffic(cost_terms(scheme, shape, chunking, options))
+    """What a strategy moves per layer; arguments and errors of ``cost_terms``."""
+    return strategy.exchange.traffic(cost_terms(strategy, shape, chunking, options))
 
 
 def memory_bytes(
-    scheme: Scheme,
+    strategy: Strategy,
     shape: ModelShape,
     chunking: Chunking,
     options: TrafficOptions = DEFAULT_OPTIONS,
@@ -62,7 +62,7 @@ def memory_bytes(
     exchange nor, but for the pages, on the prompt's length. Arguments and errors are those of
     ``cost_terms``.
     """
-    return scheme.exchange.memory(cost_terms(scheme, shape, chunking, options))
+    return strategy.exchange.memory(cost_terms(strategy, shape, chunking, options))
 
 
 def queries_move_from(shape: ModelShape, query_tokens: int) -> int:

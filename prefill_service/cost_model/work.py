@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.traffic import DEFAULT_OPTIONS, cost_terms
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import Chunking, Floats, Ints
@@ -49,7 +49,7 @@ class Work:
 
 
 def prefill_work(
-    scheme: Scheme,
+    strategy: Strategy,
     shape: ModelShape,
     chunking: Chunking,
     *,
@@ -69,10 +69,10 @@ def prefill_work(
     Returns:
         Arrays of [chunks, ranks].
     """
-    terms = cost_terms(scheme, shape, chunking, options)
-    moved = scheme.exchange.traffic(terms)
+    terms = cost_terms(strategy, shape, chunking, options)
+    moved = strategy.exchange.traffic(terms)
     layers = shape.attending_layers
-    kept = density if scheme.selects else 1.0
+    kept = density if strategy.selects else 1.0
 
     def bytes_of(stream: Stream) -> Floats:
         return _floats(stream.received, layers / min(stream.links, parallel_links))

@@ -145,7 +145,7 @@ class WorkerReady:
     Attributes:
         endpoint: where the worker serves its pages.
         sparse_from_tokens: prompts of at least this many tokens are sparse; the same on all ranks.
-        observed: what the start-up probe measured, where exchanges are planned.
+        observed: what the start-up probe measured, if the exchange is ``auto``.
     """
 
     rank: int

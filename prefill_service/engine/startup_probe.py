@@ -1,4 +1,4 @@
-"""What a start-up probe of the ranks tells the planner."""
+"""What a start-up probe of the ranks tells the cost model."""
 
 from __future__ import annotations
 

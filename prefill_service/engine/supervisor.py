@@ -93,7 +93,7 @@ class WorkerSupervisor:
 
     @property
     def observed(self) -> tuple[Observation, ...]:
-        """What rank 0 measured at start, if exchanges are planned; nothing before it is up."""
+        """What rank 0 measured at start, if the exchange is ``auto``; nothing before it is up."""
         return self._ready[0].observed if 0 in self._ready else ()
 
     @property

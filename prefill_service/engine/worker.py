@@ -124,7 +124,7 @@ class Worker:
     # ---- start-up --------------------------------------------------------------------------
 
     def _probe(self, model: PrefillModel, group: SPGroup) -> tuple[Observation, ...]:
-        """What this rank measures of its device and links, if exchanges are planned."""
+        """What this rank measures of its device and links, if the exchange is ``auto``."""
         if self._spec.engine.exchange != AUTO:
             return ()
         return probe_ranks(model.shape, group, model.device)

@@ -24,7 +24,7 @@ from prefill_service.scheduling.attention_summary import (
     detail,
     summarize,
 )
-from prefill_service.scheduling.exchange_planner import ExchangePlanner
+from prefill_service.scheduling.exchange_chooser import ExchangeChooser
 from prefill_service.scheduling.job import PrefillResult, PrefillSpec
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.placement import Placement
@@ -106,7 +106,7 @@ class PrefillRunner:
         *,
         metrics: Metrics,
         traces: TraceStore,
-        exchanges: ExchangePlanner | None = None,
+        exchanges: ExchangeChooser | None = None,
     ) -> None:
         self._executor = executor
         self._prefixes = prefixes

@@ -16,7 +16,7 @@ from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.scheduling.admission import Admission
 from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.dispatcher import JobDispatcher
-from prefill_service.scheduling.exchange_planner import ExchangePlanner
+from prefill_service.scheduling.exchange_chooser import ExchangeChooser
 from prefill_service.scheduling.job import Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.job_registry import JobRegistry
 from prefill_service.scheduling.job_store import JobStore
@@ -61,7 +61,7 @@ class Scheduler:
         *,
         config: EngineConfig,
         metrics: Metrics,
-        exchanges: ExchangePlanner | None = None,
+        exchanges: ExchangeChooser | None = None,
     ) -> None:
         self._store = store
         self._videos = videos

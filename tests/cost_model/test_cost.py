@@ -23,7 +23,7 @@ from prefill_service.cost_model.fitting import Observation, fit, nonnegative_lea
 from prefill_service.cost_model.history import CostHistory
 from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.profile import load_profile, save_profile
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.model_shape import ModelShape
@@ -48,10 +48,10 @@ def jobs(count: int, seed: int, *exchanges: ExchangeKind) -> list[Work]:
     for index in range(count):
         exchange = exchanges[index % len(exchanges)]
         ranks = draw.choice([2, 4, 8])
-        scheme = Scheme(exchange, ranks, ranks if exchange == ULYSSES else 1)
+        strategy = Strategy(exchange, ranks, ranks if exchange == ULYSSES else 1)
         tokens = int(10 ** draw.uniform(3, 5.5))
-        cut = deal_tokens(tokens, ranks, draw.choice([256, 1024, 8192]), scheme.order)
-        found.append(prefill_work(scheme, SHAPE, cut, density=draw.choice([1.0, 0.3])))
+        cut = deal_tokens(tokens, ranks, draw.choice([256, 1024, 8192]), strategy.order)
+        found.append(prefill_work(strategy, SHAPE, cut, density=draw.choice([1.0, 0.3])))
     return found
 
 
@@ -129,7 +129,8 @@ def test_fit_recovers_all_five_through_the_overlap(seed: int) -> None:
 def test_what_no_observation_says_stays_as_it_was() -> None:
     works = jobs(20, 5, GATHER)
     alone = [
-        prefill_work(Scheme(GATHER, 1), SHAPE, deal_tokens(n, 1, 512)) for n in (700, 5000, 90_000)
+        prefill_work(Strategy(GATHER, 1), SHAPE, deal_tokens(n, 1, 512))
+        for n in (700, 5000, 90_000)
     ]
     found = fit(timed(alone, TRUTH, 0.0), ASSUMED, "fitted")
     assert found.coefficients()[3:] == pytest.approx(ASSUMED.coefficients()[3:])

@@ -164,16 +164,16 @@ def test_the_choice_equals_brute_force() -> None:
         plan = search_candidates(request, cost)
         best = plan.chosen
         found = (
-            str(best.scheme.exchange),
-            best.scheme.ranks,
-            best.scheme.ulysses,
+            str(best.strategy.exchange),
+            best.strategy.ranks,
+            best.strategy.ulysses,
             best.chunk_tokens,
         )
         assert found == expected, (tokens, ranks, cost, memory)
         chosen.append(found[0])
         for candidate in plan.candidates:
-            scheme = candidate.scheme
-            way = (str(scheme.exchange), scheme.ranks, scheme.ulysses, candidate.chunk_tokens)
+            strategy = candidate.strategy
+            way = (str(strategy.exchange), strategy.ranks, strategy.ulysses, candidate.chunk_tokens)
             if candidate.memory_bytes:
                 seconds, received, needed = walked(way, tokens, cost)
                 assert candidate.seconds == pytest.approx(seconds)
@@ -207,11 +207,11 @@ def test_replicated_keys_need_memory_for_all_tokens() -> None:
     assert "133.5 GiB per rank (gather on 1" in str(refused.value)
     assert "the limit is 133.0 GiB" in str(refused.value)
     tight = replace(roomy, kv_memory_bytes=133 * 2**30, exchanges=EXCHANGES)
-    assert search_candidates(tight, ASSUMED).chosen.scheme.exchange != GATHER
+    assert search_candidates(tight, ASSUMED).chosen.strategy.exchange != GATHER
     gathers = [
         candidate.rejected or ""
         for candidate in search_candidates(tight, ASSUMED).candidates
-        if candidate.scheme.exchange == GATHER
+        if candidate.strategy.exchange == GATHER
     ]
     assert gathers
     assert all(re.search("K/V of 133.5 GiB per rank exceeds 133.0 GiB", text) for text in gathers)
@@ -223,7 +223,7 @@ def test_regimes_have_their_exchange() -> None:
 
     def best(cost: CostModel = ASSUMED, **changes: object) -> str:
         request = SearchRequest(shape, 400_000, 8, 100 * 2**30)
-        return str(search_candidates(replace(request, **changes), cost).chosen.scheme.exchange)  # type: ignore[arg-type]
+        return str(search_candidates(replace(request, **changes), cost).chosen.strategy.exchange)  # type: ignore[arg-type]
 
     # Few keys selected: only gather has all of them at hand.
     assert best(density=0.1) == "gather"
@@ -250,7 +250,7 @@ def test_no_disjoint_rings_means_a_ring(ranks: int) -> None:
     rejected = [
         candidate.rejected
         for candidate in search_candidates(request, ASSUMED).candidates
-        if candidate.scheme.exchange == MULTI_RING and candidate.scheme.ranks == ranks
+        if candidate.strategy.exchange == MULTI_RING and candidate.strategy.ranks == ranks
     ]
     assert len(rejected) == 1
     assert rejected[0]
@@ -261,7 +261,7 @@ def test_no_disjoint_rings_means_a_ring(ranks: int) -> None:
 def test_what_cannot_run_says_why() -> None:
     shape = replace(SHAPE, q_heads=2, kv_heads=1)
     plan = search_candidates(SearchRequest(shape, 100, 3, 2**30), ASSUMED)
-    reasons = {(c.scheme.label, c.scheme.ranks): c.rejected for c in plan.candidates}
+    reasons = {(c.strategy.label, c.strategy.ranks): c.rejected for c in plan.candidates}
     assert reasons["ulysses", 3] == "3 ranks cannot share 2 query heads"
     assert "density 1" in (reasons["demand", 2] or "")
     with pytest.raises(ServiceError, match=r"no exchange can run 100 tokens .* demand: density 1"):
@@ -273,7 +273,7 @@ def test_what_cannot_run_says_why() -> None:
 def test_the_reason_names_what_decided() -> None:
     shape = PRESETS["qwen2.5-vl-7b"]
     plan = search_candidates(SearchRequest(shape, 1_000_000, 4, 20 * 2**30), ASSUMED)
-    best = plan.chosen.scheme
+    best = plan.chosen.strategy
     assert plan.reason.startswith(f"{best.label} on {best.ranks} ranks")
     for part in ("candidates that fit", "Of other exchanges", "A rank receives", "of 20.0 GiB"):
         assert part in plan.reason

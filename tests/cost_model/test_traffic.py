@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefill_service.cost_model.presets import PRESETS
-from prefill_service.cost_model.schemes import Scheme, schemes
+from prefill_service.cost_model.strategies import Strategy, strategies
 from prefill_service.cost_model.traffic import queries_move_from, traffic
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.models.model_shape import ModelShape
@@ -43,14 +43,14 @@ ODD = replace(SHAPE, name="odd", q_heads=14, kv_heads=2, head_dim=4, dtype="bflo
 
 
 def moved(
-    scheme: Scheme, shape: ModelShape, tokens: int, chunk: int, *, share: float = 1.0
+    strategy: Strategy, shape: ModelShape, tokens: int, chunk: int, *, share: float = 1.0
 ) -> Traffic:
-    cut = deal_tokens(tokens, scheme.ranks, chunk, scheme.order)
-    return traffic(scheme, shape, cut, TrafficOptions(share))
+    cut = deal_tokens(tokens, strategy.ranks, chunk, strategy.order)
+    return traffic(strategy, shape, cut, TrafficOptions(share))
 
 
-def scheme_of(exchange: ExchangeKind, ranks: int, ulysses: int = 1) -> Scheme:
-    return Scheme(exchange, ranks, ranks if exchange.mesh is MeshForm.ROW else ulysses)
+def scheme_of(exchange: ExchangeKind, ranks: int, ulysses: int = 1) -> Strategy:
+    return Strategy(exchange, ranks, ranks if exchange.mesh is MeshForm.ROW else ulysses)
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -83,16 +83,16 @@ def test_rows_and_columns_move_what_the_paper_says(exchange: ExchangeKind) -> No
     p = u * r
     heads = (2 * hq + 2 * hkv) * d * e * n // p * (u - 1) // u
     ring = 2 * hkv * d * e * n * (r - 1) // p
-    found = moved(Scheme(exchange, p, u), SHAPE, n, n // p)
+    found = moved(Strategy(exchange, p, u), SHAPE, n, n // p)
     assert found.received.tolist() == [heads + ring] * p
     assert found.exposed.received.tolist() == [[heads] * p]
 
 
 def test_the_sizes_measured_on_real_ranks() -> None:
     """4 gloo ranks, 192 tokens in float64: what counting the collectives found."""
-    assert moved(Scheme(USP, 4, 2), SHAPE, 192, 48).received.max() == 122_880
-    assert moved(Scheme(RING, 4), SHAPE, 192, 48).received.max() == 147_456
-    assert moved(Scheme(PASS_Q, 4), SHAPE, 192, 48).received.max() == 304_128
+    assert moved(Strategy(USP, 4, 2), SHAPE, 192, 48).received.max() == 122_880
+    assert moved(Strategy(RING, 4), SHAPE, 192, 48).received.max() == 147_456
+    assert moved(Strategy(PASS_Q, 4), SHAPE, 192, 48).received.max() == 304_128
 
 
 def test_log_sum_exps_have_four_bytes_at_least() -> None:
@@ -100,7 +100,7 @@ def test_log_sum_exps_have_four_bytes_at_least() -> None:
     p = 4
     d = 4
     hq = 14
-    found = moved(Scheme(PASS_Q, p), ODD, n, n // p)
+    found = moved(Strategy(PASS_Q, p), ODD, n, n // p)
     assert found.received.tolist() == [hq * (2 * d * 2 + 4) * n * (p - 1) // p] * p
 
 
@@ -110,23 +110,23 @@ def test_log_sum_exps_have_four_bytes_at_least() -> None:
 def test_chunks_move_what_a_walk_counts(
     shape: ModelShape, ranks: int, tokens: int, chunk: int
 ) -> None:
-    for scheme in schemes(ranks):
-        if scheme.exchange == MULTI_RING and not prime(ranks):
+    for strategy in strategies(ranks):
+        if strategy.exchange == MULTI_RING and not prime(ranks):
             continue  # the walk's rings exist for prime numbers only
-        if scheme.exchange.whole_kv_heads and scheme.ulysses > shape.kv_heads:
+        if strategy.exchange.whole_kv_heads and strategy.ulysses > shape.kv_heads:
             continue  # never run
-        share = 1.0 if scheme.exchange.predictable else 0.3
-        walk = Simulation(scheme.exchange, shape, ranks, scheme.ulysses, share=share)
+        share = 1.0 if strategy.exchange.predictable else 0.3
+        walk = Simulation(strategy.exchange, shape, ranks, strategy.ulysses, share=share)
         counted = walk.run(tokens, chunk)
-        found = moved(scheme, shape, tokens, chunk, share=share)
+        found = moved(strategy, shape, tokens, chunk, share=share)
         for name in ("exposed", "hidden"):
             stream = getattr(found, name)
             for values, kind in ((stream.received, name), (stream.calls, f"{name}_calls")):
                 seen = [[getattr(c, kind)[rank] for rank in range(ranks)] for c in counted]
-                assert values.tolist() == seen, (scheme, kind)
-        cut = deal_tokens(tokens, ranks, chunk, scheme.order)
+                assert values.tolist() == seen, (strategy, kind)
+        cut = deal_tokens(tokens, ranks, chunk, strategy.order)
         pairs = [[c.pairs[rank] for rank in range(ranks)] for c in counted]
-        work = prefill_work(scheme, shape, cut)
+        work = prefill_work(strategy, shape, cut)
         assert np.allclose(work.attention_flops, np.array(pairs) * shape.attention_flops(1))
 
 
@@ -200,8 +200,8 @@ def test_sparse_ulysses_moves_each_head_once(ranks: int) -> None:
     """Of even shares: every rank's heads of the others' tokens, and the others' of its own."""
     n = 240
     shape = SHAPE
-    scheme = scheme_of(ULYSSES, ranks).with_density(density=0.3)
-    found = traffic(scheme, shape, deal_tokens(n, ranks, n // ranks)).received
+    strategy = scheme_of(ULYSSES, ranks).with_density(density=0.3)
+    found = traffic(strategy, shape, deal_tokens(n, ranks, n // ranks)).received
     own = [4 // ranks + (rank < 4 % ranks) for rank in range(ranks)]  # KV heads; 2 queries each
     size = shape.head_dim * shape.bytes_per_element
     away = n - n // ranks
@@ -216,8 +216,8 @@ def test_refusals_name_the_value() -> None:
         HeadSplit(28, 4, 29)
     with pytest.raises(ValueError, match="tokens = 0 is not accepted"):
         deal_tokens(0, 1, 1)
-    with pytest.raises(ValueError, match="shares of 2 ranks for a scheme on 3"):
-        traffic(Scheme(RING, 3), SHAPE, deal_tokens(8, 2, 4))
+    with pytest.raises(ValueError, match="shares of 2 ranks for a strategy on 3"):
+        traffic(Strategy(RING, 3), SHAPE, deal_tokens(8, 2, 4))
 
 
 @pytest.mark.parametrize("shape", [SHAPE, ODD, *PRESETS.values()], ids=lambda s: s.name)
@@ -232,8 +232,8 @@ def test_queries_move_exactly_when_that_is_cheaper(shape: ModelShape) -> None:
     assert query_elements >= (start - 1) * key_elements
     for keys in (start // queries * queries, (start // queries + 1) * queries):
         by_keys, by_queries = (
-            traffic(scheme, shape, deal_tokens(keys, 4, 16, Order.ZIGZAG))
-            for scheme in (Scheme(RING, 4), Scheme(PASS_Q, 4))
+            traffic(strategy, shape, deal_tokens(keys, 4, 16, Order.ZIGZAG))
+            for strategy in (Strategy(RING, 4), Strategy(PASS_Q, 4))
         )
         last = [int((t.exposed.received + t.hidden.received)[-1, 0]) for t in (by_keys, by_queries)]
         assert (last[1] < last[0]) == (keys >= start)

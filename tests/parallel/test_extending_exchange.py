@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.report import parallel
 from prefill_service.cost_model.presets import PRESETS
-from prefill_service.cost_model.schemes import Scheme, schemes
+from prefill_service.cost_model.strategies import Strategy, strategies
 from prefill_service.cost_model.traffic import memory_bytes, traffic
 from prefill_service.parallel.chunking import deal_tokens
 from prefill_service.parallel.exchanges.catalog import EXCHANGES
@@ -20,7 +20,7 @@ from tests.parallel.toy_exchange import SEND_TO_ALL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OVER_THE_CATALOGUE = (
-    "tests/cli/test_plan.py::test_json_has_all_candidates",
+    "tests/cli/test_estimate.py::test_json_has_all_candidates",
     "tests/cli/test_serve_help.py::test_each_option_is_shown_once_with_its_default",
     "tests/cost_model/test_search.py",
     "tests/cost_model/test_traffic.py::test_chunks_move_what_a_walk_counts",
@@ -34,15 +34,15 @@ def test_it_conforms(size: int, tmp_path: Path) -> None:
     check_exchange([SEND_TO_ALL], size, tmp_path)
 
 
-def test_the_planner_costs_it() -> None:
-    [scheme] = schemes(4, [SEND_TO_ALL])
-    assert scheme == Scheme(SEND_TO_ALL, 4)
-    assert scheme not in list(schemes(4, EXCHANGES))
+def test_the_cost_model_costs_it() -> None:
+    [strategy] = strategies(4, [SEND_TO_ALL])
+    assert strategy == Strategy(SEND_TO_ALL, 4)
+    assert strategy not in list(strategies(4, EXCHANGES))
     shape = PRESETS["qwen3-vl-8b"]
     chunking = deal_tokens(8192, 4, 512)
-    received = traffic(scheme, shape, chunking).received
+    received = traffic(strategy, shape, chunking).received
     assert received.tolist() == [shape.row_bytes * 8192 * 3 // 4] * 4
-    assert memory_bytes(scheme, shape, chunking) == 35 * 8192 * shape.row_bytes
+    assert memory_bytes(strategy, shape, chunking) == 35 * 8192 * shape.row_bytes
 
 
 def test_what_goes_over_the_catalogue_takes_it() -> None:

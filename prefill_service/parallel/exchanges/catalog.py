@@ -1,8 +1,8 @@
 """The exchanges: what each is called, what it can do, what it moves and keeps, who published it.
 
-This is the only list. Configuration, help, planner, documentation and tests go through it, and it
-imports neither torch nor numpy, so that they may. An implementation is named, and imported when it
-is built (``registry.make_exchange``); docs/extending.md says how to add one.
+This is the only list. Configuration, help, cost model, documentation and tests go through it, and
+it imports neither torch nor numpy, so that they may. An implementation is named, and imported when
+it is built (``registry.make_exchange``); docs/extending.md says how to add one.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ ULYSSES_GATHER = ExchangeKind(
 )
 
 EXCHANGES = (GATHER, RING, ULYSSES, USP, PASS_Q, MULTI_RING, DEMAND, ULYSSES_GATHER)
-"""All of them, the simplest first: the planner settles ties in this order."""
+"""All of them, the simplest first: the search settles ties in this order."""
 
 
 def exchange_named(name: str) -> ExchangeKind:

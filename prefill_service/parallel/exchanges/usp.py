@@ -1,4 +1,4 @@
-"""The ``ring``, ``ulysses``, ``usp`` and ``multi_ring`` exchanges: one scheme on a 2-D mesh.
+"""The ``ring``, ``ulysses``, ``usp`` and ``multi_ring`` exchanges: one algorithm on a 2-D mesh.
 
 Inside a row of the mesh an all-to-all turns a share of the tokens with all heads into all the
 row's tokens with a share of the heads (Ulysses, arXiv 2309.14509); along a column K and V of

@@ -1,4 +1,4 @@
-"""``prefill-service plan``: what it prints, and its errors in one line."""
+"""``prefill-service estimate``: what it prints, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefill_service.cost_model.cost import ASSUMED
 from prefill_service.cost_model.profile import load_profile, save_profile
 from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
-LONG = ["plan", "--tokens", "1000000", "--ranks", "8"]
+LONG = ["estimate", "--tokens", "1000000", "--ranks", "8"]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -130,3 +130,16 @@ def test_errors_are_one_line(
     assert found == code
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_another_name_of_the_command_says_which_one_it_stands_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = printed(capsys)
+    assert main(["plan", *LONG[1:]]) == 0
+    found = capsys.readouterr()
+    assert found.out == expected
+    assert found.err == "prefill-service: plan stands for estimate\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "plan" not in capsys.readouterr().out.split()

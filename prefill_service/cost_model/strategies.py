@@ -17,7 +17,7 @@ from prefill_service.parallel.token_order import Order
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class Strategy:
     """An exchange on a number of ranks.
 
     Attributes:
@@ -60,12 +60,12 @@ class Scheme:
         splits = self.exchange.mesh is not MeshForm.COLUMN
         return self.exchange.sparse and (self.whole_kv_heads or not splits)
 
-    def with_density(self, density: float) -> Scheme:
-        """The scheme that computes a prefix which attends to this share of the keys."""
+    def with_density(self, density: float) -> Strategy:
+        """The strategy that computes a prefix which attends to this share of the keys."""
         return replace(self, sparse=True) if self.exchange.sparse and density < 1 else self
 
     def unsuitable(self, shape: ModelShape, density: float, parallel_links: int) -> str | None:
-        """Why this scheme cannot run at all, or not differ from a simpler one, or ``None``."""
+        """Why this strategy cannot run at all, or not differ from a simpler one, or ``None``."""
         if self.ulysses > shape.q_heads:
             return f"{self.ulysses} ranks cannot share {shape.q_heads} query heads"
         if self.exchange.whole_kv_heads and self.ulysses > shape.kv_heads:
@@ -73,15 +73,15 @@ class Scheme:
         return self.exchange.unsuitable(Conditions(self.ranks, density, parallel_links))
 
 
-def schemes(ranks: int, exchanges: Sequence[ExchangeKind] = EXCHANGES) -> Iterator[Scheme]:
-    """All schemes of a degree; on one rank nothing is exchanged and ``gather`` stands for all."""
+def strategies(ranks: int, exchanges: Sequence[ExchangeKind] = EXCHANGES) -> Iterator[Strategy]:
+    """All strategies of a degree; one rank exchanges nothing, and ``gather`` stands for all."""
     if ranks == 1:
         if GATHER in exchanges:
-            yield Scheme(GATHER, 1)
+            yield Strategy(GATHER, 1)
         return
     for exchange in exchanges:
         for degree in _degrees(exchange, ranks):
-            yield Scheme(exchange, ranks, degree)
+            yield Strategy(exchange, ranks, degree)
 
 
 def _degrees(exchange: ExchangeKind, ranks: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Which exchange computes a prefix, where the configuration leaves it open.
 
 A cost model of this machine, from the ranks' probe at start and refined by every finished prefill,
-costs the exchanges for a prefix's length (docs/planner.md). All are exact. Attention is dense under
-an exchange that is not ``sparse`` in the catalogue, and such a one is chosen only where computing
-all of it is faster still.
+costs the exchanges for a prefix's length (docs/cost_model.md). All are exact. Attention is dense
+under an exchange that is not ``sparse`` in the catalogue, and such a one is chosen only where
+computing all of it is faster still.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
 from prefill_service.cost_model.history import CostHistory
 from prefill_service.cost_model.request import SearchRequest
-from prefill_service.cost_model.schemes import Scheme
 from prefill_service.cost_model.search import search_candidates
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.shard_map import token_layout
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 CONSIDERED = tuple(exchange for exchange in EXCHANGES if exchange.predictable)
 
 
-class ExchangePlanner:
+class ExchangeChooser:
     """Chooses an exchange for each prefix, and refines its cost model with every finished prefill.
 
     Args:
@@ -82,9 +82,9 @@ class ExchangePlanner:
         except ServiceError as error:
             logger.info("gather for %d tokens: %s", plan.num_tokens, error)
             return ExchangeChoice()
-        scheme = found.chosen.scheme
-        logger.info("%s for %d tokens: %s", scheme.label, plan.num_tokens, found.reason)
-        return ExchangeChoice(scheme.exchange, scheme.ulysses)
+        strategy = found.chosen.strategy
+        logger.info("%s for %d tokens: %s", strategy.label, plan.num_tokens, found.reason)
+        return ExchangeChoice(strategy.exchange, strategy.ulysses)
 
     def predict_seconds(self, tokens: int, ranks: int) -> float:
         """Predict the seconds of a prefix of whole chunks by ``gather`` with dense attention.
@@ -97,7 +97,7 @@ class ExchangePlanner:
         chunks = -(-tokens // self._chunk_tokens)
         if (chunks, ranks) not in self._seconds:
             whole = deal_tokens(chunks * self._chunk_tokens, ranks, self._chunk_tokens)
-            work = prefill_work(Scheme(GATHER, ranks), self._shape, whole)
+            work = prefill_work(Strategy(GATHER, ranks), self._shape, whole)
             self._seconds[chunks, ranks] = self.model.prefill_seconds(work)
         return self._seconds[chunks, ranks]
 
@@ -120,8 +120,8 @@ class ExchangePlanner:
             whole_units=task.whole_units,
         )
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-        scheme = Scheme(choice.kind, ranks, choice.degree).with_density(density)
-        work = prefill_work(scheme, self._shape, chunking, density=density)
+        strategy = Strategy(choice.kind, ranks, choice.degree).with_density(density)
+        work = prefill_work(strategy, self._shape, chunking, density=density)
         model = self._cost_history().add_job(work, seconds)
         self._seconds.clear()
         logger.info("cost model: %s", model)

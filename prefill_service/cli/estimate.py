@@ -1,4 +1,4 @@
-"""``prefill-service plan``: how a prefill of some length would be spread, and why.
+"""``prefill-service estimate``: how a prefill of some length would be spread, and why.
 
 Nothing heavy is imported before the command runs.
 """
@@ -22,10 +22,10 @@ _PRESET = "qwen3-vl-8b"
 _MEMORY_GIB = 40.0
 
 
-def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
+def add_estimate(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the command to ``prefill-service``."""
     parser = commands.add_parser(
-        "plan", help="show how a prefill would be spread over ranks, and why"
+        "estimate", help="predict time, traffic and memory of a prefill for each exchange"
     )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
@@ -60,10 +60,10 @@ def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
     add("--save", type=Path, metavar="FILE", help="write the cost model that was used")
     add("--all", action="store_true", help="every candidate, not only the best of each exchange")
     add("--json", action="store_true", help="everything as JSON")
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(run=_estimate)
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _estimate(args: argparse.Namespace) -> int:
     """Print the search result; returns the exit code.
 
     Raises:

@@ -17,7 +17,7 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.attention.report import AttentionReport, LayerReport
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.cost_model.presets import PRESETS
-from prefill_service.cost_model.schemes import Scheme
+from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.work import Work, prefill_work
 from prefill_service.engine.messages import PrefillTask
 from prefill_service.engine.task_state import PrefillOutcome
@@ -35,7 +35,7 @@ from prefill_service.parallel.exchanges.catalog import (
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.parallel.token_layout import deal_patches
-from prefill_service.scheduling.exchange_planner import ExchangePlanner
+from prefill_service.scheduling.exchange_chooser import ExchangeChooser
 from prefill_service.scheduling.placement import assumed_seconds
 from tests.support.simulated_backends import LAYOUT, SimulatedExecutor
 
@@ -62,8 +62,8 @@ def machine(link: float) -> list[Observation]:
     ]
 
 
-def planner(link: float, kv_bytes: int = ROOM, chunk: int = 4096) -> Any:
-    return ExchangePlanner(SHAPE, chunk, kv_bytes, lambda: machine(link))
+def chooser_for(link: float, kv_bytes: int = ROOM, chunk: int = 4096) -> Any:
+    return ExchangeChooser(SHAPE, chunk, kv_bytes, lambda: machine(link))
 
 
 def outcome(seconds: float, density: float = 1.0) -> PrefillOutcome:
@@ -102,26 +102,26 @@ def task(
 
 def test_the_regimes() -> None:
     """Chunks: a ring moves the past again with each; what is replicated needs room."""
-    slow = planner(1e9).choose(prefix(262_144), EXACT, RANKS)
+    slow = chooser_for(1e9).choose(prefix(262_144), EXACT, RANKS)
     assert slow.kind in (GATHER, ULYSSES)  # the fewest bytes
-    alike = planner(1e13, chunk=512).choose(prefix(131_072), EXACT, RANKS)
+    alike = chooser_for(1e13, chunk=512).choose(prefix(131_072), EXACT, RANKS)
     assert alike.kind == GATHER  # no exchange is faster by more than the tolerance
     gather_takes = 262_144 * SHAPE.row_bytes * SHAPE.attending_layers
-    tight = planner(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT, RANKS)
+    tight = chooser_for(350e9, kv_bytes=gather_takes // 2).choose(prefix(262_144), EXACT, RANKS)
     assert tight.kind != GATHER
     assert tight.kind != DEMAND
 
 
 def test_where_nothing_fits_it_is_gather(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert planner(1e9, kv_bytes=1).choose(prefix(4096), EXACT, RANKS) == ExchangeChoice()
+        assert chooser_for(1e9, kv_bytes=1).choose(prefix(4096), EXACT, RANKS) == ExchangeChoice()
     assert "the least that K/V take" in caplog.text
 
 
 @pytest.mark.parametrize("chunk", [2048, 65_536])
 def test_sparse_attention_keeps_what_selects(chunk: int) -> None:
     """Once it is known what a quality attends to, exact exchanges no longer compete."""
-    chooser = planner(350e9, chunk=chunk)
+    chooser = chooser_for(350e9, chunk=chunk)
     plan = prefix(1 << 20)
     before = chooser.choose(plan, BALANCED, RANKS)
     assert before == chooser.choose(plan, EXACT, RANKS)
@@ -133,7 +133,7 @@ def test_sparse_attention_keeps_what_selects(chunk: int) -> None:
 
 
 def test_jobs_refine_the_model() -> None:
-    chooser = planner(350e9)
+    chooser = chooser_for(350e9)
     plan = prefix(65_536)
     probed = chooser.model
     assert probed.provenance == "probe of the ranks"
@@ -150,14 +150,14 @@ def test_jobs_refine_the_model() -> None:
 @pytest.mark.parametrize("kind", [ULYSSES, ULYSSES_GATHER])
 def test_a_job_that_took_what_was_predicted_changes_nothing(kind: ExchangeKind) -> None:
     """Sparse, on a mesh whose three ranks of a row have 12, 12 and 8 of 32 query heads."""
-    chooser = planner(350e9)
+    chooser = chooser_for(350e9)
     plan = prefix(65_536)
     density = 0.1
     layout = deal_patches(plan.patch_ends, 3, 4096, whole_units=True)
     chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
-    scheme = Scheme(kind, 3, 3, sparse=True)
+    strategy = Strategy(kind, 3, 3, sparse=True)
     before = chooser.model
-    seconds = before.prefill_seconds(prefill_work(scheme, SHAPE, chunking, density=density))
+    seconds = before.prefill_seconds(prefill_work(strategy, SHAPE, chunking, density=density))
     for _ in range(4):
         chooser.learn(
             task(plan, BALANCED, ExchangeChoice(kind, 3), ranks=3), outcome(seconds, density)
@@ -176,8 +176,8 @@ class TimedExecutor(SimulatedExecutor):
         return replace(found, stage_seconds={**found.stage_seconds, "prefill": 0.5})
 
 
-class Recorder(ExchangePlanner):
-    """A planner that has made up its mind."""
+class Recorder(ExchangeChooser):
+    """A chooser that has made up its mind."""
 
     learned: list[ExchangeChoice]
 
@@ -204,16 +204,16 @@ async def test_a_job_takes_the_chosen_exchange(serve: Callable[..., Any], tmp_pa
 
 def test_the_model_says_what_more_ranks_bring() -> None:
     """On a slow link several ranks lose, on a fast one they gain."""
-    slow = planner(1e7)
-    fast = planner(350e9)
+    slow = chooser_for(1e7)
+    fast = chooser_for(350e9)
     assert slow.predict_seconds(4096, 2) > slow.predict_seconds(4096, 1)
     assert 3 < fast.predict_seconds(65_536, 1) / fast.predict_seconds(65_536, 4) <= 4
-    unmeasured = ExchangePlanner(SHAPE, 4096, ROOM, list)
+    unmeasured = ExchangeChooser(SHAPE, 4096, ROOM, list)
     assert unmeasured.predict_seconds(1000, 2) == assumed_seconds(1000, 2)
 
 
 def test_jobs_change_what_more_ranks_bring() -> None:
-    chooser = planner(350e9)
+    chooser = chooser_for(350e9)
     before = chooser.predict_seconds(65_536, 2)
     for _ in range(4):
         chooser.learn(task(prefix(65_536), EXACT, ExchangeChoice(), ranks=2), outcome(100.0))
