@@ -166,7 +166,7 @@ def take_turns(
             found.note("wall_s", density, time.perf_counter() - begin)
             found.note("ours_s", density, report.attend_s)
             found.note("select_s", density, report.select_s)
-            found.note("certify_s", density, report.certify_s)
+            found.note("certify_s", density, report.verify_s)
             found.reports[density] = report
             found.rounds_of[density] += 1
             if flex:

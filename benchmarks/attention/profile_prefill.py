@@ -118,7 +118,7 @@ def _prefill(
         "linear layers": linear.seconds,
         "attention": sum(report.attend_s for report in reports),
         "selection": sum(report.select_s for report in reports),
-        "certificate": sum(report.certify_s for report in reports),
+        "certificate": sum(report.verify_s for report in reports),
     }
     parts["all else"] = total - sum(parts.values())
     flops = {

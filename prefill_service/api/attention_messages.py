@@ -9,7 +9,7 @@ from prefill_service.api.time_messages import duration_to_proto
 from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
 from prefill_service.attention.report import BlockMap
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.parallel.baselines.methods import Comparison
+from prefill_service.parallel.baselines.methods import BaselineName
 from prefill_service.scheduling.attention_summary import AttentionMeasures, AttentionSummary
 from prefill_service.scheduling.baseline_spec import BaselineSpec
 
@@ -17,7 +17,7 @@ _QUALITIES: dict[int, Quality | None] = {
     pb.QUALITY_UNSPECIFIED: None,
     **{pb.Quality.Value(f"QUALITY_{q.name}"): q for q in Quality},
 }
-_METHODS = {pb.ComparisonMethod.Value(f"COMPARISON_METHOD_{m.name}"): m for m in Comparison}
+_METHODS = {pb.ComparisonMethod.Value(f"COMPARISON_METHOD_{m.name}"): m for m in BaselineName}
 
 
 # ---- the policy and its report ----------------------------------------------------------------

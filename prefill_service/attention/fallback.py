@@ -57,7 +57,7 @@ class VerifiedAttention:
         attended: [kv_heads] key columns (``LayerReport.attended``), on the host.
         verification: of ``out``.
         attempts: how many sparse attentions there were.
-        retried, dense: KV heads computed with a smaller epsilon, and densely.
+        redone, dense: KV heads computed with a smaller epsilon, and densely.
         pairs: key columns of all that was computed, what was then computed again included.
         clocks: of every attempt.
     """
@@ -67,7 +67,7 @@ class VerifiedAttention:
     attended: Tensor = field(init=False)
     verification: Verification = field(init=False)
     attempts: int = 0
-    retried: int = 0
+    redone: int = 0
     dense: int = 0
     pairs: float = 0.0
     clocks: list[Stopwatch] = field(default_factory=list)
@@ -90,7 +90,7 @@ class VerifiedAttention:
             self.verification.kept_mass[heads] = verification.kept_mass
             self.verification.output_error[heads] = verification.output_error
         if self.attempts == 1:
-            self.retried = len(problem.heads)
+            self.redone = len(problem.heads)
         self.attempts += 1
         self.pairs += float(attended.sum())
         self.clocks.append(result.clock)

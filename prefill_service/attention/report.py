@@ -71,7 +71,7 @@ class LayerReport:
         kept_mass: of sampled (query row, query head) pairs: 1 - total variation distance between
             the exact attention distribution and the one used.
         output_error: of the same pairs: norm of the output's error over that of the exact output.
-        select_s, attend_s, certify_s: seconds (of the slowest rank) in clustering + summaries +
+        select_s, attend_s, verify_s: seconds (of the slowest rank) in clustering + summaries +
             selection, in the attention itself (of what was computed again, too), and in the
             verification.
         head_mass: [q_heads] sum of ``kept_mass`` over the sampled rows; empty if there were none.
@@ -87,7 +87,7 @@ class LayerReport:
     output_error: Distribution = field(default_factory=Distribution)
     select_s: float = 0.0
     attend_s: float = 0.0
-    certify_s: float = 0.0
+    verify_s: float = 0.0
     head_mass: list[float] = field(default_factory=list)
 
     def add_kept_mass(self, values: Tensor) -> None:
@@ -111,7 +111,7 @@ class LayerReport:
         self.output_error.merge(other.output_error)
         self.select_s = max(self.select_s, other.select_s)
         self.attend_s = max(self.attend_s, other.attend_s)
-        self.certify_s = max(self.certify_s, other.certify_s)
+        self.verify_s = max(self.verify_s, other.verify_s)
         self._add_head_mass(other.head_mass)
 
     def among(self, heads: slice, kv_heads: int) -> LayerReport:

@@ -128,7 +128,7 @@ class AttentionStats:
         self._add_mass(torch.stack(masses), len(q), position, tiles=tiles, order=order)
         self.count_exact(layer, start, q.shape[1])
         clock.lap("verify")
-        self._reports[layer].certify_s += clock.seconds("verify")
+        self._reports[layer].verify_s += clock.seconds("verify")
 
     def patch_weights(self, position: Tensor, keys: int) -> Tensor:
         """[samples, keys] that exact probabilities of rows at ``position`` count for."""
@@ -148,7 +148,7 @@ class AttentionStats:
         """
         report = self._reports[layer]
         verification = used.verification
-        report.tiles_redone += used.retried * tiles.count
+        report.tiles_redone += used.redone * tiles.count
         report.tiles_dense += used.dense * tiles.count
         self._grids.add_sparse(layer, tiles, used.keep, order)
         self._count(layer, tiles, used.attended.tolist())
@@ -167,7 +167,7 @@ class AttentionStats:
         report.select_s += clock.seconds("cluster") + select
         report.attend_s += attend
         # All that is neither selection nor attention is there to know what they did.
-        report.certify_s += clock.seconds("sparse") - select - attend
+        report.verify_s += clock.seconds("sparse") - select - attend
 
     def report(self) -> RankAttention:
         """What was measured so far."""

@@ -76,15 +76,15 @@ class Admission:
         """Identity of the model and its weights."""
         return self._planner.checkpoint.fingerprint
 
-    def resolve_policy(self, requested: AttentionPolicy) -> AttentionPolicy:
-        """The policy that the ranks follow, with the configured head budgets."""
+    def with_head_budgets(self, requested: AttentionPolicy) -> AttentionPolicy:
+        """The policy that the ranks follow: the one requested, with the configured budgets."""
         return requested.with_budgets(self._budgets)
 
     def attention_key(self, spec: PrefillSpec) -> str:
         """How a prefix's KV is computed (``Manifest.attention_key``); part of its id."""
         if spec.comparison is not None:
             return spec.comparison.attention_key(self._ranks)
-        return self.resolve_policy(spec.attention).attention_key
+        return self.with_head_budgets(spec.attention).attention_key
 
     async def baseline_task(self, spec: PrefillSpec, plan: PrefixPlan) -> BaselineTask | None:
         """How the ranks compute a spec's baseline, if it has one.

@@ -25,7 +25,10 @@ MAX_PATCHES = 2048
 
 @dataclass(frozen=True, slots=True)
 class AttentionMeasures:
-    """One layer's attention, or that of all layers (``prefill.v1.AttentionMeasures``)."""
+    """One layer's attention, or that of all layers (``prefill.v1.AttentionMeasures``).
+
+    Names are the API's, which the database keeps too: ``certify_s`` is the verification's time.
+    """
 
     density: float
     sampled_rows: int
@@ -152,7 +155,7 @@ def _measure(layers: Sequence[LayerReport]) -> AttentionMeasures:
         tiles_dense=sum(layer.tiles_dense for layer in layers),
         select_s=sum(layer.select_s for layer in layers),
         attend_s=sum(layer.attend_s for layer in layers),
-        certify_s=sum(layer.certify_s for layer in layers),
+        certify_s=sum(layer.verify_s for layer in layers),
     )
 
 

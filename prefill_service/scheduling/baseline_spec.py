@@ -11,19 +11,19 @@ from prefill_service.engine.messages import BaselineTask
 from prefill_service.engine.shard_map import baseline_split
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.parallel.baselines.methods import Comparison, baseline_method
+from prefill_service.parallel.baselines.methods import BaselineName, baseline_method
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineSpec:
-    """Which method (``prefill.v1.BaselineSpec``).
+    """Which method (``prefill.v1.ComparisonSpec``).
 
     Attributes:
         question: the question that the method consults.
         anchor_tokens, passing_tokens: lengths; as published if ``None``.
     """
 
-    method: Comparison
+    method: BaselineName
     question: str
     anchor_tokens: int | None = None
     passing_tokens: int | None = None
@@ -31,7 +31,7 @@ class BaselineSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BaselineSpec:
         """Rebuild a spec from ``dataclasses.asdict``."""
-        return cls(**{**data, "method": Comparison(data["method"])})
+        return cls(**{**data, "method": BaselineName(data["method"])})
 
     def attention_key(self, ranks: int) -> str:
         """Name for the manifest; part of the prefix id, because all of it changes the KV."""

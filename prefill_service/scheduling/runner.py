@@ -160,7 +160,7 @@ class PrefillRunner:
         """
         plan = attempt.plan
         subgroup = attempt.placement.subgroup
-        policy = self._admission.resolve_policy(attempt.spec.attention)
+        policy = self._admission.with_head_budgets(attempt.spec.attention)
         baseline = await self._admission.baseline_task(attempt.spec, plan)
         exchange = self._executor.exchange_of(subgroup)
         if self._exchanges is not None and baseline is None:
@@ -216,7 +216,7 @@ class PrefillRunner:
             task.plan.num_tokens,
             outcome,
             attention,
-            method=task.baseline.method.method if task.baseline else "",
+            method=task.baseline.method.name if task.baseline else "",
             ranks=task.subgroup.size,
         )
         stages = {str(stage): round(value, 2) for stage, value in outcome.stage_seconds.items()}
@@ -265,6 +265,6 @@ def _result(
         kv_transfer_params_json=json.dumps(params, separators=(",", ":")),
         manifest_json=manifest.to_json(),
         attention=attention,
-        exchange=task.baseline.method.method if task.baseline else str(task.exchange),
+        exchange=task.baseline.method.name if task.baseline else str(task.exchange),
         communication=outcome.communication,
     )

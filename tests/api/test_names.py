@@ -15,7 +15,7 @@ from prefill_service.api import answer_service
 from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.engine.messages import Stage
 from prefill_service.errors import Reason
-from prefill_service.parallel.baselines.methods import Comparison
+from prefill_service.parallel.baselines.methods import BaselineName
 from prefill_service.scheduling.job import JobState
 from prefill_service.video.records import VideoState
 
@@ -25,7 +25,7 @@ PAIRS = [
     (
         prefill_service_pb2.ComparisonMethod,
         "COMPARISON_METHOD",
-        Comparison,
+        BaselineName,
         prefill_client.ComparisonMethod,
     ),
     (prefill_service_pb2.JobState, "JOB_STATE", JobState, prefill_client.JobState),

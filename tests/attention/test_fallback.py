@@ -70,17 +70,15 @@ def test_what_a_smaller_epsilon_cannot_mend_is_computed_densely() -> None:
     assert error(got, oracle.dense(q, k, v, 0, SCALE)) < 1e-3
 
 
-def test_only_the_heads_below_the_floor_are_retried() -> None:
+def test_only_the_heads_below_the_floor_are_computed_again() -> None:
     q, k, v = hidden_needles()
     plain = 0.05 * rand(1, 2048, 32, seed=8)
     q = torch.cat([0.05 * rand(2, 2048, 32, seed=9), q])
     k, v = torch.cat([plain, k]), torch.cat([rand(1, 2048, 32, seed=10), v])
     policy = resolve_policy(epsilon=0.3, min_kept_mass=0.9)
     got, report = run(q, k, v, policy)
-    retried = report.layers[0].tiles_redone
-    assert (
-        0 < retried <= report.layers[0].tiles / 2
-    )  # one of two heads; a second retry is none more
+    redone = report.layers[0].tiles_redone
+    assert 0 < redone <= report.layers[0].tiles / 2  # one of two heads; a second retry is none more
     alone, _ = run(q[:2], k[:1], v[:1], policy)
     torch.testing.assert_close(got[:2], alone, rtol=0, atol=1e-9)
 
@@ -138,7 +136,7 @@ def test_time_of_what_is_computed_again_is_not_that_of_verification(
     layer = report.layers[0]
     assert len(calls) > 3  # a chunk that needs no second try would have needed one call
     assert layer.attend_s > 0.15 * len(calls)
-    assert 0 < layer.certify_s < 0.15 * (len(calls) - 3)
+    assert 0 < layer.verify_s < 0.15 * (len(calls) - 3)
 
 
 def test_scores_far_below_their_estimate_are_attended_to() -> None:

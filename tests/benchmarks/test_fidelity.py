@@ -15,7 +15,7 @@ from benchmarks.quality.fidelity import adversarial, results
 from benchmarks.quality.fidelity.scoring import Asked, Reader, Setting, fresh_video
 from prefill_service.engine.messages import BaselineTask
 from prefill_service.models.prefix_plan import FrameSampling
-from prefill_service.parallel.baselines.methods import Comparison, baseline_method
+from prefill_service.parallel.baselines.methods import BaselineName, baseline_method
 from tests.support.standalone_executor import standalone_executor
 from tools.needle import stories, videos
 
@@ -57,17 +57,17 @@ async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
     prefix = reader.prefix(videos.read_frames(path))
     tokens = len(prefix.token_ids)
     text = "What color is the ring?"
-    mode = baseline_method(Comparison.APB, tokens, ranks)
+    method = baseline_method(BaselineName.APB, tokens, ranks)
     async with standalone_executor(ASSET, tmp_path, ranks, chunk_tokens=200) as standalone:
         plan, _ = await standalone.plan(path, FrameSampling())
-        how = BaselineTask(mode, tuple(reader.turn(text)))
+        how = BaselineTask(method, tuple(reader.turn(text)))
         task = standalone.task(path, plan, baseline=how)
         await standalone.prefill(task)
         served = standalone.read_kv(task)  # [layers, 2, tokens, kv_heads, head_dim]
-    ours = torch.stack(reader.published(prefix, mode, ranks, text)).transpose(2, 3)
+    ours = torch.stack(reader.published(prefix, method, ranks, text)).transpose(2, 3)
     assert (ours - served).norm() / served.norm() < 1e-4
 
-    every = baseline_method(Comparison.SPAVA, tokens, 3, passing_tokens=tokens)
+    every = baseline_method(BaselineName.SPAVA, tokens, 3, passing_tokens=tokens)
     exact = torch.stack(reader.prefill(prefix, Setting("exact")).kv)
     spava = torch.stack(reader.published(prefix, every, 3, text))
     assert (spava - exact).norm() / exact.norm() < 1e-5

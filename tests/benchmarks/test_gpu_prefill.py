@@ -222,7 +222,7 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
     layer.output_error.add_values(torch.tensor([0.1]))
     layer.select_s = 1.0
     layer.attend_s = 2.0
-    layer.certify_s = 1.0
+    layer.verify_s = 1.0
     layer.tiles = 8
     fast = report.make_row(
         Cell(shape=QWEN3_8B, video_tokens=tokens, mode="fast", layers=3),

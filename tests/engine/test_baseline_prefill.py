@@ -16,20 +16,20 @@ from prefill_service.engine.shard_map import baseline_split
 from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
-from prefill_service.parallel.baselines.methods import Comparison, baseline_method
+from prefill_service.parallel.baselines.methods import BaselineName, baseline_method
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
 from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
-SPAVA = Comparison.SPAVA
-STAR = Comparison.STAR
-APB = Comparison.APB
+SPAVA = BaselineName.SPAVA
+STAR = BaselineName.STAR
+APB = BaselineName.APB
 VIDEO = {"seconds": 15.0, "fps": 10, "width": 160, "height": 120}
 
 
 def baseline_task(
     standalone: StandaloneExecutor,
     plan: PrefixPlan,
-    method: Comparison,
+    method: BaselineName,
     *,
     anchor: int | None,
     passing: int | None,

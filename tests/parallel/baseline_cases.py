@@ -8,7 +8,7 @@ import torch
 
 from prefill_service.parallel.baselines.methods import (
     BaselineMethod,
-    Comparison,
+    BaselineName,
     PassingScore,
     baseline_method,
 )
@@ -17,9 +17,9 @@ from prefill_service.parallel.baselines.sequence_split import SequenceSplit, spl
 HEAD_DIM = 16
 SCALE = 0.25
 E = 8
-SPAVA = Comparison.SPAVA
-STAR = Comparison.STAR
-APB = Comparison.APB
+SPAVA = BaselineName.SPAVA
+STAR = BaselineName.STAR
+APB = BaselineName.APB
 ALL = 1 << 20
 
 
@@ -27,7 +27,7 @@ ALL = 1 << 20
 class Case:
     """One prompt. ``blocks``: sizes of the first blocks if not even; the last has the rest."""
 
-    method: Comparison
+    method: BaselineName
     context: int
     question: int
     anchor: int | None
@@ -40,7 +40,7 @@ class Case:
     def q_heads(self) -> int:
         return self.kv_heads * self.ratio
 
-    def mode(self, ranks: int) -> BaselineMethod:
+    def baseline(self, ranks: int) -> BaselineMethod:
         return baseline_method(
             self.method,
             self.context,
@@ -50,8 +50,8 @@ class Case:
         )
 
     def split(self, ranks: int) -> SequenceSplit:
-        mode = self.mode(ranks)
-        even = split_evenly(self.context, self.question, ranks, mode, text_tokens=4)
+        method = self.baseline(ranks)
+        even = split_evenly(self.context, self.question, ranks, method, text_tokens=4)
         if not self.blocks or ranks == 1:
             return even
         sizes = self.blocks[: even.num_blocks - 1]
@@ -100,7 +100,7 @@ def rows_of(split: SequenceSplit, rank: int) -> torch.Tensor:
     return torch.cat([torch.arange(start, end) for start, end in ranges])
 
 
-def visible(case: Case, split: SequenceSplit, mode: BaselineMethod) -> torch.Tensor:
+def visible(case: Case, split: SequenceSplit, method: BaselineMethod) -> torch.Tensor:
     """[q_heads, rows, rows] bool: the method, written down pair by pair."""
     q, k, _ = all_rows(case, split).split([case.q_heads, case.kv_heads, case.kv_heads])
     n = split.num_tokens
@@ -122,11 +122,11 @@ def visible(case: Case, split: SequenceSplit, mode: BaselineMethod) -> torch.Ten
     for head in range(case.kv_heads):
         group = slice(head * case.ratio, (head + 1) * case.ratio)
         dots = torch.einsum("hqd,kd->hqk", q[group, context:n], k[head]).flatten(0, 1)
-        own = dots.mean(0) if mode.score is PassingScore.MEAN else dots.max(0).values
+        own = dots.mean(0) if method.score is PassingScore.MEAN else dots.max(0).values
         for index, (start, end) in enumerate(spans):
             pooled = [max(own[max(start, t - 2) : min(end, t + 3)]) for t in range(start, end)]
             order = sorted(range(start, end), key=lambda t: (-pooled[t - start], -own[t]))
-            for t in order[: mode.passing_tokens]:
+            for t in order[: method.passing_tokens]:
                 for later, stop in spans[index + 1 :]:
                     seen[group, later:stop, t] = True
     return seen

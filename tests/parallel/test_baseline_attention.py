@@ -13,7 +13,7 @@ from prefill_service.parallel.baselines import baseline_attention
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
 from prefill_service.parallel.baselines.methods import (
     BaselineMethod,
-    Comparison,
+    BaselineName,
     PassingScore,
     baseline_method,
 )
@@ -48,7 +48,7 @@ from tests.parallel.ranks import run_ranks
 
 def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     split = case.split(group.size)
-    mode = case.mode(group.size)
+    method = case.baseline(group.size)
     rows = all_rows(case, split)[:, rows_of(split, group.rank)]
     q, k, v = rows.split([case.q_heads, case.kv_heads, case.kv_heads])
     pairs = 0
@@ -64,17 +64,17 @@ def run_case(group: SPGroup, case: Case, monkeypatch: pytest.MonkeyPatch) -> dic
     before = dict(group.comm_stats.uses)
     with Wire() as wire, monkeypatch.context() as patch:
         patch.setattr(baseline_attention, "attend", counted)
-        out = BaselineAttention(group, split, mode, SCALE).attend(q, k, v)
+        out = BaselineAttention(group, split, method, SCALE).attend(q, k, v)
     return {
         "out": out,
         "wire": wire.received,
         "uses": group.comm_stats.since(before),
         "pairs": pairs,
-        "needle": {} if case.passing == ALL else needle_reaches(group, case, split, mode),
+        "needle": {} if case.passing == ALL else needle_reaches(group, case, split, method),
     }
 
 
-def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: BaselineMethod) -> Any:
+def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, method: BaselineMethod) -> Any:
     """Per needle's block and own later block: whether each KV head's passing set has the needle."""
     found = {}
     for target in range(split.num_blocks):
@@ -86,13 +86,13 @@ def needle_reaches(group: SPGroup, case: Case, split: SequenceSplit, mode: Basel
         k[:, needle] = 0
         k[:, needle, 0] = 100
         mine = rows_of(split, group.rank)
-        counts = passing_counts(split, mode.passing_tokens)
+        counts = passing_counts(split, method.passing_tokens)
         passed = start_passing(
             group,
             split,
             (q[:, mine], k[:, mine], v[:, mine]),
             counts=counts,
-            score=mode.score,
+            score=method.score,
         )
         for block in split.blocks_of(group.rank):
             keys, values = passed.earlier_keys(block)
@@ -133,8 +133,8 @@ def test_equals_the_method_under_an_explicit_mask(ran: Ran) -> None:
     size, results = ran
     for name, case in cases(size).items():
         split = case.split(size)
-        mode = case.mode(size)
-        expected = emulate(case, split, visible(case, split, mode))
+        method = case.baseline(size)
+        expected = emulate(case, split, visible(case, split, method))
         for rank, result in enumerate(results):
             mine = rows_of(split, rank)
             check(result[name]["out"], expected[:, mine], (name, rank))
@@ -165,7 +165,7 @@ def test_bytes_are_the_published_ones(ran: Ran) -> None:
     """Seed 19 (c): two passing sets of each other rank, and the question's merge."""
     size, results = ran
     for name, case in cases(size).items():
-        counts = passing_counts(case.split(size), case.mode(size).passing_tokens)
+        counts = passing_counts(case.split(size), case.baseline(size).passing_tokens)
         merge = (size - 1) * case.question * case.q_heads * (HEAD_DIM + 1) * E
         for rank, result in enumerate(results):
             mine = sum(counts[index] for index in case.split(size).blocks_of(rank))
@@ -185,10 +185,10 @@ def test_ranks_attend_to_equally_many_pairs(ran: Ran) -> None:
     pairs[0] -= case.question * (case.question + 1) // 2
     assert len(set(pairs)) == 1
     split = case.split(size)
-    mode = case.mode(size)
-    seen = int(visible(case, split, mode)[0].sum())
+    method = case.baseline(size)
+    seen = int(visible(case, split, method)[0].sum())
     # Every rank computes the anchor's rows again.
-    again = (size - 1) * case.mode(size).anchor_tokens * (mode.anchor_tokens + 1) // 2
+    again = (size - 1) * case.baseline(size).anchor_tokens * (method.anchor_tokens + 1) // 2
     assert sum(result["even"]["pairs"] for result in results) == seen + again
 
 
@@ -247,7 +247,7 @@ def test_videos_are_split_at_patches() -> None:
 
 def test_published_lengths() -> None:
     context = 148_512
-    assert [baseline_method(method, context, 8) for method in Comparison] == [
+    assert [baseline_method(method, context, 8) for method in BaselineName] == [
         BaselineMethod(
             method=SPAVA, anchor_tokens=2432, passing_tokens=1280, score=PassingScore.MEAN
         ),
@@ -270,12 +270,12 @@ def test_published_lengths() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    mode = baseline_method(SPAVA, 100, 4, anchor_tokens=8, passing_tokens=2)
+    method = baseline_method(SPAVA, 100, 4, anchor_tokens=8, passing_tokens=2)
     with pytest.raises(ValueError, match=r"a context of 15 tokens is too short .* at least 16"):
-        split_evenly(15, 1, 4, mode)
-    assert split_evenly(16, 1, 4, mode).block_ends == tuple(range(9, 17))
+        split_evenly(15, 1, 4, method)
+    assert split_evenly(16, 1, 4, method).block_ends == tuple(range(9, 17))
     with pytest.raises(ValueError, match="a question of 0 tokens; at least 1"):
-        split_evenly(100, 0, 4, mode)
+        split_evenly(100, 0, 4, method)
     with pytest.raises(ValueError, match="a block of tokens 20 to 20 is empty"):
         SequenceSplit(ranks=2, anchor_tokens=10, block_ends=(20, 20, 30, 40), question_tokens=1)
     with pytest.raises(ValueError, match="after 11 tokens is outside an anchor of 10"):
@@ -293,9 +293,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="a question in the anchor needs one block per rank"):
         BaselineMethod(method=APB, anchor_tokens=8, passing_tokens=2, question_in_anchor=True)
     group = SPGroup(0, 1, None, None)
-    split = split_evenly(100, 2, 1, mode)
+    split = split_evenly(100, 2, 1, method)
     with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):
-        BaselineAttention(group, split_evenly(100, 2, 4, mode), mode, SCALE)
+        BaselineAttention(group, split_evenly(100, 2, 4, method), method, SCALE)
     q = random(2, 101, HEAD_DIM, seed=1)
     with pytest.raises(ValueError, match=r"101 queries, 101 keys .* rank 0 has 102 rows"):
-        BaselineAttention(group, split, mode, SCALE).attend(q, q, q)
+        BaselineAttention(group, split, method, SCALE).attend(q, q, q)

@@ -1,4 +1,4 @@
-"""Comparison modes per request: refusals, identity, what reaches the ranks, what comes back."""
+"""BaselineName modes per request: refusals, identity, what reaches the ranks, what comes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as pb
 
-from prefill_service.parallel.baselines.methods import BaselineMethod, Comparison, PassingScore
+from prefill_service.parallel.baselines.methods import BaselineMethod, BaselineName, PassingScore
 from prefill_service.scheduling.baseline_spec import BaselineSpec
 from prefill_service.scheduling.job import NO_POLICY, PrefillSpec
 from tests.support.in_process_service import InProcessService, answer, error_of
@@ -48,7 +48,7 @@ async def test_a_job_is_computed_as_asked(serve: Serve) -> None:
         assert (await create(s, job.spec)).job_id == job.job_id
         how = s.executor.tasks[-1].baseline
         assert how.method == BaselineMethod(
-            method=Comparison.SPAVA, anchor_tokens=40, passing_tokens=5, score=PassingScore.MEAN
+            name=BaselineName.SPAVA, anchor_tokens=40, passing_tokens=5, score=PassingScore.MEAN
         )
         assert how.question_ids == tuple(map(ord, "Who?"))
         # Two patches of anchor in two slices, then a block each, twice.
@@ -81,7 +81,7 @@ async def test_every_part_of_it_makes_another_prefix(serve: Serve) -> None:
         specs = [spec(s, **{**SPAVA, **change}) for change in changes]
         ids = [(await create(s, message)).job_id for message in [*specs, s.spec(12)]]
         assert len(set(ids)) == len(ids)
-        spava = BaselineSpec(Comparison.SPAVA, "Who?")
+        spava = BaselineSpec(BaselineName.SPAVA, "Who?")
         assert spava.attention_key(2) != spava.attention_key(3)
 
 
@@ -133,7 +133,7 @@ async def test_the_dial_and_a_method_exclude_each_other(serve: Serve) -> None:
 
 def test_specs_survive_the_database() -> None:
     found = PrefillSpec(
-        "v", attention=NO_POLICY, comparison=BaselineSpec(Comparison.APB, "Who?", 3, None)
+        "v", attention=NO_POLICY, comparison=BaselineSpec(BaselineName.APB, "Who?", 3, None)
     )
     assert PrefillSpec.from_dict(asdict(found)) == found
     older = asdict(PrefillSpec("v"))

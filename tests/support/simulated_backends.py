@@ -104,7 +104,7 @@ def report(task: PrefillTask) -> AttentionReport:
         layer.output_error.add_values(torch.linspace(0, 0.1, 101))
         layer.select_s = 0.25
         layer.attend_s = 1.0
-        layer.certify_s = 0.125
+        layer.verify_s = 0.125
         layers.append(layer)
     cells = [1.0 if row == column else 0.25 for row in range(4) for column in range(row + 1)]
     grid = [cells.pop(0) if column <= row else -1.0 for row in range(4) for column in range(4)]

@@ -21,8 +21,8 @@ EXACT = (DENSE, "exact")
 ATTENTION_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 LAYER_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Of the difference's norm over the norm."""
-CERTIFIED_SHARE = 0.3
-CERTIFIED_SLACK = 0.01
+VERIFIED_SHARE = 0.3
+VERIFIED_SLACK = 0.01
 """Verification samples: a sparse mode's true error may exceed the verified one by so much."""
 
 COLUMNS = ("model", "mode", "attention_error", "limit", "kv_error", "kv_limit", "kept_mass", "ok")
@@ -155,12 +155,12 @@ def compare(
         kept = None
     else:
         # As verification has it: each row's error over the row, the mean of all rows that
-        # came after the first sparse chunk (all certified ones did).
+        # came after the first sparse chunk (all verified ones did).
         rows = (out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
         report = run.reports[0]
         error = float(rows[:, sparse_from:].mean())
-        certified = report.output_error.mean(0.0)
-        limit = certified * (1 + CERTIFIED_SHARE) + CERTIFIED_SLACK
+        verified = report.output_error.mean(0.0)
+        limit = verified * (1 + VERIFIED_SHARE) + VERIFIED_SLACK
         kv_limit = None
         kept = report.kept_mass.mean(1.0)
     within = error <= limit and (kv_limit is None or kv_error <= kv_limit)  # NaN is not

@@ -12,7 +12,7 @@ from benchmarks.gpu.prefill.runs import DENSE, Run
 
 COLUMNS = (
     "model", "tokens", "mode", "layers", "measured_s", "prefill_s", "tokens_per_s", "speedup",
-    "mfu", "attention_share", "select", "attend", "certify", "linear_of_peak", "density",
+    "mfu", "attention_share", "select", "attend", "verify", "linear_of_peak", "density",
     "kept_mass", "error", "peak_gib",
 )  # fmt: skip
 LEGEND = """\
@@ -20,10 +20,10 @@ layers: run, of so many. measured_s: of these. prefill_s: of the whole model; wh
 were run it is extrapolated (~): attention by its layers, all else by its FLOPs.
 tokens_per_s, speedup (over dense), mfu, attention_share: of prefill_s. mfu: FLOPs done (of
 attention, those of attended pairs) over time and the matmul peak of this run. select, attend,
-certify: shares of attention in clustering + selection, in attending and in verification, as the
-product reports them (certify: all the rest of it; of exact attention, the rows it observes).
+verify: shares of attention in clustering + selection, in attending and in verification, as the
+product reports them (verify: all the rest of it; of exact attention, the rows it observes).
 linear_of_peak: FLOPs of linear layers over all time outside attention (norms, rotary embedding and
-copies included) and the matmul peak. kept_mass, error: certified means of the sparse part.
+copies included) and the matmul peak. kept_mass, error: verified means of the sparse part.
 peak_gib: as run, with weights and inputs."""
 
 
@@ -73,7 +73,7 @@ def _of_reports(run: Run) -> dict[str, Any]:
     causal = sum(layer.causal for layer in run.reports)
     spent = {
         name: sum(getattr(layer, f"{name}_s") for layer in run.reports)
-        for name in ("select", "attend", "certify")
+        for name in ("select", "attend", "verify")
     }
     total = sum(spent.values())
     tiles = sum(layer.tiles for layer in run.reports)

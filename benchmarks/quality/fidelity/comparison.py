@@ -19,17 +19,17 @@ from benchmarks.quality.fidelity.rehearsal import Prefix
 from prefill_service.engine.baseline_prefill import patch_shares
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.parallel.baselines.baseline_attention import BaselineAttention
-from prefill_service.parallel.baselines.methods import BaselineMethod, Comparison
+from prefill_service.parallel.baselines.methods import BaselineMethod, BaselineName
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_patches
 from prefill_service.parallel.process_group import PendingPart, SPGroup
 
-METHODS = tuple(str(method) for method in Comparison)
+METHODS = tuple(str(method) for method in BaselineName)
 
 
 def comparison_kv(
     model: PrefillModel,
     prefix: Prefix,
-    mode: BaselineMethod,
+    method: BaselineMethod,
     *,
     ranks: int,
     question_ids: Sequence[int],
@@ -38,7 +38,7 @@ def comparison_kv(
     """The prefix's KV as ``ranks`` ranks of a published method make it for one question.
 
     Args:
-        mode: the method with its lengths for this prefix.
+        method: the method with its lengths for this prefix.
         question_ids: tokens after the video.
         chunk_tokens: vision features are handed over in runs of about so many tokens.
 
@@ -50,7 +50,7 @@ def comparison_kv(
     """
     tokens = len(prefix.token_ids)
     split = split_patches(
-        prefix.patch_ends, len(question_ids), ranks, mode, text_tokens=_text_tokens(prefix)
+        prefix.patch_ends, len(question_ids), ranks, method, text_tokens=_text_tokens(prefix)
     )
     shape = (tokens, 2, model.shape.kv_heads, model.shape.head_dim)
     pages = [torch.empty(shape, dtype=model.dtype) for _ in range(model.shape.num_layers)]
@@ -59,7 +59,7 @@ def comparison_kv(
 
     def compute(rank: int) -> None:
         group = _ThreadRank(rank, ranks, None, None, board=board)
-        attention = BaselineAttention(group, split, mode, model.attention_scale)
+        attention = BaselineAttention(group, split, method, model.attention_scale)
         ids, positions = _inputs(prefix, split, rank, question)
         ranges = [(0, split.anchor_tokens), *(split.block(b) for b in split.blocks_of(rank))]
         shares = patch_shares([r for r in ranges if r[1] > r[0]], prefix.patch_ends, chunk_tokens)

@@ -17,7 +17,7 @@ from prefill_service.attention.settings import SparseSettings
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.families.base import VisionFeatures
 from prefill_service.models.prefill_model import PrefillModel
-from prefill_service.parallel.baselines.methods import BaselineMethod, Comparison, baseline_method
+from prefill_service.parallel.baselines.methods import BaselineMethod, BaselineName, baseline_method
 from tools.needle import checkpoint, sketches, stories, tower, videos
 from tools.needle.stories import TASKS, Question, Story
 from tools.needle.videos import PLAIN, Look
@@ -34,9 +34,9 @@ class Setting:
     ranks: int = 1
 
     @property
-    def published(self) -> Comparison | None:
+    def published(self) -> BaselineName | None:
         """The published method, if it is one."""
-        return Comparison(self.quality) if self.quality in METHODS else None
+        return BaselineName(self.quality) if self.quality in METHODS else None
 
     @property
     def policy(self) -> AttentionPolicy:
@@ -230,18 +230,18 @@ class Reader:
     def _published(self, prefix: Prefix, setting: Setting, text: str) -> str:
         """The answer after a published method's prefill, which has seen the question."""
         assert setting.published is not None
-        mode = baseline_method(setting.published, len(prefix.token_ids), setting.ranks)
-        kv = self.published(prefix, mode, setting.ranks, text)
+        method = baseline_method(setting.published, len(prefix.token_ids), setting.ranks)
+        kv = self.published(prefix, method, setting.ranks, text)
         return self.answers(prefix, kv, [text])[0][0]
 
     def published(
-        self, prefix: Prefix, mode: BaselineMethod, ranks: int, text: str
+        self, prefix: Prefix, method: BaselineMethod, ranks: int, text: str
     ) -> list[torch.Tensor]:
         """KV of a published method's prefill, made for one question."""
         return comparison_kv(
             self._prefill,
             prefix,
-            mode,
+            method,
             ranks=ranks,
             question_ids=self.turn(text),
             chunk_tokens=self._chunk_tokens,

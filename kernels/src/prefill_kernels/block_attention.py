@@ -470,7 +470,7 @@ class _Launch:
         tiling = self.tiling
         queries = q.shape[1]
         kv_heads = k.shape[0] if tiling.block_table is None else k.shape[2]
-        tiles = tiling.tiles(queries)
+        tiles = tiling.num_tiles(queries)
         check_rows(
             self.kept,
             self.dropped,
@@ -522,7 +522,7 @@ class _Launch:
             "stride_q_token": q.stride(1),
             "stride_table_head": table.stride(0) if table is not None and table.dim() == 2 else 0,
             "queries": queries,
-            "tiles": tiling.tiles(queries),
+            "tiles": tiling.num_tiles(queries),
             "tile_tokens": tiling.tile_tokens,
             "q_offset": tiling.q_offset,
             "scale_log2": scale * math.log2(math.e),

@@ -250,7 +250,7 @@ def estimate_block_loss(
     """
     check_attention(q, k, k, tiling)
     kv_heads, blocks, _ = summaries.k_mean.shape
-    tiles = tiling.tiles(q.shape[1])
+    tiles = tiling.num_tiles(q.shape[1])
     _check(summaries, tiling, tiles)
     loss = torch.zeros((kv_heads, tiles, blocks), dtype=torch.float32, device=q.device)
     found = BlockLoss(loss, torch.zeros_like(loss), torch.full_like(loss, -torch.inf))
@@ -288,7 +288,7 @@ def _score_variance(q: Tensor, k_var: Tensor, tiling: Tiling, scale: float) -> T
     """[kv_heads, tiles, blocks] variance of the scores that a tile's rows have in a block."""
     q_heads, queries, head_dim = q.shape
     kv_heads = len(k_var)
-    tiles = tiling.tiles(queries)
+    tiles = tiling.num_tiles(queries)
     squared = torch.empty((kv_heads, tiles, head_dim), dtype=torch.float32, device=q.device)
     square_kernel[(kv_heads * tiles,)](
         q,

@@ -49,7 +49,7 @@ class Tiling:
         if self.query_step < 1:
             raise ValueError(f"query_step = {self.query_step} is not accepted; expected 1 or more")
 
-    def tiles(self, queries: int) -> int:
+    def num_tiles(self, queries: int) -> int:
         """How many tiles ``queries`` queries make."""
         return -(-queries // self.tile_tokens)
 

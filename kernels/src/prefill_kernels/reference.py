@@ -45,7 +45,7 @@ def estimate_block_loss_reference(
     """Loss, peak and bias of every (KV head, tile, block)."""
     q_heads, queries, head_dim = q.shape
     kv_heads, blocks, _ = summaries.k_mean.shape
-    tiles = tiling.tiles(queries)
+    tiles = tiling.num_tiles(queries)
     scale = scale or head_dim**-0.5
     log_block = math.log(tiling.block_tokens)
     edge = largest_of_normals(tiling.block_tokens)
@@ -120,8 +120,8 @@ def block_sparse_attention_reference(  # noqa: PLR0913 - the two options that it
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
     row_ptr = kept.row_ptr.tolist()
     position = torch.arange(keys, device=q.device)
-    for h, t in itertools.product(range(kv_heads), range(tiling.tiles(queries))):
-        row = h * tiling.tiles(queries) + t
+    for h, t in itertools.product(range(kv_heads), range(tiling.num_tiles(queries))):
+        row = h * tiling.num_tiles(queries) + t
         heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
         tokens = slice(t * tiling.tile_tokens, min((t + 1) * tiling.tile_tokens, queries))
         own = torch.arange(tokens.start, tokens.stop, device=q.device)

@@ -44,7 +44,7 @@ class BaselineAttention:
     Args:
         group: the ranks.
         split: of the prompt.
-        mode: what is passed on.
+        method: what is passed on.
         scale: factor on attention's scores.
 
     Raises:
@@ -52,16 +52,16 @@ class BaselineAttention:
     """
 
     def __init__(
-        self, group: SPGroup, split: SequenceSplit, mode: BaselineMethod, scale: float
+        self, group: SPGroup, split: SequenceSplit, method: BaselineMethod, scale: float
     ) -> None:
         if split.ranks != group.size:
             raise ValueError(f"the split is for {split.ranks} ranks, the group has {group.size}")
         self._group = group
         self._split = split
-        self._mode = mode
+        self._method = method
         self._scale = scale
         self._rows = split.rank_rows(group.rank)
-        self._counts = passing_counts(split, mode.passing_tokens)
+        self._counts = passing_counts(split, method.passing_tokens)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer. What is passed on travels while local parts are computed.
@@ -87,7 +87,7 @@ class BaselineAttention:
             self._split,
             (q, k, v),
             counts=self._counts,
-            score=self._mode.score,
+            score=self._method.score,
         )
         gathered = self._start_question((q, k, v))
         out = torch.empty_like(q)

@@ -9,7 +9,7 @@ TILE = 128
 """Published lengths are rounded up to multiples of it."""
 
 
-class Comparison(StrEnum):
+class BaselineName(StrEnum):
     """The names of the published methods."""
 
     SPAVA = "spava"
@@ -35,7 +35,7 @@ class BaselineMethod:
     """One published method with its lengths for one prompt.
 
     Attributes:
-        method: its name.
+        name: which it is.
         anchor_tokens: first tokens of the prompt, which every rank has and every block sees.
         passing_tokens: keys per KV head that a block passes on to all later blocks.
         score: chooses them.
@@ -47,7 +47,7 @@ class BaselineMethod:
             copies: the first rank, which has none, would have the last block too.
     """
 
-    method: Comparison
+    name: BaselineName
     anchor_tokens: int
     passing_tokens: int
     score: PassingScore = PassingScore.MEAN
@@ -71,7 +71,7 @@ class BaselineMethod:
 
 
 def baseline_method(
-    method: Comparison,
+    name: BaselineName,
     context_tokens: int,
     ranks: int,
     *,
@@ -81,7 +81,7 @@ def baseline_method(
     """A published method on one prompt.
 
     Args:
-        method: its name.
+        name: which.
         context_tokens: the prompt without the question.
         ranks: of the group.
         anchor_tokens, passing_tokens: ``None``: as published.
@@ -89,12 +89,12 @@ def baseline_method(
     Raises:
         ValueError: passing tokens for ``star``, which passes nothing, or negative lengths.
     """
-    match method:
-        case Comparison.SPAVA:
+    match name:
+        case BaselineName.SPAVA:
             return spava(context_tokens, anchor_tokens, passing_tokens)
-        case Comparison.APB:
+        case BaselineName.APB:
             return apb(context_tokens, anchor_tokens, passing_tokens)
-        case Comparison.STAR:
+        case BaselineName.STAR:
             if passing_tokens:
                 raise ValueError(f"star passes no tokens on, {passing_tokens} were asked for")
             return star(context_tokens, ranks, anchor_tokens)
@@ -118,9 +118,9 @@ def spava(
         passing_tokens: published: a 128th, in whole tiles.
     """
     return BaselineMethod(
-        method=Comparison.SPAVA,
-        anchor_tokens=_default(anchor_tokens, whole_tiles(context_tokens // 64)),
-        passing_tokens=_default(passing_tokens, whole_tiles(context_tokens // 128)),
+        name=BaselineName.SPAVA,
+        anchor_tokens=_default(anchor_tokens, round_up_to_tiles(context_tokens // 64)),
+        passing_tokens=_default(passing_tokens, round_up_to_tiles(context_tokens // 128)),
         score=PassingScore.MEAN,
     )
 
@@ -141,7 +141,7 @@ def star(context_tokens: int, ranks: int, anchor_tokens: int | None = None) -> B
     block = -(-context_tokens // (ranks + 1))
     anchor = block if anchor_tokens is None else anchor_tokens
     return BaselineMethod(
-        method=Comparison.STAR, anchor_tokens=anchor, passing_tokens=0, blocks_per_rank=1
+        name=BaselineName.STAR, anchor_tokens=anchor, passing_tokens=0, blocks_per_rank=1
     )
 
 
@@ -168,9 +168,9 @@ def apb(
         anchor_tokens: as the Spava paper runs it on video: a 64th of the context, in whole tiles.
         passing_tokens: the same.
     """
-    published = whole_tiles(context_tokens // 64)
+    published = round_up_to_tiles(context_tokens // 64)
     return BaselineMethod(
-        method=Comparison.APB,
+        name=BaselineName.APB,
         anchor_tokens=_default(anchor_tokens, published),
         passing_tokens=_default(passing_tokens, published),
         score=PassingScore.MAX,
@@ -179,7 +179,7 @@ def apb(
     )
 
 
-def whole_tiles(tokens: int) -> int:
+def round_up_to_tiles(tokens: int) -> int:
     """``tokens`` rounded up to whole tiles."""
     return -(-tokens // TILE) * TILE
 

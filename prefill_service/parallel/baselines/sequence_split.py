@@ -152,7 +152,7 @@ def split_evenly(
     context_tokens: int,
     question_tokens: int,
     ranks: int,
-    mode: BaselineMethod,
+    method: BaselineMethod,
     *,
     text_tokens: int = 0,
 ) -> SequenceSplit:
@@ -162,22 +162,22 @@ def split_evenly(
         context_tokens: the prompt without the question.
         question_tokens: at its end.
         ranks: of the group.
-        mode: gives the anchor and the number of blocks.
+        method: gives the anchor and the number of blocks.
         text_tokens: text at the beginning; a copy of the question comes after it.
 
     Raises:
         ValueError: the context has no token for some block, or the question none.
     """
-    blocks = mode.num_blocks(ranks)
-    anchor = mode.anchor_tokens
+    blocks = method.num_blocks(ranks)
+    anchor = method.anchor_tokens
     if context_tokens < anchor + blocks:
         raise ValueError(
-            f"a context of {context_tokens} tokens is too short for {mode.method} on {ranks} "
+            f"a context of {context_tokens} tokens is too short for {method.name} on {ranks} "
             f"ranks: an anchor of {anchor} and {blocks} blocks need at least {anchor + blocks}"
         )
     each, more = divmod(context_tokens - anchor, blocks)
     ends = [anchor + index * each + min(index, more) for index in range(1, blocks + 1)]
-    at = min(text_tokens, anchor) if mode.question_in_anchor else None
+    at = min(text_tokens, anchor) if method.question_in_anchor else None
     return SequenceSplit(
         ranks=ranks,
         anchor_tokens=anchor,
@@ -191,7 +191,7 @@ def split_patches(
     patch_ends: Sequence[int] | np.ndarray,
     question_tokens: int,
     ranks: int,
-    mode: BaselineMethod,
+    method: BaselineMethod,
     *,
     text_tokens: int = 0,
 ) -> SequenceSplit:
@@ -203,26 +203,26 @@ def split_patches(
         patch_ends: [patches] one past each patch's last token, ascending.
         question_tokens: after the last of them.
         ranks: of the group.
-        mode: gives the anchor and the number of blocks.
+        method: gives the anchor and the number of blocks.
         text_tokens: text at the beginning; a copy of the question comes after it.
 
     Raises:
         ValueError: fewer patches after the anchor than blocks, or no question.
     """
-    blocks = mode.num_blocks(ranks)
-    anchor = mode.anchor_tokens
+    blocks = method.num_blocks(ranks)
+    anchor = method.anchor_tokens
     ends = [int(end) for end in patch_ends]
     taken = bisect_left(ends, anchor) + 1 if anchor else 0
     left = max(0, len(ends) - taken)
     if left < blocks:
         raise ValueError(
-            f"a video of {len(ends)} temporal patches is too short for {mode.method} on {ranks} "
+            f"a video of {len(ends)} temporal patches is too short for {method.name} on {ranks} "
             f"ranks: an anchor of {anchor} tokens leaves {left}, {blocks} blocks need as many"
         )
     each, more = divmod(left, blocks)
     cuts = [taken + index * each + min(index, more) for index in range(1, blocks + 1)]
     whole = ends[taken - 1] if taken else 0
-    at = min(text_tokens, whole) if mode.question_in_anchor else None
+    at = min(text_tokens, whole) if method.question_in_anchor else None
     return SequenceSplit(
         ranks=ranks,
         anchor_tokens=whole,
