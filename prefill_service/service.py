@@ -184,71 +184,95 @@ class Service:
         runtime_dir = _make_runtime_dir()
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
         components = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
-        executor = components.executor
+        supervisor = components.executor.supervisor
         generation = components.generation
         store = JobStore.open(data_dir / "jobs.db")
         stack.callback(store.close)
         reports = ReportServer(runtime_dir / "reports.sock")
         await reports.start()
         stack.push_async_callback(reports.stop)
-        admission = Admission(
-            videos,
-            components.planner,
-            lambda: generation.max_model_len or config.vllm.max_model_len,
-            budgets=components.budgets,
-            memory=components.memory,
-            ranks=config.engine.ranks,
-        )
-        stack.callback(admission.close)
-        metrics = Metrics()
-        scheduler = self._scheduler = Scheduler(
-            store,
-            videos,
-            admission,
-            executor,
-            config=config.engine,
-            metrics=metrics,
-            exchanges=components.exchanges,
-        )
-        wait_s = REMOTE_VLLM_WAIT_S if config.vllm.url else config.vllm.start_timeout_s
-        answers = Answers(
-            admission,
-            scheduler,
-            generation,
-            reports,
-            vllm_wait_s=wait_s,
-            submit_early=components.submit_early,
-            metrics=metrics,
-        )
-        services = [
-            ServedService(VideoServicer(videos, metrics)),
-            ServedService(PrefillServicer(scheduler), lambda: executor.supervisor.ready),
-            ServedService(
-                AnswerServicer(answers), lambda: executor.supervisor.ready and generation.ready
-            ),
-        ]
-        server = self._server = ApiServer(config.server, services, metrics)
+        parts = _put_together(config, components, videos=videos, store=store, reports=reports)
+        stack.callback(parts.admission.close)
+        scheduler = self._scheduler = parts.scheduler
+        server = self._server = ApiServer(config.server, parts.services, parts.metrics)
         self.port = server.bind()
         if config.server.metrics_address:
-            exporter = MetricsServer(config.server.metrics_address, metrics.registry)
+            exporter = MetricsServer(config.server.metrics_address, parts.metrics.registry)
             self.metrics_port = await exporter.start()
             stack.push_async_callback(exporter.stop)
-        stack.push_async_callback(_stop_both, executor.supervisor, generation)
+        stack.push_async_callback(_stop_both, supervisor, generation)
         scheduler.recover()
         stack.push_async_callback(scheduler.stop)
         await server.start()
         stack.push_async_callback(server.stop)
         sweeper = asyncio.create_task(_sweep(videos), name="sweeper")
         stack.callback(sweeper.cancel)
-        await _start_both(executor.supervisor, generation)
+        await _start_both(supervisor, generation)
         scheduler.start()
         await server.update_health()
         tls = "TLS" if config.server.tls_cert else "plaintext"
         return (
             f"serving on {config.server.host}:{self.port} ({tls}): model {config.engine.model}, "
             f"{config.engine.ranks} ranks, vLLM {config.vllm.url or 'embedded'}, "
-            f"context {admission.limit} tokens"
+            f"context {parts.admission.limit} tokens"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What stands between the API's server and the components, none of it started."""
+
+    admission: Admission
+    scheduler: Scheduler
+    metrics: Metrics
+    services: list[ServedService]
+
+
+def _put_together(
+    config: ServiceConfig,
+    components: Components,
+    *,
+    videos: VideoStore,
+    store: JobStore,
+    reports: ReportServer,
+) -> _Parts:
+    executor = components.executor
+    generation = components.generation
+    metrics = Metrics()
+    admission = Admission(
+        videos,
+        components.planner,
+        lambda: generation.max_model_len or config.vllm.max_model_len,
+        budgets=components.budgets,
+        memory=components.memory,
+        ranks=config.engine.ranks,
+    )
+    scheduler = Scheduler(
+        store,
+        videos,
+        admission,
+        executor,
+        config=config.engine,
+        metrics=metrics,
+        exchanges=components.exchanges,
+    )
+    answers = Answers(
+        admission,
+        scheduler,
+        generation,
+        reports,
+        vllm_wait_s=REMOTE_VLLM_WAIT_S if config.vllm.url else config.vllm.start_timeout_s,
+        submit_early=components.submit_early,
+        metrics=metrics,
+    )
+    services = [
+        ServedService(VideoServicer(videos, metrics)),
+        ServedService(PrefillServicer(scheduler), lambda: executor.supervisor.ready),
+        ServedService(
+            AnswerServicer(answers), lambda: executor.supervisor.ready and generation.ready
+        ),
+    ]
+    return _Parts(admission=admission, scheduler=scheduler, metrics=metrics, services=services)
 
 
 async def _start_both(supervisor: WorkerSupervisor, generation: GenerationServer) -> None:
