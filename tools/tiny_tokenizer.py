@@ -39,7 +39,7 @@ _TURNS = r"""{%- for message in messages -%}
 {%- else -%}
 {%- for part in message.content -%}
 {%- if part.type == 'video' -%}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{{- '%VIDEO%' -}}
 {%- elif part.type == 'image' -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- elif part.type == 'text' -%}
@@ -73,9 +73,18 @@ _SENTENCES = (
 )
 
 
-def chat_template(default_system: bool) -> str:
-    """Jinja chat template; with ``default_system`` a chat without a system message gets one."""
-    return _TURNS.replace("%DEFAULT_SYSTEM%\n", _DEFAULT_SYSTEM + "\n" if default_system else "")
+def chat_template(
+    *, default_system: bool = False, video: str = "<|vision_start|><|video_pad|><|vision_end|>"
+) -> str:
+    """Jinja chat template.
+
+    Args:
+        default_system: a chat without a system message gets one.
+        video: what stands for a video until the processor names its patches; as in a Jinja
+            string, so a new line is ``\\n``.
+    """
+    system = _DEFAULT_SYSTEM + "\n" if default_system else ""
+    return _TURNS.replace("%DEFAULT_SYSTEM%\n", system).replace("%VIDEO%", video)
 
 
 def train_tokenizer(template: str) -> PreTrainedTokenizerFast:

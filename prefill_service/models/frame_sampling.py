@@ -27,14 +27,16 @@ class FrameSampler:
     Args:
         family: of the checkpoint.
         video_processor: the checkpoint's.
+        config: the checkpoint's configuration.
 
     Attributes:
         frames_per_patch: frames that one temporal patch takes.
     """
 
-    def __init__(self, family: Family, video_processor: Any) -> None:
+    def __init__(self, family: Family, video_processor: Any, config: Any) -> None:
         self._family = family
         self._processor = video_processor
+        self._config = config
         self.frames_per_patch = family.frames_per_patch(video_processor)
 
     def sample(self, index: VideoIndex, sampling: FrameSampling) -> np.ndarray:
@@ -125,7 +127,11 @@ class FrameSampler:
     def _estimate(self, index: VideoIndex, frames: int, sampling: FrameSampling) -> int:
         try:
             return self._family.estimate_tokens(
-                self._processor, frames, (index.height, index.width), sampling
+                self._processor,
+                self._config,
+                frames=frames,
+                frame_hw=(index.height, index.width),
+                sampling=sampling,
             )
         except ValueError:
             return 1 << 62

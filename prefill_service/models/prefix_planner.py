@@ -50,7 +50,7 @@ class PrefixPlanner:
         self._family = FAMILIES[checkpoint.family]
         video_processor = self._processor.video_processor
         self.chat = Chat(self._processor, self._family)
-        self.sampler = FrameSampler(self._family, video_processor)
+        self.sampler = FrameSampler(self._family, video_processor, self._config)
         self._processor_hash = _hash(
             transformers.__version__,
             json.dumps(video_processor.to_dict(), sort_keys=True, default=str),

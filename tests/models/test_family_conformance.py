@@ -24,9 +24,10 @@ from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.video.index import VideoIndex
-from tests.models.toy_family import ToyFamily, build_checkpoint
+from tests.models.toy_family import SPEC, TINY, ToyFamily
 from tests.oracles.transformers_forward import load, prefix_cache, prefix_kv, processor_inputs
 from tests.oracles.transformers_greedy import generate, greedy
+from tools.make_tiny_checkpoint import build_family
 
 TOY = ToyFamily.model_type
 NAMES = [*FAMILIES, TOY]
@@ -104,7 +105,7 @@ def subject(
     with pytest.MonkeyPatch.context() as patch:
         if name == TOY:
             patch.setitem(FAMILIES, TOY, ToyFamily())
-            path = build_checkpoint(tmp_path_factory.mktemp("toy"))
+            path = build_family(TINY, tmp_path_factory.mktemp("toy") / "model", SPEC)
         else:
             path = checkpoint(name)
         yield Subject(FAMILIES[name], PrefixPlanner(open_checkpoint(str(path)), "float32"))

@@ -8,11 +8,9 @@ frames, and the vision tower has other parts under other names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from typing_extensions import override
 
@@ -26,15 +24,17 @@ from prefill_service.models.families.base import (
     VisionInput,
 )
 from prefill_service.models.prefix_plan import FrameSampling
-from tools.tiny_tokenizer import chat_template, train_tokenizer
+from tools.tiny_families import TinyFamily, TinySpec
+from tools.tiny_tokenizer import chat_template
 
 ensure_torchvision()
 hf: Any = transformers
 
 MODEL_TYPE = "toy_video"
 """Not ``internvl``: that name is free for a real family."""
-FRAME_TOKENS = 16
 SIDE = 56
+FRAME_TEXT_TOKENS = 12
+"""About as many announce a frame."""
 
 
 class ToyConfig(hf.InternVLConfig):  # type: ignore[misc]  # transformers' classes are untyped here
@@ -50,7 +50,7 @@ class ToyForConditionalGeneration(hf.InternVLForConditionalGeneration):  # type:
 
 
 class ToyFamily(Family):
-    """Frames of 16 tokens, each announced by its number."""
+    """Frames of ``image_seq_length`` tokens, each announced by its number."""
 
     model_type = MODEL_TYPE
     modules = ModuleNames(
@@ -84,9 +84,15 @@ class ToyFamily(Family):
 
     @override
     def estimate_tokens(
-        self, video_processor: Any, frames: int, frame_hw: tuple[int, int], sampling: FrameSampling
+        self,
+        video_processor: Any,
+        config: Any,
+        *,
+        frames: int,
+        frame_hw: tuple[int, int],
+        sampling: FrameSampling,
     ) -> int:
-        return frames * (FRAME_TOKENS + 12)
+        return frames * (int(config.image_seq_length) + FRAME_TEXT_TOKENS)
 
     @override
     def video_token_id(self, config: Any) -> int:
@@ -101,7 +107,7 @@ class ToyFamily(Family):
         self, token_ids: np.ndarray, fields: Mapping[str, np.ndarray], config: Any
     ) -> VideoLayout:
         frames = int(fields["video_num_patches"])
-        vision = np.flatnonzero(token_ids == config.image_token_id).reshape(frames, FRAME_TOKENS)
+        vision = np.flatnonzero(token_ids == config.image_token_id).reshape(frames, -1)
         ends = vision[:, -1] + 2  # the last token of a frame is followed by its end token
         start = int(vision[0, 0])
         span = (start, int(vision[-1, -1]) + 1 - start)
@@ -134,12 +140,11 @@ class ToyFamily(Family):
         return VisionFeatures(output.pooler_output.flatten(0, 1), [])
 
 
-def build_checkpoint(folder: Path) -> Path:
-    """A tiny checkpoint of it with random weights."""
+def make_model(spec: TinySpec, tokenizer: Any) -> tuple[Any, Any]:
+    """A tiny model of the family and its processor."""
     hf.AutoConfig.register(MODEL_TYPE, ToyConfig, exist_ok=True)
     hf.AutoModel.register(ToyConfig, ToyModel, exist_ok=True)
     hf.AutoModelForImageTextToText.register(ToyConfig, ToyForConditionalGeneration, exist_ok=True)
-    tokenizer = train_tokenizer(_template())
     tokens = {
         "start_image_token": "<|vision_start|>",
         "end_image_token": "<|vision_end|>",
@@ -151,19 +156,19 @@ def build_checkpoint(folder: Path) -> Path:
     size = {"height": SIDE, "width": SIDE}
     text = hf.Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.max_position_embeddings,
         eos_token_id=tokenizer.eos_token_id,
     )
     vision = hf.InternVLVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=spec.vision_hidden,
+        intermediate_size=spec.vision_intermediate,
+        num_hidden_layers=spec.vision_depth,
+        num_attention_heads=spec.vision_heads,
         image_size=[SIDE, SIDE],
         patch_size=[7, 7],
     )
@@ -171,26 +176,35 @@ def build_checkpoint(folder: Path) -> Path:
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids(tokens["context_image_token"]),
-        image_seq_length=FRAME_TOKENS,
+        image_seq_length=spec.video_tokens,
     )
-    config.dtype = "float32"
-    torch.manual_seed(0)
-    model = ToyForConditionalGeneration(config)
     processor = hf.InternVLProcessor(
         image_processor=hf.GotOcr2ImageProcessor(size=size),
         tokenizer=tokenizer,
         video_processor=hf.InternVLVideoProcessor(size=size, initial_shift=0),
-        image_seq_length=FRAME_TOKENS,
+        image_seq_length=spec.video_tokens,
         chat_template=tokenizer.chat_template,
     )
-    model.save_pretrained(folder, save_original_format=False)
-    tokenizer.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return ToyForConditionalGeneration(config), processor
 
 
-def _template() -> str:
-    """The tiny tokenizer's, with a video that is one token until the processor names its frames."""
-    return chat_template(default_system=False).replace(
-        "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>\\n"
-    )
+TINY = TinyFamily(
+    model_type=MODEL_TYPE,
+    make=make_model,
+    # A video is one token until the processor names its frames.
+    template=chat_template(video="<|video_pad|>\\n"),
+    gain=1.6,
+    video_tokens=16,
+    vision_depth=2,
+    validate=lambda spec: None,
+)
+SPEC = TinySpec(
+    layers=3,
+    hidden=128,
+    heads=4,
+    head_dim=32,
+    max_position_embeddings=32768,
+    intermediate=192,
+    vision_hidden=64,
+    vision_intermediate=96,
+)

@@ -78,7 +78,7 @@ def build_tokenizer() -> Any:
         tokenizer_object=tokenizer,
         eos_token=END_OF_TURN,
         pad_token=PADDING,
-        chat_template=chat_template(default_system=False),
+        chat_template=chat_template(),
         clean_up_tokenization_spaces=False,
         model_max_length=CONTEXT,
     )

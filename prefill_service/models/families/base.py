@@ -114,12 +114,22 @@ class Family(ABC):
 
     @abstractmethod
     def estimate_tokens(
-        self, video_processor: Any, frames: int, frame_hw: tuple[int, int], sampling: FrameSampling
+        self,
+        video_processor: Any,
+        config: Any,
+        *,
+        frames: int,
+        frame_hw: tuple[int, int],
+        sampling: FrameSampling,
     ) -> int:
-        """About how many tokens ``frames`` frames make, the text between them included.
+        """About how many tokens a video makes, the text between its frames included.
 
         Args:
+            video_processor: the checkpoint's.
+            config: the checkpoint's configuration.
+            frames: how many are sampled.
             frame_hw: pixels of a frame of the video.
+            sampling: how large frames become.
 
         Raises:
             ValueError: the processor cannot resize such frames as asked.

@@ -58,7 +58,13 @@ class QwenVL(Family):
 
     @override
     def estimate_tokens(
-        self, video_processor: Any, frames: int, frame_hw: tuple[int, int], sampling: FrameSampling
+        self,
+        video_processor: Any,
+        config: Any,
+        *,
+        frames: int,
+        frame_hw: tuple[int, int],
+        sampling: FrameSampling,
     ) -> int:
         patches = video_processor.get_num_of_video_patches(
             frames, *frame_hw, {"size": _size(video_processor, sampling)}
