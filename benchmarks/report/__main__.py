@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from benchmarks.report.documents import IMAGES, ROOT, stale
+from benchmarks.report.documents import CHARTS, ROOT, stale
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if ``--check`` finds a document that is out of date."""
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    root: Path = ROOT,
+    charts: Mapping[str, Callable[[], str]] = CHARTS,
+) -> int:
+    """Exit status 1 if ``--check`` finds a document below ``root`` that is out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="bring all documents up to date")
     mode.add_argument("--check", action="store_true", help="fail if one is not")
     options = parser.parse_args(arguments)
-    found = stale()
+    found = stale(root, charts)
     for path, text in found.items():
-        print(f"{path.relative_to(ROOT)}: {'written' if options.write else 'out of date'}")
+        print(f"{path.relative_to(root)}: {'written' if options.write else 'out of date'}")
         if options.write:
-            IMAGES.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
     return 1 if options.check and found else 0
 

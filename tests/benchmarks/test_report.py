@@ -10,33 +10,33 @@ from benchmarks.report.__main__ import main
 from benchmarks.report.results import seconds, share, span
 
 
-@pytest.fixture
-def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only document, with one empty block."""
-    path = tmp_path / "page.md"
-    path.write_text("Before.\n\n<!-- generated: machine -->\n<!-- end -->\n\nAfter.\n")
-    monkeypatch.setattr(documents, "ROOT", tmp_path)
-    monkeypatch.setattr("benchmarks.report.__main__.ROOT", tmp_path)
-    monkeypatch.setattr(documents, "DOCUMENTS", (path,))
-    monkeypatch.setattr(documents, "CHARTS", {})
-    return path
+def report(folder: Path, option: str) -> int:
+    return main([option], root=folder, charts={"line.svg": lambda: "<svg/>"})
 
 
-def test_a_document_is_written_once(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--check"]) == 1
-    assert main(["--write"]) == 0
-    assert main(["--check"]) == 0
-    assert "page.md: written" in capsys.readouterr().out
+def test_documents_and_charts_are_written_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    document = tmp_path / "docs" / "page.md"
+    document.write_text("Before.\n\n<!-- generated: machine -->\n<!-- end -->\n\nAfter.\n")
+    assert report(tmp_path, "--check") == 1
+    assert report(tmp_path, "--write") == 0
+    assert report(tmp_path, "--check") == 0
+    printed = capsys.readouterr().out
+    assert "docs/page.md: written" in printed
+    assert "docs/images/line.svg: written" in printed
+    assert (tmp_path / "docs" / "images" / "line.svg").read_text() == "<svg/>"
     text = document.read_text()
     assert text.startswith("Before.\n\n<!-- generated: machine -->\n")
     assert text.endswith("\n<!-- end -->\n\nAfter.\n")
     assert "vLLM" in text
 
 
-def test_a_block_that_nobody_knows_is_an_error(document: Path) -> None:
-    document.write_text("<!-- generated: guesses -->\n<!-- end -->\n")
+def test_a_block_that_nobody_knows_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("<!-- generated: guesses -->\n<!-- end -->\n")
     with pytest.raises(KeyError, match="guesses"):
-        main(["--check"])
+        report(tmp_path, "--check")
 
 
 def test_every_result_file_has_its_command() -> None:

@@ -137,7 +137,7 @@ def test_generated_blocks_and_charts_are_current() -> None:
 
 
 def test_every_block_is_used() -> None:
-    used = {name for path in documents.DOCUMENTS for name in block_names(path)}
+    used = {name for path in documents.documents() for name in block_names(path)}
     assert set(documents.BLOCKS) - used <= {"machine"}
 
 

@@ -9,24 +9,39 @@ import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefill_service.cli.machine_checks import Finding, Level, check_machine
+from prefill_service.cli.machine_checks import (
+    Finding,
+    Level,
+    check_machine,
+    check_packages,
+    check_vllm,
+)
 from prefill_service.cli.main import main
-from prefill_service.config import load_config
+from prefill_service.config import ServiceConfig, load_config
 from prefill_service.video.decoder.rlimits import landlock_abi
 
 HERE = {"server": {"port": 0}, "engine": {"device": "cpu"}}
 
 
-def findings(folder: Path, **sections: dict[str, Any]) -> dict[str, Finding]:
+def config_of(folder: Path, **sections: dict[str, Any]) -> ServiceConfig:
     given = {**HERE, "storage": {"data_dir": str(folder / "data")}}
     for section, values in sections.items():
         given[section] = {**given.get(section, {}), **values}
-    return {finding.subject: finding for finding in check_machine(load_config(None, given))}
+    return load_config(None, given)
+
+
+def by_subject(findings: Iterable[Finding]) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings}
+
+
+def findings(folder: Path, **sections: dict[str, Any]) -> dict[str, Finding]:
+    return by_subject(check_machine(config_of(folder, **sections)))
 
 
 def test_this_machine_can_run_the_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,31 +69,20 @@ def test_missing_things_are_named_with_a_remedy_and_code_1(
     assert "another --port" in missing["remedy"]
 
 
-def test_packages_are_compared_with_what_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_are_compared_with_what_is_asked_for() -> None:
     wanted = ["numpy>=99", "no-such-package", "torch", 'pywin32; sys_platform == "win32"']
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
-    packages = findings(tmp_path)["packages"]
+    [packages] = check_packages(wanted)
     assert packages.level is Level.MISSING
     version = importlib.metadata.version("numpy")
     assert packages.text.endswith(f"unmet: numpy>=99 ({version}), no-such-package (not there)")
     assert "pip install" in packages.remedy
 
 
-def test_vllm_is_needed_unless_one_runs_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name.startswith("vllm"):
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert findings(tmp_path)["vLLM"].level is Level.MISSING
-    elsewhere = findings(tmp_path, vllm={"url": "http://127.0.0.1:8000"})
+def test_vllm_is_needed_unless_one_runs_elsewhere(tmp_path: Path) -> None:
+    embedded = by_subject(check_vllm(config_of(tmp_path), ""))
+    assert embedded["vLLM"].level is Level.MISSING
+    remote = config_of(tmp_path, vllm={"url": "http://127.0.0.1:8000"})
+    elsewhere = by_subject(check_vllm(remote, ""))
     assert elsewhere["vLLM"].level is Level.OK
     assert "libnuma" not in elsewhere
 
