@@ -10,12 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefill_service.config import (
-    RENAMED_SECTIONS,
-    ResolvedConfig,
-    ServiceConfig,
-    resolve_config,
-)
+from prefill_service.cli.config_loading import RENAMED_SECTIONS, ResolvedConfig, resolve_config
+from prefill_service.config import ServiceConfig
 
 SHORT_NAMES = {
     "engine.model": "--model",

@@ -7,8 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
+from prefill_service.cli.config_loading import ResolvedConfig
 from prefill_service.cli.config_options import add_config_options, resolve_from
-from prefill_service.config import ResolvedConfig
 
 _DESCRIPTION = """\
 Print the configuration that `serve` would use with the same options, as a TOML file that --config

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prefill_service.config import load_config
+from prefill_service.cli.config_loading import resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -83,7 +83,7 @@ def test_manifests_fit_together() -> None:
 
 
 def test_deployed_configuration_is_accepted() -> None:
-    config = load_config(DEPLOY / "config.toml", {})
+    config = resolve_config(DEPLOY / "config.toml", {}).config
     assert config.server.host == "0.0.0.0"
     [configmap] = documents(DEPLOY / "kubernetes" / "configmap.yaml")
     assert configmap["data"]["config.toml"] == (DEPLOY / "config.toml").read_text()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from prefill_service.cli.config_loading import resolve_config
 from prefill_service.cli.main import main
-from prefill_service.config import load_config
 
 
 def test_each_value_has_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,13 +28,13 @@ def test_the_output_reads_back_the_same(tmp_path: Path, capsys: pytest.CaptureFi
     path = tmp_path / "a.toml"
     odd = 'a "quoted" \\ path\x7f\t # é'
     path.write_text(f"[vllm]\nextra_args = [{odd!r}, '--x']\n[engine]\nbalance_above = 1e300\n")
-    wanted = load_config(path, {"engine": {"model": odd}})
+    wanted = resolve_config(path, {"engine": {"model": odd}}).config
     assert main(["config", "show", "--config", str(path), "--model", odd]) == 0
     text = capsys.readouterr().out
     copy = tmp_path / "b.toml"
     copy.write_text(text)
     assert tomllib.loads(text)["vllm"]["extra_args"] == wanted.vllm.extra_args
-    assert load_config(copy, {}) == wanted
+    assert resolve_config(copy, {}).config == wanted
 
 
 def test_a_bad_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

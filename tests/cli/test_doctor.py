@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from prefill_service.cli.config_loading import resolve_config
 from prefill_service.cli.machine_checks import (
     Finding,
     Level,
@@ -23,7 +24,7 @@ from prefill_service.cli.machine_checks import (
     check_vllm,
 )
 from prefill_service.cli.main import main
-from prefill_service.config import ServiceConfig, load_config
+from prefill_service.config import ServiceConfig
 from prefill_service.video.decoder.rlimits import landlock_abi
 
 HERE = {"server": {"port": 0}, "engine": {"device": "cpu"}}
@@ -33,7 +34,7 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> ServiceConfig:
     given = {**HERE, "storage": {"data_dir": str(folder / "data")}}
     for section, values in sections.items():
         given[section] = {**given.get(section, {}), **values}
-    return load_config(None, given)
+    return resolve_config(None, given).config
 
 
 def by_subject(findings: Iterable[Finding]) -> dict[str, Finding]:

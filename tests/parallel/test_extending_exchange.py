@@ -25,7 +25,7 @@ OVER_THE_CATALOGUE = (
     "tests/cost_model/test_search.py",
     "tests/cost_model/test_traffic.py::test_chunks_move_what_a_walk_counts",
     "tests/parallel/test_exchanges.py::test_every_rank_receives_what_the_papers_say[2]",
-    "tests/test_config.py::test_refusals_name_file_option_and_what_is_accepted",
+    "tests/cli/test_config_loading.py::test_refusals_name_file_option_and_what_is_accepted",
 )
 
 

@@ -27,7 +27,8 @@ from prefill.v1 import (
     prefill_service_pb2 as prefill_pb,
 )
 
-from prefill_service.config import ServiceConfig, StorageConfig, VideoConfig, load_config
+from prefill_service.cli.config_loading import resolve_config
+from prefill_service.config import ServiceConfig, StorageConfig, VideoConfig
 from prefill_service.service import Components, Service
 from prefill_service.video.store import VideoStore
 from tests.support.simulated_backends import (
@@ -169,7 +170,7 @@ async def serving(
             **(components or {}),
         )
 
-    service = Service(load_config(None, sections), build)
+    service = Service(resolve_config(None, sections).config, build)
     running = InProcessService(service, executor, generation, video_id)
     running.task = asyncio.create_task(service.run(running.lines.append))
     started = asyncio.create_task(service.started.wait())

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from prefill_service.config import ServiceConfig, load_config, resolve_config
+from prefill_service.cli.config_loading import resolve_config
+from prefill_service.config import ServiceConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
@@ -22,13 +23,13 @@ def write(folder: Path, text: str) -> Path:
 
 def refused(text: str, folder: Path) -> str:
     with pytest.raises(ServiceError) as raised:
-        load_config(write(folder, text), {})
+        resolve_config(write(folder, text), {})
     assert raised.value.reason is Reason.CONFIG_INVALID
     return raised.value.message
 
 
 def test_every_default_is_accepted() -> None:
-    assert load_config(None, {}) == ServiceConfig()
+    assert resolve_config(None, {}).config == ServiceConfig()
 
 
 def test_each_value_has_a_source(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_lists_are_not_shared() -> None:
 
 
 def test_an_earlier_section_name_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = load_config(write(tmp_path, "[decoder]\nmax_model_len = 5\n"), {})
+    config = resolve_config(write(tmp_path, "[decoder]\nmax_model_len = 5\n"), {}).config
     assert config.vllm.max_model_len == 5
     assert "section [decoder] is called [vllm] now" in caplog.text
     both = refused("[decoder]\nblock_size = 5\n[vllm]\nblock_size = 5\n", tmp_path)
@@ -115,4 +116,4 @@ def test_no_number_may_be_negative_or_infinite(section: str, name: str, default:
     wrong = [-1.0, math.inf, math.nan] if isinstance(default, float) else [-1]
     for value in wrong:
         with pytest.raises(ServiceError, match=f"{section}.{name} = "):
-            load_config(None, {section: {name: value}})
+            resolve_config(None, {section: {name: value}})
