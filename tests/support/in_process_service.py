@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from prefill.v1 import (
     answer_service_pb2 as answer_pb,
@@ -219,3 +220,10 @@ def template(
 def serve(tmp_path: Path, template: tuple[Path, str]) -> Callable[..., Any]:
     """``async with serve(engine={...}) as s``: a service on its own data directory."""
     return partial(serving, tmp_path / "data", template)
+
+
+async def health(channel: grpc.aio.Channel, service: str = "") -> str:
+    """The serving status by name; that of the whole server without a service."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
