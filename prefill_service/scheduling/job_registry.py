@@ -185,5 +185,5 @@ def _why_no_report(record: JobRecord) -> str:
     if record.state not in (JobState.SUCCEEDED, JobState.EVICTED):
         return "there is one once a job has succeeded"
     if record.spec.comparison is not None:
-        return "it was computed by a comparison mode, whose attention is not measured"
+        return "it was computed by a baseline, whose attention is not measured"
     return "it is from before there were any, or the disk was full"

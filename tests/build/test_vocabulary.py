@@ -27,6 +27,16 @@ RETIRED = {
     "inventory": "repository",
     "job book": "job registry",
     "house": "repository or package",
+    "giver": "from_rank, of a delegation",
+    "taker": "to_rank, of a delegation",
+    "exchange planner": "exchange chooser",
+    "moved tile": "delegated tile",
+    "moved tiles": "delegated tiles",
+    "next generation": "next epoch",
+    "earlier generation": "earlier epoch",
+    "comparison mode": "baseline",
+    "comparison modes": "baselines",
+    "service plan": "service estimate",
 }
 # Words that some code still has.
 STILL_THERE = {

@@ -1,4 +1,4 @@
-"""A comparison mode from a client's call to vLLM's answer."""
+"""A baseline from a client's call to vLLM's answer."""
 
 from __future__ import annotations
 
