@@ -76,7 +76,9 @@ class _PrefillMetrics:
             "stage_seconds", "Seconds of each prefill's slowest rank, by stage.", "stage"
         )
 
-    def record(self, tokens: int, outcome: PrefillOutcome, *, quality: str, ranks: int) -> None:
+    def record_prefill(
+        self, tokens: int, outcome: PrefillOutcome, *, quality: str, ranks: int
+    ) -> None:
         self._seconds.labels(quality).observe(outcome.seconds)
         self._tokens.labels(quality).inc(tokens)
         self._on_ranks.labels(ranks).inc()
@@ -113,7 +115,7 @@ class _AttentionMetrics:
             "attention_seconds", "Seconds of the slowest rank, summed over layers.", "phase"
         )
 
-    def record(self, quality: str, attention: AttentionSummary) -> None:
+    def record_attention(self, quality: str, attention: AttentionSummary) -> None:
         total = attention.total
         self._density.labels(quality).observe(total.density)
         if total.sampled_rows:
@@ -172,7 +174,7 @@ class _AnswerMetrics:
         )
         self._handoff_bytes = make.counter("handoff_bytes", "Bytes of KV moved to vLLM.")
 
-    def record(
+    def record_answer(
         self, finish_reason: str, *, tokens: int, first_token_s: float, handoff_bytes: int
     ) -> None:
         self._answers.labels(finish_reason).inc()
@@ -220,9 +222,9 @@ class Metrics:
     ) -> None:
         """Count a finished prefill; one by a baseline's ``method`` has no attention summary."""
         quality = method if attention is None else str(attention.policy.quality)
-        self._prefills.record(tokens, outcome, quality=quality, ranks=ranks)
+        self._prefills.record_prefill(tokens, outcome, quality=quality, ranks=ranks)
         if attention is not None:
-            self._attention.record(quality, attention)
+            self._attention.record_attention(quality, attention)
             self._last_job.set(attention)
 
     def record_call(self, method: str, code: str) -> None:
@@ -233,7 +235,7 @@ class Metrics:
         self, finish_reason: str, *, tokens: int, first_token_s: float, handoff_bytes: int
     ) -> None:
         """Count a completed answer."""
-        self._answers.record(
+        self._answers.record_answer(
             finish_reason,
             tokens=tokens,
             first_token_s=first_token_s,
