@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tools.make_tiny_checkpoint import FAMILIES, build
+from tools.make_tiny_checkpoint import build
+from tools.tiny_families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = ROOT / "clients" / "python" / "src" / "prefill"

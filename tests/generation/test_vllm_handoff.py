@@ -24,7 +24,7 @@ from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.kv.manifest import KVLayout, Manifest, hash_token_ids
 from tests.generation.oracle import Case, compute
 from tests.kv.rank_process import (
-    GENERATION,
+    EPOCH,
     WorkerProcess,
     create,
     deal,
@@ -263,7 +263,7 @@ async def test_fault_of_the_source_fails_that_request_alone(
             for rank in b.ranks:
                 rank.store("release_lease", manifest.prefix_id, lease)
         elif fault == "stale":
-            manifest = replace(manifest, generation=GENERATION - 1)
+            manifest = replace(manifest, epoch=EPOCH - 1)
         elif fault == "dead":
             manifest = replace(manifest, endpoints=(f"unix:{tmp_path}/gone.sock",) * 3)
         elif fault == "failed":

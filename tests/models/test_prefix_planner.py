@@ -138,7 +138,7 @@ def test_a_limit_holds_for_a_processor_without_one(planner: PrefixPlanner) -> No
             number = num_frames or int(metadata.duration * (fps or 0))
             return np.linspace(0, metadata.total_num_frames - 1, number).round()
 
-    sampler = FrameSampler(planner._family, Unlimited())
+    sampler = FrameSampler(planner._family, Unlimited(), planner._config)
     indices = sampler.sample(index_of(400), FrameSampling(fps=1.0, max_frames=11))
     assert len(indices) == 11 // sampler.frames_per_patch * sampler.frames_per_patch
     assert (indices[0], indices[-1]) == (0, 399)

@@ -249,17 +249,17 @@ def test_published_lengths() -> None:
     context = 148_512
     assert [baseline_method(method, context, 8) for method in BaselineName] == [
         BaselineMethod(
-            method=SPAVA, anchor_tokens=2432, passing_tokens=1280, score=PassingScore.MEAN
+            name=SPAVA, anchor_tokens=2432, passing_tokens=1280, score=PassingScore.MEAN
         ),
         BaselineMethod(
-            method=STAR,
+            name=STAR,
             anchor_tokens=16502,
             passing_tokens=0,
             score=PassingScore.MEAN,
             blocks_per_rank=1,
         ),
         BaselineMethod(
-            method=APB,
+            name=APB,
             anchor_tokens=2432,
             passing_tokens=2432,
             score=PassingScore.MAX,
@@ -289,9 +289,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="-1 passing tokens: neither may be negative"):
         baseline_method(SPAVA, 100, 4, anchor_tokens=8, passing_tokens=-1)
     with pytest.raises(ValueError, match="3 blocks per rank; there are 1 or 2"):
-        BaselineMethod(method=SPAVA, anchor_tokens=8, passing_tokens=2, blocks_per_rank=3)
+        BaselineMethod(name=SPAVA, anchor_tokens=8, passing_tokens=2, blocks_per_rank=3)
     with pytest.raises(ValueError, match="a question in the anchor needs one block per rank"):
-        BaselineMethod(method=APB, anchor_tokens=8, passing_tokens=2, question_in_anchor=True)
+        BaselineMethod(name=APB, anchor_tokens=8, passing_tokens=2, question_in_anchor=True)
     group = SPGroup(0, 1, None, None)
     split = split_evenly(100, 2, 1, method)
     with pytest.raises(ValueError, match="the split is for 4 ranks, the group has 1"):
