@@ -41,15 +41,17 @@ def test_kept_mass_and_error_of_all_rows(
     used = attend_on_cpu(problem)
     rows = torch.arange(queries)
     weights = torch.rand(queries, tiles.keys, generator=torch.Generator().manual_seed(4))
-    proof = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
+    verification = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
     mass = oracle.kept_mass(q, k, tiles, used.keep, used.bias, problem.summaries, SCALE)
-    torch.testing.assert_close(proof.kept_mass.view(-1, queries), mass, rtol=0, atol=1e-6)
+    torch.testing.assert_close(verification.kept_mass.view(-1, queries), mass, rtol=0, atol=1e-6)
     p = oracle.causal_scores(q, k, q_offset, SCALE).softmax(-1)
     weighted = (p.view(2, group, queries, -1) * weights).sum((1, 2))
-    torch.testing.assert_close(proof.weighted, weighted)
+    torch.testing.assert_close(verification.weighted, weighted)
     exact = oracle.dense(q, k, v, q_offset, SCALE)
     error = (used.out - exact).norm(dim=-1) / exact.norm(dim=-1)
-    torch.testing.assert_close(proof.output_error.view(-1, queries), error, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        verification.output_error.view(-1, queries), error, rtol=1e-6, atol=1e-6
+    )
     if q_offset > 100:
         # The estimate it was selected by is honest on keys without structure.
         assert 1 - epsilon - 0.03 < mass.mean() < 1
@@ -76,12 +78,12 @@ def test_rows_that_are_no_numbers_keep_nothing() -> None:
     used.out[3, 8] = torch.inf
     rows = torch.arange(128)
     weights = torch.zeros(128, tiles.keys)
-    proof = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
+    verification = verify_rows(problem, used, SampledRows(rows, weights), ScratchBuffers())
     bad = torch.zeros(4, 128, dtype=torch.bool)
     bad[range(4), range(5, 9)] = True
-    assert (proof.kept_mass.view(4, 128)[bad] == 0).all()
-    assert (proof.output_error.view(4, 128)[bad] == 1).all()
-    assert (proof.kept_mass.view(4, 128)[~bad] > 0.3).all()
+    assert (verification.kept_mass.view(4, 128)[bad] == 0).all()
+    assert (verification.output_error.view(4, 128)[bad] == 1).all()
+    assert (verification.kept_mass.view(4, 128)[~bad] > 0.3).all()
 
 
 def test_what_is_no_number_in_any_measurement_keeps_nothing() -> None:

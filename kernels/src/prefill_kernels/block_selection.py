@@ -22,7 +22,11 @@ _BISECTIONS = tl.constexpr(9)  # of the range 0 to _LEVELS
 
 @triton.jit
 def _levels(p_loss, p_bias, p_forced, o_n, blocks, largest):
-    """Loss, candidate and forced flags and level of some blocks; level -1: keep in any case."""
+    """Loss, whether it is a candidate, and level of the blocks at o_n [N].
+
+    Level l means a loss of ``largest`` / 2^((l + 1) / 16) to ``largest`` / 2^(l / 16); -1: keep in
+    any case, and count no loss.
+    """
     mask = o_n < blocks
     loss = tl.load(p_loss + o_n, mask=mask, other=0.0)
     candidate = tl.load(p_bias + o_n, mask=mask, other=float("-inf")) != float("-inf")
@@ -32,6 +36,12 @@ def _levels(p_loss, p_bias, p_forced, o_n, blocks, largest):
     level = tl.floor(tl.log2(largest / tl.maximum(loss, 1e-38)) * _PER_OCTAVE)
     level = tl.where(certain, tl.minimum(tl.maximum(level, 0), _LEVELS - 1), -1).to(tl.int32)
     return tl.where(certain & candidate, loss, 0.0), candidate, level
+
+
+@triton.jit
+def _kept(loss, candidate, level, kept_levels):
+    """[N] whether a block is kept where the first ``kept_levels`` levels are."""
+    return candidate & ((level < 0) | ((level < kept_levels) & (loss > 0)))
 
 
 @triton.jit
@@ -78,11 +88,6 @@ def threshold_kernel(
     tl.store(p_kept_levels + i_row, high)
     tl.store(p_largest + i_row, largest)
     tl.store(p_counts + i_row, tl.sum(count, 0))
-
-
-@triton.jit
-def _kept(loss, candidate, level, kept_levels):
-    return candidate & ((level < 0) | ((level < kept_levels) & (loss > 0)))
 
 
 @triton.jit
@@ -141,18 +146,8 @@ def select_blocks(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    _check(loss, bias, forced, epsilon)
     kv_heads, tiles, blocks = loss.shape
-    if bias.shape != loss.shape or {loss.dtype, bias.dtype, epsilon.dtype} != {torch.float32}:
-        raise ValueError(
-            f"loss {list(loss.shape)} {loss.dtype}, bias {list(bias.shape)} {bias.dtype} and "
-            f"epsilon {epsilon.dtype} do not fit; expected float32"
-        )
-    if forced.shape != (tiles, blocks) or forced.dtype != torch.bool:
-        raise ValueError(
-            f"forced is {forced.dtype} {list(forced.shape)}, expected bool [{tiles}, {blocks}]"
-        )
-    if epsilon.shape != (kv_heads,):
-        raise ValueError(f"epsilon has shape {list(epsilon.shape)}, expected [{kv_heads}]")
     rows = kv_heads * tiles
     device = loss.device
     loss = loss.contiguous()
@@ -166,7 +161,10 @@ def select_blocks(
     dropped = torch.empty_like(bias)
     if rows == 0:
         return BlockCSR(row_ptr, col), dropped
-    block_n = max(16, min(256, triton.next_power_of_2(blocks)))
+    options = {
+        "BLOCK_N": max(16, min(256, triton.next_power_of_2(blocks))),
+        "enable_fp_fusion": True,
+    }
     threshold_kernel[(rows,)](
         loss,
         bias,
@@ -177,10 +175,9 @@ def select_blocks(
         row_ptr[1:],
         tiles,
         blocks,
-        BLOCK_N=block_n,
-        enable_fp_fusion=True,
+        **options,
     )
-    row_ptr[1:] = row_ptr[1:].cumsum(0, dtype=torch.int32)
+    row_ptr[1:] = row_ptr[1:].cumsum(0, dtype=torch.int32)  # the counts become ends of rows
     fill_kernel[(rows,)](
         loss,
         bias,
@@ -192,7 +189,21 @@ def select_blocks(
         dropped,
         tiles,
         blocks,
-        BLOCK_N=block_n,
-        enable_fp_fusion=True,
+        **options,
     )
     return BlockCSR(row_ptr, col), dropped
+
+
+def _check(loss: Tensor, bias: Tensor, forced: Tensor, epsilon: Tensor) -> None:
+    kv_heads, tiles, blocks = loss.shape
+    if bias.shape != loss.shape or {loss.dtype, bias.dtype, epsilon.dtype} != {torch.float32}:
+        raise ValueError(
+            f"loss {list(loss.shape)} {loss.dtype}, bias {list(bias.shape)} {bias.dtype} and "
+            f"epsilon {epsilon.dtype} do not fit; expected float32"
+        )
+    if forced.shape != (tiles, blocks) or forced.dtype != torch.bool:
+        raise ValueError(
+            f"forced is {forced.dtype} {list(forced.shape)}, expected bool [{tiles}, {blocks}]"
+        )
+    if epsilon.shape != (kv_heads,):
+        raise ValueError(f"epsilon has shape {list(epsilon.shape)}, expected [{kv_heads}]")

@@ -46,14 +46,14 @@ def summaries_kernel(
     o_k = page.to(tl.int64) * stride_k_block + i_head.to(tl.int64) * stride_k_head
     p_tile = p_k + o_k + o_n[:, None] * stride_k_token + o_d[None, :]
     b_k = tl.load(p_tile, mask=d_mask[None, :], other=0.0).to(tl.float32)  # [B, D]
-    mean = tl.sum(b_k, 0) / BLOCK_TOKENS
+    mean = tl.sum(b_k, 0) / BLOCK_TOKENS  # [D]
     centred = tl.where(d_mask[None, :], b_k - mean[None, :], 0.0)
     squared = centred * centred
-    distance = tl.sum(squared, 1)
+    distance = tl.sum(squared, 1)  # [B], squared
     farthest = o_n == tl.argmax(distance, 0)  # the first of equals
-    direction = tl.sum(tl.where(farthest[:, None], centred, 0.0), 0)
+    direction = tl.sum(tl.where(farthest[:, None], centred, 0.0), 0)  # [D]
     # Of equal keys none is far; the farthest itself counts in any case.
-    along = tl.sum(centred * direction[None, :], 1)
+    along = tl.sum(centred * direction[None, :], 1)  # [B]
     outliers = (along > 0.5 * tl.max(distance, 0)) | farthest
     count = tl.sum(outliers.to(tl.float32), 0)
     b_far = tl.sum(tl.where(outliers[:, None], b_k, 0.0), 0) / count
@@ -83,12 +83,7 @@ def summarize_blocks(
     Raises:
         ValueError: shapes that do not fit.
     """
-    if block_tokens < 1 or block_tokens & (block_tokens - 1):
-        raise ValueError(f"block_tokens = {block_tokens} is not a power of two")
-    if k.shape != v.shape or k.dim() != (3 if block_table is None else 4):
-        raise ValueError(f"shapes {list(k.shape)} and {list(v.shape)} of k and v do not fit")
-    if block_table is not None and k.shape[1] != block_tokens:
-        raise ValueError(f"pages hold {k.shape[1]} tokens, expected block_tokens = {block_tokens}")
+    _check(k, v, block_tokens, block_table)
     k_blocks = as_blocks(k, block_tokens, block_table is not None)
     v_blocks = as_blocks(v, block_tokens, block_table is not None)
     blocks, kv_heads, _, head_dim = k_blocks.shape
@@ -122,3 +117,12 @@ def summarize_blocks(
             enable_fp_fusion=True,
         )
     return Summaries(k_mean, k_var, v_mean, k_far, far_count)
+
+
+def _check(k: Tensor, v: Tensor, block_tokens: int, block_table: Tensor | None) -> None:
+    if block_tokens < 1 or block_tokens & (block_tokens - 1):
+        raise ValueError(f"block_tokens = {block_tokens} is not a power of two")
+    if k.shape != v.shape or k.dim() != (3 if block_table is None else 4):
+        raise ValueError(f"shapes {list(k.shape)} and {list(v.shape)} of k and v do not fit")
+    if block_table is not None and k.shape[1] != block_tokens:
+        raise ValueError(f"pages hold {k.shape[1]} tokens, expected block_tokens = {block_tokens}")
