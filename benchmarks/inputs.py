@@ -191,7 +191,7 @@ def _drift(
 
 
 def load(path: Path) -> list[AttentionInput]:
-    """Tensors saved by ``save`` (or by hand, in its format).
+    """Tensors saved by ``save`` (or by another program, in its format).
 
     Raises:
         ValueError: a file without layers.

@@ -165,7 +165,7 @@ class Run:
     Attributes:
         tokens: [own tokens] their positions.
         out: [layers, q_heads, own tokens, head_dim], on the host.
-        received: bytes, by the meter.
+        received: bytes, by the comm stats.
         seconds: from first chunk to last, waiting included.
     """
 

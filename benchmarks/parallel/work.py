@@ -1,4 +1,4 @@
-"""A prefill's work on real ranks of this CPU: what the meter counts, and what a rank computes.
+"""A prefill's work on real ranks of this CPU: what the comm stats count, and what a rank computes.
 
 Random inputs and weights of a reduced shape go through linear layers and an exchange as in a
 prefill. Ranks outnumber cores here, so that wall clock says nothing; a rank's work is the CPU time
@@ -44,7 +44,7 @@ class Measured:
     """One prefill on some ranks.
 
     Attributes:
-        received: bytes by rank, by the meter.
+        received: bytes by rank, by the comm stats.
         cpu_seconds: by rank, of the computing thread; the least of all turns.
     """
 

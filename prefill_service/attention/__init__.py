@@ -1,1 +1,1 @@
-"""Attention over keys on this rank: exact (dense) partial results and their merge."""
+"""Attention of one rank's queries: exact or sparse, verified, and what is reported of it."""

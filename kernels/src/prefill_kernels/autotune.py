@@ -85,7 +85,7 @@ def fits(
 
 
 def _name(config: triton.Config) -> tuple[Any, ...]:
-    """As in the list below."""
+    """BLOCK_M, BLOCK_N, TMA, warps and stages, as ``CONFIGS`` lists them."""
     return (*config.kwargs.values(), config.num_warps, config.num_stages)
 
 

@@ -98,7 +98,7 @@ def select_blocks_reference(
     return keep, bias.masked_fill(keep, -torch.inf)
 
 
-def block_sparse_attention_reference(  # noqa: PLR0913 - the two options that it knows, by name
+def block_sparse_attention_reference(  # noqa: PLR0913 - the two options that it has, by name
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,4 +1,4 @@
-"""What a back end asks of whoever has the keys: bring blocks here, or attend to them elsewhere."""
+"""What a back end needs of the rank that has the keys: blocks brought, or attended to there."""
 
 from __future__ import annotations
 

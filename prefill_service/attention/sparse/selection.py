@@ -138,7 +138,7 @@ def _broken(q: Tensor) -> Tensor | None:
     """Rows of [..., rows, head_dim] that are not all numbers; ``None`` if there is no such row.
 
     One of them would otherwise decide what its tile keeps and, through the mean variance, reach
-    all of its rows. Asked for zeros it has no wishes, and its result is set to NaN.
+    all of its rows. The estimate takes zeros for it; its result is NaN.
     """
     if torch.isfinite(q.sum()):  # one pass, and nothing kept: the usual case
         return None
@@ -159,7 +159,7 @@ def _losses(
 
     A row loses the misplaced share of a block's mass, and the mass of an outlier: mean and variance
     hide a few keys among many (an object's), their own score does not. Of several outliers one
-    counts in the mean, since variance knows the others; the peak, the largest value that either has
+    counts in the mean, as the variance has the others; the peak, the largest value that either has
     in any row, counts all, so that no row loses more than twice the peak.
 
     Args:

@@ -174,13 +174,13 @@ class DemandLayerKeys(KeySource):
         owned_blocks = [self._computed_blocks(rank) for rank in ranks]
         request = VerificationRequest(problem, result, sampled.rows, owned_blocks)
         rows = request.attention_request()
-        attention = self._ask_all(
+        attention = self._request_all(
             self._verification_header(RequestKind.ATTENTION, problem, sampled),
             dict.fromkeys(ranks, rows),
             {rank: request.attention_buffer() for rank in self._others()},
         )
         request.merge_attention(attention)
-        kept = self._ask_all(
+        kept = self._request_all(
             self._verification_header(RequestKind.KEPT_MASS, problem, sampled),
             {rank: request.kept_mass_request(rank) for rank in ranks},
             {rank: request.kept_mass_buffer() for rank in self._others()},
@@ -206,7 +206,7 @@ class DemandLayerKeys(KeySource):
         self._publisher.copy_clustered(state.summaries, first, end)
         state.clustered = until
 
-    def _ask_all(
+    def _request_all(
         self, header: RequestHeader, requests: dict[int, Tensor], replies: dict[int, Tensor]
     ) -> dict[int, Tensor]:
         """Every rank's reply; this rank's own request is answered here.
