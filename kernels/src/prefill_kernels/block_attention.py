@@ -117,17 +117,21 @@ def attention_kernel(
     q_mask = valid[:, None] & d_mask[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)  # [M, D]
 
+    # Keys and values of the KV head: pointer, stride of blocks, stride of tokens.
     k = (p_k + i_head.to(tl.int64) * stride_k_head, stride_k_block, stride_k_token)
     v = (p_v + i_head.to(tl.int64) * stride_v_head, stride_v_block, stride_v_token)
     if PAGED:
         p_table += i_head * stride_table_head
+    # The online softmax: weighted sum of values, largest score, sum of weights. A finite start
+    # instead of -inf: rows and tiles without any key then need no special case.
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # A finite start instead of -inf: rows and tiles without any key then need no special case.
     m = tl.full([BLOCK_M], -1e30, tl.float32)
-    softmax = (acc, m, tl.zeros([BLOCK_M], tl.float32))
+    total = tl.zeros([BLOCK_M], tl.float32)
+    softmax = (acc, m, total)
 
     if LOCAL:
         position = first + rows % tokens * QUERY_STEP
+        # The last key that any of the rows sees; rows of one head are neighbouring tokens.
         last_row = tl.minimum((i_m + 1) * BLOCK_M, GROUP * tokens) - 1
         one_head = i_m * BLOCK_M // tokens == last_row // tokens
         last = first + tl.where(one_head, last_row % tokens, tokens - 1) * QUERY_STEP
@@ -148,6 +152,7 @@ def attention_kernel(
             VALUES,
             SIDE_N,
         )
+
     begin = tl.load(p_row_ptr + i_row)
     kept = tl.load(p_row_ptr + i_row + 1) - begin
     softmax = _attend_kept(
@@ -172,6 +177,7 @@ def attention_kernel(
         BLOCK_N,
         TMA,
     )
+
     if SUMMARIES:
         softmax = _attend_summaries(
             softmax,
