@@ -11,11 +11,13 @@ minutes of 320x240 video give about 6,700 tokens.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -106,20 +108,22 @@ def build_family(family: TinyFamily, out: Path, spec: TinySpec, *, seed: int = 0
     model.config.dtype = "float32"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    _save(out, model, tokenizer, processor, recipe=text)
+    with _staged(out) as staging:
+        model.save_pretrained(staging, save_original_format=family.published_names)
+        tokenizer.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        (staging / RECIPE_FILE).write_text(text)
     return out
 
 
-def _save(out: Path, model: Any, tokenizer: Any, processor: Any, *, recipe: str) -> None:
-    """Write the folder beside ``out`` and put it in place in one step."""
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place in one step, or is gone after an error."""
     hf.utils.logging.disable_progress_bar()
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        (staging / RECIPE_FILE).write_text(recipe)
+        yield staging
         staging.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)

@@ -72,6 +72,8 @@ class TinyFamily:
             apart, little enough chaos that fp32 rounding does not show.
         video_tokens, vision_depth: for the fields of ``TinySpec``, if those are 0.
         validate: raises ValueError if no model of the family has a shape.
+        published_names: weights are saved under the names that published checkpoints have.
+            transformers maps them by ``model_type``, so it has to know that one.
     """
 
     model_type: str
@@ -81,6 +83,7 @@ class TinyFamily:
     video_tokens: int
     vision_depth: int
     validate: Callable[[TinySpec], None]
+    published_names: bool = True
 
     def complete(self, spec: TinySpec) -> TinySpec:
         """The shape with the family's values for what it leaves open.

@@ -197,6 +197,7 @@ TINY = TinyFamily(
     video_tokens=16,
     vision_depth=2,
     validate=lambda spec: None,
+    published_names=False,  # transformers has none for this ``model_type``
 )
 SPEC = TinySpec(
     layers=3,
