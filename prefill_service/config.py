@@ -175,6 +175,18 @@ class VllmConfig:
     )
     start_timeout_s: float = _opt(600.0, "Longest start of the embedded vLLM.")
     request_timeout_s: float = _opt(600.0, "Longest silence of vLLM within one answer.")
+    max_question_tokens: int = _opt(
+        0, "Most tokens of a request's messages; 0: what the context leaves.", low=0
+    )
+    prefill_step_s: float = _opt(
+        0.1, "Longest step in which vLLM takes in nothing but questions' text."
+    )
+    prefill_share: float = _opt(
+        0.33,
+        "Part of a step that long questions get while others are answered; 0: vLLM's scheduler.",
+        low=0,
+        high=0.9,
+    )
     extra_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments for the embedded vLLM."}
     )

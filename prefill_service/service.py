@@ -246,6 +246,7 @@ def _put_together(
         budgets=components.budgets,
         memory=components.memory,
         ranks=config.engine.ranks,
+        max_question_tokens=config.vllm.max_question_tokens,
     )
     scheduler = Scheduler(
         store,

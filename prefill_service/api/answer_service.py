@@ -84,8 +84,12 @@ def question_from_proto(message: pb.AskRequest) -> Question:
 def answer_to_proto(event: AnswerEvent) -> pb.AskResponse:
     """The message for one event of an answer."""
     match event:
-        case AnswerProgress(job):
-            progress = pb.AskProgress(job=job_to_proto(job, brief=True))
+        case AnswerProgress():
+            progress = pb.AskProgress(
+                job=job_to_proto(event.job, brief=True),
+                computed_tokens=event.computed_tokens,
+                prompt_tokens=event.prompt_tokens,
+            )
             return pb.AskResponse(progress=progress)
         case AnswerDelta(text, token_ids):
             delta = pb.AskDelta(text=text, token_ids=token_ids)

@@ -161,7 +161,7 @@ def _refused(metadata: Mapping[str, Any], value: object) -> str:
         return ""
     if low is None:
         return "more than 0" + (f" and at most {high:g}" if high < math.inf else "")
-    return f"{low:d} to {high:d}" if high < math.inf else f"{low:d} or more"
+    return f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
 
 
 def _conflicts(config: ServiceConfig) -> Iterator[tuple[str, object, str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import math
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +62,8 @@ class GenerationRequest:
         request_id: for vLLM's logs; unique.
         prefilled: False while the ranks still compute the prefix: vLLM is then silent until they
             have finished, however long that takes.
+        last_sign: ``time.monotonic()`` at which vLLM was last known to work on the prompt. It takes
+            in a long one without sending a byte.
     """
 
     token_ids: list[int]
@@ -68,6 +72,7 @@ class GenerationRequest:
     sampling: Sampling
     request_id: str
     prefilled: bool = True
+    last_sign: Callable[[], float] = lambda: -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +148,7 @@ class VllmClient:
             async with response:
                 if response.status != 200:
                     raise _failed(response.status, await response.text())
-                first_s = silence_s if request.prefilled else None
-                async for event in _events(response, first_s, silence_s):
+                async for event in _events(_Pieces(response, request, silence_s)):
                     yield event
         except TimeoutError as error:
             raise _unavailable(
@@ -170,13 +174,11 @@ class VllmClient:
         return text
 
 
-async def _events(
-    response: aiohttp.ClientResponse, first_s: float | None, silence_s: float
-) -> AsyncIterator[GenerationEvent]:
+async def _events(pieces: _Pieces) -> AsyncIterator[GenerationEvent]:
     """Server-sent events to ``GenerationEvent``; the final one joins finish reason and usage."""
     finish_reason = ""
     usage = None
-    async for chunk in _data_lines(response, first_s, silence_s):
+    async for chunk in _data_lines(pieces):
         if "error" in chunk:
             raise _failed(chunk["error"].get("code"), json.dumps(chunk))
         usage = chunk.get("usage") or usage
@@ -197,24 +199,56 @@ async def _events(
     )
 
 
-async def _data_lines(
-    response: aiohttp.ClientResponse, first_s: float | None, silence_s: float
-) -> AsyncIterator[dict[str, Any]]:
-    """JSON of the stream's ``data:`` lines; a longer pause than allowed is a TimeoutError."""
+async def _data_lines(pieces: _Pieces) -> AsyncIterator[dict[str, Any]]:
+    """JSON of the stream's ``data:`` lines; a longer silence than allowed is a TimeoutError."""
     buffer = b""
-    limit_s = first_s
-    while True:
-        async with asyncio.timeout(limit_s):
-            data = await response.content.readany()
-        if not data:
-            return
-        limit_s = silence_s
+    while data := await pieces.read():
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 yield json.loads(line.removeprefix(b"data: "))
         if len(buffer) > _MAX_EVENT_BYTES:
-            raise _failed(response.status, f"an event of more than {_MAX_EVENT_BYTES} bytes")
+            raise _failed(pieces.status, f"an event of more than {_MAX_EVENT_BYTES} bytes")
+
+
+class _Pieces:
+    """The body of a response as it comes, and how long it may be silent.
+
+    Before the first piece a sign of work on the prompt counts as well; while the ranks compute the
+    prefix there is no limit.
+    """
+
+    def __init__(
+        self, response: aiohttp.ClientResponse, request: GenerationRequest, silence_s: float
+    ) -> None:
+        self.status = response.status
+        self._content = response.content
+        self._request = request
+        self._silence_s = silence_s
+        self._first = True
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end.
+
+        Raises:
+            TimeoutError: the silence was too long.
+        """
+        since = time.monotonic()
+        while True:
+            limit_s = None
+            if not self._first or self._request.prefilled:
+                limit_s = max(0.0, since + self._silence_s - time.monotonic())
+            try:
+                async with asyncio.timeout(limit_s):
+                    data = await self._content.readany()
+            except TimeoutError:
+                sign = self._request.last_sign()
+                if not self._first or sign <= since:
+                    raise
+                since = sign
+                continue
+            self._first = False
+            return data
 
 
 def _failed(status: object, text: str) -> ServiceError:

@@ -11,6 +11,7 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
@@ -20,12 +21,21 @@ logger = logging.getLogger(__name__)
 _TERM_SECONDS = 10.0
 _LOG_LINES = 15
 
-KV_TRANSFER_CONFIG = {
-    "kv_connector": "PrefillConnector",
-    "kv_connector_module_path": "prefill_service.kv.vllm_connector.connector",
-    "kv_role": "kv_consumer",
-    "kv_load_failure_policy": "fail",
-}
+SCHEDULER = "prefill_service.kv.vllm_connector.fair_scheduler.make_scheduler"
+
+
+def kv_transfer_config(config: VllmConfig) -> dict[str, Any]:
+    """vLLM's ``--kv-transfer-config``: our connector, and what its scheduler is to keep to."""
+    return {
+        "kv_connector": "PrefillConnector",
+        "kv_connector_module_path": "prefill_service.kv.vllm_connector.connector",
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {
+            "prefill_step_s": config.prefill_step_s,
+            "prefill_share": config.prefill_share,
+        },
+    }
 
 
 class VllmProcess:
@@ -120,8 +130,10 @@ class VllmProcess:
             "--enable-prefix-caching",
             "--language-model-only",
             "--disable-uvicorn-access-log",
-            "--kv-transfer-config", json.dumps(KV_TRANSFER_CONFIG),
+            "--kv-transfer-config", json.dumps(kv_transfer_config(config)),
         ]  # fmt: skip
+        if config.prefill_share:
+            arguments += ["--scheduler-cls", SCHEDULER]
         if config.block_size:
             arguments += ["--block-size", str(config.block_size)]
         if self._device == "cpu":

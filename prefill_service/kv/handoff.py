@@ -16,6 +16,10 @@ When a load has ended, well or badly, the consumer sends one line to the service
 socket, so that the service can name the cause of a failed answer:
 
     -> {"lease_id": ..., "ok": bool, "tokens": n, "bytes": n, "seconds": s, "error": {...} | null}
+
+While vLLM takes in a long question, or lets one wait for others, it says how far it is:
+
+    -> {"lease_id": ..., "computed_tokens": n, "prompt_tokens": n}
 """
 
 from __future__ import annotations
@@ -76,3 +80,15 @@ class HandoffReport:
     bytes: int
     seconds: float
     error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeReport:
+    """How much of a prompt vLLM has computed or loaded, sent about once a second by its scheduler.
+
+    Steps that compute nothing send none, so that each report is a sign of life.
+    """
+
+    lease_id: str
+    computed_tokens: int
+    prompt_tokens: int

@@ -1,7 +1,7 @@
-"""Reports of finished loads, from vLLM's workers to the service.
+"""Reports of finished loads and of prompts taken in, from inside vLLM to the service.
 
 vLLM answers a failed load with a generic HTTP 500; the report carries the cause. It is also
-how the service learns what a hand-off moved.
+how the service learns what a hand-off moved, and that a silent vLLM is at work.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import socket
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from prefill_service.kv.handoff import MAX_LINE_BYTES, HandoffReport
+from prefill_service.kv.handoff import MAX_LINE_BYTES, HandoffReport, IntakeReport
 from prefill_service.kv.transport.sockets import bind_unix, encode_line, unix_address, unix_path
 
 logger = logging.getLogger(__name__)
@@ -24,12 +28,40 @@ _READ_SECONDS = 5.0
 _SEND_SECONDS = 2.0
 
 
+class Intake:
+    """How much of one prompt vLLM has taken in, as far as it has said.
+
+    Attributes:
+        latest: the last report.
+        reported_at: ``time.monotonic()`` of it.
+    """
+
+    def __init__(self) -> None:
+        self.latest: IntakeReport | None = None
+        self.reported_at = -math.inf
+        self._changed = asyncio.Event()
+
+    def note(self, report: IntakeReport) -> None:
+        """Take a report and wake who waits for one."""
+        self.latest = report
+        self.reported_at = time.monotonic()
+        self._changed.set()
+
+    async def wait_report(self) -> IntakeReport:
+        """The next report that nobody has waited for yet."""
+        await self._changed.wait()
+        self._changed.clear()
+        assert self.latest is not None
+        return self.latest
+
+
 class ReportServer:
     """The service's end: a Unix socket that takes one report per connection.
 
     Reports under one lease id (one per tensor-parallel worker) are merged: the load is well
     only if all are, times and tokens are the largest, bytes add up. So each answer needs a
     lease id of its own. The oldest reports are forgotten beyond 4096.
+    Of prompts that are taken in, reports go to those who follow them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +69,7 @@ class ReportServer:
         self._server: asyncio.Server | None = None
         self._reports: OrderedDict[str, HandoffReport] = OrderedDict()
         self._waiting: dict[str, asyncio.Event] = {}
+        self._intakes: dict[str, Intake] = {}
 
     @property
     def address(self) -> str:
@@ -73,13 +106,25 @@ class ReportServer:
                 self._waiting.pop(lease_id, None)
         return self._reports.get(lease_id)
 
+    @contextmanager
+    def follow_intake(self, lease_id: str) -> Iterator[Intake]:
+        """Follow the reports of the prompt under this lease."""
+        intake = self._intakes[lease_id] = Intake()
+        try:
+            yield intake
+        finally:
+            del self._intakes[lease_id]
+
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             line = await asyncio.wait_for(reader.readline(), _READ_SECONDS)
-            report = HandoffReport(**json.loads(line))
-            self._record(report)
+            values = json.loads(line)
+            if "computed_tokens" not in values:
+                self._record(HandoffReport(**values))
+            elif intake := self._intakes.get(values["lease_id"]):
+                intake.note(IntakeReport(**values))
         except (TimeoutError, ValueError, TypeError, OSError) as error:
-            logger.warning("malformed hand-off report: %r", error)
+            logger.warning("malformed report: %r", error)
         finally:
             writer.close()
 
@@ -104,7 +149,7 @@ def _merge(first: HandoffReport, second: HandoffReport) -> HandoffReport:
     )
 
 
-def send_report(address: str, report: HandoffReport) -> None:
+def send_report(address: str, report: HandoffReport | IntakeReport) -> None:
     """Send a report; an empty address means nobody wants it. Never raises, takes at most 2 s."""
     if not address:
         return

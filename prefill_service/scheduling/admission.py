@@ -40,6 +40,7 @@ class Admission:
         budgets: how every request's epsilon is divided among heads.
         memory: bounds on a prefix's KV; without it only the workers refuse what does not fit.
         ranks: number of all ranks, on which a baseline's KV depends.
+        max_question_tokens: most tokens that a request's messages may make; 0 for any number.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Admission:
         budgets: HeadBudgets | None = None,
         memory: KVBudget | None = None,
         ranks: int = 1,
+        max_question_tokens: int = 0,
     ) -> None:
         self._videos = videos
         self._planner = planner
@@ -58,6 +60,7 @@ class Admission:
         self._budgets = budgets
         self._memory = memory
         self._ranks = ranks
+        self._max_question_tokens = max_question_tokens
         self._plans: OrderedDict[tuple[str, FrameSampling, str, str], PrefixPlan] = OrderedDict()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
 
@@ -139,9 +142,20 @@ class Admission:
         """Token ids of the whole prompt.
 
         Raises:
-            ServiceError: QUESTION_EMPTY, INVALID_REQUEST.
+            ServiceError: QUESTION_EMPTY, INVALID_REQUEST; QUESTION_TOO_LONG for more tokens than
+                the configuration allows.
         """
-        return await self._call(self._planner.prompt_token_ids, plan, messages)
+        token_ids = await self._call(self._planner.prompt_token_ids, plan, messages)
+        tokens = len(token_ids) - plan.num_tokens
+        if 0 < self._max_question_tokens < tokens:
+            raise ServiceError(
+                Reason.QUESTION_TOO_LONG,
+                f"the messages make {tokens} tokens; the limit is {self._max_question_tokens} "
+                "(vllm.max_question_tokens)",
+                tokens=tokens,
+                limit=self._max_question_tokens,
+            )
+        return token_ids
 
     async def _exceeded(
         self, tokens: int, video: HeldVideo, sampling: FrameSampling

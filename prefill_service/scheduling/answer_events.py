@@ -29,9 +29,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class AnswerProgress:
-    """How far the prefill is."""
+    """How far the prefill is, and how much of the prompt vLLM has, once it has said so.
+
+    Attributes:
+        computed_tokens: tokens of the prompt that vLLM has computed or loaded.
+        prompt_tokens: tokens of the whole prompt; 0 before vLLM has said anything.
+    """
 
     job: JobRecord
+    computed_tokens: int = 0
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

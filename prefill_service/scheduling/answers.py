@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest, Sampling
 from prefill_service.kv.handoff import HandoffParams, HandoffReport
-from prefill_service.kv.handoff_reports import ReportServer
+from prefill_service.kv.handoff_reports import Intake, ReportServer
 from prefill_service.kv.manifest import Manifest
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.scheduling.admission import Admission, fit_sampling
@@ -71,6 +71,7 @@ class _Answer:
 
     Attributes:
         manifest: of the prefix that was handed off last.
+        intake: how far vLLM is with the prompt, in the last attempt.
         retried: kinds of failure after which it was tried again.
         waited: whether the job was active when the answer came to it.
     """
@@ -83,6 +84,7 @@ class _Answer:
     submitted: float = 0.0
     first_token: float = 0.0
     manifest: Manifest | None = None
+    intake: Intake = field(default_factory=Intake)
     retried: set[str] = field(default_factory=set)
     waited: bool = False
 
@@ -195,7 +197,7 @@ class Answers:
         waited_for = ACTIVE if late else {JobState.QUEUED}
         while True:
             version = job.version
-            yield self._progress(job)
+            yield self._progress(answer, job)
             if job.record.state not in waited_for:
                 break
             await job.wait_changed(version)
@@ -203,9 +205,10 @@ class Answers:
         lease = self._prefixes.open_lease(answer.plan.prefix_id)
         answer.manifest = lease.manifest
         try:
-            async with aclosing(self._answer_on(answer, job, lease)) as events:
-                async for event in events:
-                    yield event
+            with self._reports.follow_intake(lease.lease_id) as answer.intake:
+                async with aclosing(self._answer_on(answer, job, lease)) as events:
+                    async for event in events:
+                        yield event
         except ServiceError as error:
             if (cause := await self._reported_cause(error, lease)) is not None:
                 raise cause from error
@@ -228,7 +231,7 @@ class Answers:
         """Progress of the job until the first token is there, then the answer."""
         async with aclosing(self._generate(answer, job, lease)) as tokens:
             first = asyncio.ensure_future(anext(tokens, None))
-            async with aclosing(self._progress_until(first, job, lease)) as progress:
+            async with aclosing(self._progress_until(first, answer, job, lease=lease)) as progress:
                 async for event in progress:
                     yield event
             token = first.result()
@@ -295,18 +298,27 @@ class Answers:
             sampling=answer.sampling,
             request_id=lease.lease_id,
             prefilled=not job.record.active,
+            last_sign=lambda: answer.intake.reported_at,
         )
         async with aclosing(self._generation.generate(request)) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event
 
-    def _progress(self, job: Job) -> AnswerProgress:
-        return AnswerProgress(self._jobs.snapshot(job))
+    def _progress(self, answer: _Answer, job: Job) -> AnswerProgress:
+        record = self._jobs.snapshot(job)
+        if (report := answer.intake.latest) is None:
+            return AnswerProgress(record)
+        return AnswerProgress(record, report.computed_tokens, report.prompt_tokens)
 
     async def _progress_until(
-        self, first: asyncio.Future[GenerationEvent | None], job: Job, lease: Lease
+        self,
+        first: asyncio.Future[GenerationEvent | None],
+        answer: _Answer,
+        job: Job,
+        *,
+        lease: Lease,
     ) -> AsyncGenerator[AnswerEvent]:
-        """Progress of the job until the first token, or vLLM's failure, is there.
+        """Progress of the job and of vLLM until the first token, or vLLM's failure, is there.
 
         Raises:
             ServiceError: the job's error; STALE_GENERATION when the pages are lost.
@@ -314,23 +326,27 @@ class Answers:
         attempt = job.record.attempts
         lost = asyncio.ensure_future(lease.lost.wait())
         changed = asyncio.ensure_future(job.wait_changed(job.version))
+        reported = asyncio.ensure_future(answer.intake.wait_report())
         was_active = job.record.active
         try:
             while not first.done():
-                waits: set[asyncio.Future[Any]] = {first, lost, changed}
+                waits: set[asyncio.Future[Any]] = {first, lost, changed, reported}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                if changed.done():
-                    changed = asyncio.ensure_future(job.wait_changed(job.version))
+                if changed.done() or reported.done():
+                    if changed.done():
+                        changed = asyncio.ensure_future(job.wait_changed(job.version))
+                    if reported.done():
+                        reported = asyncio.ensure_future(answer.intake.wait_report())
                     was_active = job.record.active
-                    yield self._progress(job)
+                    yield self._progress(answer, job)
                 if lost.done() and not first.done():
                     raise await _loss(job, attempt)
             if was_active and first.exception() is None:
                 # The last page is complete a moment before the job is.
                 await job.wait_ended(REPORT_WAIT_S)
-                yield self._progress(job)
+                yield self._progress(answer, job)
         finally:
-            waits = {first, lost, changed}
+            waits = {first, lost, changed, reported}
             for task in waits:
                 task.cancel()
             await asyncio.wait(waits)

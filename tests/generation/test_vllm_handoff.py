@@ -245,6 +245,37 @@ async def test_many_at_once_good_and_bad(bench: Callable[..., Any]) -> None:
                 assert result[0] == expected[i]
 
 
+async def test_a_short_question_is_answered_while_a_long_one_is_taken_in(
+    bench: Callable[..., Any],
+) -> None:
+    async with bench() as b:
+        manifest = b.manifest()
+        for lease in ("long", "short"):
+            await b.publish(manifest, lease)
+        long = b.request(manifest, 0, "long")
+        suffix = long.token_ids[b.case.plan.num_tokens :]
+        long = replace(long, token_ids=[*long.token_ids[:-1], *suffix * (6000 // len(suffix))])
+        order = []
+
+        async def ask(name: str, request: GenerationRequest) -> list[int]:
+            tokens, _ = await b.ask(request)
+            order.append(name)
+            return tokens
+
+        with b.reports.follow_intake("long") as intake:
+            asking = asyncio.create_task(ask("long", long))
+            begun = await asyncio.wait_for(intake.wait_report(), 60)
+            assert b.case.plan.num_tokens < begun.computed_tokens < begun.prompt_tokens
+            assert begun.prompt_tokens == len(long.token_ids)
+            tokens = await ask("short", b.request(manifest, 1, "short"))
+            expected = await asking
+        assert order == ["short", "long"]
+        assert tokens == b.case.answers[1]
+        # In chunks of another size, since nothing is beside it and most of it is known.
+        again = replace(long, request_id="again", handoff=replace(long.handoff, lease_id="short"))
+        assert (await b.ask(again))[0] == expected
+
+
 FAULTS = ("corrupt", "expired", "stale", "unknown", "dead", "failed")
 
 

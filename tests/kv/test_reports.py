@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.kv.handoff import HandoffReport
+from prefill_service.kv.handoff import HandoffReport, IntakeReport
 from prefill_service.kv.handoff_reports import ReportServer, send_report
 
 
@@ -62,8 +62,26 @@ async def test_old_reports_are_forgotten(
     assert await server.wait("a", 0.01) is None
 
 
+async def test_a_prompt_that_is_taken_in_is_followed(server: ReportServer) -> None:
+    with server.follow_intake("lease") as intake:
+        first = IntakeReport("lease", 10, 30)
+        await asyncio.to_thread(send_report, server.address, IntakeReport("other", 1, 30))
+        await asyncio.to_thread(send_report, server.address, first)
+        assert await asyncio.wait_for(intake.wait_report(), 5) == first
+        reported_at = intake.reported_at
+        second = IntakeReport("lease", 20, 30)
+        waiting = asyncio.create_task(intake.wait_report())
+        await asyncio.to_thread(send_report, server.address, second)
+        assert await asyncio.wait_for(waiting, 5) == second
+        assert intake.latest == second
+        assert intake.reported_at > reported_at
+    await asyncio.to_thread(send_report, server.address, second)  # nobody follows it any more
+    await send(server, report("lease"))
+    assert await server.wait("lease", 1) == report("lease")
+
+
 async def test_nonsense_does_not_stop_the_server(server: ReportServer) -> None:
-    for line in (b"nonsense\n", b"{}\n", b"[1]\n", b""):
+    for line in (b"nonsense\n", b"{}\n", b"[1]\n", b'{"computed_tokens": 1}\n', b""):
         _, writer = await asyncio.open_unix_connection(server.address.removeprefix("unix:"))
         writer.write(line)
         writer.close()

@@ -12,6 +12,8 @@ from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.handoff import IntakeReport
+from prefill_service.kv.handoff_reports import send_report
 from tests.support.in_process_service import answer, error_of
 from tests.support.simulated_backends import TOKENS_PER_FRAME
 
@@ -67,6 +69,35 @@ async def test_two_asks_on_one_prefix_prefill_once(serve: Serve) -> None:
         assert {result.final.job_id for result in (*both, third)} == set(s.executor.started)
         assert third.final.timings.prefill_wait.ToNanoseconds() == 0
         assert both[0].final.timings.prefill_wait.ToNanoseconds() > 0
+
+
+async def test_progress_says_how_much_of_the_prompt_vllm_has(serve: Serve) -> None:
+    async with serve() as s:
+        s.generation.token_s = 30
+        call = s.ask()
+        await s.until(lambda: bool(s.generation.requests))
+        handoff = s.generation.requests[0].handoff
+        for computed in (100, 120):
+            report = IntakeReport(handoff.lease_id, computed, 133)
+            await asyncio.to_thread(send_report, handoff.report_to, report)
+            async for message in call:
+                progress = message.progress
+                if progress.computed_tokens == computed:
+                    break
+            assert progress.prompt_tokens == 133
+            assert s.generation.requests[0].last_sign() > 0
+        call.cancel()
+
+
+async def test_a_question_beyond_the_configured_length_costs_nothing(serve: Serve) -> None:
+    async with serve(vllm={"max_question_tokens": 5}) as s:
+        assert (await answer(s.ask(text="Why??"))).text == "A red car."
+        started = len(s.executor.started)
+        code, reason, metadata, _ = await error_of(answer(s.ask(frames=10, text="Why???")))
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "QUESTION_TOO_LONG")
+        assert (metadata["tokens"], metadata["limit"]) == ("6", "5")
+        jobs = (await s.prefills.ListPrefillJobs(prefill_pb.ListPrefillJobsRequest())).jobs
+        assert len(s.executor.started) == len(jobs) == started
 
 
 @pytest.mark.parametrize("stage", ["queued", "running", "handing over", "streaming"])

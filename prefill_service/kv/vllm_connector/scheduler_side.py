@@ -8,7 +8,10 @@ that load as failed, which ends this request alone.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,7 @@ from vllm.logger import init_logger
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
-from prefill_service.kv.handoff import PARAMS_KEY, HandoffParams, HandoffReport
+from prefill_service.kv.handoff import PARAMS_KEY, HandoffParams, HandoffReport, IntakeReport
 from prefill_service.kv.handoff_reports import send_report
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.prefill_service")  # vLLM configures loggers below "vllm" only
+
+INTAKE_REPORT_S = 1.0
+"""Seconds between two reports of how far vLLM is with a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,10 @@ class _Offer:
     lease_id: str
     report_to: str
     error: ServiceError | None
+    prompt_tokens: int
+    computed_tokens: int = 0  # with those of the step that was scheduled last
     settled: bool = False  # a load was ordered, or none was needed and that was reported
+    reported_at: float = -math.inf
 
 
 class SchedulerSide:
@@ -99,6 +108,7 @@ class SchedulerSide:
             lease_id=str(entry.get("lease_id", "")),
             report_to=str(entry.get("report_to", "")),
             error=None,
+            prompt_tokens=request.num_prompt_tokens,
         )
         try:
             handoff = HandoffParams.from_kv_transfer_params(params)
@@ -129,6 +139,13 @@ class SchedulerSide:
             return request.num_prompt_tokens - num_computed_tokens, True
         missing = offer.manifest.num_tokens - num_computed_tokens
         return (missing, True) if missing > 0 else (0, False)
+
+    def offered_tokens(self, request_id: str) -> int:
+        """Tokens of a request that are loaded instead of computed; 0 if it is not one of ours."""
+        offer = self._offers.get(request_id)
+        if offer is None or offer.error is not None or offer.manifest is None:
+            return 0
+        return offer.manifest.num_tokens
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
         """Order the load, now that the request has blocks."""
@@ -162,6 +179,8 @@ class SchedulerSide:
     def build_meta(self, scheduler_output: SchedulerOutput) -> LoadMetadata:
         """The loads ordered in this step."""
         idle = scheduler_output.total_num_scheduled_tokens == 0
+        if not idle:
+            self._report_intake(scheduler_output)
         metadata = LoadMetadata(self._pending, idle)
         self._pending = []
         return metadata
@@ -178,6 +197,29 @@ class SchedulerSide:
     def finished(self, request_id: str) -> None:
         """Forget a request that has ended."""
         self._offers.pop(request_id, None)
+
+    def _report_intake(self, scheduler_output: SchedulerOutput) -> None:
+        """Say how far the prompts are that this step does not complete, once a second each.
+
+        Prompts that wait for others are among them: the engine computes, and their turn comes.
+        """
+        cached = scheduler_output.scheduled_cached_reqs
+        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for new in scheduler_output.scheduled_new_reqs:
+            before[new.req_id] = new.num_computed_tokens
+        now = time.monotonic()
+        reports = []
+        for request_id, offer in self._offers.items():
+            if request_id in before:
+                tokens = scheduler_output.num_scheduled_tokens[request_id]
+                offer.computed_tokens = before[request_id] + tokens
+            late = now > offer.reported_at + INTAKE_REPORT_S
+            if late and offer.computed_tokens < offer.prompt_tokens:
+                offer.reported_at = now
+                report = IntakeReport(offer.lease_id, offer.computed_tokens, offer.prompt_tokens)
+                reports.append((offer.report_to, report))
+        if reports:
+            threading.Thread(target=_send_all, args=(reports,), daemon=True).start()
 
     def _check_model(self, manifest: Manifest) -> None:
         layout = manifest.layout
@@ -198,6 +240,11 @@ class SchedulerSide:
                 offered=manifest.model_fingerprint,
                 model=self._fingerprint,
             )
+
+
+def _send_all(reports: Sequence[tuple[str, IntakeReport]]) -> None:
+    for address, report in reports:
+        send_report(address, report)
 
 
 def _fingerprint(model: str) -> str:

@@ -17,15 +17,15 @@ from prefill.v1 import prefill_service_pb2 as prefill_dot_v1_dot_prefill__servic
 from prefill.v1 import video_service_pb2 as prefill_dot_v1_dot_video__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprefill/v1/answer_service.proto\x12\nprefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a prefill/v1/prefill_service.proto\x1a\x1eprefill/v1/video_service.proto\";\n\x0b\x43hatMessage\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.prefill.v1.Role\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xa8\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x06\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eos\"\xa7\x01\n\nAskRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.prefill.v1.PrefillSpec\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.prefill.v1.ChatMessage\x12\x33\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x1a.prefill.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xfb\x01\n\nAskTimings\x12/\n\x0cprefill_wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13\x64\x65\x63oder_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07handoff\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9a\x01\n\x08\x41skUsage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x14\n\x0cvideo_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x03\x12\x17\n\x0fkv_tokens_moved\x18\x04 \x01(\x03\x12\x16\n\x0ekv_bytes_moved\x18\x05 \x01(\x03\x12\x15\n\rcached_tokens\x18\x06 \x01(\x03\"2\n\x0b\x41skProgress\x12#\n\x03job\x18\x01 \x01(\x0b\x32\x16.prefill.v1.PrefillJob\"+\n\x08\x41skDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"1\n\rSampledFrames\x12\x0f\n\x07numbers\x18\x01 \x03(\x03\x12\x0f\n\x07seconds\x18\x02 \x03(\x01\"\xe9\x01\n\x08\x41skFinal\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\'\n\x07timings\x18\x02 \x01(\x0b\x32\x16.prefill.v1.AskTimings\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.prefill.v1.AskUsage\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\x11\n\tprefix_id\x18\x05 \x01(\t\x12*\n\x08warnings\x18\x06 \x03(\x0b\x32\x18.prefill.v1.VideoWarning\x12)\n\x06\x66rames\x18\x07 \x01(\x0b\x32\x19.prefill.v1.SampledFrames\"\x91\x01\n\x0b\x41skResponse\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.prefill.v1.AskProgressH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.prefill.v1.AskDeltaH\x00\x12%\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x14.prefill.v1.AskFinalH\x00\x42\x07\n\x05\x65vent*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x32I\n\rAnswerService\x12\x38\n\x03\x41sk\x12\x16.prefill.v1.AskRequest\x1a\x17.prefill.v1.AskResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprefill/v1/answer_service.proto\x12\nprefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a prefill/v1/prefill_service.proto\x1a\x1eprefill/v1/video_service.proto\";\n\x0b\x43hatMessage\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.prefill.v1.Role\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xa8\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x06\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eos\"\xa7\x01\n\nAskRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.prefill.v1.PrefillSpec\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.prefill.v1.ChatMessage\x12\x33\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x1a.prefill.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\xfb\x01\n\nAskTimings\x12/\n\x0cprefill_wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13\x64\x65\x63oder_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07handoff\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9a\x01\n\x08\x41skUsage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x14\n\x0cvideo_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x03\x12\x17\n\x0fkv_tokens_moved\x18\x04 \x01(\x03\x12\x16\n\x0ekv_bytes_moved\x18\x05 \x01(\x03\x12\x15\n\rcached_tokens\x18\x06 \x01(\x03\"b\n\x0b\x41skProgress\x12#\n\x03job\x18\x01 \x01(\x0b\x32\x16.prefill.v1.PrefillJob\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x03\"+\n\x08\x41skDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"1\n\rSampledFrames\x12\x0f\n\x07numbers\x18\x01 \x03(\x03\x12\x0f\n\x07seconds\x18\x02 \x03(\x01\"\xe9\x01\n\x08\x41skFinal\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\'\n\x07timings\x18\x02 \x01(\x0b\x32\x16.prefill.v1.AskTimings\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.prefill.v1.AskUsage\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\x11\n\tprefix_id\x18\x05 \x01(\t\x12*\n\x08warnings\x18\x06 \x03(\x0b\x32\x18.prefill.v1.VideoWarning\x12)\n\x06\x66rames\x18\x07 \x01(\x0b\x32\x19.prefill.v1.SampledFrames\"\x91\x01\n\x0b\x41skResponse\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.prefill.v1.AskProgressH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.prefill.v1.AskDeltaH\x00\x12%\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x14.prefill.v1.AskFinalH\x00\x42\x07\n\x05\x65vent*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x32I\n\rAnswerService\x12\x38\n\x03\x41sk\x12\x16.prefill.v1.AskRequest\x1a\x17.prefill.v1.AskResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefill.v1.answer_service_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_ROLE']._serialized_start=1618
-  _globals['_ROLE']._serialized_end=1681
+  _globals['_ROLE']._serialized_start=1666
+  _globals['_ROLE']._serialized_end=1729
   _globals['_CHATMESSAGE']._serialized_start=145
   _globals['_CHATMESSAGE']._serialized_end=204
   _globals['_SAMPLINGPARAMS']._serialized_start=207
@@ -37,15 +37,15 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_ASKUSAGE']._serialized_start=930
   _globals['_ASKUSAGE']._serialized_end=1084
   _globals['_ASKPROGRESS']._serialized_start=1086
-  _globals['_ASKPROGRESS']._serialized_end=1136
-  _globals['_ASKDELTA']._serialized_start=1138
-  _globals['_ASKDELTA']._serialized_end=1181
-  _globals['_SAMPLEDFRAMES']._serialized_start=1183
-  _globals['_SAMPLEDFRAMES']._serialized_end=1232
-  _globals['_ASKFINAL']._serialized_start=1235
-  _globals['_ASKFINAL']._serialized_end=1468
-  _globals['_ASKRESPONSE']._serialized_start=1471
-  _globals['_ASKRESPONSE']._serialized_end=1616
-  _globals['_ANSWERSERVICE']._serialized_start=1683
-  _globals['_ANSWERSERVICE']._serialized_end=1756
+  _globals['_ASKPROGRESS']._serialized_end=1184
+  _globals['_ASKDELTA']._serialized_start=1186
+  _globals['_ASKDELTA']._serialized_end=1229
+  _globals['_SAMPLEDFRAMES']._serialized_start=1231
+  _globals['_SAMPLEDFRAMES']._serialized_end=1280
+  _globals['_ASKFINAL']._serialized_start=1283
+  _globals['_ASKFINAL']._serialized_end=1516
+  _globals['_ASKRESPONSE']._serialized_start=1519
+  _globals['_ASKRESPONSE']._serialized_end=1664
+  _globals['_ANSWERSERVICE']._serialized_start=1731
+  _globals['_ANSWERSERVICE']._serialized_end=1804
 # @@protoc_insertion_point(module_scope)

@@ -89,10 +89,14 @@ class AskUsage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., kv_tokens_moved: _Optional[int] = ..., kv_bytes_moved: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class AskProgress(_message.Message):
-    __slots__ = ("job",)
+    __slots__ = ("job", "computed_tokens", "prompt_tokens")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     job: _prefill_service_pb2.PrefillJob
-    def __init__(self, job: _Optional[_Union[_prefill_service_pb2.PrefillJob, _Mapping]] = ...) -> None: ...
+    computed_tokens: int
+    prompt_tokens: int
+    def __init__(self, job: _Optional[_Union[_prefill_service_pb2.PrefillJob, _Mapping]] = ..., computed_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class AskDelta(_message.Message):
     __slots__ = ("text", "token_ids")
