@@ -147,7 +147,7 @@ def _prepare(
     previous: tuple[object, ...] = ()
     for question in questions:
         chosen = (question.video, question.system_prompt, sorted(question.sampling.items()))
-        sampling = FrameSampling(**question.sampling)
+        sampling = FrameSampling.from_dict(question.sampling)
         if chosen != previous:
             index = build_index(question.video, VideoConfig())
             index.save(folder / "index.npz")
@@ -160,11 +160,12 @@ def _prepare(
             ) as stream:
                 frames = np.stack(list(stream))
             previous = chosen
+        stamped = planner.sampler.sample(index, sampling).metadata
         metadata = {
-            "total_num_frames": index.frame_count,
-            "fps": index.fps,
-            "duration": index.duration_s,
-            "frames_indices": plan.frame_indices.tolist(),
+            "total_num_frames": stamped.total_num_frames,
+            "fps": stamped.fps,
+            "duration": stamped.duration,
+            "frames_indices": stamped.frames_indices,
             "video_backend": "opencv",
             "do_sample_frames": False,
         }

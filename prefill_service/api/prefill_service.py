@@ -23,12 +23,17 @@ from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.engine.messages import Progress
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_plan import FrameSampling, SampleBy
 from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.job import NO_POLICY, JobRecord, PrefillResult, PrefillSpec
 from prefill_service.scheduling.scheduler import Scheduler
 
 _PIECE_BYTES = 256 << 10
+_SAMPLE_BY = {
+    pb.SAMPLE_BY_UNSPECIFIED: None,
+    pb.SAMPLE_BY_FRAME: SampleBy.FRAME,
+    pb.SAMPLE_BY_TIME: SampleBy.TIME,
+}
 _PAGE_BYTES = 2 << 20
 """A page ends early beyond this: clients accept messages of 4 MiB."""
 
@@ -129,11 +134,23 @@ def spec_from_proto(message: pb.PrefillSpec, question: str = "") -> PrefillSpec:
             min_pixels=optional_field(sampling, "min_pixels"),
             cap_pixels_per_frame=optional_field(sampling, "cap_pixels_per_frame"),
             max_frames=optional_field(sampling, "max_frames"),
+            by=_sample_by(sampling.by),
         ),
         system_prompt=message.system_prompt,
         attention=policy_from_proto(message.attention) if comparison is None else NO_POLICY,
         comparison=comparison,
     )
+
+
+def _sample_by(value: pb.SampleBy) -> SampleBy | None:
+    if value not in _SAMPLE_BY:
+        raise ServiceError(
+            Reason.INVALID_REQUEST,
+            f"sampling.by is {value}; it must be SAMPLE_BY_FRAME or SAMPLE_BY_TIME, or not set",
+            name="sampling.by",
+            value=value,
+        )
+    return _SAMPLE_BY[value]
 
 
 def _sampling_to_proto(sampling: FrameSampling) -> pb.FrameSampling:
@@ -143,6 +160,7 @@ def _sampling_to_proto(sampling: FrameSampling) -> pb.FrameSampling:
         max_pixels=sampling.max_pixels,
         min_pixels=sampling.min_pixels,
         max_frames=sampling.max_frames,
+        by=f"SAMPLE_BY_{sampling.by or 'UNSPECIFIED'}",
     )
     if sampling.cap_pixels_per_frame is not None:
         message.cap_pixels_per_frame = sampling.cap_pixels_per_frame

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,54 @@ from prefill_service.compat import ensure_torchvision
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.families.base import Family
 from prefill_service.models.prefix_plan import FrameSampling
-from prefill_service.video.index import VideoIndex
+from prefill_service.models.timeline import Timeline
+from prefill_service.video.index import VideoIndex, VideoWarning
 
 ensure_torchvision()
 
 from transformers.video_utils import VideoMetadata  # noqa: E402
+
+
+def _metadata(timeline: Timeline, numbers: np.ndarray | None = None) -> VideoMetadata:
+    return VideoMetadata(
+        total_num_frames=timeline.frame_count,
+        fps=timeline.fps,
+        duration=timeline.index.duration_s,
+        frames_indices=None if numbers is None else numbers.tolist(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SampledFrames:
+    """The frames of a file that are looked at.
+
+    Attributes:
+        timeline: what they were sampled from.
+        numbers: [frames] int64 of the timeline, ascending.
+    """
+
+    timeline: Timeline
+    numbers: np.ndarray
+
+    @property
+    def indices(self) -> np.ndarray:
+        """[frames] int64 into the ``VideoIndex``."""
+        return self.timeline.frames(self.numbers)
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """[frames] float64, when each is shown."""
+        return self.timeline.seconds(self.numbers)
+
+    @property
+    def warnings(self) -> tuple[VideoWarning, ...]:
+        """The file's warnings, and one more if stamps are wrong."""
+        return self.timeline.index.warnings + self.timeline.warn(self.numbers)
+
+    @property
+    def metadata(self) -> VideoMetadata:
+        """What processors stamp them by."""
+        return _metadata(self.timeline, self.numbers)
 
 
 class FrameSampler:
@@ -39,22 +82,22 @@ class FrameSampler:
         self._config = config
         self.frames_per_patch = family.frames_per_patch(video_processor)
 
-    def sample(self, index: VideoIndex, sampling: FrameSampling) -> np.ndarray:
-        """Indices of the sampled frames, [frames] int64.
+    def sample(self, index: VideoIndex, sampling: FrameSampling) -> SampledFrames:
+        """The frames that are looked at.
 
         Raises:
             ServiceError: INVALID_REQUEST, when the sampling cannot be applied to this video.
         """
         _check(sampling, self.frames_per_patch)
-        if index.frame_count < max(2, self.frames_per_patch):  # nothing to choose from
-            indices = np.arange(index.frame_count)
+        timeline = Timeline.choose(index, sampling.by)
+        if timeline.frame_count < max(2, self.frames_per_patch):  # nothing to choose from
+            numbers = np.arange(timeline.frame_count)
         else:
-            indices = self._by_processor(index, sampling)
+            numbers = self._by_processor(timeline, sampling)
         # Fewer frames than one temporal patch: the processors refuse, so repeat the last
         # frame, which is what they do to fill a longer video's last patch.
-        missing = max(0, self.frames_per_patch - len(indices))
-        padded: np.ndarray = np.concatenate([indices, np.repeat(indices[-1:], missing)])
-        return padded.astype(np.int64)
+        missing = max(0, self.frames_per_patch - len(numbers))
+        return SampledFrames(timeline, np.concatenate([numbers, np.repeat(numbers[-1:], missing)]))
 
     def size_kwargs(self, sampling: FrameSampling) -> dict[str, Any]:
         """The processor's arguments for the size of frames.
@@ -70,7 +113,7 @@ class FrameSampler:
         Raises:
             ServiceError: INVALID_REQUEST, as ``sample`` and ``size_kwargs``.
         """
-        return self._estimate(index, len(self.sample(index, sampling)), sampling)
+        return self._estimate(index, len(self.sample(index, sampling).numbers), sampling)
 
     def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
         """A sentence saying which number of frames or which size would fit ``limit_tokens``.
@@ -78,9 +121,10 @@ class FrameSampler:
         It is empty if the sampling cannot be applied at all.
         """
         try:
-            frames = len(self.sample(index, sampling))
+            sampled = self.sample(index, sampling)
         except ServiceError:
             return ""
+        frames = len(sampled.numbers)
         limits = self._family.pixel_limits(self._processor, sampling)
 
         def frames_fit(number: int) -> bool:
@@ -93,17 +137,15 @@ class FrameSampler:
         options = []
         fitting = _largest(frames_fit, self.frames_per_patch, frames)
         if fitting:
-            fps = fitting * index.fps / index.frame_count
+            fps = fitting * sampled.timeline.fps / sampled.timeline.frame_count
             options.append(f"num_frames={fitting} (fps={math.floor(fps * 1000) / 1000:g})")
         fitting = _largest(pixels_fit, 1, len(limits))
         if fitting:
             options.append(f"max_pixels={limits[fitting - 1]}")
         return f"{' or '.join(options)} would fit" if options else "no sampling of it would fit"
 
-    def _by_processor(self, index: VideoIndex, sampling: FrameSampling) -> np.ndarray:
-        metadata = VideoMetadata(
-            total_num_frames=index.frame_count, fps=index.fps, duration=index.duration_s
-        )
+    def _by_processor(self, timeline: Timeline, sampling: FrameSampling) -> np.ndarray:
+        metadata = _metadata(timeline)
         processor = self._processor
         limit = sampling.max_frames
         if limit is not None and hasattr(processor, "max_frames"):

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
 from prefill_service.video.index import VideoWarning
 
 
+class SampleBy(StrEnum):
+    """What is evenly spaced among sampled frames (``prefill.v1.SampleBy``)."""
+
+    FRAME = "FRAME"
+    TIME = "TIME"
+
+
 @dataclass(frozen=True, slots=True)
 class FrameSampling:
     """Which frames, how large. ``None`` means the family processor's default.
 
+    ``by`` is TIME by default for files whose rate varies (``timeline.VARIABLE_S``), else FRAME.
     Mirrors ``prefill.v1.FrameSampling``.
     """
 
@@ -27,6 +37,13 @@ class FrameSampling:
     min_pixels: int | None = None
     cap_pixels_per_frame: bool | None = None
     max_frames: int | None = None
+    by: SampleBy | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FrameSampling:
+        """Rebuild a sampling from ``dataclasses.asdict``, in which ``by`` is a string."""
+        by = data.get("by")
+        return cls(**{**data, "by": SampleBy(by) if by else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +58,10 @@ class PrefixPlan:
             and width, other families have one.
         position_delta: position of the next token minus its index.
         frame_indices: [frames] int64 into the ``VideoIndex``; padded by repeating the last
-            frame when the video has fewer frames than one temporal patch.
-        frame_seconds: [frames] float64, when each is shown, after the first frame of the video.
+            frame when the video has fewer frames than one temporal patch. Sampled by time, a
+            frame that is shown long comes more than once.
+        frame_seconds: [frames] float64, the time that each stands for, after the first frame of
+            the video.
         patch_grid: temporal patches, and patch rows and columns of each.
         resized_hw: pixels of a resized frame.
         patch_ends: [temporal patches] int64; patch ``i`` owns the tokens
@@ -54,7 +73,7 @@ class PrefixPlan:
         system_prompt: the system message the chat template was given.
         video_token_id: id of the tokens that vision features take the place of.
         num_video_tokens: how many of them there are.
-        warnings: the video's.
+        warnings: the video's, and that of its sampling.
     """
 
     prefix_id: str

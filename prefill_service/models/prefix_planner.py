@@ -18,7 +18,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.chat import Chat, Messages
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.family_registry import FAMILIES
-from prefill_service.models.frame_sampling import FrameSampler
+from prefill_service.models.frame_sampling import FrameSampler, SampledFrames
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.video.index import VideoIndex
 
@@ -26,7 +26,6 @@ ensure_torchvision()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers.video_utils import VideoMetadata  # noqa: E402
 
 
 class PrefixPlanner:
@@ -77,8 +76,9 @@ class PrefixPlanner:
         Raises:
             ServiceError: INVALID_REQUEST, when the sampling cannot be applied to this video.
         """
-        indices = self.sampler.sample(index, sampling)
-        processed = self._process(index, indices, sampling, self.chat.prefix(system_prompt))
+        sampled = self.sampler.sample(index, sampling)
+        indices = sampled.indices
+        processed = self._process(sampled, sampling, self.chat.prefix(system_prompt))
         token_ids = np.asarray(processed["input_ids"][0], np.int32)
         fields = self._family.vllm_fields(processed)
         layout = self._family.lay_out(token_ids, fields, self._config)
@@ -101,7 +101,7 @@ class PrefixPlanner:
             position_ids=layout.position_ids,
             position_delta=layout.position_delta,
             frame_indices=indices,
-            frame_seconds=index.seconds_at(indices),
+            frame_seconds=sampled.seconds,
             patch_grid=layout.patch_grid,
             resized_hw=layout.resized_hw,
             patch_ends=layout.patch_ends,
@@ -110,7 +110,7 @@ class PrefixPlanner:
             system_prompt=system_prompt,
             video_token_id=video_token_id,
             num_video_tokens=int(np.count_nonzero(token_ids == video_token_id)),
-            warnings=index.warnings,
+            warnings=sampled.warnings,
         )
 
     def prompt_token_ids(self, plan: PrefixPlan, messages: Messages) -> list[int]:
@@ -133,26 +133,19 @@ class PrefixPlanner:
         """A sentence saying which number of frames or which size would fit ``limit_tokens``."""
         return self.sampler.suggest_fit(index, sampling, limit_tokens)
 
-    def _process(
-        self, index: VideoIndex, indices: np.ndarray, sampling: FrameSampling, text: str
-    ) -> Any:
+    def _process(self, sampled: SampledFrames, sampling: FrameSampling, text: str) -> Any:
         """The processor's output for a prompt with these frames, whose pixels are never made."""
+        index = sampled.timeline.index
         meta_video = torch.empty(
-            (len(indices), 3, index.height, index.width), dtype=torch.uint8, device="meta"
+            (len(sampled.numbers), 3, index.height, index.width), dtype=torch.uint8, device="meta"
         )  # [frames, 3, height, width], no storage
-        metadata = VideoMetadata(
-            total_num_frames=index.frame_count,
-            fps=index.fps,
-            duration=index.duration_s,
-            frames_indices=indices.tolist(),
-        )
         try:
             return self._processor(
                 text=[text],
                 videos=[meta_video],
                 videos_kwargs={
                     "do_sample_frames": False,
-                    "video_metadata": [metadata],
+                    "video_metadata": [sampled.metadata],
                     "return_metadata": True,
                     **self.sampler.size_kwargs(sampling),
                 },

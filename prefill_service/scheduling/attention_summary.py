@@ -17,7 +17,6 @@ from prefill_service.attention.report import (
     LayerReport,
 )
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.video.index import VideoIndex
 
 MAX_PATCHES = 2048
 """Points of the strip over time that are kept; those of a longer video are averaged in runs."""
@@ -159,15 +158,13 @@ def _measure(layers: Sequence[LayerReport]) -> AttentionMeasures:
     )
 
 
-def detail(
-    summary: AttentionSummary, report: AttentionReport, plan: PrefixPlan, index: VideoIndex
-) -> AttentionDetail:
+def detail(summary: AttentionSummary, report: AttentionReport, plan: PrefixPlan) -> AttentionDetail:
     """The summary with the block map and the strip over time, bounded in size."""
     block_map = report.block_map
     mass = np.asarray(report.patch_mass, np.float64)  # [temporal patches], or nothing
     if not len(mass):
         return AttentionDetail(summary, block_map)
-    seconds = patch_seconds(plan, index)  # [temporal patches]
+    seconds = patch_seconds(plan)  # [temporal patches]
     runs = min(len(mass), MAX_PATCHES)
     starts = [int(part[0]) for part in np.array_split(np.arange(len(mass)), runs)]
     means = [float(part.mean()) for part in np.array_split(mass, runs)]
@@ -175,9 +172,7 @@ def detail(
     return AttentionDetail(summary, block_map, patches)
 
 
-def patch_seconds(plan: PrefixPlan, index: VideoIndex) -> np.ndarray:
+def patch_seconds(plan: PrefixPlan) -> np.ndarray:
     """[temporal patches] float64, seconds from the video's first frame to the patch's first."""
     frames_per_patch = -(-len(plan.frame_indices) // plan.patch_grid[0])  # the last may be partial
-    first = plan.frame_indices[::frames_per_patch]
-    seconds: np.ndarray = index.times_s[first]
-    return seconds
+    return plan.frame_seconds[::frames_per_patch]

@@ -62,7 +62,7 @@ class PrefillSpec:
         comparison = data.get("comparison")
         return cls(
             video_id=data["video_id"],
-            sampling=FrameSampling(**data["sampling"]),
+            sampling=FrameSampling.from_dict(data["sampling"]),
             system_prompt=data["system_prompt"],
             attention=policy_from_dict(attention) if attention else resolve_policy(Quality.EXACT),
             comparison=BaselineSpec.from_dict(comparison) if comparison else None,

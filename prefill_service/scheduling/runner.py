@@ -30,7 +30,6 @@ from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.placement import Placement
 from prefill_service.scheduling.prefix_cache import PrefixCache
 from prefill_service.scheduling.traces import TraceStore
-from prefill_service.video.index import VideoIndex
 
 if TYPE_CHECKING:
     from prefill_service.engine.executor import PrefillExecutor
@@ -126,7 +125,6 @@ class PrefillRunner:
             ServiceError: KV_POOL_FULL, or why the ranks failed.
         """
         job_id = attempt.job_id
-        index = await asyncio.to_thread(VideoIndex.load, attempt.video.index_path)
         with self._traces.span(job_id, "make room"):
             task, kv_bytes = await self._reserve(attempt)
         self._prefixes.add_prefix(task.manifest, kv_bytes)
@@ -141,7 +139,7 @@ class PrefillRunner:
             self._traces.add_rank_spans(job_id, outcome.spans)
             if task.baseline is None:
                 attention = summarize(attempt.spec.attention, outcome.attention)
-                report = detail(attention, outcome.attention, task.plan, index)
+                report = detail(attention, outcome.attention, task.plan)
                 if self._exchanges is not None:
                     self._exchanges.learn(task, outcome)
             lease_id = self._prefixes.complete_prefix(task.plan.prefix_id)

@@ -20,6 +20,7 @@ class WarningReason(StrEnum):
     CLOCK_MISSING = "CLOCK_MISSING"
     FRAME_COUNT = "FRAME_COUNT"
     DURATION = "DURATION"
+    STAMPS_WRONG = "STAMPS_WRONG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,13 @@ class VideoIndex:
 
     def seconds_at(self, indices: np.ndarray) -> np.ndarray:
         """When frames are shown, [indices] float64 seconds after the first frame."""
-        numerator, denominator = self.time_base
-        seconds: np.ndarray = (self.pts[indices] - self.pts[0]) * numerator / denominator
+        seconds: np.ndarray = self.times_s[indices]
         return seconds
+
+    @property
+    def stamp_error_s(self) -> float:
+        """Most seconds that a frame's number over ``fps`` is off its time."""
+        return stamp_error(self.times_s, self.fps)
 
     def save(self, path: Path) -> None:
         """Write as ``.npz``."""
@@ -119,6 +124,11 @@ class VideoIndex:
                 duration_s=duration_s,
                 warnings=warnings_from_pairs(data["warnings"].reshape(-1, 2)),
             )
+
+
+def stamp_error(times_s: np.ndarray, fps: float) -> float:
+    """Most seconds that ``number / fps`` is off the time of a frame."""
+    return float(np.abs(np.arange(len(times_s)) / fps - times_s).max(initial=0.0))
 
 
 def warnings_from_pairs(pairs: Iterable[Sequence[str]]) -> tuple[VideoWarning, ...]:

@@ -13,7 +13,8 @@ import pytest
 from prefill.v1 import video_service_pb2 as pb
 
 from prefill_service.api.video_service import MAX_CHUNK_BYTES
-from tests.support.in_process_service import InProcessService, error_of
+from tests.support.in_process_service import InProcessService, answer, error_of
+from tests.video.sample_videos import make_video
 
 Serve = Callable[..., Any]
 
@@ -74,6 +75,23 @@ async def test_upload_in_pieces_finish_get_list_delete(serve: Serve, clip: bytes
             s.videos.GetVideo(pb.GetVideoRequest(video_id=video_id))
         )
         assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_VIDEO")
+
+
+async def test_what_is_wrong_with_a_file_is_said_in_the_video_and_in_answers(
+    serve: Serve, tmp_path: Path
+) -> None:
+    parts = [make_video(tmp_path / "v.ts", frames=12).read_bytes() for _ in range(2)]
+    async with serve() as s:
+        created = await create(s, b"".join(parts))
+        s.video_id = created.video.video_id
+        await send(s, s.video_id, [(0, b"".join(parts))])
+        finish = pb.FinishUploadRequest(video_id=s.video_id)
+        video = (await s.videos.FinishUpload(finish)).video
+        (warning,) = video.warnings
+        assert warning.reason == "CLOCK_RESTARTS"
+        assert "set back once, first at frame 12 (1.200 s)" in warning.message
+        assert (await s.videos.GetVideo(pb.GetVideoRequest(video_id=s.video_id))).video == video
+        assert list((await answer(s.ask())).final.warnings) == [warning]
 
 
 async def test_create_is_idempotent(serve: Serve, clip: bytes) -> None:

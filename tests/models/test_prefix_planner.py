@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.frame_sampling import FrameSampler
-from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_plan import FrameSampling, SampleBy
 from prefill_service.models.prefix_planner import PrefixPlanner
-from prefill_service.video.index import VideoIndex
+from prefill_service.video.index import VideoIndex, WarningReason
 
 
 def index_of(frames: int, fps: float = 4.0, width: int = 160, height: int = 120) -> VideoIndex:
@@ -109,7 +110,7 @@ def test_sampling_that_cannot_be_applied_is_named(
 
 def test_max_frames_limits_what_the_rate_leads_to(planner: PrefixPlanner) -> None:
     def frames(index: VideoIndex, **sampling: float) -> list[int]:
-        return planner.sampler.sample(index, FrameSampling(**sampling)).tolist()  # type: ignore[arg-type]
+        return planner.sampler.sample(index, FrameSampling(**sampling)).indices.tolist()  # type: ignore[arg-type]
 
     patch = planner.sampler.frames_per_patch
     minute = index_of(240)
@@ -139,15 +140,73 @@ def test_a_limit_holds_for_a_processor_without_one(planner: PrefixPlanner) -> No
             return np.linspace(0, metadata.total_num_frames - 1, number).round()
 
     sampler = FrameSampler(planner._family, Unlimited(), planner._config)
-    indices = sampler.sample(index_of(400), FrameSampling(fps=1.0, max_frames=11))
+    indices = sampler.sample(index_of(400), FrameSampling(fps=1.0, max_frames=11)).indices
     assert len(indices) == 11 // sampler.frames_per_patch * sampler.frames_per_patch
     assert (indices[0], indices[-1]) == (0, 399)
-    assert len(sampler.sample(index_of(400), FrameSampling(fps=1.0))) == 100
+    assert len(sampler.sample(index_of(400), FrameSampling(fps=1.0)).indices) == 100
+
+
+def screen_recording() -> VideoIndex:
+    """Two minutes: 30 frames a second for 20 s, then a frame every 2 s; 5.4 a second on average."""
+    times = np.append(np.arange(600) / 30, 20 + np.arange(50) * 2.0)
+    return replace(index_of(650), times_s=times, fps=650 / 120, duration_s=120.0)
+
+
+def test_by_time_frames_are_evenly_spaced_and_stamps_are_true(planner: PrefixPlanner) -> None:
+    index = screen_recording()
+    plan = planner.plan(index, "sha", FrameSampling(fps=1.0, by=SampleBy.TIME), "")
+    assert len(plan.frame_indices) == 120
+    np.testing.assert_allclose(np.diff(plan.frame_seconds), 1.0, atol=0.05)
+    assert (plan.frame_seconds[0], pytest.approx(plan.frame_seconds[-1], abs=1.0)) == (0, 119)
+    shown_from = index.times_s[plan.frame_indices]
+    shown_to = np.append(index.times_s[1:], 120.0)[plan.frame_indices]
+    assert (shown_from <= plan.frame_seconds + 0.02).all()
+    assert (plan.frame_seconds < shown_to).all()
+    assert plan.warnings == ()
+    by_default = planner.plan(index, "sha", FrameSampling(fps=1.0), "")
+    assert by_default.prefix_id == plan.prefix_id
+
+
+def test_by_frame_is_what_vllm_does_and_warns(planner: PrefixPlanner) -> None:
+    index = screen_recording()
+    plan = planner.plan(index, "sha", FrameSampling(fps=1.0, by=SampleBy.FRAME), "")
+    constant = replace(index, times_s=np.arange(650) / index.fps)
+    assert plan.prefix_id == planner.plan(constant, "sha", FrameSampling(fps=1.0), "").prefix_id
+    assert plan.frame_seconds.tolist() == index.times_s[plan.frame_indices].tolist()
+    (warning,) = plan.warnings
+    assert warning.reason is WarningReason.STAMPS_WRONG
+    assert re.search(r"up to 90\.\d s off", warning.message)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"fps": 1.0}, {"num_frames": 8}, {"max_frames": 6}])
+def test_by_time_a_constant_rate_gives_the_frames_by_number(
+    planner: PrefixPlanner, sampling: dict[str, float]
+) -> None:
+    index = index_of(40)
+    jitter = np.random.default_rng(0).uniform(-0.4, 0.4, 40) / index.fps
+    jitter[0] = 0
+    rough = replace(index, times_s=index.times_s + jitter)
+    ids = {
+        planner.plan(one, "sha", FrameSampling(**sampling, by=by), "").prefix_id  # type: ignore[arg-type]
+        for one in (index, rough)
+        for by in (None, *SampleBy)
+    }
+    assert len(ids) == 1
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_by_time_of_hardly_a_frame(planner: PrefixPlanner, frames: int) -> None:
+    times = np.array([0.0, 7.0, 8.0])[:frames]
+    index = replace(index_of(frames), times_s=times, fps=frames / 9, duration_s=9.0)
+    plan = planner.plan(index, "sha", FrameSampling(fps=1.0, by=SampleBy.TIME), "")
+    assert len(plan.frame_indices) >= planner.sampler.frames_per_patch
+    assert set(plan.frame_indices) <= set(range(frames))
+    assert (np.diff(plan.frame_seconds) >= 0).all()
 
 
 def test_the_plan_says_when_its_frames_are_shown(planner: PrefixPlanner) -> None:
-    index = replace(index_of(40), pts=np.arange(40) ** 2 + 1000, time_base=(1, 8))
-    plan = planner.plan(index, "sha", FrameSampling(num_frames=8), "")
+    index = replace(index_of(40), times_s=np.arange(40) ** 2 / 8)
+    plan = planner.plan(index, "sha", FrameSampling(num_frames=8, by=SampleBy.FRAME), "")
     assert plan.frame_seconds.tolist() == (plan.frame_indices**2 / 8).tolist()
 
 

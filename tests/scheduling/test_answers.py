@@ -49,6 +49,29 @@ async def test_progress_then_tokens_then_final(serve: Serve) -> None:
         assert final.timings.first_token.ToNanoseconds() <= final.timings.total.ToNanoseconds()
 
 
+@pytest.mark.parametrize("by", prefill_pb.SampleBy.values())
+async def test_what_is_evenly_spaced_is_part_of_the_job(
+    serve: Serve, by: prefill_pb.SampleBy
+) -> None:
+    async with serve() as s:
+        spec = s.spec()
+        spec.sampling.by = by
+        job = (await s.prefills.CreatePrefillJob(prefill_pb.CreatePrefillJobRequest(spec=spec))).job
+        assert job.spec.sampling.by == by
+        again = await s.create()
+        assert (again.job_id == job.job_id) == (by == prefill_pb.SAMPLE_BY_UNSPECIFIED)
+
+
+async def test_a_spacing_that_is_not_known_is_refused(serve: Serve) -> None:
+    async with serve() as s:
+        spec = s.spec()
+        spec.sampling.by = 7  # type: ignore[assignment]
+        call = s.prefills.CreatePrefillJob(prefill_pb.CreatePrefillJobRequest(spec=spec))
+        code, reason, metadata, _ = await error_of(call)
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        assert (metadata["name"], metadata["value"]) == ("sampling.by", "7")
+
+
 async def test_the_question_goes_to_vllm_while_the_ranks_work(serve: Serve) -> None:
     async with serve() as s:
         s.executor.step_s = 0.1

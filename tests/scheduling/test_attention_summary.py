@@ -221,12 +221,15 @@ def test_a_missed_floor_is_said() -> None:
 def test_what_is_kept_is_bounded() -> None:
     patches = 3 * attention.MAX_PATCHES
     frames = 2 * patches - 1  # the last patch is one frame short
-    plan: Any = SimpleNamespace(frame_indices=np.arange(frames), patch_grid=(patches, 2, 2))
-    index: Any = SimpleNamespace(times_s=np.arange(frames) * 0.04)
+    plan: Any = SimpleNamespace(
+        frame_indices=np.arange(frames),
+        frame_seconds=np.arange(frames) * 0.04,
+        patch_grid=(patches, 2, 2),
+    )
     report = AttentionReport(patch_mass=[float(i % 3) for i in range(patches)])
     summary = attention.summarize(resolve_policy(), report)
-    detail = attention.detail(summary, report, plan, index)
+    detail = attention.detail(summary, report, plan)
     assert len(detail.patches) == attention.MAX_PATCHES
     assert detail.patches[:2] == ((0.0, 1.0), (0.24, 1.0))
     assert detail.patches[-1][0] == pytest.approx((patches - 3) * 0.08)
-    assert attention.patch_seconds(plan, index)[-1] == pytest.approx((patches - 1) * 0.08)
+    assert attention.patch_seconds(plan)[-1] == pytest.approx((patches - 1) * 0.08)

@@ -15,12 +15,13 @@ from prefill_service.engine.messages import Progress
 from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
-from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_plan import FrameSampling, SampleBy
 from prefill_service.scheduling.attention_summary import AttentionDetail, summarize
 from prefill_service.scheduling.job import JobRecord, JobState, PrefillResult, PrefillSpec
 from prefill_service.scheduling.job_store import JobStore
 
-SPEC = PrefillSpec("vid_1", FrameSampling(fps=2.0), "Be brief.", resolve_policy(epsilon=0.05))
+SAMPLING = FrameSampling(fps=2.0, by=SampleBy.TIME)
+SPEC = PrefillSpec("vid_1", SAMPLING, "Be brief.", resolve_policy(epsilon=0.05))
 SUMMARY = summarize(SPEC.attention, AttentionReport(layers=[LayerReport(0, [30.0, 20.0], 55.0, 4)]))
 RESULT = PrefillResult(
     "p", 10, 8, 4, (2, 4, 4), -5, ((0, 5, 0), (5, 10, 1)), 640, "{}", "{}", SUMMARY
@@ -48,6 +49,7 @@ def test_records_survive_unchanged(tmp_path: Path) -> None:
     store.close()
     store = JobStore.open(tmp_path / "jobs.db")
     assert store.get_record(job.job_id) == job
+    assert store.get_record(job.job_id).spec.sampling.by is SampleBy.TIME
     assert store.get_record(failed.job_id) == failed
 
 

@@ -74,6 +74,7 @@ class SimulatedPlanner:
             system_prompt=system_prompt,
             video_token_id=0,
             num_video_tokens=frames // 2 * 16,
+            warnings=index.warnings,
         )
 
     def prompt_token_ids(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:

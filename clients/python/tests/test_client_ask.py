@@ -6,6 +6,7 @@ import time
 import pytest
 from client_helpers import Api, until
 
+from prefill.v1.prefill_service_pb2 import SampleBy
 from prefill_client import (
     CancelledError,
     ContextExceededError,
@@ -30,6 +31,7 @@ async def test_ask_a_path(api: Api, server, clip):
         on_upload=uploads.append,
         fps=1.0,
         max_frames=900,
+        sample_by="time",
         stop="END",
         temperature=0.5,
         max_tokens=100,
@@ -52,6 +54,7 @@ async def test_ask_a_path(api: Api, server, clip):
     assert list(request.sampling_params.stop) == ["END"]
     assert not request.sampling_params.HasField("top_p")
     assert (request.spec.sampling.fps, request.spec.sampling.max_frames) == (1.0, 900)
+    assert SampleBy.Name(request.spec.sampling.by) == "SAMPLE_BY_TIME"
     assert request.spec.system_prompt == "Be brief."
 
 

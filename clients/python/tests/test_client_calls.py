@@ -141,6 +141,8 @@ async def test_token_is_sent(kind, server, clip):
 async def test_unknown_option(api: Api, server, clip):
     with pytest.raises(TypeError, match="unknown option 'max_tokens'"):
         await api.call("prefill", clip, max_tokens=3)
+    with pytest.raises(ValueError, match="sample_by = 'scene' is not accepted; expected one of f"):
+        await api.call("prefill", clip, sample_by="scene")
     with pytest.raises(TypeError, match="fps = 'fast' is not accepted"):
         await api.call("prefill", clip, fps="fast")
     assert not server.state.calls  # refused before anything was sent

@@ -30,7 +30,7 @@ from prefill_service.video.decoder.timestamps import (
     plausible,
     typical_step,
 )
-from prefill_service.video.index import VideoWarning, WarningReason
+from prefill_service.video.index import VideoWarning, WarningReason, stamp_error
 
 _FALLBACK_RATE = 25.0  # FFmpeg's own, for a stream without any clock
 _STANDARD_RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0,
@@ -180,11 +180,6 @@ def _choose_rate(
     rounded = [*_STANDARD_RATES, max(1.0, float(round(average)))]
     best = min(rounded, key=lambda rate: stamp_error(times_s, rate))
     return best if stamp_error(times_s, best) <= 1.5 * tick_s else average
-
-
-def stamp_error(times_s: np.ndarray, fps: float) -> float:
-    """Most seconds that ``number / fps`` is off the time of a frame."""
-    return float(np.abs(np.arange(len(times_s)) / fps - times_s).max(initial=0.0))
 
 
 # ---- contradictions ------------------------------------------------------------------------

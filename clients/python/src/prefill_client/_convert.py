@@ -103,6 +103,7 @@ def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
         min_pixels=_optional(sampling, "min_pixels"),
         cap_pixels_per_frame=_optional(sampling, "cap_pixels_per_frame"),
         max_frames=_optional(sampling, "max_frames"),
+        sample_by=_enum(prefill_pb.SampleBy, sampling.by, "SAMPLE_BY_", types.SampleBy),
         system_prompt=message.system_prompt,
         quality=_quality(message.attention.quality),
         epsilon=_optional(message.attention, "epsilon"),

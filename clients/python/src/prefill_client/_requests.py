@@ -18,6 +18,7 @@ from prefill_client.types import (
     FrameOptions,
     Message,
     QuestionLike,
+    SampleBy,
     Video,
     VideoLike,
 )
@@ -41,12 +42,13 @@ DECODING_NAMES = (
 )
 ATTENTION_NAMES = ("quality", "epsilon", "min_kept_mass")
 COMPARISON_NAMES = ("comparison", "comparison_question", "anchor_tokens", "passing_tokens")
-FRAME_NAMES = (*SAMPLING_NAMES, "system_prompt", *ATTENTION_NAMES, *COMPARISON_NAMES)
+FRAME_NAMES = (*SAMPLING_NAMES, "sample_by", "system_prompt", *ATTENTION_NAMES, *COMPARISON_NAMES)
 ASK_NAMES = (*FRAME_NAMES, *DECODING_NAMES, "stop")
 
 _VIDEO_ID = re.compile(r"vid_[0-9A-Za-z]+")
 QUALITIES = tuple(quality.value for quality in Quality if quality is not Quality.UNSPECIFIED)
 COMPARISONS = tuple(m.value for m in ComparisonMethod if m is not ComparisonMethod.UNSPECIFIED)
+SAMPLED_BY = tuple(by.value for by in SampleBy if by is not SampleBy.UNSPECIFIED)
 _ROLES = {"user": answer_pb.ROLE_USER, "assistant": answer_pb.ROLE_ASSISTANT}
 
 
@@ -88,6 +90,10 @@ def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
     spec = prefill_pb.PrefillSpec(video_id=video_id)
     _assign(spec, options, ("system_prompt",))
     _assign(spec.sampling, options, SAMPLING_NAMES)
+    sample_by = options.get("sample_by")
+    if sample_by is not None:
+        _check_choice("sample_by", sample_by, SAMPLED_BY)
+        spec.sampling.MergeFrom(prefill_pb.FrameSampling(by=f"SAMPLE_BY_{sample_by.upper()}"))
     quality = options.get("quality")
     if quality is not None:
         _check_choice("quality", quality, QUALITIES)

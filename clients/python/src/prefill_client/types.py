@@ -179,6 +179,14 @@ class Comparison:
     passing_tokens: int | None
 
 
+class SampleBy(StrEnum):
+    """What is evenly spaced among sampled frames. UNSPECIFIED: chosen by the file's rate."""
+
+    UNSPECIFIED = "unspecified"
+    FRAME = "frame"
+    TIME = "time"
+
+
 @dataclass(frozen=True)
 class PrefillSpec:
     """The video prefix a job computes. None: the model family's own default."""
@@ -195,6 +203,7 @@ class PrefillSpec:
     epsilon: float | None
     min_kept_mass: float | None
     comparison: Comparison | None = None
+    sample_by: SampleBy = SampleBy.UNSPECIFIED
 
 
 @dataclass(frozen=True)
@@ -308,7 +317,8 @@ class FrameOptions(TypedDict, total=False):
     ``num_frames``. ``max_frames`` limits what ``fps``, or the default, leads to, in place of the
     processor's own limit; the frames are evenly spread then. ``max_pixels`` and ``min_pixels``
     are the processor's ``longest_edge`` and ``shortest_edge``, in pixels;
-    ``cap_pixels_per_frame`` applies the family's per-frame ceiling.
+    ``cap_pixels_per_frame`` applies the family's per-frame ceiling. ``sample_by`` says what is
+    evenly spaced: "frame" numbers, or "time"; by default time where the file's rate varies.
 
     ``quality`` is "exact", "high", "balanced" (the default) or "fast"; ``epsilon``, instead of
     it, is the attention mass that may be misplaced, 0 (exact) to below 1. ``min_kept_mass`` is
@@ -325,6 +335,7 @@ class FrameOptions(TypedDict, total=False):
     min_pixels: int | None
     cap_pixels_per_frame: bool | None
     max_frames: int | None
+    sample_by: SampleBy | str | None
     system_prompt: str | None
     quality: Quality | str | None
     epsilon: float | None

@@ -8,6 +8,12 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class SampleBy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SAMPLE_BY_UNSPECIFIED: _ClassVar[SampleBy]
+    SAMPLE_BY_FRAME: _ClassVar[SampleBy]
+    SAMPLE_BY_TIME: _ClassVar[SampleBy]
+
 class Quality(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     QUALITY_UNSPECIFIED: _ClassVar[Quality]
@@ -40,6 +46,9 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_DECODE: _ClassVar[Stage]
     STAGE_VISION: _ClassVar[Stage]
     STAGE_PREFILL: _ClassVar[Stage]
+SAMPLE_BY_UNSPECIFIED: SampleBy
+SAMPLE_BY_FRAME: SampleBy
+SAMPLE_BY_TIME: SampleBy
 QUALITY_UNSPECIFIED: Quality
 QUALITY_EXACT: Quality
 QUALITY_HIGH: Quality
@@ -63,20 +72,22 @@ STAGE_VISION: Stage
 STAGE_PREFILL: Stage
 
 class FrameSampling(_message.Message):
-    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame", "max_frames")
+    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame", "by", "max_frames")
     FPS_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
     CAP_PIXELS_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
     fps: float
     num_frames: int
     max_pixels: int
     min_pixels: int
     cap_pixels_per_frame: bool
+    by: SampleBy
     max_frames: int
-    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: bool = ..., max_frames: _Optional[int] = ...) -> None: ...
+    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: bool = ..., by: _Optional[_Union[SampleBy, str]] = ..., max_frames: _Optional[int] = ...) -> None: ...
 
 class AttentionSpec(_message.Message):
     __slots__ = ("quality", "epsilon", "min_kept_mass")

@@ -15,6 +15,7 @@ from prefill_client._requests import (
     COMPARISONS,
     FRAME_NAMES,
     QUALITIES,
+    SAMPLED_BY,
 )
 
 DESCRIPTION = """\
@@ -71,6 +72,11 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
     rate.add_argument("--fps", type=float, metavar="N", help="frames per second")
     rate.add_argument("--num-frames", type=int, metavar="N", help="frames, evenly spread")
     group.add_argument("--max-frames", type=int, metavar="N", help="frames at most, at any rate")
+    group.add_argument(
+        "--sample-by",
+        choices=SAMPLED_BY,
+        help="what is evenly spaced (default: time where the file's rate varies)",
+    )
     group.add_argument("--max-pixels", type=int, metavar="N", help="processor's longest_edge")
     group.add_argument("--min-pixels", type=int, metavar="N", help="processor's shortest_edge")
     group.add_argument(
