@@ -80,6 +80,7 @@ def test_batch(cli: Cli, server, clips, tmp_path):
         body = response["body"]
         assert (body["text"], body["finish_reason"]) == (f"You asked: {word}? ", "stop")
         assert body["usage"]["video_tokens"] == 800
+        assert body["frames"] == {"count": 3, "first_s": 0.0, "last_s": 1.0}
         assert body["timings"]["total_s"] == 1.25
     assert (tmp_path / "err.jsonl").read_text() == ""
     # Four names, two files: each was sent once, and each prefix prefilled once.
@@ -114,11 +115,13 @@ def test_bad_lines_and_failures(cli: Cli, server, clips, tmp_path):
             line("type", clips[0], fps="fast"),
             line("url", "http://example.com/a.mp4"),
             '["a"]',
+            '{"custom_id": "half \\ud83d", "body": {"video": "none.mp4", "question": "x"}}',
+            line("seed", clips[0], seed=2**63, temperature=float("nan")),
         ],
     )
     run = cli.run("batch", "in.jsonl", "-o", "out.jsonl", "--errors", "err.jsonl")
     assert run.returncode == 3
-    assert run.stdout.startswith("batch: 1 answered, 9 failed (see err.jsonl); ")
+    assert run.stdout.startswith("batch: 1 answered, 11 failed (see err.jsonl); ")
     assert list(records(tmp_path / "out.jsonl")) == ["ok"]
     errors = [json.loads(t)["error"] for t in (tmp_path / "err.jsonl").read_text().splitlines()]
     by_line = {error["line"]: error for error in errors}
@@ -133,11 +136,16 @@ def test_bad_lines_and_failures(cli: Cli, server, clips, tmp_path):
         9: "INVALID_LINE",
         10: "INVALID_LINE",
         11: "INVALID_LINE",
+        12: "INVALID_LINE",
+        13: "INVALID_LINE",
     }
     assert by_line[2]["message"].startswith("in.jsonl:2: not JSON: ")
     assert by_line[3]["message"] == "in.jsonl:3: custom_id 'ok' was used in line 1 already"
     assert "unknown key 'max_token'; accepted: video, question" in by_line[5]["message"]
     assert "fps = 'fast' is not accepted" in by_line[9]["message"]
+    assert "URLs are not fetched; download it first" in by_line[10]["message"]
+    assert r"custom_id = '\ud83d' is not accepted" in by_line[12]["message"]
+    assert "temperature = nan is not accepted" in by_line[13]["message"]
 
 
 def test_strict_asks_nothing(cli: Cli, server, clips, tmp_path):

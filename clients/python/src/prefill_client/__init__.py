@@ -13,6 +13,7 @@ from prefill_client.attention import (
 )
 from prefill_client.client import AnswerStream, Client
 from prefill_client.errors import (
+    ArgumentError,
     CancelledError,
     CapacityError,
     ContextExceededError,
@@ -60,6 +61,7 @@ __all__ = [
     "TLS",
     "Answer",
     "AnswerStream",
+    "ArgumentError",
     "AskOptions",
     "AsyncAnswerStream",
     "AsyncClient",

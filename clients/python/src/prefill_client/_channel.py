@@ -13,6 +13,7 @@ import grpc
 from prefill.v1.answer_service_pb2_grpc import AnswerServiceStub
 from prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from prefill.v1.video_service_pb2_grpc import VideoServiceStub
+from prefill_client._arguments import check_text, refuse
 
 # A prefill may be silent for minutes: pings keep the connection open through NATs and
 # notice a dead peer. A lost server is looked for soon, for an upload that waits to go on.
@@ -96,10 +97,15 @@ def make_endpoint(address: str, token: str | None, tls: TLS | bool | None) -> En
     """Check the arguments of a client.
 
     Raises:
-        ValueError: the token cannot be a header.
+        ArgumentError: the address is not text, or the token cannot be a header.
     """
-    if token is not None and (not token.isascii() or not token.isprintable()):
-        raise ValueError("token must be one line of ASCII characters")
+    if not check_text("address", address):
+        refuse("address", address, "host:port")
+    if token is not None:
+        check_text("token", token)
+        if not token.isascii() or not token.isprintable():
+            # A token is a secret: it is not shown.
+            refuse("token", f"{len(token)} characters", "one line of ASCII characters")
     if isinstance(tls, bool):
         tls = TLS() if tls else None
     return Endpoint(address, token, tls)

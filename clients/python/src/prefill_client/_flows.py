@@ -10,6 +10,14 @@ from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 from prefill.v1 import video_service_pb2 as video_pb
 from prefill_client import _convert, _requests
+from prefill_client._arguments import (
+    INT32_MAX,
+    check_integer,
+    check_request_id,
+    check_seconds,
+    check_sha256,
+    check_text,
+)
 from prefill_client._retry import Backoff, RetryPolicy, is_unavailable
 from prefill_client._steps import Call, Emit, Flow, Next, Open, Sleep
 from prefill_client._upload import UploadCallback, upload
@@ -24,6 +32,7 @@ from prefill_client.types import (
     QuestionLike,
     Video,
     VideoLike,
+    VideoSource,
 )
 
 JobCallback = Callable[[Job], object]
@@ -64,6 +73,8 @@ class Settings:
     ) -> Settings:
         """Make settings, with the defaults for what is None."""
         default = cls()
+        check_seconds("timeout", timeout)
+        check_seconds("finish_timeout", finish_timeout)
         return cls(
             timeout=timeout,
             finish_timeout=finish_timeout,
@@ -86,13 +97,18 @@ def call(settings: Settings, rpc: str, request: Any, timeout: float | None = Non
 
 def upload_video(
     settings: Settings,
-    path: str,
+    video: VideoSource,
     *,
     progress: UploadCallback | None = None,
     display_name: str | None = None,
     sha256: str | None = None,
 ) -> Flow[Video]:
     """Upload a file, or find it on the server already."""
+    what = _requests.source_of("path", video)
+    if display_name is not None:
+        check_text("display_name", display_name)
+    if sha256 is not None:
+        sha256 = check_sha256(sha256)
 
     def unary(rpc: str, request: Any) -> Flow[Any]:
         timeout = settings.finish_timeout if rpc == "FinishUpload" else None
@@ -101,7 +117,7 @@ def upload_video(
     message = yield from upload(
         unary,
         Backoff(settings.upload_retry),
-        path,
+        what,
         progress=progress,
         display_name=display_name,
         sha256=sha256,
@@ -112,16 +128,18 @@ def upload_video(
 def resolve_video(
     settings: Settings, video: VideoLike, progress: UploadCallback | None
 ) -> Flow[str]:
-    """Return the id of a video; a path is uploaded first."""
-    video_id, path = _requests.video_id_or_path(video)
-    if path is not None:
-        video_id = (yield from upload_video(settings, path, progress=progress)).video_id
+    """Return the id of a video; one that is not on the server is uploaded first."""
+    video_id, what = _requests.split_video(video)
+    if what is not None:
+        video_id = (yield from upload_video(settings, what, progress=progress)).video_id
     assert video_id is not None
     return video_id
 
 
 def import_video(settings: Settings, path: str, display_name: str | None) -> Flow[Video]:
     """Let the server read one of its own files."""
+    path = check_text("path", _requests.local_path("path", path))
+    check_text("display_name", display_name or "")
     request = video_pb.ImportVideoRequest(
         path=path, display_name=display_name or "", request_id=_requests.new_request_id()
     )
@@ -131,12 +149,13 @@ def import_video(settings: Settings, path: str, display_name: str | None) -> Flo
 
 def get_video(settings: Settings, video_id: str) -> Flow[Video]:
     """Return a video as it is now."""
-    request = video_pb.GetVideoRequest(video_id=video_id)
+    request = video_pb.GetVideoRequest(video_id=check_text("video_id", video_id))
     return _convert.video((yield from call(settings, "GetVideo", request)).video)
 
 
 def list_videos(settings: Settings, page_size: int) -> Flow[None]:
     """Emit all videos, newest first."""
+    check_integer("page_size", page_size, 0, INT32_MAX)
     token = ""
     while True:
         request = video_pb.ListVideosRequest(page_size=page_size, page_token=token)
@@ -154,7 +173,7 @@ def delete_video(settings: Settings, video_id: str) -> Flow[None]:
     tried = False
     while True:
         try:
-            request = video_pb.DeleteVideoRequest(video_id=video_id)
+            request = video_pb.DeleteVideoRequest(video_id=check_text("video_id", video_id))
             yield Call("DeleteVideo", request, settings.timeout)
             return
         except PrefillError as error:
@@ -188,12 +207,13 @@ def prefill(
 
 def get_job(settings: Settings, job_id: str) -> Flow[Job]:
     """Return a job as it is now."""
-    request = prefill_pb.GetPrefillJobRequest(job_id=job_id)
+    request = prefill_pb.GetPrefillJobRequest(job_id=check_text("job_id", job_id))
     return _convert.job((yield from call(settings, "GetPrefillJob", request)).job)
 
 
 def list_jobs(settings: Settings, page_size: int) -> Flow[None]:
     """Emit all jobs, newest first."""
+    check_integer("page_size", page_size, 0, INT32_MAX)
     token = ""
     while True:
         request = prefill_pb.ListPrefillJobsRequest(page_size=page_size, page_token=token)
@@ -207,13 +227,13 @@ def list_jobs(settings: Settings, page_size: int) -> Flow[None]:
 
 def inspect_job(settings: Settings, job_id: str) -> Flow[Inspection]:
     """Return all that was measured of a job's attention."""
-    request = prefill_pb.InspectPrefillJobRequest(job_id=job_id)
+    request = prefill_pb.InspectPrefillJobRequest(job_id=check_text("job_id", job_id))
     return _convert.inspection((yield from call(settings, "InspectPrefillJob", request)))
 
 
 def trace_job(settings: Settings, job_id: str) -> Flow[str]:
     """Join the pieces of a job's trace; starts over if the stream breaks."""
-    request = prefill_pb.TracePrefillJobRequest(job_id=job_id)
+    request = prefill_pb.TracePrefillJobRequest(job_id=check_text("job_id", job_id))
     backoff = Backoff(settings.retry)
     while True:
         try:
@@ -230,7 +250,7 @@ def trace_job(settings: Settings, job_id: str) -> Flow[str]:
 
 def cancel_job(settings: Settings, job_id: str) -> Flow[Job]:
     """Stop a job and return it as it is then."""
-    request = prefill_pb.CancelPrefillJobRequest(job_id=job_id)
+    request = prefill_pb.CancelPrefillJobRequest(job_id=check_text("job_id", job_id))
     return _convert.job((yield from call(settings, "CancelPrefillJob", request)).job)
 
 
@@ -239,7 +259,7 @@ def watch_job(
 ) -> Flow[Job]:
     """Emit the job now and at each change until it has ended; return its last state."""
     backoff = Backoff(settings.retry)
-    request = prefill_pb.WatchPrefillJobRequest(job_id=job_id)
+    request = prefill_pb.WatchPrefillJobRequest(job_id=check_text("job_id", job_id))
     while True:
         try:
             stream = yield Open("WatchPrefillJob", request, None)
@@ -274,7 +294,7 @@ class AskState:
     """The part of an answer that has arrived; ``ask`` fills it while it runs."""
 
     def __init__(self, request_id: str | None) -> None:
-        self.request_id = request_id or _requests.new_request_id()
+        self.request_id = check_request_id(request_id) if request_id else _requests.new_request_id()
         self.video_id = ""
         self.pieces: list[str] = []
         self.token_ids: list[int] = []
@@ -316,6 +336,8 @@ def ask(
     callbacks: Callbacks,
 ) -> Flow[None]:
     """Emit the pieces of an answer. Asked again only if it broke before the first token."""
+    if timeout is not None:
+        check_seconds("timeout", timeout)
     request = _requests.build_ask("", question, options, state.request_id)
     state.video_id = yield from resolve_video(settings, video, callbacks.on_upload)
     request.spec.video_id = state.video_id

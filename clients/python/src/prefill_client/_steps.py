@@ -12,10 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from prefill.v1.video_service_pb2 import UploadChunksRequest
-from prefill_client.errors import PrefillError, make_error
+from prefill_client.errors import make_error
+
+if TYPE_CHECKING:
+    from prefill_client._upload._sources import Source
 
 T = TypeVar("T")
 Flow: TypeAlias = Generator["Step", Any, T]
@@ -108,15 +111,14 @@ class FileChunks:
     """
 
     def __init__(
-        self, video_id: str, path: str, *, offset: int, size: int, chunk_bytes: int
+        self, video_id: str, source: Source, *, offset: int, size: int, chunk_bytes: int
     ) -> None:
         self.offset = offset
-        self.error: OSError | PrefillError | None = None
+        self.error: Exception | None = None
         self._video_id = video_id
-        self._path = path
+        self._source = source
         self._size = size
         self._chunk_bytes = chunk_bytes
-        self._file: BinaryIO | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -127,7 +129,7 @@ class FileChunks:
                 return None
             try:
                 data = self._read()
-            except (OSError, PrefillError) as error:
+            except Exception as error:  # a file object of the caller's may raise anything
                 self.error = error
                 return None
             request = UploadChunksRequest(offset=self.offset, data=data)
@@ -138,21 +140,18 @@ class FileChunks:
             return request
 
     def _read(self) -> bytes:
-        if self._file is None:
-            self._file = open(self._path, "rb")  # noqa: SIM115 - closed by close()
-            self._file.seek(self.offset)
-        data = self._file.read(min(self._chunk_bytes, self._size - self.offset))
+        size = min(self._chunk_bytes, self._size - self.offset)
+        data = self._source.read_at(self.offset, size)
         if not data:
+            name = self._source.name
             raise make_error(
                 "FILE_CHANGED",
-                f"{self._path} has shrunk to {self.offset} of {self._size} bytes",
-                metadata={"path": self._path},
+                f"{name} has shrunk to {self.offset} of {self._size} bytes",
+                metadata={"path": name},
             )
         return data
 
     def close(self) -> None:
-        """Close the file and end the stream."""
+        """End the stream; the source is not read any more once this returns."""
         with self._lock:
             self._closed = True
-            if self._file is not None:
-                self._file.close()

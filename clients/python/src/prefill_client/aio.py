@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import Self, Unpack
@@ -23,6 +22,7 @@ from prefill_client.types import (
     QuestionLike,
     Video,
     VideoLike,
+    VideoSource,
 )
 
 
@@ -142,7 +142,7 @@ class AsyncClient:
 
     async def upload(
         self,
-        path: str | os.PathLike[str],
+        path: VideoSource,
         *,
         progress: UploadCallback | None = None,
         display_name: str | None = None,
@@ -154,19 +154,22 @@ class AsyncClient:
         resumed, and so is an upload that an earlier process left unfinished.
 
         Args:
-            path: the file.
+            path: the path or ``file://`` URL of a file, bytes, or a file open for reading bytes,
+                which is read from where it stands. One that cannot be read twice, such as a
+                pipe or an HTTP response, is copied to a temporary file first.
             progress: called now and then with an ``UploadProgress``.
             display_name: name for people; the file's name by default.
-            sha256: the file's digest if known (lower-case hexadecimal); saves reading it twice.
+            sha256: the file's digest if known (hexadecimal); saves reading it twice.
 
         Raises:
             OSError: the file cannot be read.
+            ArgumentError: it is another URL, or open for text.
             InvalidVideoError: the server refused the file.
         """
         return await self._driver.run(
             _flows.upload_video(
                 self._settings,
-                os.fspath(path),
+                path,
                 progress=progress,
                 display_name=display_name,
                 sha256=sha256,
@@ -201,7 +204,7 @@ class AsyncClient:
         """Start the prefill of a video, so that later questions are quick.
 
         Args:
-            video: a ``Video``, the id of one, or the path of a file to upload first.
+            video: a ``Video``, the id of one, or what to ``upload`` first.
             wait: return when the job has succeeded, raise if it does not.
             on_progress: called with the ``Job`` at each change, if waiting.
             on_upload: called with ``UploadProgress`` while a path is uploaded.
@@ -265,7 +268,7 @@ class AsyncClient:
         ``await client.ask(...).result()`` waits for the whole ``Answer`` instead.
 
         Args:
-            video: a ``Video``, the id of one, or the path of a file to upload first.
+            video: a ``Video``, the id of one, or what to ``upload`` first.
             question: text, or a chat: ``Message``s or ``{"role": ..., "content": ...}``, user
                 and assistant in turn, first and last of the user.
             on_progress: called with the ``Job`` while the video is prefilled.

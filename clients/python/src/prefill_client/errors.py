@@ -63,6 +63,13 @@ class InvalidRequestError(PrefillError):
     codes = frozenset({"INVALID_ARGUMENT", "OUT_OF_RANGE"})
 
 
+class ArgumentError(InvalidRequestError, ValueError, TypeError):
+    """An argument was refused by this client, before anything was sent.
+
+    ``metadata`` has its ``name``, its ``value`` and what is ``accepted``.
+    """
+
+
 class ContextExceededError(PrefillError):
     """Video and question need more tokens than the model's or vLLM's context.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, BinaryIO, TypeAlias, TypedDict
 
 from prefill_client.attention import AttentionReport, BlockMap, PatchAttention, Quality
 
@@ -359,9 +359,11 @@ class AskOptions(FrameOptions, total=False):
     ignore_eos: bool | None
 
 
-# A video is given as a Video, as the id of one, or as the path of a file to upload. A string
-# is an id if it looks like one ("vid_" and letters or digits, no dot or slash).
-VideoLike: TypeAlias = "Video | str | os.PathLike[str]"
+# What is uploaded: the path or file:// URL of a file, bytes, or a file open for reading bytes.
+VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO"
+# A video is given as a Video, as the id of one, or as what is to be uploaded. A string is an id
+# if it looks like one ("vid_" and letters or digits, no dot or slash).
+VideoLike: TypeAlias = "Video | VideoSource"
 QuestionLike: TypeAlias = "str | Sequence[Message | Mapping[str, Any]]"
 
 

@@ -17,7 +17,7 @@ from prefill_client._requests import (
     FRAME_NAMES,
     build_spec,
     check_names,
-    video_id_or_path,
+    split_video,
 )
 from prefill_client._retry import Backoff, RetryPolicy
 from prefill_client.aio import AsyncClient
@@ -236,7 +236,7 @@ class _Runner:
                 await asyncio.sleep(backoff.delay(error))
 
     async def _video_id(self, video: str) -> str:
-        path = video_id_or_path(video)[1]
+        path = split_video(video)[1]
         if path is None:
             return video
         if path not in self._paths:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
-from urllib.parse import unquote, urlsplit
 
-from prefill_client._requests import ASK_NAMES, build_ask, video_id_or_path
-from prefill_client.errors import InvalidRequestError
+from prefill_client._arguments import check_text
+from prefill_client._requests import ASK_NAMES, build_ask, split_video
+from prefill_client.errors import ArgumentError, InvalidRequestError
 
 URL = "/v1/ask"
 
@@ -60,7 +60,8 @@ def read_input(path: Path) -> tuple[list[BatchItem], list[BadLine]]:
                     used = f"custom_id {item.custom_id!r} was used in line {seen[item.custom_id]}"
                     raise ValueError(f"{used} already")
             except (TypeError, ValueError) as error:
-                message = f"{path}:{number}: {error}"
+                text = error.message if isinstance(error, ArgumentError) else str(error)
+                message = f"{path}:{number}: {text}"
                 metadata = {"line": str(number)}
                 failure = InvalidRequestError(reason, message, metadata=metadata)
                 bad.append(BadLine(number, _custom_id(entry), failure))
@@ -91,6 +92,7 @@ def _parse(number: int, entry: Any) -> BatchItem:
     body = entry.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         raise ValueError(f"custom_id must be a text that is not empty, not {custom_id!r}")
+    check_text("custom_id", custom_id)
     if entry.get("method", "POST") != "POST":
         raise ValueError(f"method must be POST, not {entry['method']!r}")
     if entry.get("url", URL) != URL:
@@ -119,13 +121,8 @@ def _parse(number: int, entry: Any) -> BatchItem:
 def _video(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"video must be a path, a file:// URL or an id, not {value!r}")
-    parts = urlsplit(value)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        return os.path.abspath(unquote(parts.path))
-    if "://" in value:
-        raise ValueError(f"video must be a path, a file:// URL or an id, not {value!r}")
-    path = video_id_or_path(value)[1]
-    return value if path is None else os.path.abspath(path)
+    video_id, path = split_video(value)
+    return value if video_id is not None else os.path.abspath(path)
 
 
 def _kind(value: Any) -> str:
@@ -173,7 +170,9 @@ class ResultFile:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line and wait until it is on the disk."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        # A lone surrogate of a bad input line becomes its escape \udXXX, which is JSON.
+        line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
+        self._file.write(line + b"\n")
         self._sync()
 
     def _sync(self) -> None:

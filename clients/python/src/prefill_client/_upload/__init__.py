@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,76 +11,98 @@ from prefill.v1 import video_service_pb2 as video_pb
 from prefill_client._requests import new_request_id, upload_request_id
 from prefill_client._retry import Backoff, is_broken_stream
 from prefill_client._steps import Blocking, FileChunks, Flow, Send, Sleep
+from prefill_client._upload._sources import Source, open_source
 from prefill_client.errors import NotFoundError, PrefillError, make_error
 from prefill_client.types import UploadProgress
 
 CHUNK_BYTES = 256 << 10
-_HASH_BYTES = 8 << 20
 
 UploadCallback = Callable[[UploadProgress], object]
 Unary = Callable[[str, Any], Flow[Any]]
 
 
-def hash_file(path: str, progress: UploadCallback | None = None) -> Flow[tuple[str, int]]:
-    """Return the sha256 (lower-case hexadecimal) and the size in bytes of a file.
+def hash_source(source: Source, progress: UploadCallback | None = None) -> Flow[tuple[str, int]]:
+    """Return the sha256 (lower-case hexadecimal) and the size in bytes of a source.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: it cannot be read.
+        ArgumentError: what it reads is not bytes.
     """
     digest = hashlib.sha256()
     done = 0
-    with (yield Blocking(lambda: open(path, "rb"))) as file:
-        total = os.fstat(file.fileno()).st_size
+    total = yield Blocking(source.size_hint)
+    pieces = source.pieces()
 
-        def advance() -> int:
-            data = file.read(_HASH_BYTES)
-            digest.update(data)
-            return len(data)
+    def advance() -> int:
+        data = next(pieces, b"")
+        digest.update(data)
+        return len(data)
 
-        while count := (yield Blocking(advance)):
-            done += count
-            if progress is not None:
-                progress(UploadProgress("hash", done, max(total, done)))
+    while count := (yield Blocking(advance)):
+        done += count
+        if progress is not None:
+            progress(UploadProgress("hash", done, max(total, done)))
     return digest.hexdigest(), done
 
 
 def upload(
     unary: Unary,
     backoff: Backoff,
-    path: str,
+    what: Any,
     *,
     progress: UploadCallback | None = None,
     display_name: str | None = None,
     sha256: str | None = None,
 ) -> Flow[video_pb.Video]:
-    """Upload ``path`` and finish; returns the READY video.
+    """Upload ``what`` and finish; returns the READY video.
 
     A READY video with the same digest is returned without sending anything, and an unfinished
-    upload of the same file, of this process or of an earlier one, is gone on with.
+    upload of the same bytes, of this process or of an earlier one, is gone on with.
 
     Args:
         unary: makes a unary call, with retries.
         backoff: allows that many failures in a row without any byte committed.
-        path: the file.
+        what: a path, bytes, or an open file, as ``split_video`` finds them.
         progress: called with each phase's progress.
         display_name: name for people; the file's name by default.
-        sha256: digest of the file if known already; saves reading it twice.
+        sha256: digest of the bytes if known already; saves reading them twice.
 
     Raises:
         OSError: the file cannot be read.
         PrefillError: UploadError, InvalidVideoError, CapacityError, UnavailableError...
     """
-    if sha256 is None:
-        sha256, size = yield from hash_file(path, progress)
-    else:
-        size = os.stat(path).st_size
-    name = _text(os.path.basename(path)) if display_name is None else display_name
-    create = video_pb.CreateUploadRequest(
-        display_name=name,
-        size_bytes=size,
-        sha256=sha256,
-        request_id=upload_request_id(sha256, size, name),
-    )
+    source: Source = yield Blocking(lambda: open_source(what))
+    try:
+        if sha256 is None or not source.seekable:
+            found, size = yield from hash_source(source, progress)
+            sha256 = sha256 or found
+        else:
+            size = yield Blocking(source.size_hint)
+        name = _text(source.display_name) if display_name is None else display_name
+        create = video_pb.CreateUploadRequest(
+            display_name=name,
+            size_bytes=size,
+            sha256=sha256,
+            request_id=upload_request_id(sha256, size, name),
+        )
+        sending = _send_where_needed(
+            unary, backoff, source=source, create=create, progress=progress
+        )
+        return (yield from sending)
+    finally:
+        source.close()
+
+
+def _send_where_needed(
+    unary: Unary,
+    backoff: Backoff,
+    *,
+    source: Source,
+    create: video_pb.CreateUploadRequest,
+    progress: UploadCallback | None,
+) -> Flow[video_pb.Video]:
+    """Find the video of these bytes, or what an earlier upload left of it, and send the rest."""
+    size = create.size_bytes
     created = yield from unary("CreateUpload", create)
     # A repeated request id brings the first result, which may be out of date by now.
     video = yield from _usable(unary, created.video.video_id)
@@ -96,7 +117,7 @@ def upload(
             return video
         chunk = min(CHUNK_BYTES, created.max_chunk_bytes or CHUNK_BYTES)
         try:
-            rest = _Rest(video_id=video.video_id, path=path, size=size, chunk_bytes=chunk)
+            rest = _Rest(video_id=video.video_id, source=source, size=size, chunk_bytes=chunk)
             return (yield from _send_and_finish(unary, backoff, rest, progress))
         except PrefillError as error:
             # What an earlier process sent was not this file: once more, from the start.
@@ -118,17 +139,17 @@ def _usable(unary: Unary, video_id: str) -> Flow[video_pb.Video | None]:
 
 @dataclass(frozen=True)
 class _Rest:
-    """A file of ``size`` bytes that goes on to ``video_id`` in messages of ``chunk_bytes``."""
+    """A source of ``size`` bytes that goes on to ``video_id`` in messages of ``chunk_bytes``."""
 
     video_id: str
-    path: str
+    source: Source
     size: int
     chunk_bytes: int
 
     def chunks_from(self, offset: int) -> FileChunks:
         return FileChunks(
             self.video_id,
-            self.path,
+            self.source,
             offset=offset,
             size=self.size,
             chunk_bytes=self.chunk_bytes,
@@ -155,7 +176,7 @@ def _send_and_finish(
                     lambda sent: _report(progress, "upload", sent, rest.size),
                 )
                 if response.committed_bytes <= committed:
-                    raise _stalled(rest.path, committed, rest.size)
+                    raise _stalled(rest.source.name, committed, rest.size)
                 continue
             _report(progress, "probe", 0, 0)
             request = video_pb.FinishUploadRequest(video_id=rest.video_id)
@@ -173,10 +194,10 @@ def _text(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _stalled(path: str, committed: int, size: int) -> PrefillError:
+def _stalled(name: str, committed: int, size: int) -> PrefillError:
     return make_error(
         "UPLOAD_STALLED",
-        f"the server ended the upload of {path} at {committed} of {size} bytes",
+        f"the server ended the upload of {name} at {committed} of {size} bytes",
         metadata={"committed_bytes": str(committed), "size_bytes": str(size)},
     )
 
