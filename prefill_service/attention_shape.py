@@ -13,6 +13,20 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of each dtype that Q, K and V may have, by torch's name."""
 
+BLOCK_TOKENS = 64
+"""Keys of a block of sparse attention, by default."""
+
+TILE_TOKENS = 128
+"""Queries of a tile of sparse attention, which has at least as many as a block has keys."""
+
+SUMMARY_VECTORS = 4
+"""Vectors of a key block's summary: mean key, variance, mean value, mean outlier."""
+
+
+def summary_width(head_dim: int) -> int:
+    """Numbers of the summary of a block of one KV head: its vectors, and the outliers' count."""
+    return SUMMARY_VECTORS * head_dim + 1
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that ``DTYPE_BYTES`` and a manifest have for a dtype of torch."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefill_service.attention_shape import BLOCK_TOKENS
 from prefill_service.parallel.exchanges.catalog import EXCHANGES
 
 HEARTBEAT_S = 1.0
@@ -132,7 +133,9 @@ class EngineConfig:
     sparse_from_tokens: int = _opt(
         0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", low=0
     )
-    sparse_block_tokens: int = _opt(64, "Keys per block of sparse attention.", choices=(64, 128))
+    sparse_block_tokens: int = _opt(
+        BLOCK_TOKENS, "Keys per block of sparse attention.", choices=(64, 128)
+    )
     balance_above: float = _opt(
         1.1,
         "Busiest rank over the mean from which on ranks attend to others' blocks; 0: never.",

@@ -95,6 +95,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
             executor.chunk_tokens,
             memory.working_bytes,
             lambda: executor.supervisor.observed,
+            block_tokens=engine.sparse_block_tokens,
         )
     return Components(
         planner=PrefixPlanner(checkpoint, dtype),

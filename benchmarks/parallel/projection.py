@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from prefill_service.attention_shape import BLOCK_TOKENS
 from prefill_service.cost_model.cost import CostModel
 from prefill_service.cost_model.strategies import Strategy
 from prefill_service.cost_model.traffic import memory_bytes, traffic
@@ -271,7 +272,7 @@ def _demand(
     """As ``gather``, but of K and V only what is wanted, once, and all summaries."""
     strategy = Strategy(GATHER, chunking.ranks)
     gather = prefill_work(strategy, shape, chunking, density=density)
-    share = given.wanted + summary_bytes(shape) / 64 / shape.row_bytes
+    share = given.wanted + summary_bytes(shape) / BLOCK_TOKENS / shape.row_bytes
     sizes = gather.hidden_bytes * share
     # Summaries, what is wanted, the blocks.
     calls = np.full(chunking.tokens.shape, 3.0 * shape.attending_layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention_shape import BLOCK_TOKENS, TILE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class SparseSettings:
     """
 
     from_tokens: int
-    block_tokens: int = 64
-    tile_tokens: int = 128
+    block_tokens: int = BLOCK_TOKENS
+    tile_tokens: int = TILE_TOKENS
     segment_blocks: int = 16
     sink_blocks: int = 1
     verify_every_row: bool = False

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefill_service.attention_shape import BLOCK_TOKENS
 from prefill_service.errors import Reason, ServiceError
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ def add_estimate(commands: argparse._SubParsersAction[Any]) -> None:
         type=float,
         metavar="X",
         help="share of the pairs that attention computes (default: 1, exact)",
+    )
+    add(
+        "--block-tokens",
+        type=int,
+        choices=(64, 128),
+        default=BLOCK_TOKENS,
+        help="keys per block, as engine.sparse_block_tokens (default: %(default)s)",
     )
     add(
         "--memory",
@@ -93,6 +101,7 @@ def _estimate(args: argparse.Namespace) -> int:
         kv_memory_bytes=memory * 2**30,
         density=density,
         parallel_links=args.parallel_links,
+        block_tokens=args.block_tokens,
     )
     found = search_candidates(request, cost)
     if not (args.model or args.preset):

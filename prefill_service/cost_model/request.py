@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefill_service.attention_shape import BLOCK_TOKENS, TILE_TOKENS
 from prefill_service.cost_model.strategies import Strategy
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, ExchangeKind
 from prefill_service.parallel.exchanges.cost_terms import TrafficOptions
 
 CHUNK_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
-
-_TILE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +31,7 @@ class SearchRequest:
         exchanges: to choose from.
         demand_share: see ``TrafficOptions``; ``None``: as if a rank's tiles of queries selected
             independently of each other, which they do not, so that it is an upper bound.
+        block_tokens: keys of a block of sparse attention.
 
     Raises:
         ValueError: a value that is not accepted, named with what is.
@@ -47,9 +47,10 @@ class SearchRequest:
     exchanges: Sequence[ExchangeKind] = EXCHANGES
     demand_share: float | None = None
     min_ranks: int = 1
+    block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "max_ranks", "parallel_links"):
+        for name in ("tokens", "max_ranks", "parallel_links", "block_tokens"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _check("min_ranks", self.min_ranks, 1 <= self.min_ranks <= self.max_ranks, "1 to max_ranks")
         _check("kv_memory_bytes", self.kv_memory_bytes, self.kv_memory_bytes > 0, "more than 0")
@@ -65,8 +66,9 @@ class SearchRequest:
         """What the exchanges' formulas leave open, for one chunk size."""
         share = self.demand_share
         if share is None:
-            share = 1 - (1 - self.density) ** -(-chunk_tokens // _TILE_TOKENS)
-        return TrafficOptions(share)
+            tile_tokens = max(TILE_TOKENS, self.block_tokens)
+            share = 1 - (1 - self.density) ** -(-chunk_tokens // tile_tokens)
+        return TrafficOptions(share, self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.attention.settings import SparseSettings
+from prefill_service.attention_shape import TILE_TOKENS
 from prefill_service.config import (
     AUTO,
     EngineConfig,
@@ -72,7 +73,7 @@ def is_sparse(
 def sparse_settings(engine: EngineConfig, from_tokens: int) -> SparseSettings:
     """Sizes of sparse attention: a segment of 16 blocks, a tile of at least one block."""
     block = engine.sparse_block_tokens
-    return SparseSettings(from_tokens, block_tokens=block, tile_tokens=max(128, block))
+    return SparseSettings(from_tokens, block_tokens=block, tile_tokens=max(TILE_TOKENS, block))
 
 
 def kv_layout(checkpoint: Checkpoint, dtype: str, engine: EngineConfig) -> KVLayout:

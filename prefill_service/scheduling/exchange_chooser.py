@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from prefill_service.attention.quality import AttentionPolicy
+from prefill_service.attention_shape import BLOCK_TOKENS
 from prefill_service.cost_model.cost import ASSUMED, CostModel
 from prefill_service.cost_model.fitting import Observation, fit
 from prefill_service.cost_model.history import CostHistory
@@ -27,6 +28,7 @@ from prefill_service.models.model_shape import ModelShape
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER
+from prefill_service.parallel.exchanges.cost_terms import TrafficOptions
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.scheduling.placement import assumed_seconds
 
@@ -43,6 +45,7 @@ class ExchangeChooser:
         chunk_tokens: per chunk and rank, as the ranks have it.
         kv_bytes: for K, V and buffers on each rank.
         observed: returns what the ranks' probe measured; called once they are up.
+        block_tokens: keys of a block of sparse attention.
     """
 
     def __init__(
@@ -51,11 +54,14 @@ class ExchangeChooser:
         chunk_tokens: int,
         kv_bytes: int,
         observed: Callable[[], Sequence[Observation]],
+        *,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         self._shape = shape
         self._chunk_tokens = chunk_tokens
         self._kv_bytes = kv_bytes
         self._observed = observed
+        self._block_tokens = block_tokens
         self._history: CostHistory | None = None
         self._density: dict[str, float] = {}
         self._seconds: dict[tuple[int, int], float] = {}
@@ -76,6 +82,7 @@ class ExchangeChooser:
             density=self._density.get(policy.attention_key, 1.0),
             chunk_tokens=(self._chunk_tokens,),
             exchanges=CONSIDERED,
+            block_tokens=self._block_tokens,
         )
         try:
             found = search_candidates(request, self.model)
@@ -121,7 +128,8 @@ class ExchangeChooser:
         )
         chunking = chunking_of([[share.ranges for share in chunk] for chunk in layout.shares])
         strategy = Strategy(choice.kind, ranks, choice.degree).with_density(density)
-        work = prefill_work(strategy, self._shape, chunking, density=density)
+        options = TrafficOptions(block_tokens=self._block_tokens)
+        work = prefill_work(strategy, self._shape, chunking, density=density, options=options)
         model = self._cost_history().add_job(work, seconds)
         self._seconds.clear()
         logger.info("cost model: %s", model)

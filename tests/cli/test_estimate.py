@@ -62,7 +62,16 @@ def test_a_slower_link_takes_longer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_has_all_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(printed(capsys, "--json", "--density", "0.2"))
     assert found["tokens"] == 1_000_000
-    assert found["model"]["layers"] == 36
+    assert found["model"] == {
+        "name": "Qwen3-VL-8B",
+        "layers": 36,
+        "hidden": 4096,
+        "intermediate": 12288,
+        "q_heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "bytes_per_element": 2,
+    }
     assert found["cost_model"]["provenance"] == "assumed"
     assert found["chosen"] in found["candidates"]
     assert found["chosen"]["rejected"] is None
@@ -70,6 +79,21 @@ def test_json_has_all_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == {exchange.name for exchange in EXCHANGES}
     lines = printed(capsys, "--all", "--density", "0.2").splitlines()
     assert len(lines) == len(found["candidates"]) + 7
+
+
+def test_larger_blocks_have_fewer_summaries(capsys: pytest.CaptureFixture[str]) -> None:
+    received = []
+    for block in ("64", "128"):
+        found = json.loads(printed(capsys, "--json", "--density", "0.2", "--block-tokens", block))
+        received.append(
+            {
+                (one["ranks"], one["chunk_tokens"]): one["bytes_received"]
+                for one in found["candidates"]
+                if one["exchange"] == "demand" and one["ranks"] > 1
+            }
+        )
+    assert received[0].keys() == received[1].keys()
+    assert all(received[1][key] < received[0][key] for key in received[0])
 
 
 def test_profiles_are_written_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

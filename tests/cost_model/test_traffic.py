@@ -9,11 +9,12 @@ import pytest
 
 from prefill_service.cost_model.presets import PRESETS
 from prefill_service.cost_model.strategies import Strategy, strategies
-from prefill_service.cost_model.traffic import queries_move_from, traffic
+from prefill_service.cost_model.traffic import memory_bytes, queries_move_from, traffic
 from prefill_service.cost_model.work import prefill_work
 from prefill_service.models.model_shape import ModelShape
 from prefill_service.parallel.chunking import chunking_of, deal_tokens
 from prefill_service.parallel.exchanges.catalog import (
+    DEMAND,
     GATHER,
     MULTI_RING,
     PASS_Q,
@@ -209,6 +210,21 @@ def test_sparse_ulysses_moves_each_head_once(ranks: int) -> None:
         size * (away * 4 * heads + n // ranks * (shape.q_heads - 2 * heads)) for heads in own
     ]
     assert scheme_of(RING, ranks).with_density(density=0.3) == scheme_of(RING, ranks)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_demand_sends_and_keeps_a_summary_for_each_block(block: int) -> None:
+    """With no key selected elsewhere, summaries are all that moves: 4 vectors and a number."""
+    ranks = 4
+    strategy = scheme_of(DEMAND, ranks).with_density(density=0.3)
+    cut = deal_tokens(8192, ranks, 1024)  # in two chunks
+    options = TrafficOptions(0.0, block)
+    summaries = 8192 // block * SHAPE.kv_heads * (4 * SHAPE.head_dim + 1) * 8
+    received = traffic(strategy, SHAPE, cut, options).received
+    assert received.tolist() == [summaries * (ranks - 1) // ranks] * ranks
+    kept = SHAPE.attending_layers * (2048 * SHAPE.row_bytes + summaries)
+    arriving = summaries * (ranks - 1) // ranks // 2  # of a chunk
+    assert memory_bytes(strategy, SHAPE, cut, options) == kept + arriving
 
 
 def test_refusals_name_the_value() -> None:

@@ -9,6 +9,8 @@ import torch
 from prefill_kernels.constants import largest_of_normals
 from torch import Tensor
 
+from prefill_service.attention_shape import SUMMARY_VECTORS
+
 
 @dataclass(slots=True)
 class BlockSummaries:
@@ -63,13 +65,13 @@ class BlockSummaries:
             part[:, start : start + other.blocks] = new
 
     def pack(self) -> Tensor:
-        """[kv_heads, blocks, 4 * head_dim + 1], to be sent."""
+        """[kv_heads, blocks, summary_width(head_dim)], to be sent."""
         return torch.cat([*self.parts[:-1], self.far_count[..., None]], -1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> BlockSummaries:
         """The reverse of ``pack`` (views)."""
-        mean, var, value, far = packed[..., :-1].chunk(4, -1)
+        mean, var, value, far = packed[..., :-1].chunk(SUMMARY_VECTORS, -1)
         return cls(k_mean=mean, k_var=var, v_mean=value, k_far=far, far_count=packed[..., -1])
 
 
@@ -78,7 +80,7 @@ def empty_summaries(
 ) -> BlockSummaries:
     """Zeros for [kv_heads, blocks, head_dim] blocks of keys of ``dtype``."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    shapes = [shape] * 4 + [shape[:2]]
+    shapes = [shape] * SUMMARY_VECTORS + [shape[:2]]
     return BlockSummaries(*(torch.zeros(s, dtype=work, device=device) for s in shapes))
 
 

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefill_service.attention_shape import AttentionShape
+from prefill_service.attention_shape import BLOCK_TOKENS, AttentionShape, summary_width
 from prefill_service.parallel.chunking import Chunking, Ints
 from prefill_service.parallel.head_partition import HeadSplit
-
-BLOCK_TOKENS = 64
-_SUMMARY_VECTORS = 4  # of a block and KV head: mean key, variance, mean value, mean outlier
-_SUMMARY_NUMBERS = 1  # the outliers' count
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +57,17 @@ class TrafficOptions:
 
     Attributes:
         demand_share: share of the keys that a rank may see elsewhere which its queries select.
+        block_tokens: keys of a block, which has one summary.
     """
 
     demand_share: float = 1.0
+    block_tokens: int = BLOCK_TOKENS
 
 
 def summary_bytes(shape: AttentionShape) -> int:
     """Bytes of the summaries of one block of keys in one layer."""
-    numbers = _SUMMARY_VECTORS * shape.head_dim + _SUMMARY_NUMBERS
-    return numbers * shape.kv_heads * max(4, shape.bytes_per_element)  # at least float32
+    numbers = shape.kv_heads * summary_width(shape.head_dim)
+    return numbers * max(4, shape.bytes_per_element)  # at least float32
 
 
 def partial_bytes(shape: AttentionShape) -> int:
@@ -148,7 +146,7 @@ class CostTerms:
         before = self.tokens.cumsum(1) - self.tokens  # earlier ranks' tokens of this chunk
         visible = past.sum(1, keepdims=True) - past + before
         fetched = np.ceil(visible * self.options.demand_share).astype(np.int64)
-        blocks = -(-self.tokens // BLOCK_TOKENS)
+        blocks = self._blocks()
         others = blocks.sum(1, keepdims=True) - blocks
         received = fetched * self.shape.row_bytes + others * summary_bytes(self.shape)
         # Summaries, then which blocks are wanted (a few bytes), then the blocks.
@@ -167,7 +165,7 @@ class CostTerms:
 
     def summaries_bytes(self) -> int:
         """Summaries of all blocks in one layer."""
-        return int((-(-self.tokens // BLOCK_TOKENS)).sum()) * summary_bytes(self.shape)
+        return int(self._blocks().sum()) * summary_bytes(self.shape)
 
     # ---- sizes -----------------------------------------------------------------------------
 
@@ -199,6 +197,10 @@ class CostTerms:
             for of in (split.queries, split.keys)
         )
         return np.tile(queries, self.ring), np.tile(keys, self.ring)
+
+    def _blocks(self) -> Ints:
+        """[chunks, ranks] blocks of each share."""
+        return -(-self.tokens // self.options.block_tokens)
 
     def _kv_bytes_of_heads(self) -> Ints:
         """[ranks] bytes of one token's K and V, of each rank's heads."""

@@ -128,7 +128,7 @@ class OwnedKV:
             clustered: those in clustered order, of whole segments that still have a copy.
 
         Returns:
-            Packed, [kv_heads, blocks, 4 * head_dim + 1].
+            Packed, [kv_heads, blocks, summary_width(head_dim)].
         """
         block = self._segments.block_tokens
         size = self._segments.segment_tokens

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefill_service.attention.sparse.summaries import BlockSummaries
-from prefill_service.attention_shape import PromptShape
+from prefill_service.attention_shape import PromptShape, summary_width
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 from prefill_service.parallel.process_group import SPGroup
@@ -96,14 +96,14 @@ class SummaryPublisher:
     def _gather(
         self, raster_ids: list[np.ndarray], clustered_ids: list[np.ndarray], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """[kv_heads, blocks, 4 * head_dim + 1] packed summaries of all ranks, one after the other.
+        """[kv_heads, blocks, summary_width(head_dim)] packed summaries, rank by rank.
 
         Also [blocks] bool, those in clustered order: of each rank the last ones.
         """
         shape = self._shape
         rank = self._group.rank
         counts = [len(a) + len(b) for a, b in zip(raster_ids, clustered_ids, strict=True)]
-        sizes = [(shape.kv_heads, count, 4 * shape.head_dim + 1) for count in counts]
+        sizes = [(shape.kv_heads, count, summary_width(shape.head_dim)) for count in counts]
         packed = [torch.empty(size, dtype=dtype, device=shape.device) for size in sizes]
         if counts[rank]:
             packed[rank].copy_(self._owned.packed_summaries(raster_ids[rank], clustered_ids[rank]))
