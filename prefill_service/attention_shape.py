@@ -33,6 +33,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over elements of ``dtype``: scores, log-sum-exps, statistics."""
+    import torch
+
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
     """Sizes of the K and V that a model makes of each token.

@@ -14,6 +14,8 @@ import torch
 from prefill_kernels.cpu.attention import attend_rows
 from torch import Tensor
 
+from prefill_service.attention_shape import accumulation_dtype
+
 _CAUSAL_ROWS = 128
 """Queries of a strip of causal attention on CPUs: half of its last keys are computed in vain."""
 
@@ -85,7 +87,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, *, q_offset: int, scale: floa
 
 def empty_partial(q: Tensor) -> Partial:
     """The partial result over no key: zero output, LSE -inf."""
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_dtype = accumulation_dtype(q.dtype)
     return Partial(torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=lse_dtype))
 
 

@@ -20,6 +20,7 @@ from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult, by_kv_head
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention_shape import accumulation_dtype
 
 _MIN_SAMPLES = 2
 _MAX_SAMPLES = 8  # where a chunk has more tiles, one row of each is verified
@@ -137,7 +138,7 @@ def exact_rows(
         Probabilities [queries_per_kv * samples, keys], 0 where hidden, and the scores' natural
         log-sum-exp [queries_per_kv * samples]; float32 (or float64).
     """
-    rows = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32).flatten(0, 1)
+    rows = q.to(accumulation_dtype(q.dtype)).flatten(0, 1)
     p = scratch.get("probabilities", (len(rows), len(k)), rows)
     scores = matmul_nt(rows * scale, k.to(rows.dtype))
     hidden = torch.arange(q_offset, len(k), device=q.device) > position[:, None]

@@ -26,6 +26,8 @@ class UlyssesRow:
         self._group = mesh.ulysses
         self._heads = heads
         self._counts = [0] * mesh.ulysses.size
+        self._order = torch.empty(0, dtype=torch.long)
+        self._inverse = self._order
 
     @property
     def kv_heads(self) -> slice:

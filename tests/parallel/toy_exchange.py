@@ -17,7 +17,7 @@ from prefill_service.parallel.exchanges import catalog
 from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.exchanges.catalog import ExchangeKind
 from prefill_service.parallel.exchanges.cost_terms import CostTerms, Traffic
-from prefill_service.parallel.token_layout import Share
+from prefill_service.parallel.token_layout import Range, Share
 from prefill_service.parallel.unit_attention import UnitAttention
 from tests.cost_model import simulator
 from tests.parallel import published_bytes
@@ -31,6 +31,7 @@ class SendToAll(Exchange):
         self._group = setup.mesh.world
         self._scale = shape.scale
         self._kv = shape.empty(shape.attending_layers, shape.num_tokens)
+        self._ranges: list[Range] = []
 
     @classmethod
     @override

@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from prefill_service.attention_shape import accumulation_dtype
+
 _POWER_STEPS = 2
 
 
@@ -38,7 +40,7 @@ def cluster_order(keys: Tensor, block_tokens: int) -> Tensor:
             f"a segment of {segment} tokens is no power-of-two multiple of a block of "
             f"{block_tokens}"
         )
-    work = keys.dtype if keys.dtype == torch.float64 else torch.float32
+    work = accumulation_dtype(keys.dtype)
     x = keys.to(work).reshape(-1, segment, head_dim).contiguous()
     norm = x.square().sum(-1)  # [nodes, size], squared
     order = torch.arange(segment, device=keys.device).expand(x.shape[:2])

@@ -19,6 +19,7 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
+from prefill_service.attention_shape import accumulation_dtype
 
 _BATCH_FLOATS = 1 << 20
 
@@ -99,7 +100,7 @@ def kept_attention(packed: PackedTiles, csr: BlockCSR, scratch: ScratchBuffers) 
     """
     rows = packed.rows
     gathered = _Gathered.of(packed, csr, scratch)
-    lse_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    lse_dtype = accumulation_dtype(rows.dtype)
     out = torch.empty_like(rows).flatten(0, 1)
     lse = rows.new_full(out.shape[:2], -torch.inf, dtype=lse_dtype)
 

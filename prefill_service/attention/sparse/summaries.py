@@ -9,7 +9,7 @@ import torch
 from prefill_kernels.constants import largest_of_normals
 from torch import Tensor
 
-from prefill_service.attention_shape import SUMMARY_VECTORS
+from prefill_service.attention_shape import SUMMARY_VECTORS, accumulation_dtype
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ def empty_summaries(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> BlockSummaries:
     """Zeros for [kv_heads, blocks, head_dim] blocks of keys of ``dtype``."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    work = accumulation_dtype(dtype)
     shapes = [shape] * SUMMARY_VECTORS + [shape[:2]]
     return BlockSummaries(*(torch.zeros(s, dtype=work, device=device) for s in shapes))
 
@@ -100,7 +100,7 @@ def summarize(k: Tensor, v: Tensor, block_tokens: int) -> BlockSummaries:
         from prefill_kernels import summarize_blocks
 
         return BlockSummaries(*summarize_blocks(k, v, block_tokens=block_tokens))
-    work = torch.float64 if k.dtype == torch.float64 else torch.float32
+    work = accumulation_dtype(k.dtype)
     shape = (kv_heads, tokens // block_tokens, block_tokens, head_dim)
     kb = k.to(work).reshape(shape)
     mean = kb.mean(2)

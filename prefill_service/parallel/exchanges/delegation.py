@@ -23,7 +23,7 @@ from prefill_service.attention.sparse.gathered_attention import PackedTiles, att
 from prefill_service.attention.sparse.hooks import DelegatedBlocks, SelectedBlocks
 from prefill_service.attention.sparse.scratch import ScratchBuffers
 from prefill_service.attention.sparse.tiles import Tiles
-from prefill_service.attention_shape import PromptShape
+from prefill_service.attention_shape import PromptShape, accumulation_dtype
 from prefill_service.parallel.load_balance import (
     BalanceLimits,
     Delegation,
@@ -200,7 +200,7 @@ class LoadBalancer:
         """
         k, v = kv.permute(1, 2, 0, 3)
         lists = torch.split(blocks, [one.count for one in delegations])
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(q.dtype)
         found = torch.empty((*q.shape[:2], q.shape[2] + 1), dtype=dtype, device=q.device)
         for head in sorted({one.head for one in delegations}):
             which = [i for i, one in enumerate(delegations) if one.head == head]
@@ -276,7 +276,7 @@ class PendingDelegations:
         }
         shape = balancer.shape
         rows = shape.queries_per_kv * balancer.tile_tokens
-        dtype = torch.float64 if shape.torch_dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(shape.torch_dtype)
         back = {
             to_rank: torch.empty(
                 (len(some), rows, shape.head_dim + 1), dtype=dtype, device=shape.device

@@ -20,7 +20,7 @@ from prefill_service.parallel.exchanges.base import Exchange, ExchangeSetup
 from prefill_service.parallel.head_partition import HeadSplit
 from prefill_service.parallel.online_softmax import OnlineSoftmax
 from prefill_service.parallel.process_group import SPGroup, Transfer
-from prefill_service.parallel.token_layout import ChunkLayout, HeldTokens, Share
+from prefill_service.parallel.token_layout import ChunkLayout, HeldTokens, Range, Share
 from prefill_service.parallel.unit_attention import UnitAttention
 
 
@@ -44,6 +44,10 @@ class PassQExchange(Exchange):
             torch.empty(size, dtype=shape.torch_dtype, device=shape.device)
             for _ in range(shape.attending_layers)
         ]
+        # Of the chunk: the first row of K and V, and each rank's tokens.
+        self._first_row = 0
+        self._ranges: list[list[Range]] = []
+        self._counts: list[int] = []
 
     @classmethod
     @override

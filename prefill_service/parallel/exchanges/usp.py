@@ -62,6 +62,10 @@ class UspExchange(Exchange):
         ]
         self._device = shape.device
         self._scale = shape.scale
+        # Of the chunk: the first row of K and V, and tokens of this rank's row and its own.
+        self._first_row = 0
+        self._ranges: list[Range] = []
+        self._own_ranges: list[Range] = []
 
     @classmethod
     @override
@@ -76,7 +80,6 @@ class UspExchange(Exchange):
     def start_chunk(self, chunk: tuple[Share, ...]) -> None:
         ring = self._mesh.ring
         self._first_row = self._held.count(ring.rank)
-        self._ranges: list[Range] = []
         for member in range(ring.size):
             shares = self._row.shares(chunk, member)
             ranges = join(chain(*(share.ranges for share in shares)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.verification import Verification, measure_rows
-from prefill_service.attention_shape import PromptShape
+from prefill_service.attention_shape import PromptShape, accumulation_dtype
 from prefill_service.parallel.exchanges.demand.owned_kv import KeyOrder
 from prefill_service.parallel.exchanges.demand.rpc import RequestHeader, RequestKind
 
@@ -40,7 +40,7 @@ class VerificationRequest:
         sampled: Tensor,
         owned_blocks: list[np.ndarray],
     ) -> None:
-        work = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+        work = accumulation_dtype(problem.q.dtype)
         rows = sampled.to(problem.q.device)
         self._q = problem.q[:, rows].to(work)  # [q_heads, samples, head_dim]
         self._out = result.out[:, rows].to(work)

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from prefill_service.attention.sparse.summaries import BlockSummaries
-from prefill_service.attention_shape import PromptShape
+from prefill_service.attention_shape import PromptShape, accumulation_dtype
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.remote_verification import VerificationServer
 from prefill_service.parallel.exchanges.demand.rpc import (
@@ -47,7 +47,7 @@ class RequestServer(RequestHandler):
         if header.kind is RequestKind.BLOCKS:
             return torch.empty((self._shape.kv_heads, blocks), dtype=torch.uint8, device=device)
         size = self._verification.request_size(header, blocks)
-        work = torch.float64 if self._shape.torch_dtype == torch.float64 else torch.float32
+        work = accumulation_dtype(self._shape.torch_dtype)
         return torch.empty(size, dtype=work, device=device)
 
     @override
