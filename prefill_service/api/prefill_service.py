@@ -45,6 +45,7 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer)
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._jobs = scheduler.jobs
 
     @override
     def register_handlers(self, server: grpc.aio.Server) -> None:
@@ -61,13 +62,13 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer)
         self, request: pb.GetPrefillJobRequest, context: Context
     ) -> pb.GetPrefillJobResponse:
         """A job, with its whole result."""
-        return pb.GetPrefillJobResponse(job=job_to_proto(self._scheduler.get_job(request.job_id)))
+        return pb.GetPrefillJobResponse(job=job_to_proto(self._jobs.get_record(request.job_id)))
 
     async def ListPrefillJobs(
         self, request: pb.ListPrefillJobsRequest, context: Context
     ) -> pb.ListPrefillJobsResponse:
         """Jobs, newest first, without the JSON texts of their results."""
-        rows, more = self._scheduler.list_jobs(request.page_size, request.page_token)
+        rows, more = self._jobs.list_records(request.page_size, request.page_token)
         response = pb.ListPrefillJobsResponse()
         size = 0
         for number, (token, job) in enumerate(rows, start=1):
@@ -99,13 +100,13 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer, Servicer)
         self, request: pb.InspectPrefillJobRequest, context: Context
     ) -> pb.InspectPrefillJobResponse:
         """A job's attention report, with its block map and the mass of each patch."""
-        return inspection_to_proto(*self._scheduler.inspect_job(request.job_id))
+        return inspection_to_proto(*self._jobs.get_report(request.job_id))
 
     async def TracePrefillJob(
         self, request: pb.TracePrefillJobRequest, context: Context
     ) -> AsyncIterator[pb.TracePrefillJobResponse]:
         """Stream a job's trace as JSON text, in pieces."""
-        trace = self._scheduler.trace_job(request.job_id)
+        trace = self._jobs.render_trace(request.job_id)
         for start in range(0, len(trace), _PIECE_BYTES):
             yield pb.TracePrefillJobResponse(data=trace[start : start + _PIECE_BYTES])
 

@@ -42,18 +42,15 @@ class BudgetCurves:
 
     def density_at(self, epsilons: np.ndarray) -> np.ndarray:
         """[layers, kv_heads] at an epsilon of each head, [layers, kv_heads]."""
-        return self._at(self.density, epsilons)
-
-    def kept_mass_at(self, epsilons: np.ndarray) -> np.ndarray:
-        """[layers, kv_heads] at an epsilon of each head, [layers, kv_heads]."""
-        return self._at(self.kept_mass, epsilons)
+        return self.interpolate(self.density, epsilons)
 
     def cheapest(self, target: np.ndarray) -> np.ndarray:
         """[layers, kv_heads] epsilons with the fewest keys for ``target`` kept mass of each."""
         largest = self._last(self.kept_mass, target)
         return self._first(self.density, self.density_at(largest))
 
-    def _at(self, curves: np.ndarray, epsilons: np.ndarray) -> np.ndarray:
+    def interpolate(self, curves: np.ndarray, epsilons: np.ndarray) -> np.ndarray:
+        """[layers, kv_heads] value of each head's curve at its epsilon."""
         points = curves.shape[-1]
         heads = zip(
             epsilons.flat,

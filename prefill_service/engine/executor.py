@@ -245,16 +245,6 @@ class PrefillExecutor:
         """Free a prefix's pages on every rank."""
         self.supervisor.send(msg.DropPrefix(prefix_id))
 
-    @property
-    def idle(self) -> bool:
-        """Whether no task runs or waits for ranks."""
-        return not self._tasks and self._allocator.idle
-
-    @property
-    def running(self) -> dict[str, Subgroup]:
-        """Ids of the jobs that were sent to ranks, and their subgroups."""
-        return {job_id: state.subgroup for job_id, state in self._tasks.items()}
-
     # ---- events ----------------------------------------------------------------------------
 
     def _send(self, message: object, subgroup: Subgroup) -> None:

@@ -84,16 +84,6 @@ class RankAllocator:
         self._allocated: list[Allocation] = []
         self._waiting: list[Allocation] = []
 
-    @property
-    def allocated(self) -> tuple[Allocation, ...]:
-        """The tasks that have their ranks, paused ones included."""
-        return tuple(self._allocated)
-
-    @property
-    def idle(self) -> bool:
-        """Whether no task has ranks or waits for some."""
-        return not self._allocated and not self._waiting
-
     @asynccontextmanager
     async def acquire(
         self,

@@ -82,11 +82,6 @@ class WorkerSupervisor:
         return self._all_ready.is_set() and self._failure is None
 
     @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids by rank."""
-        return tuple(worker.pid for worker in self._workers)
-
-    @property
     def endpoints(self) -> tuple[str, ...]:
         """Where each rank's pages are served, of the workers that are up."""
         return tuple(self._ready[rank].endpoint for rank in sorted(self._ready))

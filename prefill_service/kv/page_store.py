@@ -90,12 +90,6 @@ class ShardStore:
                 file.close(_unknown(prefix_id, "was dropped"))
             self._changed.notify_all()
 
-    @property
-    def bytes_used(self) -> int:
-        """Bytes of all prefixes. Dropped ones that a consumer still maps do not count."""
-        with self._changed:
-            return sum(file.num_bytes for file in self._files.values())
-
     def close(self) -> None:
         """Drop all prefixes."""
         for prefix_id in list(self._files):

@@ -14,7 +14,6 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.scheduling.admission import Admission
-from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.dispatcher import JobDispatcher
 from prefill_service.scheduling.exchange_chooser import ExchangeChooser
 from prefill_service.scheduling.job import Job, JobRecord, JobState, PrefillSpec
@@ -154,36 +153,6 @@ class Scheduler:
         if request_id:
             self._store.remember_request(request_id, spec, job.record.job_id)
         return self.jobs.get_record(job.record.job_id)
-
-    def get_job(self, job_id: str) -> JobRecord:
-        """The job as it is now.
-
-        Raises:
-            ServiceError: UNKNOWN_JOB.
-        """
-        return self.jobs.get_record(job_id)
-
-    def list_jobs(
-        self, page_size: int, page_token: str
-    ) -> tuple[list[tuple[str, JobRecord]], bool]:
-        """One page of jobs (``JobStore.list_records``), with live progress."""
-        return self.jobs.list_records(page_size, page_token)
-
-    def inspect_job(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
-        """The job and the attention report of its prefill, also when its prefix is gone.
-
-        Raises:
-            ServiceError: UNKNOWN_JOB; NO_ATTENTION_REPORT if it has not succeeded.
-        """
-        return self.jobs.get_report(job_id)
-
-    def trace_job(self, job_id: str) -> bytes:
-        """The trace of a job that has ended, as JSON.
-
-        Raises:
-            ServiceError: UNKNOWN_JOB; NO_TRACE while it is active and when its trace was dropped.
-        """
-        return self.jobs.render_trace(job_id)
 
     async def cancel_job(self, job_id: str) -> JobRecord:
         """Stop a job and wait until the ranks have; an ended one is returned as it is.

@@ -21,6 +21,7 @@ from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ULYSSES
 from prefill_service.parallel.exchanges.registry import choose_exchange
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
+from tests.support.engine_state import worker_pids
 from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
 VIDEOS = [
@@ -168,14 +169,14 @@ async def test_cancelling_stops_the_ranks_within_a_second(
     pair: StandaloneExecutor, long_video: Path, make_video: Callable[..., Path]
 ) -> None:
     epoch = pair.supervisor.epoch
-    pids = pair.supervisor.pids
+    pids = worker_pids(pair.supervisor)
     job = await start_long(pair, long_video)
     start = time.monotonic()
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
     assert time.monotonic() - start < 3.0  # one second on an idle machine
-    assert (pair.supervisor.epoch, pair.supervisor.pids) == (epoch, pids)
+    assert (pair.supervisor.epoch, worker_pids(pair.supervisor)) == (epoch, pids)
     await assert_works(pair, make_video)
 
 
@@ -198,7 +199,7 @@ async def test_a_hurt_rank_fails_the_job_and_the_workers_restart(
     lost: list[int] = []
     pair.supervisor.add_loss_listener(lambda epoch, error: lost.append(epoch))
     epoch = pair.supervisor.epoch
-    pids = pair.supervisor.pids
+    pids = worker_pids(pair.supervisor)
     job = await start_long(pair, long_video)
     os.kill(pids[1], number)
     with pytest.raises(ServiceError, match=named) as caught:
@@ -207,7 +208,7 @@ async def test_a_hurt_rank_fails_the_job_and_the_workers_restart(
     assert lost == [epoch]
     assert pair.supervisor.epoch == epoch + 1
     await assert_works(pair, make_video)
-    assert not set(pids) & set(pair.supervisor.pids)
+    assert not set(pids) & set(worker_pids(pair.supervisor))
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

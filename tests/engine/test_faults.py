@@ -20,6 +20,7 @@ from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.subgroups import Subgroup
+from tests.support.engine_state import worker_pids
 from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
 ALL_RANKS = Subgroup(0, 2)
@@ -96,7 +97,7 @@ async def test_a_task_cancelled_again_and_again_ends_with_its_ranks(pair: Pair) 
 
 async def test_a_rank_without_room_for_its_pages_fails_the_task_only(pair: Pair) -> None:
     epoch = pair.supervisor.epoch
-    pids = pair.supervisor.pids
+    pids = worker_pids(pair.supervisor)
     soft, hard = resource.prlimit(pids[1], resource.RLIMIT_NOFILE)
     resource.prlimit(pids[1], resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -106,7 +107,7 @@ async def test_a_rank_without_room_for_its_pages_fails_the_task_only(pair: Pair)
         resource.prlimit(pids[1], resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.reason is Reason.KV_POOL_FULL
     await pair.works()
-    assert (pair.supervisor.epoch, pair.supervisor.pids) == (epoch, pids)
+    assert (pair.supervisor.epoch, worker_pids(pair.supervisor)) == (epoch, pids)
 
 
 async def test_what_kills_a_rank_is_no_error_of_tasks_on_others(pair: Pair) -> None:
@@ -124,7 +125,7 @@ async def test_what_kills_a_rank_is_no_error_of_tasks_on_others(pair: Pair) -> N
 async def test_a_rank_that_hangs_before_a_long_task_is_noticed(pair: Pair) -> None:
     """Its socket does not take the task, and the front end must not wait until it does."""
     task = await pair.task(fps=10.0, max_pixels=320 * 240 * 900)
-    pid = pair.supervisor.pids[1]
+    pid = worker_pids(pair.supervisor)[1]
     assert task.plan.num_tokens > 20_000
     rescue = threading.Timer(20, os.kill, (pid, signal.SIGKILL))  # of a test that would hang
     os.kill(pid, signal.SIGSTOP)
@@ -145,7 +146,7 @@ async def test_ranks_that_do_not_stop_are_named_to_the_others(
         await pair.begun(await pair.task(subgroup, fps))
         for subgroup, fps in ((FIRST, 2.0), (SECOND, 2.5))
     ]
-    os.kill(pair.supervisor.pids[0], signal.SIGSTOP)
+    os.kill(worker_pids(pair.supervisor)[0], signal.SIGSTOP)
     hung.cancel()
     with pytest.raises(ServiceError, match=r"ranks \[0\] did not stop job .* 0.5 s") as caught:
         await other

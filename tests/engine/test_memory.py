@@ -20,6 +20,7 @@ from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.parallel.exchanges.catalog import ULYSSES
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
+from tests.support.engine_state import worker_pids
 from tests.support.standalone_executor import standalone_executor
 
 
@@ -97,7 +98,7 @@ async def test_a_rank_that_cannot_offload_fails_the_job_only(
         plan, _ = await standalone.plan(video, FrameSampling(fps=8.0))
         layer = plan.num_tokens * standalone.executor.kv_layout.token_bytes // 5
         epoch = standalone.supervisor.epoch
-        rank = standalone.supervisor.pids[1]
+        rank = worker_pids(standalone.supervisor)[1]
 
         def limit_files(size: int) -> None:
             resource.prlimit(rank, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

@@ -10,6 +10,7 @@ import pytest
 
 from prefill_service.engine.preemption import Allocation, RankAllocator
 from prefill_service.parallel.subgroups import Subgroup, form_subgroups
+from tests.support.engine_state import allocated, has_no_task
 
 
 class SimulatedRanks:
@@ -111,8 +112,8 @@ async def arrive_at_random(ranks: SimulatedRanks, chance: random.Random, number:
     await asyncio.sleep(chance.random() * 0.01)
     preempts = f"{chance.randrange(12)}"
     subgroup = chance.choice(ranks.subgroups)
-    if ranks.allocator.allocated and chance.random() < 0.7:
-        running = chance.choice(ranks.allocator.allocated)
+    if allocated(ranks.allocator) and chance.random() < 0.7:
+        running = chance.choice(allocated(ranks.allocator))
         preempts = running.job_id
         subgroup = chance.choice([one for one in ranks.subgroups if running.subgroup.contains(one)])
     chunks = chance.randint(1, 6)
@@ -143,7 +144,7 @@ async def test_any_mix_ends(size: int) -> None:
         async with asyncio.timeout(30):
             await asyncio.gather(*(arrive_at_random(ranks, chance, n) for n in range(12)))
         assert ranks.computing == [set()] * size
-        assert ranks.allocator.idle
+        assert has_no_task(ranks.allocator)
         pauses += ranks.pauses
     assert pauses > 15, pauses
 

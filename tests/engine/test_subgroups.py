@@ -24,6 +24,7 @@ from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.exchanges.catalog import DEMAND, EXCHANGES, GATHER, USP, ExchangeKind
 from prefill_service.parallel.exchanges.registry import choose_exchange
 from prefill_service.parallel.subgroups import Subgroup
+from tests.support.engine_state import is_idle, subgroups_of_tasks, worker_pids
 from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
 
 ALL_RANKS = Subgroup(0, 4)
@@ -240,8 +241,9 @@ async def test_a_mix_of_subgroups_cancels_and_kills(four: Four) -> None:
         await supervisor.wait_ready()
         preempts = ""
         subgroup = chance.choice(subgroups)
-        if executor.running and chance.random() < 0.6:
-            preempts, outer = chance.choice(list(executor.running.items()))
+        at_work = subgroups_of_tasks(executor)
+        if at_work and chance.random() < 0.6:
+            preempts, outer = chance.choice(list(at_work.items()))
             subgroup = chance.choice([inner for inner in subgroups if outer.contains(inner)])
         task = four.task(name, subgroup, chance.choice(KINDS))
         job = asyncio.create_task(four.standalone.prefill(task, preempts))
@@ -258,7 +260,7 @@ async def test_a_mix_of_subgroups_cancels_and_kills(four: Four) -> None:
 
     async def kill() -> None:
         await asyncio.sleep(2)
-        os.kill(chance.choice(supervisor.pids), signal.SIGKILL)
+        os.kill(chance.choice(worker_pids(supervisor)), signal.SIGKILL)
 
     epoch = supervisor.epoch
     async with asyncio.timeout(240):
@@ -273,4 +275,4 @@ async def test_a_mix_of_subgroups_cancels_and_kills(four: Four) -> None:
     assert len(computed) > 8
     for name, task in computed:
         four.check(name, task)
-    assert executor.idle
+    assert is_idle(executor)

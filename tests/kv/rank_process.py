@@ -56,8 +56,6 @@ def _main(pipe: Connection, serving: Serving) -> None:
                 raw = writers[target]._file.pages[page].view(torch.uint8).view(-1)
                 raw[offset] ^= 1
                 result = None
-            elif name == "bytes_used":
-                result = store.bytes_used
             elif name == "complete":
                 result = writers[target].complete
             else:

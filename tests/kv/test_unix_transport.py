@@ -32,12 +32,12 @@ def test_dropped_prefix_is_freed_once_nobody_maps_it(tmp_path: Path) -> None:
     before = _shared_memory()
     publish_but_one(store, manifest, kv)
     size = 64 * layout.page_bytes
-    assert store.bytes_used == size
+    assert [file.num_bytes for file in store._files.values()] == [size]
     client = PageClient(manifest, "lease", timeout_s=20)
     pages = client.fetch()
     next(pages)  # mapped now; the last page is yet to come, so that the client asks for more
     store.drop_prefix("prefix")
-    assert store.bytes_used == 0
+    assert not store._files
     with pytest.raises(ServiceError) as caught:
         list(pages)
     assert caught.value.reason == Reason.UNKNOWN_PREFIX

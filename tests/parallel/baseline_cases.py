@@ -12,7 +12,8 @@ from prefill_service.parallel.baselines.methods import (
     PassingScore,
     baseline_method,
 )
-from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_evenly
+from prefill_service.parallel.baselines.sequence_split import SequenceSplit
+from tests.parallel.even_split import split_evenly
 
 HEAD_DIM = 16
 SCALE = 0.25

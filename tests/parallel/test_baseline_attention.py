@@ -20,7 +20,6 @@ from prefill_service.parallel.baselines.methods import (
 from prefill_service.parallel.baselines.passing import passing_counts, start_passing
 from prefill_service.parallel.baselines.sequence_split import (
     SequenceSplit,
-    split_evenly,
     split_patches,
 )
 from prefill_service.parallel.comm_stats import moved
@@ -43,6 +42,7 @@ from tests.parallel.baseline_cases import (
     visible,
 )
 from tests.parallel.conformance import Wire
+from tests.parallel.even_split import split_evenly
 from tests.parallel.ranks import run_ranks
 
 

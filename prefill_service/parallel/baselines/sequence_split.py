@@ -148,45 +148,6 @@ class SequenceSplit:
         return RankRows(anchor=slice(0, ends[0]), blocks=blocks, question=question)
 
 
-def split_evenly(
-    context_tokens: int,
-    question_tokens: int,
-    ranks: int,
-    method: BaselineMethod,
-    *,
-    text_tokens: int = 0,
-) -> SequenceSplit:
-    """Blocks as even as possible; the first ones take a token more, having least to attend to.
-
-    Args:
-        context_tokens: the prompt without the question.
-        question_tokens: at its end.
-        ranks: of the group.
-        method: gives the anchor and the number of blocks.
-        text_tokens: text at the beginning; a copy of the question comes after it.
-
-    Raises:
-        ValueError: the context has no token for some block, or the question none.
-    """
-    blocks = method.num_blocks(ranks)
-    anchor = method.anchor_tokens
-    if context_tokens < anchor + blocks:
-        raise ValueError(
-            f"a context of {context_tokens} tokens is too short for {method.name} on {ranks} "
-            f"ranks: an anchor of {anchor} and {blocks} blocks need at least {anchor + blocks}"
-        )
-    each, more = divmod(context_tokens - anchor, blocks)
-    ends = [anchor + index * each + min(index, more) for index in range(1, blocks + 1)]
-    at = min(text_tokens, anchor) if method.question_in_anchor else None
-    return SequenceSplit(
-        ranks=ranks,
-        anchor_tokens=anchor,
-        block_ends=tuple(ends),
-        question_tokens=question_tokens,
-        question_at=at,
-    )
-
-
 def split_patches(
     patch_ends: Sequence[int] | np.ndarray,
     question_tokens: int,
@@ -195,9 +156,10 @@ def split_patches(
     *,
     text_tokens: int = 0,
 ) -> SequenceSplit:
-    """``split_evenly`` of a video: whole temporal patches, because a rank encodes whole ones.
+    """Blocks of whole temporal patches, as even as possible, because a rank encodes whole ones.
 
-    The anchor ends with the patch that the published length ends in.
+    The first blocks take a patch more, having least to attend to. The anchor ends with the patch
+    that the published length ends in.
 
     Args:
         patch_ends: [patches] one past each patch's last token, ascending.
