@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.attention import problem as cpu_problem
 from benchmarks.attention.flex import Flex
-from benchmarks.attention.problem import Plan, Problem
+from benchmarks.attention.problem import Estimates, Problem
 from prefill_service.attention.report import LayerReport
 
 LONG = 8192
@@ -67,14 +67,16 @@ def check(threads: int) -> str:
     exact = Problem(
         q=problem.q.double(), kv=problem.kv.double(), scale=problem.scale, chunk=problem.chunk
     )
-    truth = cpu_problem.plan(exact)
+    truth = cpu_problem.estimate_losses(exact)
     found = []
-    for made, plan in ((problem, cpu_problem.plan(problem)), (exact, truth)):
-        epsilon = plan.epsilon(0.35)
+    for made, estimates in ((problem, cpu_problem.estimate_losses(problem)), (exact, truth)):
+        epsilon = estimates.epsilon(0.35)
         out, report = cpu_problem.run(made, epsilon, torch.empty_like(made.kv))
-        if abs(plan.density(epsilon) - report.density) > 1e-9:
-            raise AssertionError(f"density {report.density}, planned {plan.density(epsilon)}")
-        keeps = [chunk.keep(epsilon) for chunk in plan.chunks]
+        if abs(estimates.density(epsilon) - report.density) > 1e-9:
+            raise AssertionError(
+                f"density {report.density}, estimated {estimates.density(epsilon)}"
+            )
+        keeps = [chunk.keep(epsilon) for chunk in estimates.chunks]
         wanted = cpu_problem.reference(exact, truth, keeps)
         found.append(float((out - wanted).norm() / wanted.norm()))
     if found[0] > 1e-5 or found[1] > 1e-12:
@@ -85,12 +87,12 @@ def check(threads: int) -> str:
     )
 
 
-def prepare_flex(problem: Problem, plan: Plan) -> tuple[Flex | None, str]:
+def prepare_flex(problem: Problem, estimates: Estimates) -> tuple[Flex | None, str]:
     """A compiled FlexAttention, or why there is none."""
     torch.compiler.reset()
     try:
-        flex = Flex(problem, plan)
-        mask = flex.mask(plan.epsilon(1.0 if problem.tokens <= LONG else 0.1))
+        flex = Flex(problem, estimates)
+        mask = flex.mask(estimates.epsilon(1.0 if problem.tokens <= LONG else 0.1))
         start = time.perf_counter()
         out = flex.run(mask)
         taken = time.perf_counter() - start
@@ -103,14 +105,14 @@ def prepare_flex(problem: Problem, plan: Plan) -> tuple[Flex | None, str]:
     return flex, f"compiled in {taken:.0f} s"
 
 
-def reachable(plan: Plan, densities: Sequence[float]) -> dict[float, float]:
-    """Epsilon per density; of those below what the plan keeps in any case only the largest.
+def reachable(estimates: Estimates, densities: Sequence[float]) -> dict[float, float]:
+    """Epsilon per density; of those below what is kept in any case only the largest.
 
     The local regions, the previous temporal patch, the sink and the summaries are always attended.
     """
-    floor = plan.density(plan.epsilon(0.0))
+    floor = estimates.density(estimates.epsilon(0.0))
     below = [density for density in densities if density < floor]
-    return {d: plan.epsilon(d) for d in densities if d >= floor or d == max(below)}
+    return {d: estimates.epsilon(d) for d in densities if d >= floor or d == max(below)}
 
 
 DENSE = {"enable_gqa": dense_gqa, "expanded": dense_expanded}
@@ -179,9 +181,11 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of one length and thread count; ``variants`` of dense attention compete."""
     torch.set_num_threads(threads)
-    plan = cpu_problem.plan(problem)
-    epsilons = reachable(plan, options.densities)
-    flex, note = prepare_flex(problem, plan) if options.flex else (None, "flex_s = null: --no-flex")
+    estimates = cpu_problem.estimate_losses(problem)
+    epsilons = reachable(estimates, options.densities)
+    flex, note = (
+        prepare_flex(problem, estimates) if options.flex else (None, "flex_s = null: --no-flex")
+    )
     print(f"{problem.tokens} tokens, {threads} threads: FlexAttention {note}", flush=True)
     dense = {name: DENSE[name](problem) for name in variants}
     found = take_turns(problem, epsilons, dense, flex=flex, options=options)

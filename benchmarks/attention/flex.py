@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.attention.problem import SETTINGS, Plan, Problem
+from benchmarks.attention.problem import SETTINGS, Estimates, Problem
 
 
 class Flex:
@@ -20,17 +20,17 @@ class Flex:
     summaries of dropped blocks, which block masks cannot express).
     """
 
-    def __init__(self, problem: Problem, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, problem: Problem, estimates: Estimates) -> None:
+        self._estimates = estimates
         self._problem = problem
         tokens = problem.tokens
         block = SETTINGS.block_tokens
         if tokens % SETTINGS.tile_tokens:
             raise ValueError(f"{tokens} tokens are no whole number of tiles")
         self._q = problem.q[None]
-        self._k = torch.cat([plan.k, problem.k], 1)[None]
-        self._v = torch.cat([plan.v, problem.v], 1)[None]
-        self._group = len(problem.q) // len(plan.k)
+        self._k = torch.cat([estimates.k, problem.k], 1)[None]
+        self._v = torch.cat([estimates.v, problem.v], 1)[None]
+        self._group = len(problem.q) // len(estimates.k)
         self._blocks = tokens // block
 
         def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -41,12 +41,12 @@ class Flex:
 
     def mask(self, epsilon: float) -> BlockMask:
         """Block mask of [1, q_heads, tiles, 2 * blocks]."""
-        tiles = sum(chunk.tiles.count for chunk in self._plan.chunks)
-        heads = len(self._plan.k)
+        tiles = sum(chunk.tiles.count for chunk in self._estimates.chunks)
+        heads = len(self._estimates.k)
         full = torch.zeros(heads, tiles, 2, self._blocks, dtype=torch.bool)
         local = torch.zeros(tiles, 2, self._blocks, dtype=torch.bool)
         row = 0
-        for chunk in self._plan.chunks:
+        for chunk in self._estimates.chunks:
             keep = chunk.keep(epsilon)
             ordered = chunk.clustered // SETTINGS.block_tokens
             rows = slice(row, row + chunk.tiles.count)

@@ -1,6 +1,6 @@
 """One CPU timing problem: the chunks of a prefill, which blocks a density keeps, and the truth.
 
-The plan computes with the product's own pieces what ``AdaptiveAttention`` will compute, so that
+The estimates compute with the product's own pieces what ``AdaptiveAttention`` will compute, so that
 an epsilon can be found for every density beforehand, and others can be given the same mask.
 """
 
@@ -117,7 +117,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Estimates:
     """All chunks, and the keys and values [kv_heads, tokens, head_dim] in clustered order."""
 
     chunks: list[Chunk]
@@ -141,7 +141,7 @@ class Plan:
         return min(2**low, 2**high, key=lambda value: abs(self.density(value) - density))
 
 
-def plan(problem: Problem) -> Plan:
+def estimate_losses(problem: Problem) -> Estimates:
     """Estimate every chunk's losses."""
     block = SETTINGS.block_tokens
     segment = SETTINGS.segment_tokens
@@ -179,7 +179,7 @@ def plan(problem: Problem) -> Plan:
                 summaries=known,
             )
         )
-    return Plan(chunks, ordered_k, ordered_v)
+    return Estimates(chunks, ordered_k, ordered_v)
 
 
 def _join(first: BlockSummaries, all_blocks: BlockSummaries) -> BlockSummaries:
@@ -232,7 +232,7 @@ def run(problem: Problem, epsilon: float, kv: Tensor) -> tuple[Tensor, LayerRepo
     return out, attention.stats.report().layers[0]
 
 
-def reference(problem: Problem, made: Plan, keeps: list[Tensor]) -> Tensor:
+def reference(problem: Problem, made: Estimates, keeps: list[Tensor]) -> Tensor:
     """The same attention written out tile by tile, given each chunk's kept blocks; slow."""
     out = torch.empty_like(problem.q)
     group = len(problem.q) // len(made.k)

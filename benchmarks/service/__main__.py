@@ -54,7 +54,7 @@ _ROOM = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Series:
     """What is measured on one checkpoint."""
 
     checkpoint: Path
@@ -65,7 +65,7 @@ class Plan:
 def main() -> None:
     """Command line."""
     arguments = _arguments()
-    plans = _plans(arguments)
+    all_series = _all_series(arguments)
     cores = len(os.sched_getaffinity(0))
     done: list[Cell] = []
     meta = tables.settings(
@@ -75,30 +75,35 @@ def main() -> None:
         cores_used=cores,
         sessions=[],
     )
-    for plan in plans:
-        _measure(plan, arguments, cores, done=done, meta=meta)
+    for series in all_series:
+        _measure(series, arguments, cores, done=done, meta=meta)
     found = rows.rows(done)
     print(rows.table(found))
     print(rows.stage_table(found))
-    for name in dict.fromkeys(plan.checkpoint.name for plan in plans):
+    for name in dict.fromkeys(series.checkpoint.name for series in all_series):
         print(f"{name}:\n{targets.table(found, name)}")
     rows.draw(found, arguments.out.with_suffix(".png"))
     print(f"{arguments.out}, .meta.json and .png written")
 
 
 def _measure(
-    plan: Plan, arguments: argparse.Namespace, cores: int, *, done: list[Cell], meta: dict[str, Any]
+    series: Series,
+    arguments: argparse.Namespace,
+    cores: int,
+    *,
+    done: list[Cell],
+    meta: dict[str, Any],
 ) -> None:
     """One session; its cells are added to ``done`` as they come."""
-    maker = CaseMaker(plan.checkpoint, plan.size, BUILD / "bench-videos")
-    cases, lengths = _cases(plan, arguments, maker)
+    maker = CaseMaker(series.checkpoint, series.size, BUILD / "bench-videos")
+    cases, lengths = _cases(series, arguments, maker)
     if not lengths:
         return
     longest = max(len(prompt) for case in cases.values() for prompt in case.prompts) + _ROOM
-    _say(f"{plan.checkpoint.name}: videos are there, prompts of up to {longest} tokens")
+    _say(f"{series.checkpoint.name}: videos are there, prompts of up to {longest} tokens")
     with tempfile.TemporaryDirectory(prefix="bench-service-") as name:
         setup = Setup(
-            checkpoint=plan.checkpoint,
+            checkpoint=series.checkpoint,
             longest=longest,
             folder=arguments.logs or Path(name),
             cores=cores,
@@ -107,7 +112,7 @@ def _measure(
         systems = [make(setup) for name, make in SYSTEMS.items() if name in used]
         session = Session(
             systems,
-            plan.checkpoint.name,
+            series.checkpoint.name,
             arguments.budget_s,
             on_change=lambda: _write(arguments.out, [*done, *session.cells], meta),
             say=_say,
@@ -115,7 +120,7 @@ def _measure(
         with session:
             meta["sessions"].append(
                 {
-                    "checkpoint": plan.checkpoint.name,
+                    "checkpoint": series.checkpoint.name,
                     "cold_start_s": session.cold_start_s,
                     "idle_cores": session.idle_cores,
                     "arguments": {s.name: _shown(getattr(s, "arguments", [])) for s in systems},
@@ -130,7 +135,7 @@ def _measure(
 
 
 def _cases(
-    plan: Plan, arguments: argparse.Namespace, maker: CaseMaker
+    series: Series, arguments: argparse.Namespace, maker: CaseMaker
 ) -> tuple[dict[tuple[int, int], Case], list[Length]]:
     """Cases by length and repeat, and the lengths that have theirs."""
     cases: dict[tuple[int, int], Case] = {}
@@ -146,12 +151,12 @@ def _cases(
             Length(tokens=n, repeats=count, systems=systems, modes=arguments.modes)
             for n, count in repeats.items()
         ]
-    for length in plan.lengths:
+    for length in series.lengths:
         try:
             for repeat in range(length.repeats):
                 cases[length.tokens, repeat] = maker.make(length.tokens, arguments.seed + repeat)
         except CaseError as error:
-            _say(f"{plan.checkpoint.name}: {error}")
+            _say(f"{series.checkpoint.name}: {error}")
             continue
         lengths.append(length)
     return cases, lengths
@@ -183,7 +188,7 @@ def _write(out: Path, cells: list[Cell], meta: dict[str, Any]) -> None:
     tables.write(out.with_suffix(".meta.json"), meta)
 
 
-def _plans(arguments: argparse.Namespace) -> list[Plan]:
+def _all_series(arguments: argparse.Namespace) -> list[Series]:
     """The two checkpoints with their lengths, or what was asked for.
 
     By default long videos, whose times vary least, are asked about once, and 65,536 tokens only of
@@ -200,13 +205,13 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
     longest = (Length(tokens=65536, repeats=1, systems=("ours",), modes=("balanced",)),)
     needle = tuple(Length(tokens, 1, NO_SINGLE) for tokens in (4096, 8192, 16384))
     checkpoint = arguments.checkpoint or build_larger(BUILD / "checkpoints" / "bench-qwen3-vl")
-    plans = [Plan(checkpoint, _asked(arguments, larger), arguments.size)]
-    if plans[0].lengths is larger and not arguments.videos:
-        plans.append(Plan(checkpoint, longest, arguments.size))
+    all_series = [Series(checkpoint, _asked(arguments, larger), arguments.size)]
+    if all_series[0].lengths is larger and not arguments.videos:
+        all_series.append(Series(checkpoint, longest, arguments.size))
     if arguments.checkpoint is None:
         trained = ROOT / "assets" / "needle-qwen3-vl"
-        plans.append(Plan(trained, _asked(arguments, needle), NEEDLE_SIZE))
-    return plans
+        all_series.append(Series(trained, _asked(arguments, needle), NEEDLE_SIZE))
+    return all_series
 
 
 def _asked(arguments: argparse.Namespace, defaults: tuple[Length, ...]) -> tuple[Length, ...]:

@@ -50,25 +50,25 @@ def test_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_densities_below_the_floor_collapse_into_one() -> None:
-    plan = cpu_problem.plan(cpu_problem.make(2048, 8, 2, head_dim=64, chunk=512))
-    found = attention_cpu.reachable(plan, (0.01, 0.02, 0.3, 1.0))
+    estimates = cpu_problem.estimate_losses(cpu_problem.make(2048, 8, 2, head_dim=64, chunk=512))
+    found = attention_cpu.reachable(estimates, (0.01, 0.02, 0.3, 1.0))
     assert list(found) == [0.02, 0.3, 1.0]
-    assert plan.density(found[0.02]) > 0.02
-    assert plan.density(found[0.3]) == pytest.approx(0.3, abs=0.05)
-    assert plan.density(found[1.0]) == 1.0
+    assert estimates.density(found[0.02]) > 0.02
+    assert estimates.density(found[0.3]) == pytest.approx(0.3, abs=0.05)
+    assert estimates.density(found[1.0]) == 1.0
 
 
-def test_flex_attends_to_the_blocks_of_the_plan() -> None:
-    """Its mask in dense form, uncompiled, against the blocks that the plan keeps."""
+def test_flex_attends_to_the_blocks_that_are_kept() -> None:
+    """Its mask in dense form, uncompiled, against the blocks that the estimates keep."""
     problem = cpu_problem.make(1536, 8, 2, head_dim=64, chunk=256)
-    plan = cpu_problem.plan(problem)
-    epsilon = plan.epsilon(0.4)
-    mask = Flex(problem, plan).mask(epsilon)
+    estimates = cpu_problem.estimate_losses(problem)
+    epsilon = estimates.epsilon(0.4)
+    mask = Flex(problem, estimates).mask(epsilon)
     block = cpu_problem.SETTINGS.block_tokens
     kept = torch.cat(
         [
             torch.nn.functional.pad(keep, (0, 1536 // block - keep.shape[-1]))
-            for keep in (chunk.keep(epsilon) for chunk in plan.chunks)
+            for keep in (chunk.keep(epsilon) for chunk in estimates.chunks)
         ],
         1,
     )
@@ -82,7 +82,9 @@ def test_flex_attends_to_the_blocks_of_the_plan() -> None:
     assert torch.equal((clustered | raster)[::4], kept)
     assert clustered.any()
     assert raster.any()
-    for chunk in plan.chunks:  # clustered keys only where no query of the chunk or a later one is
+    for (
+        chunk
+    ) in estimates.chunks:  # clustered keys only where no query of the chunk or a later one is
         rows = slice(
             chunk.tiles.q_offset // 128, (chunk.tiles.q_offset + chunk.tiles.queries) // 128
         )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
-from benchmarks.processes import memory_watch
+from benchmarks.processes import MemoryLog, memory_watch
 from benchmarks.service import rows, targets
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
@@ -154,19 +154,43 @@ def test_a_case_that_cannot_be(maker: CaseMaker) -> None:
         maker.make(6 * 385, 0)
 
 
+def sample_anew(log: MemoryLog) -> None:
+    """Wait for a sample that began after now."""
+    wanted = len(log.samples) + 2
+    while len(log.samples) < wanted:
+        time.sleep(0.01)
+
+
 def test_memory_counts_what_was_there_in_between() -> None:
     """Of a process of its own: this one shares gigabytes with others, that come and go."""
-    program = "input(); block = bytearray(b'x') * (200 << 20); input(); del block; input()"
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as child:
+    program = """
+print("started", flush=True)
+input()
+block = bytearray(b"x") * (200 << 20)
+print("allocated", flush=True)
+input()
+del block
+print("freed", flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
         assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "started\n"
         with memory_watch(child.pid) as before:
-            time.sleep(0.3)
+            sample_anew(before)
         with memory_watch(child.pid) as watch:
-            for _ in range(2):  # allocates, then frees
-                child.stdin.write(b"\n")
+            for state in ("allocated", "freed"):
+                child.stdin.write("\n")
                 child.stdin.flush()
-                time.sleep(0.7)
-        child.stdin.write(b"\n")
+                assert child.stdout.readline() == f"{state}\n"
+                sample_anew(watch)
+        child.stdin.write("\n")
     assert 150 << 20 < watch.peak - before.peak < 300 << 20
 
 
