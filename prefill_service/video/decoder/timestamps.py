@@ -71,7 +71,7 @@ class Stamps:
 
 def typical_step(steps: np.ndarray) -> float:
     """Mean of the steps that are near their median: the median, freed of its rounding."""
-    median = float(np.median(steps))
+    median = float(np.quantile(steps, 0.5, method="lower"))  # one of them, so that one is near
     return float(steps[_near(steps, median)].mean())
 
 

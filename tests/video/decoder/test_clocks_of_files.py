@@ -48,7 +48,8 @@ def write_part(path: Path, part: Part, codec: str, header_rate: Fraction) -> byt
         stream.width = 32
         stream.height = 32
         stream.pix_fmt = "yuv420p"
-        ticks = header_rate if codec == "mpeg2video" else Fraction(90000)
+        counted = codec == "mpeg2video" or path.suffix == ".avi"
+        ticks = header_rate if counted else Fraction(90000)
         stream.codec_context.time_base = 1 / ticks
         packets: list[av.Packet] = []
         for number, time in enumerate(part.times_s):
@@ -119,6 +120,18 @@ def test_one_recording(
     path = write_parts(tmp_path / f"v.{suffix}", [part], CODECS[suffix], header or rate)
     index = build_index(str(path), VideoConfig())
     check_clock(index, [part], constant=timing == "constant")
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_avi_whose_frames_have_no_times_of_showing(
+    tmp_path: Path, codec: str, rate: Fraction
+) -> None:
+    part = make_part(rate, "constant")
+    path = write_parts(tmp_path / "v.avi", [part], codec)
+    index = build_index(str(path), VideoConfig())
+    check_clock(index, [part], constant=True)
+    assert index.warnings == ()
 
 
 APPENDED = {"ts": "libx264", "mpg": "mpeg2video", "mkv": "libx264"}
