@@ -21,10 +21,10 @@ _RAW_VIEW = 3  # vllm.v1.serial_utils.CUSTOM_TYPE_RAW_VIEW
 def video_features(plan: PrefixPlan) -> dict[str, Any]:
     """The ``features`` object of ``/inference/v1/generate`` for a planned prefix.
 
-    The item's hash is the prefix id, namespaced: vLLM's prefix cache keys the span's blocks
+    The item's hash is the prefix id, namespaced: vLLM's prefix cache keys the video's blocks
     by it, so that a second question finds them, and no real video can ever be taken for it.
 
-    The placeholder covers only the span's first token. vLLM refuses items that are longer
+    The placeholder covers only the video's first token. vLLM refuses items that are longer
     than its encoder cache, which nothing here uses; positions depend on the offset and the
     grid, and the hashes of later blocks on those of earlier ones.
     """

@@ -67,7 +67,7 @@ class PrefixPlan:
         patch_ends: [temporal patches] int64; patch ``i`` owns the tokens
             ``[patch_ends[i-1], patch_ends[i])`` (from 0 for the first, so that it also owns the
             text before the video; the last one owns the text after its pixels).
-        placeholder: offset and length of the span from the first to the last vision token, see
+        placeholder: offset of the first vision token, and tokens from there to the last one; see
             ``VideoLayout``.
         vllm_fields: what vLLM gets of the video instead of its pixels, by the names of its model.
         system_prompt: the system message the chat template was given.

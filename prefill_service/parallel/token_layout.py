@@ -80,8 +80,8 @@ class Share:
 
     def select_patches(self, values: np.ndarray, per_patch: int) -> np.ndarray:
         """This share's part of what every temporal patch has ``per_patch`` of (frames)."""
-        spans = [slice(p.first_patch * per_patch, p.end_patch * per_patch) for p in self.pieces]
-        return np.concatenate([values[span] for span in spans]) if spans else values[:0]
+        parts = [values[p.first_patch * per_patch : p.end_patch * per_patch] for p in self.pieces]
+        return np.concatenate(parts) if parts else values[:0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def _share(pieces: list[Piece], rank: int, order: Order) -> Share:
     return Share(tuple(piece for piece in mine if piece.num_tokens))
 
 
-def span(chunk: Iterable[Share]) -> Range:
+def chunk_range(chunk: Iterable[Share]) -> Range:
     """First token of a chunk and one past its last, over the ranks that have a share of it."""
     ranges = [piece for share in chunk for piece in share.ranges]
     return min(start for start, _ in ranges), max(end for _, end in ranges)

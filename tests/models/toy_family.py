@@ -110,13 +110,13 @@ class ToyFamily(Family):
         vision = np.flatnonzero(token_ids == config.image_token_id).reshape(frames, -1)
         ends = vision[:, -1] + 2  # the last token of a frame is followed by its end token
         start = int(vision[0, 0])
-        span = (start, int(vision[-1, -1]) + 1 - start)
+        placeholder = (start, int(vision[-1, -1]) + 1 - start)
         ends[-1] = len(token_ids)
         side = SIDE // config.vision_config.patch_size[0]
         return VideoLayout(
             position_ids=np.arange(len(token_ids))[None],
             position_delta=0,
-            placeholder=span,
+            placeholder=placeholder,
             patch_ends=ends,
             patch_grid=(frames, side, side),
             resized_hw=(SIDE, SIDE),

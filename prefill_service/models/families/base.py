@@ -28,8 +28,8 @@ class VideoLayout:
     Attributes:
         position_ids: [axes, tokens] int64; three axes (time, height, width) with M-RoPE, else one.
         position_delta: next position minus number of tokens.
-        placeholder: offset and length of the span from the first to the last vision token. Where
-            vLLM looks for a start token (Qwen3-VL), the span begins with it; tokens after the last
+        placeholder: offset of the first vision token, and tokens from there to the last one. Where
+            vLLM looks for a start token (Qwen3-VL), it begins with that; tokens after the last
             vision token may be counted in.
         patch_ends: [temporal patches] int64, see ``PrefixPlan.patch_ends``.
         patch_grid: temporal patches, and patch rows and columns of each.

@@ -39,7 +39,7 @@ class Qwen25VL(QwenVL):
         return mrope_positions(token_ids, config.video_token_id, merged_thw, t_factor)
 
     @override
-    def spans(
+    def locate_vision(
         self, token_ids: np.ndarray, patches: int, config: Any
     ) -> tuple[tuple[int, int], np.ndarray]:
         vision = np.flatnonzero(token_ids == config.video_token_id)

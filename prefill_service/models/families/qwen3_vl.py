@@ -29,7 +29,7 @@ class Qwen3VL(QwenVL):
         return mrope_positions(token_ids, config.video_token_id, (1, *merged_thw[1:]), 1.0)
 
     @override
-    def spans(
+    def locate_vision(
         self, token_ids: np.ndarray, patches: int, config: Any
     ) -> tuple[tuple[int, int], np.ndarray]:
         start = int(np.flatnonzero(token_ids == config.vision_start_token_id)[0])

@@ -91,7 +91,7 @@ class QwenVL(Family):
         position_ids, position_delta = self.positions(
             token_ids, fields, (t, h // merge, w // merge), config
         )
-        placeholder, patch_ends = self.spans(token_ids, t, config)
+        placeholder, patch_ends = self.locate_vision(token_ids, t, config)
         return VideoLayout(
             position_ids=position_ids,
             position_delta=position_delta,
@@ -116,7 +116,7 @@ class QwenVL(Family):
         """
 
     @abstractmethod
-    def spans(
+    def locate_vision(
         self, token_ids: np.ndarray, patches: int, config: Any
     ) -> tuple[tuple[int, int], np.ndarray]:
         """``placeholder`` and ``patch_ends`` of the layout, of so many temporal patches."""

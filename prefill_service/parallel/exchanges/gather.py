@@ -25,7 +25,7 @@ from prefill_service.parallel.exchanges.delegation import (
 )
 from prefill_service.parallel.kv_buffers import KVBuffers, ResidentKV
 from prefill_service.parallel.process_group import PendingPart, SPGroup
-from prefill_service.parallel.token_layout import Range, Share, span
+from prefill_service.parallel.token_layout import Range, Share, chunk_range
 from prefill_service.parallel.unit_attention import UnitAttention
 
 
@@ -76,7 +76,7 @@ class GatherExchange(Exchange):
         if self._ranges:
             self._let_go(len(self._pending) - 1)
         self._ranges = [share.contiguous for share in chunk]
-        self._chunk = span(chunk)
+        self._chunk = chunk_range(chunk)
         self._buffers.start_chunk(*self._chunk)
 
     @override

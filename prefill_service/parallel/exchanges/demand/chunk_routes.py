@@ -9,7 +9,7 @@ from torch import Tensor
 from prefill_service.parallel.exchanges.demand.owned_kv import OwnedKV
 from prefill_service.parallel.exchanges.demand.owners import OwnerMap
 from prefill_service.parallel.process_group import SPGroup
-from prefill_service.parallel.token_layout import Share, span
+from prefill_service.parallel.token_layout import Share, chunk_range
 
 
 class ChunkRoutes:
@@ -29,7 +29,7 @@ class ChunkRoutes:
         self._group = group
         ranges = [share.contiguous for share in chunk]
         rank = group.rank
-        self.chunk_start, self.chunk_end = span(chunk)
+        self.chunk_start, self.chunk_end = chunk_range(chunk)
         self.start, self.end = ranges[rank]
         tokens = [np.arange(start, end) for start, end in ranges]
         owner = [owners.owners_of(of_rank) for of_rank in tokens]

@@ -112,12 +112,12 @@ class OwnedKV:
         heads, slots = wanted.nonzero(as_tuple=True)
         found: Tensor = self._blocks[slots, :, :, heads]
         for first, segment in self._clustered.items():
-            span = segment.slots
+            held = segment.slots
             if first >= clustered_until:
                 continue
-            inside = ((slots >= span.start) & (slots < span.stop)).nonzero()[:, 0]
+            inside = ((slots >= held.start) & (slots < held.stop)).nonzero()[:, 0]
             if len(inside):
-                found[inside] = segment.kv[slots[inside] - span.start, :, :, heads[inside]]
+                found[inside] = segment.kv[slots[inside] - held.start, :, :, heads[inside]]
         return found
 
     def packed_summaries(self, raster: np.ndarray, clustered: np.ndarray) -> Tensor:
