@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from prefill_service.api.malformed import MalformedRequest, tolerant
 from prefill_service.api.servicer import Context
 from prefill_service.api.status import abort
 from prefill_service.errors import Reason, ServiceError
@@ -98,7 +99,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return make(
             stream if handler.response_streaming else unary,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -162,8 +163,11 @@ class _Call:
         """Keep the ids in a message for the log; check the request's own.
 
         Raises:
-            ServiceError: INVALID_REQUEST if ``request_id`` is not a UUID.
+            ServiceError: INVALID_REQUEST if ``request_id`` is not a UUID, or nothing could be
+                parsed.
         """
+        if isinstance(message, MalformedRequest):
+            raise message.error
         places = [message, getattr(message, "progress", None)]  # an AskResponse has its job there
         places += [getattr(place, name, None) for place in places[:] for name in _HOLDERS]
         for place in places:

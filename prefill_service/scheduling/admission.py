@@ -232,6 +232,9 @@ def _check_sampling(sampling: Sampling, max_tokens: int | None) -> None:
     check(top_p is None or 0 < top_p <= 1, "top_p", top_p, "more than 0 and at most 1")
     top_k = sampling.top_k
     check(top_k is None or top_k >= -1, "top_k", top_k, "-1 (off), 0 (off) or more")
+    seed = sampling.seed
+    # vLLM would take -1 for no seed at all.
+    check(seed is None or seed >= 0, "seed", seed, "0 to 9223372036854775807")
     penalty = sampling.repetition_penalty
     check(
         penalty is None or 0 < penalty <= 100,
