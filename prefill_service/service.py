@@ -100,7 +100,13 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
     return Components(
         planner=PrefixPlanner(checkpoint, dtype),
         executor=executor,
-        generation=GenerationServer(config.vllm, str(checkpoint.path), dtype, data_dir),
+        generation=GenerationServer(
+            config.vllm,
+            str(checkpoint.path),
+            dtype,
+            data_dir,
+            fp8=checkpoint.fp8 is not None,
+        ),
         submit_early=device != "cpu",
         budgets=budgets,
         memory=memory,
@@ -177,14 +183,15 @@ class Service:
         """Start everything; ``stack`` stops it in the reverse order."""
         config = self._config
         data_dir = Path(config.storage.data_dir).expanduser()  # noqa: ASYNC240 (start-up)
+        runtime_dir = _make_runtime_dir()
+        stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
+        # Judges the checkpoint: before any process starts or a file is written.
+        components = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
         decoders = DecoderPool(config.video.spare_decoders)
         decoders.start()
         stack.callback(decoders.close)
         videos = VideoStore.open(config.storage, config.video, decoders)  # locks the data directory
         stack.push_async_callback(videos.close)
-        runtime_dir = _make_runtime_dir()
-        stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
-        components = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
         supervisor = components.executor.supervisor
         generation = components.generation
         store = JobStore.open(data_dir / "jobs.db")

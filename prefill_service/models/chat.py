@@ -27,6 +27,34 @@ class Chat:
         special |= {*processor.tokenizer.all_special_tokens, processor.video_token}
         self._control_tokens = sorted(special - family.grounding_tokens)
 
+    def check_template(self) -> None:
+        """Render a chat of two questions, as requests will.
+
+        Raises:
+            ServiceError: MODEL_INVALID for a checkpoint without a chat template, and for one that
+                cannot be rendered or does not put a video ahead of the first question.
+        """
+        processor = self._processor
+        if not (processor.chat_template or processor.tokenizer.chat_template):
+            raise _template_error(
+                "is missing: neither chat_template.jinja, chat_template.json nor "
+                "tokenizer_config.json has one. Copy it from the model that this one was made of"
+            )
+        chat = [("user", "?"), ("assistant", "!"), ("user", "?")]
+        try:
+            text = self.render("", chat[:1], add_generation_prompt=False)
+            videos = text.count(processor.video_token)
+            if videos != 1 or "?" not in text[text.index(processor.video_token) :]:
+                raise _template_error(
+                    f"makes {text!r} of a question with a video; expected one "
+                    f"{processor.video_token} ahead of the question"
+                )
+            self.suffix_ids("", chat)
+        except ServiceError:
+            raise
+        except Exception as error:  # jinja's, or what the template raises
+            raise _template_error(f"cannot be rendered: {error}") from error
+
     def prefix(self, system_prompt: str) -> str:
         """The rendered text up to the question: it ends with what closes the video."""
         marker = "?"
@@ -47,10 +75,7 @@ class Chat:
         prefix = self.prefix(system_prompt)
         text = self.render(system_prompt, messages, add_generation_prompt=True)
         if not text.startswith(prefix):
-            raise ServiceError(
-                Reason.MODEL_INVALID,
-                "the chat template does not put the video ahead of the question's text",
-            )
+            raise _template_error("does not begin every chat with the video in the same way")
         suffix = self._processor.tokenizer(text[len(prefix) :], add_special_tokens=False)
         ids: list[int] = suffix["input_ids"]
         return ids
@@ -104,3 +129,9 @@ class Chat:
                     "video; text may contain all tokens but the model's control tokens",
                     token=token,
                 )
+
+
+def _template_error(text: str) -> ServiceError:
+    return ServiceError(
+        Reason.MODEL_INVALID, f"the chat template {text}", file="chat_template.jinja"
+    )

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: found, checked for completeness, and fingerprinted."""
+"""A checkpoint on disk: found, checked before anything is loaded, and fingerprinted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from pathlib import Path
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
+from prefill_service.models.checkpoint_folder import check_config, check_folder, find_folder
 from prefill_service.models.family_registry import FAMILIES
-from prefill_service.models.model_config import ModelConfig, read_json
+from prefill_service.models.model_config import ModelConfig
 from prefill_service.models.model_shape import ModelShape
+from prefill_service.models.weights.completeness import check_complete
+from prefill_service.models.weights.quantization import (
+    Fp8Format,
+    check_quantized_tensors,
+    quantization_of,
+)
+from prefill_service.models.weights.safetensors_files import read_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,7 @@ class Checkpoint:
         fingerprint: hash of configuration and weights (``kv.fingerprint``).
         shape: of the language model, with the dtype that its configuration names.
         max_position_embeddings: longest context.
+        fp8: how its weights are quantized; ``None`` if they are not.
     """
 
     path: Path
@@ -29,43 +38,37 @@ class Checkpoint:
     fingerprint: str
     shape: ModelShape
     max_position_embeddings: int
+    fp8: Fp8Format | None = None
 
 
-def open_checkpoint(model: str) -> Checkpoint:
-    """Find ``model`` (a folder, or a hub id, which is downloaded) and check it.
+def open_checkpoint(model: str, *, local_files_only: bool = False) -> Checkpoint:
+    """Find ``model`` and check that it can be served; no weight is read.
+
+    Args:
+        model: a folder, or a hub id, which is downloaded.
+        local_files_only: download nothing.
 
     Raises:
-        ServiceError: MODEL_INVALID, naming the missing file or the unsupported family.
+        ServiceError: MODEL_INVALID, naming the file, the field or tensor, and what is supported.
     """
     if not model:
         raise ServiceError(Reason.MODEL_INVALID, "no model given: set engine.model or --model")
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        path = _download(model)
-    config = ModelConfig.open(path, model)
-    family = config.family
-    if family not in FAMILIES:
-        raise ServiceError(
-            Reason.MODEL_INVALID,
-            f"{model}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}",
-            model=model,
-            model_type=family,
-        )
-    _require_any(path, model, "tokenizer.json", "vocab.json")
-    _require_any(
-        path,
-        model,
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        "preprocessor_config.json",
-    )
-    _check_weights(path, model)
+    path = find_folder(model, local_files_only=local_files_only)
+    config = check_folder(path, model)
+    check_config(config, model)
+    family = FAMILIES[config["model_type"]]
+    fp8 = quantization_of(config, model)
+    tensors = read_tensors(path, model)
+    check_quantized_tensors(tensors, fp8, model)
+    check_complete(path, config, tensors, family=family, model=model)
+    described = ModelConfig.parse(model, config)
     return Checkpoint(
         path=path.resolve(),
-        family=family,
+        family=family.model_type,
         fingerprint=fingerprint_model(path),
-        shape=config.shape(),
-        max_position_embeddings=config.size("max_position_embeddings"),
+        shape=described.shape(),
+        max_position_embeddings=described.size("max_position_embeddings"),
+        fp8=fp8,
     )
 
 
@@ -85,45 +88,3 @@ def resolve_device(requested: str) -> str:
             Reason.CONFIG_INVALID, "engine.device is cuda, but torch finds no CUDA device"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if requested == "auto" else requested
-
-
-def _download(model: str) -> Path:
-    if model.startswith(("/", ".", "~")):
-        raise ServiceError(Reason.MODEL_INVALID, f"{model}: no such folder", model=model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model))
-    except HFValidationError as error:
-        raise ServiceError(
-            Reason.MODEL_INVALID, f"{model}: neither a folder nor a hub id", model=model
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ServiceError(
-            Reason.MODEL_INVALID,
-            f"{model}: not a folder, and downloading it failed: {str(error).splitlines()[0]}",
-            model=model,
-        ) from error
-
-
-def _missing(model: str, name: str) -> ServiceError:
-    return ServiceError(
-        Reason.MODEL_INVALID, f"{model}: file {name} is missing", model=model, file=name
-    )
-
-
-def _require_any(path: Path, model: str, *names: str) -> None:
-    if not any((path / name).is_file() for name in names):
-        raise _missing(model, " or ".join(names))
-
-
-def _check_weights(path: Path, model: str) -> None:
-    if (path / "model.safetensors").is_file():
-        return
-    if not (path / "model.safetensors.index.json").is_file():
-        raise _missing(model, "model.safetensors or model.safetensors.index.json")
-    index = read_json(path, "model.safetensors.index.json", model)
-    for name in sorted(set(index.get("weight_map", {}).values())):
-        if not (path / name).is_file():
-            raise _missing(model, name)

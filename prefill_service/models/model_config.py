@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from prefill_service.attention_shape import DTYPE_BYTES
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.model_shape import ModelShape
+from prefill_service.models.weights.safetensors_files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +114,5 @@ def open_shape(model: str) -> ModelShape:
     return ModelConfig.open(Path(model).expanduser(), model).shape()
 
 
-def read_json(folder: Path, name: str, model: str) -> dict[str, Any]:
-    """An object in a checkpoint's file.
-
-    Raises:
-        ServiceError: MODEL_INVALID, the file is missing, cannot be read, or has no object.
-    """
-    try:
-        data = json.loads((folder / name).read_text())
-    except FileNotFoundError:
-        raise _invalid(model, f"file {name} is missing", file=name) from None
-    except (OSError, ValueError) as error:
-        raise _invalid(model, f"{name} cannot be read: {error}", file=name) from error
-    if not isinstance(data, dict):
-        raise _invalid(model, f"{name} is not a JSON object", file=name)
-    return data
-
-
-def _invalid(model: str, text: str, **details: str) -> ServiceError:
-    return ServiceError(Reason.MODEL_INVALID, f"{model}: {text}", model=model, **details)
+def _invalid(model: str, text: str) -> ServiceError:
+    return ServiceError(Reason.MODEL_INVALID, f"{model}: {text}", model=model)

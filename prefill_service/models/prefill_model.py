@@ -22,12 +22,13 @@ from prefill_service.models.packed_linear import can_pack, pack_linears
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.models.vision_attention import VISION_ATTENTION, varlen_attention
+from prefill_service.models.weights.loading import load_model
 
 ensure_torchvision()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import AttentionInterface, AutoModel, AutoVideoProcessor  # noqa: E402
+from transformers import AttentionInterface, AutoVideoProcessor  # noqa: E402
 from transformers.cache_utils import Cache  # noqa: E402
 
 ATTENTION_NAME = "prefill_service"
@@ -83,8 +84,11 @@ class PrefillModel:
 
     def _load(self) -> tuple[Any, Any]:
         """transformers' model, attention routed out, and its video processor."""
-        model = AutoModel.from_pretrained(
-            self.checkpoint.path, dtype=self.dtype, attn_implementation=ATTENTION_IMPLEMENTATION
+        model = load_model(
+            self.checkpoint.path,
+            self.checkpoint.fp8,
+            dtype=self.dtype,
+            attn_implementation=ATTENTION_IMPLEMENTATION,
         )
         processors: Any = AutoVideoProcessor
         return model, processors.from_pretrained(self.checkpoint.path)

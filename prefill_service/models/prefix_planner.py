@@ -20,6 +20,7 @@ from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.frame_sampling import FrameSampler, SampledFrames
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
+from prefill_service.models.processor import open_processor, try_video
 from prefill_service.video.index import VideoIndex
 
 ensure_torchvision()
@@ -38,18 +39,28 @@ class PrefixPlanner:
     Attributes:
         chat: the checkpoint's chat template and tokenizer.
         sampler: its rule of which frames are looked at.
+
+    Raises:
+        ServiceError: MODEL_INVALID for a processor, tokenizer or chat template that cannot do it.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self._config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-        processors: Any = transformers.AutoProcessor
-        self._processor = processors.from_pretrained(checkpoint.path)
         self._family = FAMILIES[checkpoint.family]
+        self._processor = open_processor(checkpoint.path, self._family, self._config)
         video_processor = self._processor.video_processor
         self.chat = Chat(self._processor, self._family)
+        self.chat.check_template()
         self.sampler = FrameSampler(self._family, video_processor, self._config)
+        try_video(
+            self._processor,
+            self._family,
+            self._config,
+            text=self.chat.prefix(""),
+            size_kwargs=self.sampler.size_kwargs(FrameSampling()),
+        )
         self._processor_hash = _hash(
             transformers.__version__,
             json.dumps(video_processor.to_dict(), sort_keys=True, default=str),

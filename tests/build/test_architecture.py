@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
     "engine": {"models", "attention", "parallel", "cost_model", "kv", "video"},
     "calibration": {"engine", "models", "attention", "parallel", "video"},
-    "generation": {"kv", "models.prefix_plan"},
+    "generation": {"kv", "models.prefix_plan", "models.weights"},
     "scheduling": {
         "attention",
         "engine",

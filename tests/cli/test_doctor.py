@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prefill_service.cli.machine_checks import (
 from prefill_service.cli.main import main
 from prefill_service.config import ServiceConfig
 from prefill_service.video.decoder.rlimits import landlock_abi
+from tools.make_fp8_checkpoint import quantize
 
 HERE = {"server": {"port": 0}, "engine": {"device": "cpu"}}
 
@@ -141,3 +143,32 @@ def test_sandbox(tmp_path: Path) -> None:
         check=True,
     )
     assert "2.0 GiB (ulimit -v)" in limited.stdout
+
+
+@pytest.mark.parametrize("method", ["", "fp8", "awq"])
+def test_the_checkpoint_is_judged(
+    checkpoint: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    folder = checkpoint("qwen3_vl")
+    if method == "fp8":
+        folder = quantize(folder, tmp_path / "fp8")
+    elif method:
+        folder = Path(shutil.copytree(folder, tmp_path / "model"))
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method}
+        (folder / "config.json").write_text(json.dumps(config))
+    model = findings(tmp_path, engine={"model": str(folder)})["model"]
+    assert model.level is (Level.MISSING if method == "awq" else Level.OK)
+    assert ("quant_method = 'awq' cannot be served; supported are" in model.text) is (
+        method == "awq"
+    )
+    assert ("FP8 with a scale for each 128 x 128 block" in model.text) is (method == "fp8")
+
+
+def test_a_hub_id_is_not_downloaded(tmp_path: Path) -> None:
+    model = findings(tmp_path, engine={"model": "nobody/no-such-model"})["model"]
+    assert model.level is Level.NOTE
+    assert "the service would download it" in model.text
+    assert "model" not in findings(tmp_path)
+    gone = findings(tmp_path, engine={"model": str(tmp_path / "gone")})["model"]
+    assert gone.level is Level.MISSING

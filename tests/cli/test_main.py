@@ -111,6 +111,7 @@ def test_missing_model_is_a_failure_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("prefill-service: ")
     assert "[MODEL_INVALID]" in done.stderr
+    assert not (tmp_path / "data").exists()  # nor was anything started that writes there
     assert "Traceback" not in done.stderr
 
 

@@ -73,10 +73,10 @@ def test_bad_configurations_are_named(change: dict[str, Any], message: str) -> N
 
 
 def test_missing_files_and_names_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match=r"file config.json is missing"):
+    with pytest.raises(ServiceError, match=r"config.json: is missing"):
         open_shape(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ServiceError, match=r"config.json is not a JSON object"):
+    with pytest.raises(ServiceError, match=r"config.json: is not a JSON object"):
         open_shape(str(tmp_path))
     with pytest.raises(ServiceError, match=r"preset 'gpt' is not known; known are qwen2.5-vl-7b, "):
         preset_shape("gpt")

@@ -174,6 +174,19 @@ class Family(ABC):
     def patches_per_token(self, config: Any) -> int:
         """Spatial patches that the tower merges into one vision token."""
 
+    def weight_name(self, name: str) -> str:
+        """A weight's name without what differs between files and transformers' own model.
+
+        By default that is the path to the language model, which older checkpoints lack.
+
+        Args:
+            name: in a file, or of the model's ``state_dict``.
+        """
+        parts = name.split(".")
+        while parts[0] in ("model", "language_model"):
+            del parts[0]
+        return ".".join(parts)
+
     def speed_up(self, model: Any) -> None:  # noqa: B027
         """Replace parts of a loaded model that have a faster equal. By default there are none."""
 
