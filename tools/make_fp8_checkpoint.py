@@ -81,7 +81,8 @@ def quantize(
 def _quantize(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """[rows, columns] fp32 to e4m3 and the scales [blocks down, blocks across] in fp32."""
     rows, columns = weight.shape
-    down, across = -(-rows // block[0]), -(-columns // block[1])
+    down = -(-rows // block[0])
+    across = -(-columns // block[1])
     quantized = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     scales = torch.empty(down, across)
     for i in range(down):

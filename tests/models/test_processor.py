@@ -39,8 +39,9 @@ def rename_token(tokenizer: dict[str, Any]) -> None:
     video["content"], image["content"] = image["content"], video["content"]
     names = tokenizer["model"]["vocab"]
     if "<|video_pad|>" in names:
-        first, second = names["<|video_pad|>"], names["<|image_pad|>"]
-        names["<|video_pad|>"], names["<|image_pad|>"] = second, first
+        video_id = names["<|video_pad|>"]
+        names["<|video_pad|>"] = names["<|image_pad|>"]
+        names["<|image_pad|>"] = video_id
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {

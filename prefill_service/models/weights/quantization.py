@@ -79,7 +79,7 @@ def quantization_of(config: Mapping[str, Any], model: str) -> Fp8Format | None:
     if not isinstance(entry, Mapping):
         text = f"quantization_config = {entry!r} is not an object"
         raise refuse(model, _CONFIG, text, field="quantization_config")
-    return _Reader(entry, model).read()
+    return _Reader(entry, model).fp8_format()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class _Reader:
     entry: Mapping[str, Any]
     model: str
 
-    def read(self) -> Fp8Format:
+    def fp8_format(self) -> Fp8Format:
         method = str(self.entry.get("quant_method"))
         if method == "fp8":
             return self._fine_grained()
