@@ -50,6 +50,25 @@ def test_warnings_of_a_video_are_shown_once(cli: Cli, server, tmp_path):
     assert record["warnings"] == [{"reason": "CLOCK_RESTARTS", "message": "its clock restarts"}]
 
 
+def test_a_video_from_the_standard_input(cli: Cli, server, clip):
+    text = clip.read_text()
+    run = cli.run("upload", "-", stdin=text)
+    assert (run.returncode, run.stdout.split()[1]) == (0, "-"), run.stderr
+    (video_id,) = server.state.videos
+    assert bytes(server.state.data[video_id]) == clip.read_bytes()
+    run = cli.run("ask", "-q", "-", "Who?", "Where?", stdin=text)
+    assert run.stdout.count("You asked: ") == 2
+    run = cli.run("ask", clip.as_uri(), "Who?")
+    assert "You asked: Who? " in run.stdout
+    assert (len(server.state.videos), server.state.calls["UploadChunks"]) == (1, 1)
+    run = cli.run("ask", "https://example.com/a.mp4", "Who?")
+    assert run.returncode == 2
+    assert "URLs are not fetched; download it first" in run.stderr
+    run = cli.run("ask", clip, b"caf\xe9?".decode(errors="surrogateescape"))
+    assert run.returncode == 2
+    assert r"question = '\udce9' is not accepted" in run.stderr
+
+
 def test_ask_json_and_id(cli: Cli, server, clip):
     video_id = cli.run("upload", clip).stdout.split()[0]
     run = cli.run("ask", video_id, "Who?", "--json")

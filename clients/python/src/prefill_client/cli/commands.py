@@ -74,9 +74,13 @@ def _warn(warnings: Iterable[types.VideoWarning], shown: set[str]) -> None:
             print(f"prefill: warning: {warning.message}", file=sys.stderr)
 
 
+def _video(text: str) -> Any:
+    return sys.stdin.buffer if text == "-" else text
+
+
 def _ask(client: Client, args: argparse.Namespace) -> int:
     progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
-    video = args.video
+    video = _video(args.video)
     several = len(args.questions) > 1
     reports: dict[str, AttentionReport] = {}
     shown: set[str] = set()
@@ -182,7 +186,7 @@ def _start(client: Client, args: argparse.Namespace) -> int:
     def start(video: str) -> None:
         progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
         job = client.prefill(
-            video,
+            _video(video),
             wait=args.wait,
             on_progress=progress.show_job,
             on_upload=progress.show_upload,
@@ -198,7 +202,7 @@ def _upload(client: Client, args: argparse.Namespace) -> int:
     def upload(path: str) -> None:
         progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
         try:
-            video = client.upload(path, progress=progress.show_upload)
+            video = client.upload(_video(path), progress=progress.show_upload)
         finally:
             progress.finish()
         if args.json:

@@ -28,8 +28,8 @@ answers any number of questions.
   prefill inspect job_01K9... -o attention.png
 """
 EPILOG = """\
-VIDEO is the path of a file, which is uploaded unless the server has it already, or the id
-of a video on the server (vid_...).
+VIDEO is the path or file:// URL of a file, or - for the standard input, which is uploaded
+unless the server has it already; or the id of a video on the server (vid_...).
 
 environment: PREFILL_ADDRESS (--address), PREFILL_TOKEN_FILE (--token-file)
 exit status: 0 success, 1 failure, 2 wrong usage, 3 a batch with failed lines, 130 interrupted
