@@ -267,9 +267,11 @@ class SampledFrames:
     """The frames of the video that the model looked at, in order.
 
     Attributes:
-        numbers: of each in the file, from 0 in presentation order. The last one stands more than
-            once where a video has too few frames for a temporal patch.
-        times_s: when each is shown, seconds after the file's first frame.
+        numbers: of each in the file, from 0 in presentation order. One stands more than once
+            where it is shown long and frames are sampled by time, and the last one where a video
+            has too few frames for a temporal patch.
+        times_s: the time that each stands for, seconds after the file's first frame: when it
+            begins to be shown, or, sampled by time, the sampled time.
     """
 
     numbers: tuple[int, ...]
