@@ -15,7 +15,7 @@ import av
 import cv2
 import numpy as np
 
-SCENE_SECONDS = 5.0
+SCENE_S = 5.0
 DISCS = 4
 
 
@@ -29,7 +29,7 @@ def render_frames(
     """
     size = np.array([width, height])
     for index in range(round(seconds * fps)):
-        scene, within = divmod(index / fps, SCENE_SECONDS)
+        scene, within = divmod(index / fps, SCENE_S)
         rng = np.random.default_rng((seed, int(scene)))
         top, bottom = rng.uniform(0, 255, (2, 3))
         ramp = np.linspace(0, 1, height)[:, None, None]

@@ -16,7 +16,7 @@ from typing import Self
 
 import psutil
 
-STOP_SECONDS = 60.0
+STOP_S = 60.0
 _SERVING = re.compile(r"serving on (\S+:\d+)")
 
 
@@ -98,7 +98,7 @@ class ServiceProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         try:
-            psutil.wait_procs(family, timeout=STOP_SECONDS)
+            psutil.wait_procs(family, timeout=STOP_S)
         finally:  # on a second Ctrl-C too
             survivors = [process for process in family if process.is_running()]
             killed = [_describe(process) for process in survivors]

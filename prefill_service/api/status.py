@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from prefill_service.api.servicer import Context
 from prefill_service.errors import ERROR_DOMAIN, Reason, ServiceError
 
-_RETRY_SECONDS = {
+_RETRY_S = {
     Reason.QUEUE_FULL: 5,
     Reason.KV_POOL_FULL: 5,
     Reason.STORAGE_FULL: 60,
@@ -40,7 +40,7 @@ def to_status(error: ServiceError, request_id: str = "") -> status_pb2.Status:
     details: list[AnyMessage] = [_pack(info)]
     if code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(_RETRY_SECONDS.get(error.reason, 1))
+        retry.retry_delay.FromSeconds(_RETRY_S.get(error.reason, 1))
         details.append(_pack(retry))
     if request_id:
         details.append(_pack(error_details_pb2.RequestInfo(request_id=request_id)))

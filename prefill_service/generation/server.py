@@ -23,9 +23,9 @@ from prefill_service.generation.vllm_process import VllmProcess
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 2.0
+_POLL_S = 2.0
 _MAX_FAILED_CHECKS = 3
-_MAX_BACKOFF_SECONDS = 60.0
+_MAX_BACKOFF_S = 60.0
 
 
 class GenerationServer:
@@ -205,7 +205,7 @@ class GenerationServer:
                     self._down(str(error))
                     logger.error("vLLM is not back yet, next try in %g s: %s", backoff, error)
                     await asyncio.sleep(backoff)
-                    backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
+                    backoff = min(2 * backoff, _MAX_BACKOFF_S)
 
     async def _until_trouble(self) -> None:
         failures = 0
@@ -228,10 +228,10 @@ class GenerationServer:
     async def _pause(self) -> None:
         """A while, or until the embedded process ends."""
         if self._process is None:
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(_POLL_S)
         else:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _POLL_SECONDS)
+                await asyncio.wait_for(self._process.wait(), _POLL_S)
 
     def _down(self, trouble: str) -> None:
         if self._ready:

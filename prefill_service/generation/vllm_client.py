@@ -18,7 +18,7 @@ from prefill_service.generation.grid_item import video_features
 from prefill_service.kv.handoff import HandoffParams
 from prefill_service.models.prefix_plan import PrefixPlan
 
-_CHECK_SECONDS = 5.0
+_CHECK_TIMEOUT_S = 5.0
 _MAX_EVENT_BYTES = 1 << 24
 
 
@@ -163,7 +163,7 @@ class VllmClient:
             ) from error
 
     async def _get(self, path: str) -> str:
-        timeout = aiohttp.ClientTimeout(total=_CHECK_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=_CHECK_TIMEOUT_S)
         try:
             async with self._session.get(self.url + path, timeout=timeout) as response:
                 text = await response.text()

@@ -19,7 +19,7 @@ from prefill_service.generation.load_format import DEQUANTIZE_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
-_TERM_SECONDS = 10.0
+_TERM_S = 10.0
 _LOG_LINES = 15
 
 SCHEDULER = "prefill_service.kv.vllm_connector.fair_scheduler.make_scheduler"
@@ -112,7 +112,7 @@ class VllmProcess:
         if self._process is not None:
             await self._process.wait()
 
-    async def kill(self, grace_s: float = _TERM_SECONDS) -> None:
+    async def kill(self, grace_s: float = _TERM_S) -> None:
         """SIGTERM, then after ``grace_s`` SIGKILL, to the whole process group."""
         process = self._process
         if process is None:

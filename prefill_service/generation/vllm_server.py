@@ -9,30 +9,16 @@ service or the API server dies, nothing lingers.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 
 from prefill_service.generation.load_format import DEQUANTIZE
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent process ends."""
-    if sys.platform != "linux":
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # It may have ended before the call; the service passes its pid to its own child.
-    expected = os.environ.pop("PREFILL_SERVICE_PARENT_PID", "")
-    if expected and os.getppid() != int(expected):
-        os._exit(1)
-
+from prefill_service.parent_death import die_with_parent
 
 if __name__ in ("__main__", "__mp_main__"):
-    die_with_parent()
+    # The service passes its pid to its own child; vLLM's children know none.
+    expected = os.environ.pop("PREFILL_SERVICE_PARENT_PID", "")
+    die_with_parent(int(expected) if expected else None)
     if DEQUANTIZE in sys.argv:  # spawn hands the arguments to every child
         import prefill_service.generation.fp8_loader  # noqa: F401 (registers the format)
 

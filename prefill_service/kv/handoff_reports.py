@@ -24,8 +24,8 @@ from prefill_service.kv.transport.sockets import bind_unix, encode_line, unix_ad
 logger = logging.getLogger(__name__)
 
 _MAX_REPORTS = 4096
-_READ_SECONDS = 5.0
-_SEND_SECONDS = 2.0
+_READ_TIMEOUT_S = 5.0
+_SEND_TIMEOUT_S = 2.0
 
 
 class Intake:
@@ -117,7 +117,7 @@ class ReportServer:
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            line = await asyncio.wait_for(reader.readline(), _READ_SECONDS)
+            line = await asyncio.wait_for(reader.readline(), _READ_TIMEOUT_S)
             values = json.loads(line)
             if "computed_tokens" not in values:
                 self._record(HandoffReport(**values))
@@ -155,7 +155,7 @@ def send_report(address: str, report: HandoffReport | IntakeReport) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_SEND_SECONDS)
+            connection.settimeout(_SEND_TIMEOUT_S)
             connection.connect(unix_path(address))
             connection.sendall(encode_line(asdict(report)))
     except Exception as error:  # the load's outcome must not depend on its report

@@ -17,7 +17,7 @@ from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.page_file import PageFile
 from prefill_service.kv.page_writer import ShardWriter
 
-_POLL_SECONDS = 0.25
+_POLL_S = 0.25
 """How often a blocked reader checks its lease and whether its consumer is still there."""
 
 
@@ -162,7 +162,7 @@ class ShardStore:
 
     def _wait(self, prefix_id: str, lease_id: str, wanted: Callable[[], bool]) -> None:
         left = self._leases[prefix_id][lease_id] - time.monotonic()
-        self._changed.wait(min(_POLL_SECONDS, max(left, 0.001)))
+        self._changed.wait(min(_POLL_S, max(left, 0.001)))
         if not wanted():
             raise ServiceError(Reason.CANCELLED, "the consumer has gone", lease_id=lease_id)
 

@@ -21,7 +21,7 @@ from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.job import JobRecord, JobState, PrefillSpec
 
 SCHEMA_VERSION = 2
-KEEP_SECONDS = 30 * 24 * 3600.0
+KEEP_S = 30 * 24 * 3600.0
 """Ended jobs and request ids are forgotten after this."""
 
 _SCHEMA = """
@@ -201,9 +201,9 @@ class JobStore:
         with _disk_errors():
             self._db.execute(
                 "DELETE FROM jobs WHERE state NOT IN ('QUEUED', 'RUNNING') AND create_time < ?",
-                (now - KEEP_SECONDS,),
+                (now - KEEP_S,),
             )
-            self._db.execute("DELETE FROM requests WHERE create_time < ?", (now - KEEP_SECONDS,))
+            self._db.execute("DELETE FROM requests WHERE create_time < ?", (now - KEEP_S,))
             self._db.execute("DELETE FROM reports WHERE job_id NOT IN (SELECT job_id FROM jobs)")
         rows = self._db.execute(
             "SELECT record FROM jobs WHERE state IN ('QUEUED', 'RUNNING', 'SUCCEEDED') ORDER BY seq"

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.scheduling.attention_summary import AttentionMeasures, AttentionSummary
 
-_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _DENSITY = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1)
 _KEPT = (
     0.2,
@@ -57,7 +57,7 @@ class _PrefillMetrics:
     """Time, tokens and traffic of finished prefills."""
 
     def __init__(self, make: _Namespace) -> None:
-        self._seconds = make.histogram("seconds", "Wall clock of a prefill.", _SECONDS, "quality")
+        self._seconds = make.histogram("seconds", "Wall clock of a prefill.", _BUCKETS_S, "quality")
         self._tokens = make.counter("tokens", "Tokens prefilled.", "quality")
         self._on_ranks = make.counter(
             "on_ranks", "Prefills, by the number of their ranks.", "ranks"
@@ -170,7 +170,7 @@ class _AnswerMetrics:
         self._answers = make.counter("answers", "Answers completed.", "finish_reason")
         self._tokens = make.counter("answer_tokens", "Tokens of completed answers.")
         self._first_token = make.histogram(
-            "first_token_seconds", "From the call to the answer's first token.", _SECONDS
+            "first_token_seconds", "From the call to the answer's first token.", _BUCKETS_S
         )
         self._handoff_bytes = make.counter("handoff_bytes", "Bytes of KV moved to vLLM.")
 

@@ -23,7 +23,6 @@ from prefill_service.video.validation import (
     check_digest,
     check_name,
     check_path,
-    check_request_id,
     check_size,
 )
 
@@ -53,7 +52,6 @@ class Uploads:
         check_name(display_name)
         check_size(size_bytes, self._storage.max_upload_bytes)
         check_digest(sha256)
-        check_request_id(request_id)
         repository = self._repository
         arguments = json.dumps(["upload", display_name, size_bytes, sha256])
 
@@ -90,7 +88,6 @@ class Uploads:
         """Copy a file, unless a READY video has its digest; returns the id to finish."""
         name = display_name or os.path.basename(path)
         check_name(name)
-        check_request_id(request_id)
         check_path(path)
         repository = self._repository
         arguments = json.dumps(["import", name, path])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 
 from prefill_service.errors import Reason, ServiceError
 
@@ -51,12 +50,3 @@ def check_path(path: str) -> None:
     """Raise INVALID_REQUEST unless it is an absolute path."""
     if not os.path.isabs(path) or "\0" in path:
         raise invalid("path", path, "an absolute path")
-
-
-def check_request_id(request_id: str) -> None:
-    """Raise INVALID_REQUEST unless it is a UUID or empty."""
-    if request_id:
-        try:
-            uuid.UUID(request_id)
-        except ValueError:
-            raise invalid("request_id", request_id, "a UUID") from None

@@ -17,7 +17,7 @@ CLIENT = ROOT / "clients" / "python" / "src"
 # Each package of the service and what it may import of the others. Anything may import
 # errors, config, compat, ids, paging and attention_shape; service.py and cli/, which wire it
 # all, may import anything.
-BASE = {"errors", "config", "compat", "ids", "paging", "attention_shape"}
+BASE = {"errors", "config", "compat", "ids", "paging", "attention_shape", "parent_death"}
 ALLOWED: dict[str, set[str]] = {
     "attention": set(),
     "parallel": {"attention", "models.prefix_plan"},

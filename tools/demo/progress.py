@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-_PLAIN_SECONDS = 5.0
+_PLAIN_S = 5.0
 
 
 class Line:
@@ -39,7 +39,7 @@ class Line:
         """What is going on now."""
         if self._live:
             self._write(f"{self._title}: {text}")
-        elif time.monotonic() - self._shown > _PLAIN_SECONDS:
+        elif time.monotonic() - self._shown > _PLAIN_S:
             self._shown = time.monotonic()
             print(f"  {text}", flush=True)
 

@@ -17,7 +17,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.transport.base import PageConnection, PullRequest
 from prefill_service.kv.transport.sockets import LineReader, encode_line, unix_path
 
-_CONNECT_SECONDS = 10.0
+_CONNECT_TIMEOUT_S = 10.0
 
 
 class UnixConnection(PageConnection):
@@ -83,7 +83,7 @@ class UnixConnection(PageConnection):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with self._lock:
             self._socket = connection
-        connection.settimeout(_CONNECT_SECONDS)
+        connection.settimeout(_CONNECT_TIMEOUT_S)
         try:
             connection.connect(unix_path(request.endpoint))
         except OSError as error:

@@ -21,7 +21,7 @@ from prefill_service.kv.transport.sockets import LineReader, bind_unix, encode_l
 
 logger = logging.getLogger(__name__)
 
-_IDLE_SECONDS = 600.0
+_IDLE_S = 600.0
 """A consumer that asks for nothing this long is disconnected."""
 
 
@@ -88,7 +88,7 @@ class UnixPageServer(PageServer):
             ).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(_IDLE_SECONDS)
+        connection.settimeout(_IDLE_S)
         try:
             _Session(self._store, connection, self._closing).run()
         except OSError as error:

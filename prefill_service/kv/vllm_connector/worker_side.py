@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.prefill_service")
 
-_IDLE_SECONDS = 0.02
-_JOIN_SECONDS = 5.0
+_IDLE_S = 0.02
+_JOIN_S = 5.0
 
 
 class WorkerSide:
@@ -74,7 +74,7 @@ class WorkerSide:
             for request_id in ended & self._active.keys():
                 self._active[request_id].cancel()
             if idle and self._active and not self._finished:
-                self._done.wait(_IDLE_SECONDS)
+                self._done.wait(_IDLE_S)
             finished = self._finished
             self._finished = set()
             failed = self._failed
@@ -88,7 +88,7 @@ class WorkerSide:
         for thread in threads:
             thread.cancel()
         for thread in threads:
-            thread.join(_JOIN_SECONDS)
+            thread.join(_JOIN_S)
 
     def load_ended(self, load: Load, failed: bool) -> None:
         """Called by a load's thread as its last act."""

@@ -26,6 +26,7 @@ import numpy as np
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.parent_death import die_with_parent
 from prefill_service.video.decoder.container import limit_exceeded, silence_ffmpeg
 from prefill_service.video.decoder.indexing import build_index
 from prefill_service.video.decoder.protocol import (
@@ -40,13 +41,14 @@ from prefill_service.video.decoder.rlimits import (
     ResourceLimits,
     confine_files,
     confine_resources,
-    die_with,
+    forgo_privileges,
 )
 
 
 def main() -> None:
     """Serve one request. An error is an answer too; the exit code is 0 for both."""
-    die_with(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
+    forgo_privileges()
     out = os.dup(1)
     os.dup2(2, 1)  # a library that prints must not garble the answer
     with socket.socket(fileno=os.dup(0)) as requests:

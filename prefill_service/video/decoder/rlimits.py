@@ -1,8 +1,8 @@
 """What a decoder process gives up before it looks at an untrusted file.
 
-It does so itself, because ``preexec_fn`` is not safe in a parent with threads. From its start it
-dies with its parent. The request's resource limits come before anything of the file is read, and
-the file system is given up last, when the libraries have been loaded.
+It does so itself, because ``preexec_fn`` is not safe in a parent with threads. The request's
+resource limits come before anything of the file is read, and the file system is given up last,
+when the libraries have been loaded.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import contextlib
 import ctypes
 import os
 import resource
-import signal
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _STDERR_BYTES = 64 << 10
 
@@ -40,16 +38,9 @@ class ResourceLimits:
     cpu_s: int
 
 
-def die_with(parent_pid: int) -> None:
-    """Be killed when the parent's thread that started this process is gone; gain no privileges.
-
-    Exits at once if the parent is already gone.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os._exit(1)
+def forgo_privileges() -> None:
+    """Gain none from here on, also by executing a program that would give some."""
+    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def confine_resources(limits: ResourceLimits) -> None:
