@@ -98,7 +98,8 @@ class GenerationServer:
         """
         # Connections are not reused: one that vLLM's death closed would fail the next request.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector)
+        # It shares pages with us, and so the host: no proxy of the environment is asked.
+        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
         try:
             await self._bring_up()
         except BaseException:

@@ -179,6 +179,9 @@ def build_spec(video_id: str, options: FrameOptions) -> prefill_pb.PrefillSpec:
     spec = prefill_pb.PrefillSpec(video_id=video_id)
     _assign(spec, options, {"system_prompt": check_text})
     _assign(spec.sampling, options, _SAMPLING)
+    for other in ("fps", "max_frames"):
+        if options.get("num_frames") is not None and options.get(other) is not None:
+            refuse("num_frames", options["num_frames"], f"nothing beside {other}, or no {other}")
     sample_by = options.get("sample_by")
     if sample_by is not None:
         check_choice("sample_by", sample_by, SAMPLED_BY)
