@@ -11,7 +11,7 @@ each use, by counting frames.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import av
@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.appended import find_appended
 from prefill_service.video.decoder.clock import measure_clock
 from prefill_service.video.decoder.container import (
     limit_exceeded,
@@ -74,6 +75,7 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
     """
     with open(path, "rb") as file:
         truncation = find_truncation(file)
+        appended = find_appended(file)
     try:
         with open_container(path, limits) as container:
             stream = video_stream(container, limits)
@@ -91,7 +93,8 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
     if not packets.shown:
         raise ServiceError(Reason.NO_FRAMES, "the video stream holds no frames")
     frames = _check_frames(path, limits, packets, description)
-    return description.make_index(frames, packets, limits)
+    index = description.make_index(frames, packets, limits)
+    return replace(index, warnings=index.warnings + appended)
 
 
 def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) -> _Packets:

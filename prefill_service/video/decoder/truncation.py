@@ -11,8 +11,8 @@ import struct
 from typing import BinaryIO
 
 _MP4_DATA_BOXES = (b"moov", b"moof", b"mdat")
-_EBML_MAGIC = b"\x1a\x45\xdf\xa3"
-_MKV_SEGMENT = b"\x18\x53\x80\x67"
+EBML_MAGIC = b"\x1a\x45\xdf\xa3"
+MKV_SEGMENT = b"\x18\x53\x80\x67"
 _MAX_BOXES = 1_000_000
 
 
@@ -27,7 +27,7 @@ def find_truncation(file: BinaryIO) -> str | None:
     head = file.read(12)
     if head[4:8] == b"ftyp":
         return _mp4(file, size)
-    if head[:4] == _EBML_MAGIC:
+    if head[:4] == EBML_MAGIC:
         return _matroska(file, size)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         (declared,) = struct.unpack("<I", head[4:8])
@@ -62,16 +62,16 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
 
 def _matroska(file: BinaryIO, size: int) -> str | None:
     file.seek(4)
-    file.seek(max(_vint(file), 0), os.SEEK_CUR)
-    if file.read(4) != _MKV_SEGMENT:
+    file.seek(max(read_vint(file), 0), os.SEEK_CUR)
+    if file.read(4) != MKV_SEGMENT:
         return None
-    length = _vint(file)
+    length = read_vint(file)
     if length < 0:  # a live recording: unknown size
         return None
     return _overrun("segment", file.tell() + length, size)
 
 
-def _vint(file: BinaryIO) -> int:
+def read_vint(file: BinaryIO) -> int:
     """An EBML data size; -1 if unknown or cut."""
     first = file.read(1)
     if not first or not first[0]:

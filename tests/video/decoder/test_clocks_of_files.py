@@ -163,6 +163,28 @@ def test_joined_recordings(tmp_path: Path, suffix: str, join: str) -> None:
     check_clock(build_index(str(path), VideoConfig()), parts, constant=constant)
 
 
+@pytest.mark.parametrize(("suffix", "read"), [("mp4", 1), ("mov", 1), ("mkv", 2), ("flv", 1)])
+def test_appended_files_that_are_not_read_are_said(tmp_path: Path, suffix: str, read: int) -> None:
+    parts = [make_part(Fraction(25), "constant")] * 3
+    path = write_parts(tmp_path / f"v.{suffix}", parts, "libx264")
+    index = build_index(str(path), VideoConfig())
+    check_clock(index, parts[:read], constant=True)
+    warning = index.warnings[-1]
+    assert warning.reason is WarningReason.APPENDED
+    size = path.stat().st_size
+    assert "3 files appended to one another, of a format" in warning.message
+    assert f"byte {size // 3 * read} of {size} is not part" in warning.message
+
+
+def test_appended_avi_is_read_and_said(tmp_path: Path) -> None:
+    parts = [make_part(Fraction(25), "constant")] * 2
+    path = write_parts(tmp_path / "v.avi", parts, "mpeg4")
+    index = build_index(str(path), VideoConfig())
+    np.testing.assert_allclose(index.times_s, true_times(parts))
+    found = [warning.reason for warning in index.warnings]
+    assert found == [WarningReason.FRAME_COUNT, WarningReason.DURATION]
+
+
 def test_transport_stream_joined_some_minutes_ahead(tmp_path: Path) -> None:
     parts = [make_part(Fraction(25), "constant"), make_part(Fraction(25), "constant", 50, 600)]
     path = write_parts(tmp_path / "v.ts", parts, "libx264", Fraction(25))
