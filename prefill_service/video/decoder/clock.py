@@ -102,10 +102,12 @@ def _global_step(stamps: Stamps, declared: Declared) -> float:
 
 def _rebase(times_s: np.ndarray, starts: np.ndarray, step: float) -> np.ndarray:
     """[frames] float64 from 0, ascending: the parts one after another."""
-    parts = []
+    parts: list[np.ndarray] = []
     begin = 0.0
     for part in np.split(times_s, starts[1:]):
-        own = _mend_end(_fill(part, step))
+        own = _fill(part, step)
+        if len(parts) + 1 < len(starts):
+            own = _mend_end(own)
         steps = np.diff(own)
         parts.append(begin + own - own[0])
         begin = float(parts[-1][-1]) + (typical_step(steps) if len(steps) else step)
@@ -113,7 +115,7 @@ def _rebase(times_s: np.ndarray, starts: np.ndarray, step: float) -> np.ndarray:
 
 
 def _mend_end(times_s: np.ndarray) -> np.ndarray:
-    """Times of a part, the last one put right where all others come at a constant rate.
+    """Times of a part before a join, the last put right where all others come at a constant rate.
 
     Where files were appended, FFmpeg may give the last frame of one a time between both clocks.
     """

@@ -55,6 +55,11 @@ def test_a_declared_rate_stays_while_it_is_within_half_a_frame_everywhere() -> N
         assert (measure(times, declared, tick_s=0.001).fps == 29.97) == kept
 
 
+def test_a_last_frame_that_comes_early_stays_where_it_is() -> None:
+    times = np.append(CONSTANT, CONSTANT[-1] + 0.01)
+    np.testing.assert_allclose(measure(times).times_s, times)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 20])
 def test_restarts_are_recordings_that_follow_one_another(parts: int) -> None:
     clock = measure(np.tile(CONSTANT, parts))
