@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test lint bench-selection bench-attention bench-fidelity bench-scaling bench-service format stubs clean
+.PHONY: help setup doctor demo test lint bench-selection bench-attention bench-fidelity bench-scaling bench-service test-versions format stubs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: setup ## Upload a video, prefill it on two ranks, ask three questions, dra
 
 test: lint ## Check style and types, run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-versions: setup ## Run tests with the oldest and newest packages supported (hours, GBs)
+	@$(BIN)/python -m tools.test_versions
 
 lint: setup ## Check style and types with ruff and mypy
 	$(BIN)/ruff check .

@@ -190,6 +190,7 @@ class VllmConfig:
         low=0,
         high=0.9,
     )
+    allow_any_version: bool = _opt(False, "Accept releases of vLLM that are not supported.")
     extra_args: list[str] = field(
         default_factory=list, metadata={"help": "More arguments for the embedded vLLM."}
     )

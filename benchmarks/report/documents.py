@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.report import charts, parallel, quality, service
+from benchmarks.report import charts, parallel, quality, service, versions
 from benchmarks.report.results import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,7 @@ COMMANDS = {
     "sp-sparse": "python -m benchmarks.parallel.sparse",
     "sp-balance": "python -m benchmarks.parallel.balance",
     "sp-scaling": "make bench-scaling",
+    "versions": "make test-versions",
 }
 
 
@@ -69,6 +70,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "formulas-checked": parallel.checked,
     "projection": parallel.projected,
     "projection-assumptions": parallel.assumed,
+    "version-runs": versions.runs,
 }
 
 CHARTS: dict[str, Callable[[], str]] = {"first-token.svg": charts.first_token}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from prefill_service.compat import VLLM_RELEASES, vllm_is
 from prefill_service.config import (
     ServiceConfig,
     memory_bytes,
@@ -162,7 +163,12 @@ def check_vllm(config: ServiceConfig, version: str) -> Iterator[Finding]:
     if config.vllm.url:
         yield Finding(Level.OK, "vLLM", f"not embedded: {config.vllm.url}")
         return
-    if version:
+    if version and not vllm_is(version.rpartition(" ")[2], VLLM_RELEASES):
+        text = f"{version}; supported is {VLLM_RELEASES}"
+        remedy = "install a supported release, or try this one with --vllm-allow-any-version"
+        level = Level.NOTE if config.vllm.allow_any_version else Level.MISSING
+        yield Finding(level, "vLLM", text, remedy)
+    elif version:
         yield Finding(Level.OK, "vLLM", version)
     else:
         remedy = "pip install vllm (GPU), `make setup` (CPU), or --vllm-url of a running one"

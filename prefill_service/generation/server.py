@@ -12,8 +12,10 @@ from pathlib import Path
 import aiohttp
 import torch
 
+from prefill_service.compat import VLLM_ANSWERS_TEXT, check_vllm, vllm_is
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.detokenizer import load_tokenizer
 from prefill_service.generation.vllm_client import (
     GenerationEvent,
     GenerationRequest,
@@ -164,6 +166,7 @@ class GenerationServer:
         client = VllmClient(self._session, url, timeout_s)
         begin = time.monotonic()
         await self._until_healthy(client)
+        await self._check_version(client)
         self._max_model_len = await client.max_model_len()
         self._client = client
         self._ready = True
@@ -173,6 +176,13 @@ class GenerationServer:
             time.monotonic() - begin,
             self._max_model_len,
         )
+
+    async def _check_version(self, client: VllmClient) -> None:
+        version = await client.version()
+        any_version = self._config.allow_any_version
+        check_vllm(version, f"{client.url}'s", any_version=any_version)
+        if not vllm_is(version, VLLM_ANSWERS_TEXT):
+            client.tokenizer = await asyncio.to_thread(load_tokenizer, self._model_path)
 
     async def _until_healthy(self, client: VllmClient) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s

@@ -8,15 +8,19 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.detokenizer import Detokenizer
 from prefill_service.generation.grid_item import video_features
 from prefill_service.kv.handoff import HandoffParams
 from prefill_service.models.prefix_plan import PrefixPlan
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _CHECK_TIMEOUT_S = 5.0
 _MAX_EVENT_BYTES = 1 << 24
@@ -94,11 +98,15 @@ class VllmClient:
         session: where its connections live; the caller closes it.
         url: base URL of the server.
         timeout_s: longest silence within one answer.
+
+    Attributes:
+        tokenizer: makes the text of answers, for a vLLM that sends token ids only.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, timeout_s: float) -> None:
         self._session = session
         self.url = url.rstrip("/")
+        self.tokenizer: Tokenizer | None = None
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
         self._silence_s = timeout_s
 
@@ -121,6 +129,18 @@ class VllmClient:
             return int(json.loads(body)["data"][0]["max_model_len"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise _unavailable(f"{self.url}/v1/models answered {body[:200]!r}") from error
+
+    async def version(self) -> str:
+        """vLLM's release, from ``/version``.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE if it cannot be had.
+        """
+        body = await self._get("/version")
+        try:
+            return str(json.loads(body)["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unavailable(f"{self.url}/version answered {body[:200]!r}") from error
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Stream an answer. Closing the iterator aborts the request in vLLM.
@@ -148,7 +168,10 @@ class VllmClient:
             async with response:
                 if response.status != 200:
                     raise _failed(response.status, await response.text())
-                async for event in _events(_Pieces(response, request, silence_s)):
+                events = _events(_Pieces(response, request, silence_s))
+                if self.tokenizer is not None:
+                    events = _with_text(events, self.tokenizer, request)
+                async for event in events:
                     yield event
         except TimeoutError as error:
             raise _unavailable(
@@ -197,6 +220,20 @@ async def _events(pieces: _Pieces) -> AsyncIterator[GenerationEvent]:
         completion_tokens=usage["completion_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
     )
+
+
+async def _with_text(
+    events: AsyncIterator[GenerationEvent], tokenizer: Tokenizer, request: GenerationRequest
+) -> AsyncIterator[GenerationEvent]:
+    """The events with the text of their tokens, which the server left out."""
+    detokenizer = Detokenizer(tokenizer, request.token_ids, request.sampling.stop)
+    async for event in events:
+        text = detokenizer.add(event.token_ids)
+        if event.finish_reason:
+            rest = detokenizer.finish()
+            if rest:
+                yield GenerationEvent(rest)
+        yield replace(event, text=text)
 
 
 async def _data_lines(pieces: _Pieces) -> AsyncIterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prefill_service.compat import check_vllm, installed_vllm
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.load_format import DEQUANTIZE_ARGUMENTS
@@ -35,6 +36,7 @@ def kv_transfer_config(config: VllmConfig) -> dict[str, Any]:
         "kv_connector_extra_config": {
             "prefill_step_s": config.prefill_step_s,
             "prefill_share": config.prefill_share,
+            "allow_any_version": config.allow_any_version,
         },
     }
 
@@ -75,8 +77,11 @@ class VllmProcess:
         """Start the process; it serves on ``url`` once it is healthy, in about a minute.
 
         Raises:
-            ServiceError: DECODER_UNAVAILABLE if it cannot be started.
+            ServiceError: DECODER_UNAVAILABLE if it cannot be started, or is not a supported
+                release.
         """
+        any_version = self._config.allow_any_version
+        check_vllm(installed_vllm(), "this environment's", any_version=any_version)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "prefill_service.generation.vllm_server"]

@@ -23,6 +23,10 @@ if __name__ in ("__main__", "__mp_main__"):
         import prefill_service.generation.fp8_loader  # noqa: F401 (registers the format)
 
 if __name__ == "__main__":
-    from vllm.entrypoints.launchers.api_server.entry import main
+    from prefill_service.compat import missing_imports, unsupported_vllm
 
+    try:
+        from vllm.entrypoints.launchers.api_server.entry import main
+    except ImportError as error:
+        raise unsupported_vllm(missing_imports(__file__), because=error) from error
     main()  # type: ignore[no-untyped-call]

@@ -136,7 +136,9 @@ def bench(
     async def open_bench(family: str = "qwen3_vl", size: str = "short") -> AsyncIterator[Bench]:
         loaded = await asyncio.to_thread(case, family, size)
         server = await asyncio.to_thread(vllm, family)
-        generation = GenerationServer(VllmConfig(url=server.url), "", "float32", tmp_path)
+        generation = GenerationServer(
+            VllmConfig(url=server.url), str(server.model), "float32", tmp_path
+        )
         reports = ReportServer(tmp_path / "reports.sock")
         await reports.start()
         await generation.start()

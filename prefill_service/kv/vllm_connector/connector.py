@@ -14,26 +14,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+
+from prefill_service.compat import check_vllm
+from prefill_service.kv.vllm_connector.scheduler_side import LoadMetadata, SchedulerSide
+from prefill_service.kv.vllm_connector.vllm_names import (
+    VLLM_VERSION,
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    check_interface,
+    failed_loads,
+    num_cache_groups,
+    serving_settings,
 )
-
-from prefill_service.kv.vllm_connector.scheduler_side import LoadMetadata, SchedulerSide
 from prefill_service.kv.vllm_connector.worker_side import WorkerSide
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm.config import VllmConfig
-    from vllm.forward_context import ForwardContext
-    from vllm.v1.attention.backend import AttentionMetadata
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.outputs import KVConnectorOutput
-    from vllm.v1.request import Request
+
+    from prefill_service.kv.vllm_connector.vllm_names import (
+        AttentionMetadata,
+        ForwardContext,
+        KVCacheBlocks,
+        KVCacheConfig,
+        KVConnectorOutput,
+        Request,
+        SchedulerOutput,
+        VllmConfig,
+    )
 
 
 class PrefillConnector(KVConnectorBase_V1):
@@ -43,6 +52,7 @@ class PrefillConnector(KVConnectorBase_V1):
 
     Raises:
         ValueError: vLLM was started with a policy or parallelism that cannot work.
+        ServiceError: DECODER_UNAVAILABLE for a release of vLLM that is not supported.
     """
 
     def __init__(
@@ -91,10 +101,12 @@ class PrefillConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return self.scheduler_side.build_meta(scheduler_output)
 
+    @override
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Note failed loads."""
-        self.scheduler_side.loads_failed(connector_output.failed_recving or set())
+        self.scheduler_side.loads_failed(failed_loads(connector_output))
 
+    @override
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -104,12 +116,14 @@ class PrefillConnector(KVConnectorBase_V1):
 
     # ---- worker -------------------------------------------------------------------------
 
+    @override
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start this step's loads in the background."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, LoadMetadata)
         self.worker_side.start_loads(metadata)
 
+    @override
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Loads that have ended; those of requests that finished meanwhile are cancelled."""
         metadata = self._connector_metadata
@@ -117,36 +131,41 @@ class PrefillConnector(KVConnectorBase_V1):
         finished, failed = self.worker_side.take_results(finished_req_ids, idle)
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
+    @override
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous: vLLM does not schedule a request before its own has ended."""
 
+    @override
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
         """A consumer saves nothing."""
 
+    @override
     def wait_for_save(self) -> None:
         """A consumer saves nothing."""
 
+    @override
     def shutdown(self) -> None:
         """End all loads."""
         if self._worker is not None:
             self._worker.shutdown()
 
 
+check_interface(PrefillConnector)
+
+
 def _check_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    transfer = vllm_config.kv_transfer_config
-    parallel = vllm_config.parallel_config
-    policy = None if transfer is None else transfer.kv_load_failure_policy
-    if policy != "fail":
+    settings = serving_settings(vllm_config)
+    any_version = bool(settings.extra.get("allow_any_version", False))
+    check_vllm(VLLM_VERSION, "this process's", any_version=any_version)
+    if settings.load_failure_policy != "fail":
         raise ValueError(
-            f"kv_load_failure_policy={policy!r}: PrefillConnector needs 'fail'; recomputing a "
-            "prefix whose pixels vLLM never saw would kill the engine"
+            f"kv_load_failure_policy={settings.load_failure_policy!r}: PrefillConnector needs "
+            "'fail'; recomputing a prefix whose pixels vLLM never saw would kill the engine"
         )
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+    if settings.context_parallel_size > 1:
         raise ValueError("PrefillConnector does not support context parallelism in vLLM")
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        raise ValueError(
-            f"PrefillConnector supports one KV cache group, this model has "
-            f"{len(kv_cache_config.kv_cache_groups)}"
-        )
+    groups = num_cache_groups(kv_cache_config)
+    if groups != 1:
+        raise ValueError(f"PrefillConnector supports one KV cache group, this model has {groups}")

@@ -17,18 +17,23 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request, RequestStatus
-
 from prefill_service.kv.vllm_connector.connector import PrefillConnector
 from prefill_service.kv.vllm_connector.prefill_pacer import Prefill, PrefillPacer
+from prefill_service.kv.vllm_connector.vllm_names import (
+    AsyncScheduler,
+    RequestStatus,
+    Scheduler,
+    check_scheduler,
+)
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.outputs import ModelRunnerOutput
+    from prefill_service.kv.vllm_connector.vllm_names import (
+        EngineCoreOutputs,
+        ModelRunnerOutput,
+        Request,
+        SchedulerOutput,
+        VllmConfig,
+    )
 
 STEP_S = 0.1
 SHARE = 0.33
@@ -45,6 +50,7 @@ class FairScheduler(Scheduler):
 
     def __init__(self, vllm_config: VllmConfig, **arguments: Any) -> None:
         super().__init__(vllm_config=vllm_config, **arguments)
+        check_scheduler(self)
         self._pacer = _make_pacer(vllm_config)
         self._step_tokens = self.max_num_scheduled_tokens
         # Begin of each step under way, the work of its prefills, and how many requests decode.

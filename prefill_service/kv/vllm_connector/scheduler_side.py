@@ -16,22 +16,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
-from vllm.logger import init_logger
-
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
 from prefill_service.kv.handoff import PARAMS_KEY, HandoffParams, HandoffReport, IntakeReport
 from prefill_service.kv.handoff_reports import send_report
 from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.kv.vllm_connector.vllm_names import (
+    KVConnectorMetadata,
+    Prompt,
+    block_ids,
+    claim_prefix_cache,
+    computed_tokens,
+    computes_nothing,
+    logger,
+    prompt,
+    served_model,
+)
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.request import Request
-
-logger = init_logger("vllm.prefill_service")  # vLLM configures loggers below "vllm" only
+    from prefill_service.kv.vllm_connector.vllm_names import (
+        KVCacheBlocks,
+        Request,
+        SchedulerOutput,
+        VllmConfig,
+    )
 
 INTAKE_REPORT_S = 1.0
 """Seconds between two reports of how far vLLM is with a prompt."""
@@ -87,19 +95,16 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        model = vllm_config.model_config
-        self._model_shape = (
-            int(model.hf_text_config.num_hidden_layers),
-            int(model.get_total_num_kv_heads()),
-            int(model.get_head_size()),
-        )
-        self._fingerprint = _fingerprint(model.model)
+        model = served_model(vllm_config)
+        self._model_shape = (model.num_layers, model.num_kv_heads, model.head_dim)
+        self._fingerprint = _fingerprint(model.name)
         self._offers: dict[str, _Offer] = {}
         self._pending: list[Load] = []
 
     def on_new_request(self, request: Request) -> None:
         """Check a request of ours once; others pass untouched. Never raises."""
-        params = request.kv_transfer_params
+        received = prompt(request)
+        params = received.transfer_params
         if not isinstance(params, dict) or params.get(PARAMS_KEY) is None:
             return
         entry = params[PARAMS_KEY] if isinstance(params[PARAMS_KEY], dict) else {}
@@ -108,21 +113,20 @@ class SchedulerSide:
             lease_id=str(entry.get("lease_id", "")),
             report_to=str(entry.get("report_to", "")),
             error=None,
-            prompt_tokens=request.num_prompt_tokens,
+            prompt_tokens=received.num_tokens,
         )
         try:
             handoff = HandoffParams.from_kv_transfer_params(params)
             assert handoff is not None  # the key is there
             offer.manifest = handoff.manifest
             self._check_model(handoff.manifest)
-            _check_prompt(handoff.manifest, request)
+            _check_prompt(handoff.manifest, received)
         except ServiceError as error:
             offer.error = error
         except Exception as error:  # whatever a client sent, the engine goes on
             offer.error = ServiceError(Reason.INVALID_REQUEST, f"hand-off parameters: {error}")
-        if request.skip_reading_prefix_cache:
+        if claim_prefix_cache(request):
             # vLLM would ignore the connector and compute the prefix (prompt_logprobs).
-            request.skip_reading_prefix_cache = False
             offer.error = ServiceError(
                 Reason.INVALID_REQUEST, "prompt_logprobs cannot be had over a handed-over prefix"
             )
@@ -136,7 +140,7 @@ class SchedulerSide:
         if offer is None:
             return 0, False
         if offer.error is not None or offer.manifest is None:
-            return request.num_prompt_tokens - num_computed_tokens, True
+            return prompt(request).num_tokens - num_computed_tokens, True
         missing = offer.manifest.num_tokens - num_computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
@@ -153,16 +157,15 @@ class SchedulerSide:
         if offer is None:
             return
         if num_external > 0:
-            end = request.num_prompt_tokens
+            end = prompt(request).num_tokens
             if offer.error is None and offer.manifest is not None:
                 end = offer.manifest.num_tokens
-            (block_ids,) = blocks.get_block_ids()
             error = None if offer.error is None else offer.error.to_dict()
             load = Load(
                 request_id=request.request_id,
                 start_token=end - num_external,
                 end_token=end,
-                block_ids=block_ids,
+                block_ids=block_ids(blocks),
                 manifest=offer.manifest,
                 lease_id=offer.lease_id,
                 report_to=offer.report_to,
@@ -178,7 +181,7 @@ class SchedulerSide:
 
     def build_meta(self, scheduler_output: SchedulerOutput) -> LoadMetadata:
         """The loads ordered in this step."""
-        idle = scheduler_output.total_num_scheduled_tokens == 0
+        idle = computes_nothing(scheduler_output)
         if not idle:
             self._report_intake(scheduler_output)
         metadata = LoadMetadata(self._pending, idle)
@@ -203,16 +206,12 @@ class SchedulerSide:
 
         Prompts that wait for others are among them: the engine computes, and their turn comes.
         """
-        cached = scheduler_output.scheduled_cached_reqs
-        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for new in scheduler_output.scheduled_new_reqs:
-            before[new.req_id] = new.num_computed_tokens
+        computed = computed_tokens(scheduler_output)
         now = time.monotonic()
         reports = []
         for request_id, offer in self._offers.items():
-            if request_id in before:
-                tokens = scheduler_output.num_scheduled_tokens[request_id]
-                offer.computed_tokens = before[request_id] + tokens
+            if request_id in computed:
+                offer.computed_tokens = computed[request_id]
             late = now > offer.reported_at + INTAKE_REPORT_S
             if late and offer.computed_tokens < offer.prompt_tokens:
                 offer.reported_at = now
@@ -261,9 +260,9 @@ def _fingerprint(model: str) -> str:
         return ""
 
 
-def _check_prompt(manifest: Manifest, request: Request) -> None:
+def _check_prompt(manifest: Manifest, received: Prompt) -> None:
     """The prompt must begin with exactly the manifest's tokens and end its media there."""
-    token_ids = request.prompt_token_ids or []
+    token_ids = received.token_ids
     if len(token_ids) <= manifest.num_tokens:
         raise ServiceError(
             Reason.INVALID_REQUEST,
@@ -282,15 +281,14 @@ def _check_prompt(manifest: Manifest, request: Request) -> None:
             actual=actual,
             expected=manifest.token_ids_hash,
         )
-    if manifest.position_delta != 0 and not request.mm_features:
+    if manifest.position_delta != 0 and not received.media_ends:
         raise ServiceError(
             Reason.INVALID_REQUEST,
             f"prefix {manifest.prefix_id} has position delta {manifest.position_delta}, but the "
             "request has no multimodal item to derive it from",
             position_delta=manifest.position_delta,
         )
-    for feature in request.mm_features or []:
-        end = feature.mm_position.offset + feature.mm_position.length
+    for end in received.media_ends:
         if end > manifest.num_tokens:
             raise ServiceError(
                 Reason.INVALID_REQUEST,

@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import HandoffReport
 from prefill_service.kv.handoff_reports import send_report
 from prefill_service.kv.vllm_connector.page_client import PageBatch, PageClient
 from prefill_service.kv.vllm_connector.scheduler_side import Load, LoadMetadata
+from prefill_service.kv.vllm_connector.vllm_names import (
+    PagedCache,
+    extract_layer_index,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    logger,
+)
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
-
-logger = init_logger("vllm.prefill_service")
+    from prefill_service.kv.vllm_connector.vllm_names import KVCacheConfig, VllmConfig
 
 _IDLE_S = 0.02
 _JOIN_S = 5.0
@@ -38,18 +39,12 @@ class WorkerSide:
     """State of the connector in one worker.
 
     Args:
-        vllm_config: holds the attention layers (``static_forward_context``).
+        vllm_config: holds the attention layers.
         kv_cache_config: the one group of layers and its block size.
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-        (group,) = kv_cache_config.kv_cache_groups
-        self._block_size = int(group.kv_cache_spec.block_size)
-        self._layer_names = list(group.layer_names)
-        self._context = vllm_config.compilation_config.static_forward_context
-        dtype = vllm_config.model_config.dtype
-        assert isinstance(dtype, torch.dtype)  # a name only before vLLM has resolved it
-        self._dtype = dtype
+        self._cache = PagedCache(vllm_config, kv_cache_config)
         self._done = threading.Condition()
         self._active: dict[str, _LoadThread] = {}
         self._finished: set[str] = set()
@@ -100,30 +95,24 @@ class WorkerSide:
             self._done.notify_all()
 
     def write(self, load: Load, batch: PageBatch, block_ids: Tensor) -> None:
-        """Write those tokens of a batch that the load wants, all layers.
-
-        The backend's own ``do_kv_cache_update`` knows the physical layout, packing and scales.
-        """
+        """Write those tokens of a batch that the load wants, all layers."""
         first = batch.pages[0]
         last = batch.pages[-1]
         start = max(load.start_token, first.start_token)
         end = min(load.end_token, last.start_token + last.num_tokens)
         tokens = slice(start - first.start_token, end - first.start_token)
         position = torch.arange(start, end)  # [tokens]
-        slots = block_ids[position // self._block_size] * self._block_size
-        slots = slots + position % self._block_size
-        for name in self._layer_names:
-            layer = self._context[name]
+        block_size = self._cache.block_size
+        slots = block_ids[position // block_size] * block_size + position % block_size
+        for name in self._cache.layer_names:
             # [pages, 2, page_tokens, heads, head_dim] -> [2, tokens, heads of this rank, head_dim]
             kv = batch.data[:, extract_layer_index(name)].transpose(0, 1).flatten(1, 2)[:, tokens]
-            kv = kv[:, :, _heads(kv.shape[2], layer.num_kv_heads)]
-            cache = layer.kv_cache
-            k, v = kv.to(device=cache.device, dtype=self._dtype).contiguous().unbind(0)
-            layer.impl.do_kv_cache_update(layer, k, v, cache, slots.to(cache.device))
+            kv = kv[:, :, _heads(kv.shape[2], self._cache.num_heads(name))]
+            self._cache.write(name, kv, slots)
 
     def stream(self) -> Any:
         """A context whose device work is ordered after what this thread has queued so far."""
-        device = self._context[self._layer_names[0]].kv_cache.device
+        device = self._cache.device()
         if device.type != "cuda":
             return nullcontext()
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
