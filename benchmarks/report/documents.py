@@ -20,6 +20,7 @@ BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 COMMANDS = {
     "service-cpu": "make bench-service",
     "fidelity": "make bench-fidelity",
+    "sampling": "python -m benchmarks.quality.fidelity.variable_rate",
     "selection": "make bench-selection",
     "selection-trained": "make bench-selection",
     "attention-cpu": "make bench-attention",
@@ -61,6 +62,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fidelity-service": quality.through_service,
     "adversarial": quality.adversarial,
     "published-methods": quality.published,
+    "sampling": quality.sampling,
     "selection": quality.selection_mixture,
     "selection-trained": quality.selection_trained,
     "attention-cpu": quality.attention_cpu,

@@ -102,6 +102,25 @@ def adversarial() -> str:
     return tables.markdown(header, lines)
 
 
+def sampling() -> str:
+    """Right answers about files of constant and variable rate, sampled by frame and by time."""
+    found = rows("sampling")
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        cells: list[object] = [kind, 0]
+        for by in ("FRAME", "TIME"):
+            row = one(found, kind=kind, by=by)
+            assert row is not None
+            cells[1] = row["questions"]
+            cells += [
+                f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+                f"{row['stamps_off_s']:.1f} s",
+            ]
+        lines.append(cells)
+    header = ("file", "questions", "by frame [95 %]", "stamps off", "by time [95 %]", "stamps off")
+    return tables.markdown(header, lines)
+
+
 def published() -> str:
     """Right answers after prefills by the published methods, on four ranks."""
     found = only(rows("fidelity"), where="process", task="all", ranks=4)

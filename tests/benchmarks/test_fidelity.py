@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.fidelity import adversarial, results
+from benchmarks.quality.fidelity import adversarial, results, variable_rate
 from benchmarks.quality.fidelity.scoring import Asked, Reader, Setting, fresh_video
+from prefill_service.config import VideoConfig
 from prefill_service.engine.messages import BaselineTask
+from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.baselines.methods import BaselineName, baseline_method
+from prefill_service.video.decoder.indexing import build_index
 from tests.support.standalone_executor import standalone_executor
 from tools.needle import stories, videos
 
@@ -45,6 +49,37 @@ async def test_a_rehearsal_is_what_the_ranks_do(tmp_path: Path, quality: str, ra
     assert (rehearsed - served).norm() / served.norm() < 1e-4
     assert done.report.density == pytest.approx(outcome.attention.density, abs=0.01)
     assert (done.report.density < 0.95) == (quality != "exact")
+
+
+def test_the_plan_of_a_constant_rate_is_the_readers_own_prefix(tmp_path: Path) -> None:
+    story = stories.sample_story(18, np.random.default_rng(4))
+    path = videos.write_mp4(tmp_path / "a.mp4", story, seed=4)
+    index = build_index(str(path), VideoConfig())
+    planner = PrefixPlanner(open_checkpoint(str(ASSET)), "float32")
+    plan = planner.plan(index, "", FrameSampling(num_frames=36), "")
+    reader = Reader(ASSET)
+    frames = variable_rate.read(path, plan)
+    own = reader.prefix(frames)
+    planned = variable_rate.planned_prefix(reader, frames, plan)
+    assert planned.token_ids.tolist() == own.token_ids.tolist()
+    assert np.array_equal(planned.position_ids, own.position_ids)
+    assert np.array_equal(planned.patch_ends, own.patch_ends)
+
+
+def test_variable_rates_are_measured_by_frame_and_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variable_rate, "PATCHES", 18)
+    out = tmp_path / "sampling.json"
+    variable_rate.main(["--videos", "1", "--questions", "1", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["kind"], row["by"]) for row in rows] == [
+        (kind, by) for kind in variable_rate.KINDS for by in ("FRAME", "TIME")
+    ]
+    for by_frame, by_time in zip(rows[::2], rows[1::2], strict=True):
+        assert by_time["stamps_off_s"] == 0
+        assert (by_frame["stamps_off_s"] > 0.5) == (by_frame["kind"] != "constant, 10 fps")
+        assert by_frame["frames"] == by_time["frames"] == 36
 
 
 async def test_a_published_method_is_what_the_ranks_do(tmp_path: Path) -> None:
