@@ -275,7 +275,7 @@ def _put_together(
         metrics=metrics,
     )
     services = [
-        ServedService(VideoServicer(videos, metrics)),
+        ServedService(VideoServicer(videos, metrics, admission.review_frames)),
         ServedService(PrefillServicer(scheduler), lambda: executor.supervisor.ready),
         ServedService(
             AnswerServicer(answers), lambda: executor.supervisor.ready and generation.ready

@@ -135,6 +135,7 @@ def spec_from_proto(message: pb.PrefillSpec, question: str = "") -> PrefillSpec:
             min_pixels=optional_field(sampling, "min_pixels"),
             cap_pixels_per_frame=optional_field(sampling, "cap_pixels_per_frame"),
             max_frames=optional_field(sampling, "max_frames"),
+            square_pixels=optional_field(sampling, "square_pixels"),
             by=_sample_by(sampling.by),
         ),
         system_prompt=message.system_prompt,
@@ -165,6 +166,8 @@ def _sampling_to_proto(sampling: FrameSampling) -> pb.FrameSampling:
     )
     if sampling.cap_pixels_per_frame is not None:
         message.cap_pixels_per_frame = sampling.cap_pixels_per_frame
+    if sampling.square_pixels is not None:
+        message.square_pixels = sampling.square_pixels
     return message
 
 

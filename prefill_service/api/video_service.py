@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING
 
 import grpc
@@ -17,20 +17,31 @@ from prefill_service.scheduling.metrics import Metrics
 from prefill_service.video.index import VideoWarning
 
 if TYPE_CHECKING:
-    from prefill_service.video.records import VideoRecord
+    from prefill_service.video.geometry import Geometry
+    from prefill_service.video.records import VideoInfo, VideoRecord
     from prefill_service.video.store import VideoStore
 
 MAX_CHUNK_BYTES = 1 << 20
 
 
 class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
-    """Stored videos over gRPC."""
+    """Stored videos over gRPC.
+
+    Args:
+        review: warnings of frames that the model being served does not take.
+    """
 
     service_name = pb.DESCRIPTOR.services_by_name["VideoService"].full_name
 
-    def __init__(self, videos: VideoStore, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        videos: VideoStore,
+        metrics: Metrics,
+        review: Callable[[Geometry], list[VideoWarning]] = lambda geometry: [],
+    ) -> None:
         self._videos = videos
         self._metrics = metrics
+        self._review = review
 
     @override
     def register_handlers(self, server: grpc.aio.Server) -> None:
@@ -44,7 +55,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
             request.display_name, request.size_bytes, request.sha256, request.request_id
         )
         return pb.CreateUploadResponse(
-            video=video_to_proto(record), max_chunk_bytes=MAX_CHUNK_BYTES
+            video=self._to_proto(record), max_chunk_bytes=MAX_CHUNK_BYTES
         )
 
     async def UploadChunks(
@@ -87,7 +98,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
     ) -> pb.FinishUploadResponse:
         """Check the bytes and index them; answers with the READY video."""
         record = await self._videos.finish_upload(request.video_id)
-        return pb.FinishUploadResponse(video=video_to_proto(record))
+        return pb.FinishUploadResponse(video=self._to_proto(record))
 
     async def ImportVideo(
         self, request: pb.ImportVideoRequest, context: Context
@@ -96,12 +107,12 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
         record = await self._videos.import_video(
             request.path, request.display_name, request.request_id
         )
-        return pb.ImportVideoResponse(video=video_to_proto(record))
+        return pb.ImportVideoResponse(video=self._to_proto(record))
 
     async def GetVideo(self, request: pb.GetVideoRequest, context: Context) -> pb.GetVideoResponse:
         """A video in any state."""
         return pb.GetVideoResponse(
-            video=video_to_proto(await self._videos.get_video(request.video_id))
+            video=self._to_proto(await self._videos.get_video(request.video_id))
         )
 
     async def ListVideos(
@@ -110,7 +121,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
         """A page of videos, newest first."""
         records, token = await self._videos.list_videos(request.page_size, request.page_token)
         return pb.ListVideosResponse(
-            videos=[video_to_proto(record) for record in records], next_page_token=token
+            videos=[self._to_proto(record) for record in records], next_page_token=token
         )
 
     async def DeleteVideo(
@@ -119,6 +130,12 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
         """Remove a video, though not from under the jobs that read it."""
         await self._videos.delete_video(request.video_id)
         return pb.DeleteVideoResponse()
+
+    def _to_proto(self, record: VideoRecord) -> pb.Video:
+        message = video_to_proto(record)
+        if record.info is not None:
+            message.warnings.extend(warnings_to_proto(self._review(record.info.geometry)))
+        return message
 
 
 def _invalid(message: str) -> ServiceError:
@@ -146,17 +163,27 @@ def video_to_proto(record: VideoRecord) -> pb.Video:
     )
     if record.info is not None:
         info = record.info
-        message.info.CopyFrom(
-            pb.VideoInfo(
-                container=info.container,
-                codec=info.codec,
-                width=info.width,
-                height=info.height,
-                frame_count=info.frame_count,
-                fps=info.fps,
-                duration=duration_to_proto(info.duration_s),
-                keyframe_count=info.keyframe_count,
-            )
-        )
+        message.info.CopyFrom(_info_to_proto(info))
         message.warnings.extend(warnings_to_proto(info.warnings))
     return message
+
+
+def _info_to_proto(info: VideoInfo) -> pb.VideoInfo:
+    geometry = info.geometry
+    sizes = [pb.FrameSize(width=s.width, height=s.height, frames=s.frames) for s in geometry.sizes]
+    numerator, denominator = geometry.sample_aspect_ratio
+    return pb.VideoInfo(
+        container=info.container,
+        codec=info.codec,
+        width=geometry.width,
+        height=geometry.height,
+        frame_count=info.frame_count,
+        fps=info.fps,
+        duration=duration_to_proto(info.duration_s),
+        keyframe_count=info.keyframe_count,
+        stored=sizes[0],
+        sample_aspect_ratio=pb.SampleAspectRatio(numerator=numerator, denominator=denominator),
+        sizes=sizes,
+        rotation=geometry.rotation,
+        mirrored=geometry.mirrored,
+    )

@@ -151,6 +151,7 @@ class RankTask:
             Path(self.task.index_path),
             indices,
             self.worker.spec.video,
+            square_pixels=self.task.plan.square_pixels,
             pool=self.worker.decoders,
         )
 

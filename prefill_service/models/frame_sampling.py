@@ -15,6 +15,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.families.base import Family
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.timeline import Timeline
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex, VideoWarning
 
 ensure_torchvision()
@@ -89,7 +90,7 @@ class FrameSampler:
             ServiceError: INVALID_REQUEST, when the sampling cannot be applied to this video.
         """
         _check(sampling, self.frames_per_patch)
-        timeline = Timeline.choose(index, sampling.by)
+        timeline = Timeline.choose(_as_sampled(index, sampling), sampling.by)
         if timeline.frame_count < max(2, self.frames_per_patch):  # nothing to choose from
             numbers = np.arange(timeline.frame_count)
         else:
@@ -111,9 +112,20 @@ class FrameSampler:
         """About how many tokens the sampled frames make.
 
         Raises:
-            ServiceError: INVALID_REQUEST, as ``sample`` and ``size_kwargs``.
+            ServiceError: INVALID_REQUEST, as ``sample`` and ``size_kwargs``, and for frames of a
+                shape that the processor refuses.
         """
-        return self._estimate(index, len(self.sample(index, sampling).numbers), sampling)
+        sampled = self.sample(index, sampling)
+        hw = sampled.timeline.index.geometry.display_hw
+        return self._estimate(hw, len(sampled.numbers), sampling)
+
+    def check_frames(self, geometry: Geometry) -> None:
+        """Check that the processor takes such frames, whatever is sampled.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, with their size and the processor's limit.
+        """
+        self._estimate(geometry.display_hw, self.frames_per_patch, FrameSampling())
 
     def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
         """A sentence saying which number of frames or which size would fit ``limit_tokens``.
@@ -125,14 +137,20 @@ class FrameSampler:
         except ServiceError:
             return ""
         frames = len(sampled.numbers)
+        hw = sampled.timeline.index.geometry.display_hw
         limits = self._family.pixel_limits(self._processor, sampling)
 
+        def fits(number: int, how: FrameSampling) -> bool:
+            try:
+                return self._estimate(hw, number, how) <= limit_tokens
+            except ServiceError:
+                return False
+
         def frames_fit(number: int) -> bool:
-            return self._estimate(index, number, sampling) <= limit_tokens
+            return fits(number, sampling)
 
         def pixels_fit(number: int) -> bool:
-            size = replace(sampling, min_pixels=1, max_pixels=limits[number - 1])
-            return self._estimate(index, frames, size) <= limit_tokens
+            return fits(frames, replace(sampling, min_pixels=1, max_pixels=limits[number - 1]))
 
         options = []
         fitting = _largest(frames_fit, self.frames_per_patch, frames)
@@ -166,17 +184,30 @@ class FrameSampler:
                 Reason.INVALID_REQUEST, f"the video cannot be sampled as asked: {error}"
             ) from error
 
-    def _estimate(self, index: VideoIndex, frames: int, sampling: FrameSampling) -> int:
+    def _estimate(self, frame_hw: tuple[int, int], frames: int, sampling: FrameSampling) -> int:
         try:
             return self._family.estimate_tokens(
                 self._processor,
                 self._config,
                 frames=frames,
-                frame_hw=(index.height, index.width),
+                frame_hw=frame_hw,
                 sampling=sampling,
             )
-        except ValueError:
-            return 1 << 62
+        except ValueError as error:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"the model's video processor refuses {frames} frames of {frame_hw[1]} x "
+                f"{frame_hw[0]} pixels: {error}",
+                width=frame_hw[1],
+                height=frame_hw[0],
+            ) from error
+
+
+def _as_sampled(index: VideoIndex, sampling: FrameSampling) -> VideoIndex:
+    """The index, with pixels taken as square if that is asked for."""
+    if not sampling.square_pixels:
+        return index
+    return replace(index, geometry=index.geometry.with_square_pixels())
 
 
 def _check(sampling: FrameSampling, frames_per_patch: int) -> None:

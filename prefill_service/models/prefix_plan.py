@@ -38,6 +38,7 @@ class FrameSampling:
     cap_pixels_per_frame: bool | None = None
     max_frames: int | None = None
     by: SampleBy | None = None
+    square_pixels: bool | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FrameSampling:
@@ -74,6 +75,7 @@ class PrefixPlan:
         video_token_id: id of the tokens that vision features take the place of.
         num_video_tokens: how many of them there are.
         warnings: the video's, and that of its sampling.
+        square_pixels: whether frames are decoded without regard to their sample aspect ratio.
     """
 
     prefix_id: str
@@ -92,6 +94,7 @@ class PrefixPlan:
     video_token_id: int
     num_video_tokens: int
     warnings: tuple[VideoWarning, ...] = ()
+    square_pixels: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,7 @@ from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.frame_sampling import FrameSampler, SampledFrames
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.processor import open_processor, try_video
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex
 
 ensure_torchvision()
@@ -88,6 +89,7 @@ class PrefixPlanner:
             ServiceError: INVALID_REQUEST, when the sampling cannot be applied to this video.
         """
         sampled = self.sampler.sample(index, sampling)
+        geometry = sampled.timeline.index.geometry
         indices = sampled.indices
         processed = self._process(sampled, sampling, self.chat.prefix(system_prompt))
         token_ids = np.asarray(processed["input_ids"][0], np.int32)
@@ -104,6 +106,7 @@ class PrefixPlanner:
             token_ids,
             layout.position_ids,
             np.array(layout.resized_hw),
+            np.array(geometry.display_hw),
         )
         return PrefixPlan(
             prefix_id=prefix_id,
@@ -122,6 +125,7 @@ class PrefixPlanner:
             video_token_id=video_token_id,
             num_video_tokens=int(np.count_nonzero(token_ids == video_token_id)),
             warnings=sampled.warnings,
+            square_pixels=bool(sampling.square_pixels),
         )
 
     def prompt_token_ids(self, plan: PrefixPlan, messages: Messages) -> list[int]:
@@ -139,6 +143,14 @@ class PrefixPlanner:
             ServiceError: INVALID_REQUEST, as ``plan``.
         """
         return self.sampler.estimate_tokens(index, sampling)
+
+    def check_frames(self, geometry: Geometry) -> None:
+        """Check that the processor takes such frames, whatever is sampled.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, with their size and the processor's limit.
+        """
+        self.sampler.check_frames(geometry)
 
     def suggest_fit(self, index: VideoIndex, sampling: FrameSampling, limit_tokens: int) -> str:
         """A sentence saying which number of frames or which size would fit ``limit_tokens``."""

@@ -17,7 +17,8 @@ from prefill_service.generation.vllm_client import Sampling
 from prefill_service.kv.budget import KVBudget
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.scheduling.job import PrefillSpec
-from prefill_service.video.index import VideoIndex
+from prefill_service.video.geometry import Geometry
+from prefill_service.video.index import VideoIndex, VideoWarning, WarningReason
 
 if TYPE_CHECKING:
     from prefill_service.models.prefix_planner import PrefixPlanner
@@ -135,6 +136,15 @@ class Admission:
             raise self._memory.refusal(plan.num_tokens, advice)
         await self.baseline_task(spec, plan)
         return plan
+
+    def review_frames(self, geometry: Geometry) -> list[VideoWarning]:
+        """A warning if no question can be asked about such frames, whatever is sampled."""
+        try:
+            self._planner.check_frames(geometry)
+        except ServiceError as error:
+            message = f"questions about this video will be refused: {error.message}"
+            return [VideoWarning(WarningReason.FRAME_SHAPE, message)]
+        return []
 
     async def prompt_token_ids(
         self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,6 +46,7 @@ class FrameStream:
         limits: VideoConfig,
         *,
         threads: int = 1,
+        square_pixels: bool = False,
         pool: DecoderPool | None = None,
     ) -> FrameStream:
         """Start to decode.
@@ -57,6 +59,7 @@ class FrameStream:
             frame_indices: frames wanted, ascending; a repeat gives the same frame again.
             limits: reader and limits.
             threads: decoding threads of the process.
+            square_pixels: whether stored pixels are taken as square.
             pool: where to acquire the process, if not to start one.
 
         Raises:
@@ -64,6 +67,8 @@ class FrameStream:
                 video; NOT_A_VIDEO if the file cannot be opened.
         """
         index = VideoIndex.load(index_path)
+        if square_pixels:
+            index = replace(index, geometry=index.geometry.with_square_pixels())
         wanted = _check_indices(frame_indices, index.frame_count)
         targets = np.unique(wanted)
         index_header, index_payload = index_to_message(index)

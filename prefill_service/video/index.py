@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
+
+from prefill_service.video.geometry import Geometry
 
 
 class WarningReason(StrEnum):
@@ -22,6 +25,11 @@ class WarningReason(StrEnum):
     DURATION = "DURATION"
     APPENDED = "APPENDED"
     STAMPS_WRONG = "STAMPS_WRONG"
+    SIZE_CHANGES = "SIZE_CHANGES"
+    PIXEL_ASPECT = "PIXEL_ASPECT"
+    ORIENTATION = "ORIENTATION"
+    FRAME_SHAPE = "FRAME_SHAPE"
+    TRUNCATED = "TRUNCATED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,7 @@ class VideoIndex:
     Attributes:
         container: FFmpeg's name of the format.
         codec: FFmpeg's name of the codec.
-        width, height: pixels of a decoded frame, after rotation.
-        rotation: degrees (0, 90, 180, 270) a decoded frame must be turned counter-clockwise.
+        geometry: how large frames are and how they are shown.
         time_base: seconds per unit of ``pts``, as (numerator, denominator).
         pts: [frames] int64, ascending; frame ``i`` is the i-th in presentation order. In a file
             that is read serially they are the frames' numbers.
@@ -60,9 +67,7 @@ class VideoIndex:
 
     container: str
     codec: str
-    width: int
-    height: int
-    rotation: int
+    geometry: Geometry
     time_base: tuple[int, int]
     pts: np.ndarray
     keyframe: np.ndarray
@@ -70,6 +75,16 @@ class VideoIndex:
     fps: float
     duration_s: float
     warnings: tuple[VideoWarning, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Pixels of a frame as it is shown."""
+        return self.geometry.width
+
+    @property
+    def height(self) -> int:
+        """Pixels of a frame as it is shown."""
+        return self.geometry.height
 
     @property
     def frame_count(self) -> int:
@@ -98,7 +113,8 @@ class VideoIndex:
             pts=self.pts,
             keyframe=self.keyframe,
             times_s=self.times_s,
-            ints=np.array([self.width, self.height, self.rotation, *self.time_base], np.int64),
+            geometry=np.array(json.dumps(self.geometry.to_dict())),
+            time_base=np.array(self.time_base, np.int64),
             floats=np.array([self.fps, self.duration_s], np.float64),
             names=np.array([self.container, self.codec]),
             warnings=np.array([(w.reason, w.message) for w in self.warnings], np.str_),
@@ -108,15 +124,13 @@ class VideoIndex:
     def load(cls, path: Path) -> VideoIndex:
         """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as data:
-            width, height, rotation, num, den = (int(v) for v in data["ints"])
+            num, den = (int(v) for v in data["time_base"])
             fps, duration_s = (float(v) for v in data["floats"])
             container, codec = (str(v) for v in data["names"])
             return cls(
                 container=container,
                 codec=codec,
-                width=width,
-                height=height,
-                rotation=rotation,
+                geometry=Geometry.from_dict(json.loads(str(data["geometry"]))),
                 time_base=(num, den),
                 pts=data["pts"],
                 keyframe=data["keyframe"],

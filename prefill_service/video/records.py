@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex, VideoWarning, warnings_from_pairs
 
 
@@ -24,8 +25,7 @@ class VideoInfo:
 
     container: str
     codec: str
-    width: int
-    height: int
+    geometry: Geometry
     frame_count: int
     fps: float
     duration_s: float
@@ -43,9 +43,14 @@ class VideoInfo:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VideoInfo:
-        """Rebuild the summary from its JSON form."""
+        """Rebuild the summary from its JSON form; earlier formats have no ``geometry``."""
         pairs = [(entry["reason"], entry["message"]) for entry in data.get("warnings", ())]
-        return cls(**{**data, "warnings": warnings_from_pairs(pairs)})
+        rest = {name: data[name] for name in cls.__slots__ if name in data}
+        if "geometry" in data:
+            geometry = Geometry.from_dict(data["geometry"])
+        else:
+            geometry = Geometry.square(data["width"], data["height"], data["frame_count"])
+        return cls(**{**rest, "geometry": geometry, "warnings": warnings_from_pairs(pairs)})
 
 
 @dataclass(frozen=True, slots=True)

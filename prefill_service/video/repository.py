@@ -20,11 +20,11 @@ from prefill_service.video.records import VideoRecord, VideoState
 
 logger = logging.getLogger(__name__)
 
-_INDEX_FILE = "index.2.npz"  # the number is the format's: one of another format is made anew
+_INDEX_FILE = "index.3.npz"  # the number is the format's: one of another format is made anew
 
 
 class VideoRepository:
-    """``videos.db`` and ``videos/<video_id>/{input.bin,index.2.npz}`` of a data folder.
+    """``videos.db`` and ``videos/<video_id>/{input.bin,index.3.npz}`` of a data folder.
 
     Attributes:
         database: the rows.

@@ -35,7 +35,7 @@ class HeldVideo:
 
 
 class VideoStore:
-    """Videos below ``data_dir``: ``videos.db`` and ``videos/<video_id>/{input.bin,index.2.npz}``.
+    """Videos below ``data_dir``: ``videos.db`` and ``videos/<video_id>/{input.bin,index.3.npz}``.
 
     Methods belong to one event loop; blocking work runs in threads, under one lock per video that
     outlives a cancelled caller.

@@ -42,6 +42,28 @@ async def send(s: InProcessService, video_id: str, chunks: Sequence[tuple[int, b
     return (await s.videos.UploadChunks(requests())).committed_bytes
 
 
+async def test_a_video_says_its_geometry_and_what_the_model_refuses(
+    serve: Serve, tmp_path: Path
+) -> None:
+    options = {"x264-params": "sar=2/1", "preset": "veryfast"}
+    path = make_video(tmp_path / "v.ts", frames=4, size=(1600, 8), options=options)
+    data = path.read_bytes()
+    async with serve() as s:
+        video_id = (await create(s, data)).video.video_id
+        await send(s, video_id, [(0, data)])
+        finished = (await s.videos.FinishUpload(pb.FinishUploadRequest(video_id=video_id))).video
+        again = (await s.videos.GetVideo(pb.GetVideoRequest(video_id=video_id))).video
+        listed = (await s.videos.ListVideos(pb.ListVideosRequest())).videos[0]
+    assert finished == again == listed
+    info = finished.info
+    assert (info.width, info.height) == (3200, 8)
+    assert info.stored == pb.FrameSize(width=1600, height=8, frames=4)
+    assert list(info.sizes) == [info.stored]
+    assert info.sample_aspect_ratio == pb.SampleAspectRatio(numerator=2, denominator=1)
+    assert [warning.reason for warning in finished.warnings] == ["PIXEL_ASPECT", "FRAME_SHAPE"]
+    assert "400 > 200" in finished.warnings[1].message
+
+
 async def test_upload_in_pieces_finish_get_list_delete(serve: Serve, clip: bytes) -> None:
     async with serve() as s:
         created = await create(s, clip)

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "video": set(),
     "kv": {"models.prefix_plan"},
-    "models": {"attention", "kv.fingerprint", "kv.manifest", "video.index"},
+    "models": {"attention", "kv.fingerprint", "kv.manifest", "video.geometry", "video.index"},
     "engine": {"models", "attention", "parallel", "cost_model", "kv", "video"},
     "calibration": {"engine", "models", "attention", "parallel", "video"},
     "generation": {"kv", "models.prefix_plan", "models.weights"},

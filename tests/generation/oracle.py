@@ -52,6 +52,7 @@ def _compute(
     from prefill_service.models.family_registry import FAMILIES
     from prefill_service.models.prefix_plan import FrameSampling
     from prefill_service.models.prefix_planner import PrefixPlanner
+    from prefill_service.video.geometry import Geometry
     from prefill_service.video.index import VideoIndex
     from tests.oracles.transformers_forward import cached_kv, load, prefix_cache, processor_inputs
     from tests.oracles.transformers_greedy import greedy
@@ -61,9 +62,7 @@ def _compute(
     index = VideoIndex(
         container="mp4",
         codec="h264",
-        width=width,
-        height=height,
-        rotation=0,
+        geometry=Geometry.square(width, height, frames),
         time_base=(1, 4),
         pts=np.arange(frames),
         keyframe=np.ones(frames, bool),

@@ -23,6 +23,7 @@ from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex
 from tests.models.toy_family import SPEC, TINY, ToyFamily
 from tests.oracles.transformers_forward import load, prefix_cache, prefix_kv, processor_inputs
@@ -39,9 +40,7 @@ def index_of(frames: int, width: int = 160, height: int = 120) -> VideoIndex:
     return VideoIndex(
         container="mp4",
         codec="h264",
-        width=width,
-        height=height,
-        rotation=0,
+        geometry=Geometry.square(width, height, frames),
         time_base=(1, 4),
         pts=pts,
         keyframe=pts % 10 == 0,

@@ -18,7 +18,10 @@ from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.frame_sampling import FrameSampler
 from prefill_service.models.prefix_plan import FrameSampling, SampleBy
 from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex, WarningReason
+
+EVERY = FrameSampling(num_frames=8)
 
 
 def index_of(frames: int, fps: float = 4.0, width: int = 160, height: int = 120) -> VideoIndex:
@@ -27,9 +30,7 @@ def index_of(frames: int, fps: float = 4.0, width: int = 160, height: int = 120)
     return VideoIndex(
         container="mp4",
         codec="h264",
-        width=width,
-        height=height,
-        rotation=0,
+        geometry=Geometry.square(width, height, frames),
         time_base=(1, 4),
         pts=pts,
         keyframe=key,
@@ -144,6 +145,53 @@ def test_a_limit_holds_for_a_processor_without_one(planner: PrefixPlanner) -> No
     assert len(indices) == 11 // sampler.frames_per_patch * sampler.frames_per_patch
     assert (indices[0], indices[-1]) == (0, 399)
     assert len(sampler.sample(index_of(400), FrameSampling(fps=1.0)).indices) == 100
+
+
+@pytest.mark.parametrize("size", [(2000, 8), (8, 2000), (1, 300), (16384, 16)])
+def test_a_shape_that_the_processor_refuses_is_named(
+    planner: PrefixPlanner, size: tuple[int, int]
+) -> None:
+    """Also where tokens are estimated: no number stands for there being none."""
+    index = index_of(8, width=size[0], height=size[1])
+    if not planner.sampler._family.pixel_limits(planner._processor.video_processor, EVERY):
+        pytest.skip("frames of this family have one size, whatever their shape")
+    for ask in (
+        lambda: planner.check_frames(index.geometry),
+        lambda: planner.estimate_tokens(index, EVERY),
+        lambda: planner.plan(index, "sha", EVERY, ""),
+    ):
+        with pytest.raises(ServiceError, match=r"ratio must be smaller than 200, got") as caught:
+            ask()
+        assert caught.value.reason is Reason.INVALID_REQUEST
+    with pytest.raises(ServiceError, match=rf"frames of {size[0]} x {size[1]} pixels"):
+        planner.estimate_tokens(index, EVERY)
+    assert planner.suggest_fit(index, EVERY, 1000) == "no sampling of it would fit"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 100), (3, 2), (15, 17)])
+def test_frames_smaller_than_a_patch_are_enlarged(
+    planner: PrefixPlanner, size: tuple[int, int]
+) -> None:
+    index = index_of(1, width=size[0], height=size[1])
+    planner.check_frames(index.geometry)
+    plan = planner.plan(index, "sha", EVERY, "")
+    assert 0 < plan.num_video_tokens < plan.num_tokens
+    assert min(plan.resized_hw) > 0
+
+
+def test_the_shape_of_pixels_counts_unless_it_is_left_out(planner: PrefixPlanner) -> None:
+    stored = index_of(8, width=160, height=160)
+    geometry = replace(stored.geometry, width=320, sample_aspect_ratio=(2, 1))
+    index = replace(stored, geometry=geometry)
+    shown = planner.plan(index, "sha", EVERY, "")
+    square = planner.plan(index, "sha", replace(EVERY, square_pixels=True), "")
+    assert (shown.square_pixels, square.square_pixels) == (False, True)
+    assert square.prefix_id == planner.plan(stored, "sha", EVERY, "").prefix_id
+    assert shown.prefix_id != square.prefix_id
+    if planner.sampler._family.pixel_limits(planner._processor.video_processor, EVERY):
+        height, width = shown.resized_hw
+        assert width == pytest.approx(2 * height, rel=0.3)
+        assert square.resized_hw[0] == square.resized_hw[1]
 
 
 def screen_recording() -> VideoIndex:

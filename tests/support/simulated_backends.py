@@ -32,6 +32,7 @@ from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.parallel.comm_stats import CollectiveUse
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup, form_subgroups
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex
 
 TOKENS_PER_FRAME = 16
@@ -76,6 +77,12 @@ class SimulatedPlanner:
             num_video_tokens=frames // 2 * 16,
             warnings=index.warnings,
         )
+
+    def check_frames(self, geometry: Geometry) -> None:
+        """Refuse what the families' processors refuse."""
+        short, long = sorted(geometry.display_hw)
+        if long > 200 * short:
+            raise ServiceError(Reason.INVALID_REQUEST, f"aspect ratio {long / short:g} > 200")
 
     def prompt_token_ids(self, plan: PrefixPlan, messages: Sequence[tuple[str, str]]) -> list[int]:
         if not messages or not messages[-1][1].strip():

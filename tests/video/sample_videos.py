@@ -46,6 +46,7 @@ class Settings:
         container_options: of the muxer.
         rotation: degrees that a player is to turn the frames.
         shift_ms: moves all timestamps.
+        pixel_aspect: sample aspect ratio, for the container and the codec.
         pix_fmt: FFmpeg's name of the pixel format.
         container_format: FFmpeg's name of the format; None: by the file's suffix.
     """
@@ -56,6 +57,7 @@ class Settings:
     container_options: dict[str, str] = field(default_factory=dict)
     rotation: int = 0
     shift_ms: int = 0
+    pixel_aspect: Fraction = Fraction(1)
     pix_fmt: str = "yuv420p"
     container_format: str | None = None
 
@@ -75,6 +77,8 @@ def make_video(path: Path, codec: str = "libx264", frames: int = 40, **settings:
         stream.codec_context.thread_count = 1
         if not counts_frames:
             stream.codec_context.time_base = MILLISECONDS
+        if how.pixel_aspect != 1:
+            stream.codec_context.sample_aspect_ratio = how.pixel_aspect
         if how.rotation:
             stream.set_display_rotation(how.rotation)
 

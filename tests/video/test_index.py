@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 
 from prefill_service.video.decoder.protocol import index_from_message, index_to_message
+from prefill_service.video.geometry import FrameSize, Geometry
 from prefill_service.video.index import VideoIndex, VideoWarning, WarningReason
 from prefill_service.video.records import VideoInfo
 
+GEOMETRY = Geometry(
+    width=36,
+    height=128,
+    stored_width=64,
+    stored_height=36,
+    rotation=90,
+    mirrored=True,
+    sample_aspect_ratio=(2, 1),
+    sizes=(FrameSize(64, 36, 2), FrameSize(16, 9, 1)),
+)
 WARNINGS = (VideoWarning(WarningReason.CLOCK_RATE, "it says 1000 fps; it has 10"),)
 
 
@@ -17,9 +28,7 @@ def make_index(warnings: tuple[VideoWarning, ...]) -> VideoIndex:
     return VideoIndex(
         container="matroska,webm",
         codec="h264",
-        width=64,
-        height=36,
-        rotation=90,
+        geometry=GEOMETRY,
         time_base=(1, 1000),
         pts=np.array([5, 105, 206]),
         keyframe=np.array([True, False, True]),

@@ -37,6 +37,7 @@ from prefill_service.video.decoder.protocol import (
     write_message,
 )
 from prefill_service.video.decoder.readers.base import load_reader_class
+from prefill_service.video.decoder.readers.pyav import PyAVReader
 from prefill_service.video.decoder.rlimits import (
     ResourceLimits,
     confine_files,
@@ -82,6 +83,8 @@ def _answers(
         return
     index, rest = index_from_message(request["index"], payload)
     targets = np.frombuffer(rest, np.int64).tolist()
+    if len(index.geometry.sizes) > 1:  # OpenCV scales all frames to the size of the first
+        reader_class = PyAVReader
     reader = reader_class.open(path, index, limits, request["threads"])
     for target, frame in zip(targets, reader.frames(targets), strict=True):
         yield {"type": "frame", "frame": target}, frame.data.cast("B")

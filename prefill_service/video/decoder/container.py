@@ -87,11 +87,27 @@ def decode_packet(packet: Packet[VideoStream], limits: VideoConfig) -> list[Vide
         ServiceError: VIDEO_LIMIT_EXCEEDED.
         MemoryError: there was no memory for the frame.
     """
+    return _decode(packet.stream.codec_context, packet, limits)
+
+
+def drain_decoder(stream: VideoStream, limits: VideoConfig) -> list[VideoFrame]:
+    """The frames that a decoder still has; it has to be sought with before it decodes more.
+
+    Raises:
+        ServiceError: VIDEO_LIMIT_EXCEEDED.
+        MemoryError: there was no memory for a frame.
+    """
+    return _decode(stream.codec_context, None, limits)
+
+
+def _decode(
+    context: VideoCodecContext, packet: Packet[VideoStream] | None, limits: VideoConfig
+) -> list[VideoFrame]:
     with av.logging.Capture(local=False) as logs:
         try:
-            return packet.decode()
+            return context.decode(None) if packet is None else packet.decode()
         except av.FFmpegError as error:
-            _check_memory(packet.stream.codec_context, error)
+            _check_memory(context, error)
             if isinstance(error, (av.error.InvalidDataError, av.error.EOFError)):
                 return []
             raise

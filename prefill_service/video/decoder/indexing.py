@@ -25,16 +25,27 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.appended import find_appended
 from prefill_service.video.decoder.clock import measure_clock
 from prefill_service.video.decoder.container import (
+    decode_packet,
+    drain_decoder,
     limit_exceeded,
     open_container,
     pixels_exceeded,
     video_stream,
 )
+from prefill_service.video.decoder.frame_sizes import (
+    Shown,
+    SizeRuns,
+    StoredSize,
+    choose_geometry,
+    stored_size,
+    survey_sizes,
+)
 from prefill_service.video.decoder.readers.pyav import decoded_frames
 from prefill_service.video.decoder.seek_schedule import gop_starts
 from prefill_service.video.decoder.timestamps import Declared, OtherStreams, Stamps
 from prefill_service.video.decoder.truncation import find_truncation
-from prefill_service.video.index import VideoIndex
+from prefill_service.video.geometry import Geometry
+from prefill_service.video.index import VideoIndex, VideoWarning
 
 _HEAD_FRAMES = 64
 _MAX_REORDER = 64  # places a frame is shown away from where it is sent; codecs allow 16
@@ -93,7 +104,7 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
     if not packets.shown:
         raise ServiceError(Reason.NO_FRAMES, "the video stream holds no frames")
     frames = _check_frames(path, limits, packets, description)
-    index = description.make_index(frames, packets, limits)
+    index = description.make_index(path, frames, packets, limits)
     return replace(index, warnings=index.warnings + appended)
 
 
@@ -136,18 +147,35 @@ def _missing_samples(container: InputContainer, stream: VideoStream) -> str | No
     return f"{missing} of its {len(stream.index_entries)} frames lie behind the end of the file"
 
 
+@dataclass(slots=True)
+class _Decoded:
+    """Frames that were decoded one after another.
+
+    Attributes:
+        times: their presentation times.
+        sizes: their sizes.
+        shown: how the container wants them shown; there is none without a frame.
+        ended: whether the file ended.
+    """
+
+    times: list[int | None] = field(default_factory=list)
+    sizes: SizeRuns = field(default_factory=SizeRuns)
+    shown: Shown | None = None
+    ended: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class _Frames:
     """The frames of a file.
 
     Attributes:
-        first: decoded; it tells size and rotation.
+        decoded: what was decoded of them from the beginning.
         pts: [frames] int64, ascending; numbers from 0 if the file is read serially.
         keyframe: [frames] bool; all False if the file is read serially.
         stamps: their timestamps.
     """
 
-    first: VideoFrame
+    decoded: _Decoded
     pts: np.ndarray
     keyframe: np.ndarray
     stamps: Stamps
@@ -175,13 +203,14 @@ class _Description:
             start_s=start * tick,
         )
 
-    def make_index(self, frames: _Frames, packets: _Packets, limits: VideoConfig) -> VideoIndex:
+    def make_index(
+        self, path: str, frames: _Frames, packets: _Packets, limits: VideoConfig
+    ) -> VideoIndex:
         """The index of ``frames``, which are those of ``packets`` that can be decoded.
 
         Raises:
-            ServiceError: VIDEO_LIMIT_EXCEEDED for its duration or the size of its first frame.
+            ServiceError: VIDEO_LIMIT_EXCEEDED for its duration or the size of its frames.
         """
-        first = frames.first
         others = OtherStreams(
             times_s=np.array(packets.other_s) - frames.stamps.start_s,
             packets=np.array(packets.other_at, np.int64),
@@ -194,24 +223,18 @@ class _Description:
                 limits.max_duration_s,
                 f"it lasts {clock.duration_s:.1f} s",
             )
-        rotation = round(first.rotation / 90) * 90 % 360
-        size = (first.width, first.height)
-        if first.width * first.height > limits.max_frame_pixels:
-            raise pixels_exceeded(first.width, first.height, limits)
-        width, height = size if rotation in (0, 180) else size[::-1]
+        geometry, warnings = _measure_geometry(path, frames, limits)
         return VideoIndex(
             container=self.container,
             codec=self.codec,
-            width=width,
-            height=height,
-            rotation=rotation,
+            geometry=geometry,
             time_base=(self.time_base.numerator, self.time_base.denominator),
             pts=frames.pts,
             keyframe=frames.keyframe,
             times_s=clock.times_s,
             fps=clock.fps,
             duration_s=clock.duration_s,
-            warnings=clock.warnings,
+            warnings=(*clock.warnings, *warnings),
         )
 
 
@@ -250,54 +273,91 @@ def _check_frames(
     pts = np.array([packets.pts[i] for i in order] if trusted else [], np.int64)
     keyframe = np.array(packets.keyframe, bool)[order]
     duration = np.array(packets.duration, np.int64)[order]
-    first, head, ended = _decode(path, limits, None, _HEAD_FRAMES if trusted else None)
-    if first is None:
+    decoded = _decode(path, limits, None, _HEAD_FRAMES if trusted else None)
+    if not decoded.times:
         raise ServiceError(
             Reason.NO_FRAMES, f"none of the {packets.shown} frames in the file can be decoded"
         )
     if trusted:
-        lead = _offset(pts, head)
+        lead = _offset(pts, decoded.times)
         if lead is not None:
             pts = pts[lead:]
             keyframe = keyframe[lead:]
             duration = duration[lead:]
-            decodable: np.ndarray | None = np.arange(len(pts)) < len(head)
-            if not ended:
+            decodable: np.ndarray | None = np.arange(len(pts)) < len(decoded.times)
+            if not decoded.ended:
                 decodable = _decodable_tail(path, limits, pts, keyframe)
             if decodable is not None:
                 pts = pts[decodable]
                 keyframe = keyframe[decodable]
                 stamps = description.stamps(pts.astype(np.float64), keyframe, duration[decodable])
-                return _Frames(first, pts, keyframe, stamps)
-        if not ended:
-            first, head, ended = _decode(path, limits, None, None)
-            assert first is not None
-    count = len(head)
+                return _Frames(decoded, pts, keyframe, stamps)
+        if not decoded.ended:
+            decoded = _decode(path, limits, None, None)
+    count = len(decoded.times)
     durations = np.zeros(count, np.int64)
     durations[-1] = packets.duration[-1]
     near_key = np.resize(np.array(packets.keyframe, bool), count)
-    stamps = description.stamps(_serial_times(head, packets), near_key, durations)
-    return _Frames(first, np.arange(count), np.zeros(count, bool), stamps)
+    stamps = description.stamps(_serial_times(decoded.times, packets), near_key, durations)
+    return _Frames(decoded, np.arange(count), np.zeros(count, bool), stamps)
 
 
-def _decode(
-    path: str, limits: VideoConfig, seek_pts: int | None, count: int | None
-) -> tuple[VideoFrame | None, list[int | None], bool]:
-    """Decode ``count`` frames (None: all): the first, all times, and whether the file ended."""
-    times: list[int | None] = []
-    first: VideoFrame | None = None
+def _measure_geometry(
+    path: str, frames: _Frames, limits: VideoConfig
+) -> tuple[Geometry, list[VideoWarning]]:
+    """The geometry of the frames, and what is unusual about it."""
+    keyframes = np.flatnonzero(frames.keyframe)
+    with open_container(path, limits) as container:
+        stream = video_stream(container, limits)
+
+        def decode(number: int) -> tuple[int, StoredSize] | None:
+            frame = _decode_keyframe(container, stream, int(frames.pts[number]), limits)
+            if frame is None:
+                return None
+            if frame.pts is not None:
+                number = int(np.searchsorted(frames.pts, frame.pts))
+            return min(number, len(frames.pts) - 1), stored_size(stream, frame)
+
+        sizes = survey_sizes(frames.decoded.sizes, len(frames.pts), keyframes, decode)
+    largest = max(sizes, key=lambda size: size.width * size.height)
+    if largest.width * largest.height > limits.max_frame_pixels:
+        raise pixels_exceeded(largest.width, largest.height, limits)
+    assert frames.decoded.shown is not None
+    return choose_geometry(sizes, frames.decoded.shown, limits.max_frame_pixels)
+
+
+def _decode_keyframe(
+    container: InputContainer, stream: VideoStream, pts: int, limits: VideoConfig
+) -> VideoFrame | None:
+    """The keyframe of a time, or one before it; none if it cannot be decoded."""
+    try:
+        container.seek(pts, stream=stream)
+        for packet in container.demux(stream):
+            if packet.size and packet.is_keyframe:
+                frames = decode_packet(packet, limits) or drain_decoder(stream, limits)
+                return next(iter(frames), None)
+    except av.FFmpegError:  # the file is damaged there; a reader will say so
+        pass
+    return None
+
+
+def _decode(path: str, limits: VideoConfig, seek_pts: int | None, count: int | None) -> _Decoded:
+    """Decode ``count`` frames (None: all)."""
+    decoded = _Decoded()
     with open_container(path, limits) as container:
         stream = video_stream(container, limits)
         if seek_pts is not None:
             container.seek(seek_pts, stream=stream)
         for frame in decoded_frames(container.demux(stream), limits):
-            first = first or frame
-            times.append(frame.pts)
-            if len(times) > limits.max_frames:
-                raise _too_many_frames(len(times), limits)
-            if len(times) == count:
-                return first, times, False
-    return first, times, True
+            decoded.shown = decoded.shown or Shown.of_stream(stream, frame)
+            decoded.times.append(frame.pts)
+            decoded.sizes.append(stored_size(stream, frame))
+            if len(decoded.times) > limits.max_frames:
+                raise _too_many_frames(len(decoded.times), limits)
+            if len(decoded.times) == count:
+                decoded.ended = False
+                break
+    return decoded
 
 
 def _decodable_tail(
@@ -311,7 +371,7 @@ def _decodable_tail(
     decodable = np.ones(len(pts), bool)
     if len(pts) - start > _TAIL_FRAMES:
         return decodable
-    _, times, _ = _decode(path, limits, int(pts[start]), None)
+    times = _decode(path, limits, int(pts[start]), None).times
     tail = np.array([time for time in times if time is not None and time >= pts[start]], np.int64)
     if not len(tail):  # the seek went past the last keyframe; some containers do not seek well
         return decodable

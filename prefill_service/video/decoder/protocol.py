@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex, warnings_from_pairs
 
 PREFIX = struct.Struct("<IQ")  # bytes of the JSON header, bytes of the payload
@@ -56,9 +57,7 @@ def index_to_message(index: VideoIndex) -> tuple[Header, bytes]:
         "type": "index",
         "container": index.container,
         "codec": index.codec,
-        "width": index.width,
-        "height": index.height,
-        "rotation": index.rotation,
+        "geometry": index.geometry.to_dict(),
         "time_base": list(index.time_base),
         "fps": index.fps,
         "duration_s": index.duration_s,
@@ -86,9 +85,7 @@ def index_from_message(header: Header, payload: bytes) -> tuple[VideoIndex, byte
     index = VideoIndex(
         container=str(header["container"]),
         codec=str(header["codec"]),
-        width=int(header["width"]),
-        height=int(header["height"]),
-        rotation=int(header["rotation"]),
+        geometry=Geometry.from_dict(header["geometry"]),
         time_base=(numerator, denominator),
         pts=pts,
         keyframe=np.frombuffer(payload, np.uint8, frames, offset=16 * frames).astype(bool),

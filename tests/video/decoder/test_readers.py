@@ -62,7 +62,7 @@ async def test_index_gives_the_size_after_rotation(
     name: str, size: tuple[int, int], rotation: int, samples: dict[str, Path]
 ) -> None:
     index = await index_video(samples[name], VideoConfig())
-    assert ((index.width, index.height), index.rotation) == (size, rotation)
+    assert ((index.width, index.height), index.geometry.rotation) == (size, rotation)
 
 
 async def test_turned_frame_shows_its_mark_where_the_matrix_puts_it(

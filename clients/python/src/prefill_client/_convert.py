@@ -60,6 +60,7 @@ def warnings(messages: Iterable[video_pb.VideoWarning]) -> tuple[types.VideoWarn
 
 
 def _video_info(message: video_pb.VideoInfo) -> types.VideoInfo:
+    ratio = message.sample_aspect_ratio
     return types.VideoInfo(
         container=message.container,
         codec=message.codec,
@@ -69,7 +70,16 @@ def _video_info(message: video_pb.VideoInfo) -> types.VideoInfo:
         fps=message.fps,
         duration_s=_seconds(message.duration),
         keyframe_count=message.keyframe_count,
+        stored=_frame_size(message.stored) if message.HasField("stored") else None,
+        sample_aspect_ratio=(ratio.numerator or 1, ratio.denominator or 1),
+        sizes=tuple(_frame_size(size) for size in message.sizes),
+        rotation=message.rotation,
+        mirrored=message.mirrored,
     )
+
+
+def _frame_size(message: video_pb.FrameSize) -> types.FrameSize:
+    return types.FrameSize(message.width, message.height, message.frames)
 
 
 def job(message: prefill_pb.PrefillJob) -> types.Job:
@@ -102,6 +112,7 @@ def _spec(message: prefill_pb.PrefillSpec) -> types.PrefillSpec:
         max_pixels=_optional(sampling, "max_pixels"),
         min_pixels=_optional(sampling, "min_pixels"),
         cap_pixels_per_frame=_optional(sampling, "cap_pixels_per_frame"),
+        square_pixels=_optional(sampling, "square_pixels"),
         max_frames=_optional(sampling, "max_frames"),
         sample_by=_enum(prefill_pb.SampleBy, sampling.by, "SAMPLE_BY_", types.SampleBy),
         system_prompt=message.system_prompt,

@@ -45,6 +45,7 @@ _SAMPLING: dict[str, Check] = {
     "max_pixels": _PIXELS.check,
     "min_pixels": _PIXELS.check,
     "cap_pixels_per_frame": check_flag,
+    "square_pixels": check_flag,
 }
 _ATTENTION: dict[str, Check] = {
     "epsilon": Range(0, 1, below_high=True).check,

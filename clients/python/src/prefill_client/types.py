@@ -50,8 +50,23 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True)
+class FrameSize:
+    """A size that ``frames`` frames are stored in, in pixels; an estimate in long files."""
+
+    width: int
+    height: int
+    frames: int
+
+
+@dataclass(frozen=True)
 class VideoInfo:
-    """What probing found in the file."""
+    """What probing found in the file.
+
+    ``width`` and ``height`` are those of a frame as it is shown: of square pixels, upright.
+    ``stored`` is the size that most frames are stored in, ``sample_aspect_ratio`` the width of a
+    stored pixel over its height, ``sizes`` all sizes that occur. Stored frames are turned by
+    ``rotation`` degrees counter-clockwise, upside down before that if they are ``mirrored``.
+    """
 
     container: str
     codec: str
@@ -61,6 +76,11 @@ class VideoInfo:
     fps: float
     duration_s: float
     keyframe_count: int
+    stored: FrameSize | None = None
+    sample_aspect_ratio: tuple[int, int] = (1, 1)
+    sizes: tuple[FrameSize, ...] = ()
+    rotation: int = 0
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +224,7 @@ class PrefillSpec:
     min_kept_mass: float | None
     comparison: Comparison | None = None
     sample_by: SampleBy = SampleBy.UNSPECIFIED
+    square_pixels: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -321,6 +342,7 @@ class FrameOptions(TypedDict, total=False):
     are the processor's ``longest_edge`` and ``shortest_edge``, in pixels;
     ``cap_pixels_per_frame`` applies the family's per-frame ceiling. ``sample_by`` says what is
     evenly spaced: "frame" numbers, or "time"; by default time where the file's rate varies.
+    ``square_pixels`` ignores the file's sample aspect ratio, as vLLM does.
 
     ``quality`` is "exact", "high", "balanced" (the default) or "fast"; ``epsilon``, instead of
     it, is the attention mass that may be misplaced, 0 (exact) to below 1. ``min_kept_mass`` is
@@ -337,6 +359,7 @@ class FrameOptions(TypedDict, total=False):
     min_pixels: int | None
     cap_pixels_per_frame: bool | None
     max_frames: int | None
+    square_pixels: bool | None
     sample_by: SampleBy | str | None
     system_prompt: str | None
     quality: Quality | str | None

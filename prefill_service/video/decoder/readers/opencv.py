@@ -14,6 +14,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.container import FORMATS, PROTOCOLS, open_container, video_stream
 from prefill_service.video.decoder.readers.base import FrameReader
 from prefill_service.video.decoder.readers.pyav import decode_failed
+from prefill_service.video.geometry import Fit, Geometry
 from prefill_service.video.index import VideoIndex
 
 # OpenCV reads its FFmpeg options from the environment; the child's is its own.
@@ -66,9 +67,7 @@ class OpenCVReader(FrameReader):
             done, image = self._capture.retrieve()
             if not done:
                 raise decode_failed(index, target)
-            if image.shape[:2] != (index.height, index.width):
-                image = cv2.resize(image, (index.width, index.height))
-            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            yield _to_rgb(image, index.geometry)
 
     def _check_time(self, target: int, time_ms: float) -> None:
         """OpenCV passes over damaged frames in silence, which makes the count wrong from there."""
@@ -79,3 +78,15 @@ class OpenCVReader(FrameReader):
         due_ms = float(index.pts[target] - index.pts[0]) * 1000 * numerator / denominator
         if abs(time_ms - due_ms) > _TIME_TOLERANCE_MS:
             raise decode_failed(index, target)
+
+
+def _to_rgb(image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """[height, width, 3] uint8 RGB of a picture that OpenCV has rotated, though not mirrored."""
+    image = np.rot90(image, -geometry.rotation // 90)
+    fit = Fit.of(geometry, image.shape[1], image.shape[0])
+    if image.shape[:2] != (fit.height, fit.width):
+        image = cv2.resize(np.ascontiguousarray(image), (fit.width, fit.height))
+    image = fit.paste(image[..., ::-1])
+    if geometry.mirrored:
+        image = image[::-1]
+    return np.ascontiguousarray(np.rot90(image, geometry.rotation // 90))

@@ -18,6 +18,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.container import decode_packet, open_container, video_stream
 from prefill_service.video.decoder.readers.base import FrameReader
 from prefill_service.video.decoder.seek_schedule import Seek, gop_starts, schedule_seeks
+from prefill_service.video.geometry import Fit, Geometry
 from prefill_service.video.index import VideoIndex
 
 # A frame that does not come although decoding began so many GOPs before its own is damaged.
@@ -39,12 +40,13 @@ def decoded_frames(
         yield from decode_packet(packet, limits)
 
 
-def to_rgb(frame: VideoFrame, index: VideoIndex) -> np.ndarray:
-    """[height, width, 3] uint8 RGB, turned; scaled if the stream changed its size on the way."""
-    size = (index.width, index.height)
-    width, height = size if index.rotation in (0, 180) else size[::-1]
-    array = frame.to_ndarray(format="rgb24", width=width, height=height)
-    return np.ascontiguousarray(np.rot90(array, index.rotation // 90))
+def to_rgb(frame: VideoFrame, geometry: Geometry) -> np.ndarray:
+    """[height, width, 3] uint8 RGB as the geometry says, fitted in if its size is another."""
+    fit = Fit.of(geometry, frame.width, frame.height)
+    array = fit.paste(frame.to_ndarray(format="rgb24", width=fit.width, height=fit.height))
+    if geometry.mirrored:
+        array = array[::-1]
+    return np.ascontiguousarray(np.rot90(array, geometry.rotation // 90))
 
 
 def can_skip(context: VideoCodecContext) -> bool:
@@ -107,7 +109,7 @@ class PyAVReader(FrameReader):
         ):
             self.decoded += 1
             if number == target:
-                yield to_rgb(frame, self._index)
+                yield to_rgb(frame, self._index.geometry)
                 target = next(wanted, None)
             if target is None:
                 return
@@ -132,7 +134,7 @@ class PyAVReader(FrameReader):
                     break
                 landed_late = False
                 if frame.pts == due:
-                    yield to_rgb(frame, self._index)
+                    yield to_rgb(frame, self._index.geometry)
                     done += 1
                     if done == len(seek.targets):
                         return

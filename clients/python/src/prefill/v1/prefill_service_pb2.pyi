@@ -72,7 +72,7 @@ STAGE_VISION: Stage
 STAGE_PREFILL: Stage
 
 class FrameSampling(_message.Message):
-    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame", "by", "max_frames")
+    __slots__ = ("fps", "num_frames", "max_pixels", "min_pixels", "cap_pixels_per_frame", "by", "max_frames", "square_pixels")
     FPS_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
     MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class FrameSampling(_message.Message):
     CAP_PIXELS_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
     BY_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    SQUARE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     fps: float
     num_frames: int
     max_pixels: int
@@ -87,7 +88,8 @@ class FrameSampling(_message.Message):
     cap_pixels_per_frame: bool
     by: SampleBy
     max_frames: int
-    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: bool = ..., by: _Optional[_Union[SampleBy, str]] = ..., max_frames: _Optional[int] = ...) -> None: ...
+    square_pixels: bool
+    def __init__(self, fps: _Optional[float] = ..., num_frames: _Optional[int] = ..., max_pixels: _Optional[int] = ..., min_pixels: _Optional[int] = ..., cap_pixels_per_frame: bool = ..., by: _Optional[_Union[SampleBy, str]] = ..., max_frames: _Optional[int] = ..., square_pixels: bool = ...) -> None: ...
 
 class AttentionSpec(_message.Message):
     __slots__ = ("quality", "epsilon", "min_kept_mass")

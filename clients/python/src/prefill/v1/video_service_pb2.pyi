@@ -22,7 +22,7 @@ VIDEO_STATE_READY: VideoState
 VIDEO_STATE_FAILED: VideoState
 
 class VideoInfo(_message.Message):
-    __slots__ = ("container", "codec", "width", "height", "frame_count", "fps", "duration", "keyframe_count")
+    __slots__ = ("container", "codec", "width", "height", "frame_count", "fps", "duration", "keyframe_count", "stored", "sample_aspect_ratio", "sizes", "rotation", "mirrored")
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,11 @@ class VideoInfo(_message.Message):
     FPS_FIELD_NUMBER: _ClassVar[int]
     DURATION_FIELD_NUMBER: _ClassVar[int]
     KEYFRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_ASPECT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    ROTATION_FIELD_NUMBER: _ClassVar[int]
+    MIRRORED_FIELD_NUMBER: _ClassVar[int]
     container: str
     codec: str
     width: int
@@ -39,7 +44,30 @@ class VideoInfo(_message.Message):
     fps: float
     duration: _duration_pb2.Duration
     keyframe_count: int
-    def __init__(self, container: _Optional[str] = ..., codec: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frame_count: _Optional[int] = ..., fps: _Optional[float] = ..., duration: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., keyframe_count: _Optional[int] = ...) -> None: ...
+    stored: FrameSize
+    sample_aspect_ratio: SampleAspectRatio
+    sizes: _containers.RepeatedCompositeFieldContainer[FrameSize]
+    rotation: int
+    mirrored: bool
+    def __init__(self, container: _Optional[str] = ..., codec: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., frame_count: _Optional[int] = ..., fps: _Optional[float] = ..., duration: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., keyframe_count: _Optional[int] = ..., stored: _Optional[_Union[FrameSize, _Mapping]] = ..., sample_aspect_ratio: _Optional[_Union[SampleAspectRatio, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[FrameSize, _Mapping]]] = ..., rotation: _Optional[int] = ..., mirrored: bool = ...) -> None: ...
+
+class FrameSize(_message.Message):
+    __slots__ = ("width", "height", "frames")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    height: int
+    frames: int
+    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
+
+class SampleAspectRatio(_message.Message):
+    __slots__ = ("numerator", "denominator")
+    NUMERATOR_FIELD_NUMBER: _ClassVar[int]
+    DENOMINATOR_FIELD_NUMBER: _ClassVar[int]
+    numerator: int
+    denominator: int
+    def __init__(self, numerator: _Optional[int] = ..., denominator: _Optional[int] = ...) -> None: ...
 
 class VideoWarning(_message.Message):
     __slots__ = ("reason", "message")

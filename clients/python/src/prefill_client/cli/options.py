@@ -85,6 +85,12 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="apply the family's ceiling for one frame",
     )
+    group.add_argument(
+        "--square-pixels",
+        action="store_true",
+        default=None,
+        help="ignore the file's sample aspect ratio, as vLLM does",
+    )
     group.add_argument("--system-prompt", metavar="TEXT", help="system message before the video")
 
     _add_attention(parser)
