@@ -181,6 +181,11 @@ class VllmConfig:
     max_question_tokens: int = _opt(
         0, "Most tokens of a request's messages; 0: what the context leaves.", low=0
     )
+    generation_config: str = _opt(
+        "auto",
+        "Sampling defaults; auto: the checkpoint's generation_config.json, vllm: none.",
+        choices=("auto", "vllm"),
+    )
     prefill_step_s: float = _opt(
         0.1, "Longest step in which vLLM takes in nothing but questions' text."
     )

@@ -98,7 +98,9 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
             block_tokens=engine.sparse_block_tokens,
         )
     return Components(
-        planner=PrefixPlanner(checkpoint, dtype),
+        planner=PrefixPlanner(
+            checkpoint, dtype, generation_config=config.vllm.generation_config == AUTO
+        ),
         executor=executor,
         generation=GenerationServer(
             config.vllm,

@@ -36,6 +36,8 @@ class Question:
         ignore_eos: go on after the end-of-sequence token.
         system_prompt: system message, or empty for the chat template's default.
         sampling: fields of ``FrameSampling``.
+        model_defaults: take sampling parameters from the checkpoint's generation_config.json, as
+            ``vllm serve`` does; the temperature stays 0.
     """
 
     video: str
@@ -44,6 +46,7 @@ class Question:
     ignore_eos: bool = False
     system_prompt: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
+    model_defaults: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,9 +231,10 @@ def _run_child(model: str, dtype: str, request: Path, result: Path) -> None:
     )
     references = []
     for item, question in zip(prepared, questions, strict=True):
-        params = SamplingParams(
-            temperature=0, max_tokens=question.max_tokens, ignore_eos=question.ignore_eos
-        )
+        params = llm.get_default_sampling_params() if question.model_defaults else SamplingParams()
+        params.temperature = 0
+        params.max_tokens = question.max_tokens
+        params.ignore_eos = question.ignore_eos
         output = llm.generate(item.prompt, params, use_tqdm=False)[0]  # type: ignore[arg-type]
         reference = Reference(
             list(output.prompt_token_ids or ()),

@@ -69,7 +69,7 @@ def question_from_proto(message: pb.AskRequest) -> Question:
         spec=spec_from_proto(message.spec, messages[0][1] if messages else ""),
         messages=tuple(messages),
         sampling=Sampling(
-            temperature=params.temperature,  # 0, greedy, if not set
+            temperature=optional_field(params, "temperature"),
             top_p=optional_field(params, "top_p"),
             top_k=optional_field(params, "top_k"),
             seed=optional_field(params, "seed"),

@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,13 @@ _MAX_EVENT_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to decode; mirrors ``prefill.v1.SamplingParams``. ``None``: vLLM's default."""
+    """How to decode; mirrors ``prefill.v1.SamplingParams``.
 
-    temperature: float = 0.0
+    ``None`` is the checkpoint's default, if ``fill_in`` has one, else vLLM's; a temperature that
+    nobody names is 0. The last three are the checkpoint's alone.
+    """
+
+    temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     max_tokens: int = 256
@@ -38,11 +42,23 @@ class Sampling:
     stop: tuple[str, ...] = ()
     repetition_penalty: float | None = None
     ignore_eos: bool = False
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    def fill_in(self, defaults: Mapping[str, float]) -> Sampling:
+        """These parameters, with ``defaults`` by vLLM's names for those that are ``None``."""
+        unset: dict[str, Any] = {
+            name: value
+            for name, value in defaults.items()
+            if name != "max_tokens" and getattr(self, name) is None
+        }
+        return replace(self, **unset)
 
     def to_vllm(self) -> dict[str, Any]:
         """``sampling_params`` of vLLM."""
         values: dict[str, Any] = {
-            "temperature": self.temperature,
+            "temperature": self.temperature or 0.0,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "max_tokens": self.max_tokens,
@@ -50,6 +66,9 @@ class Sampling:
             "stop": list(self.stop) or None,
             "repetition_penalty": self.repetition_penalty,
             "ignore_eos": self.ignore_eos,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
         }
         return {name: value for name, value in values.items() if value is not None}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from prefill_service.models.chat import Chat, Messages
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.family_registry import FAMILIES
 from prefill_service.models.frame_sampling import FrameSampler, SampledFrames
+from prefill_service.models.generation_defaults import read_generation_defaults
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.processor import open_processor, try_video
 from prefill_service.video.geometry import Geometry
@@ -36,8 +38,10 @@ class PrefixPlanner:
     Args:
         checkpoint: the model.
         dtype: precision of the KV cache; part of the prefix id.
+        generation_config: read the checkpoint's defaults of sampling.
 
     Attributes:
+        generation_defaults: sampling parameters for requests without them, by vLLM's names.
         chat: the checkpoint's chat template and tokenizer.
         sampler: its rule of which frames are looked at.
 
@@ -45,11 +49,16 @@ class PrefixPlanner:
         ServiceError: MODEL_INVALID for a processor, tokenizer or chat template that cannot do it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, *, generation_config: bool = True
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self._config = transformers.AutoConfig.from_pretrained(checkpoint.path)
         self._family = FAMILIES[checkpoint.family]
+        self.generation_defaults: Mapping[str, float] = (
+            read_generation_defaults(checkpoint.path, self._config) if generation_config else {}
+        )
         self._processor = open_processor(checkpoint.path, self._family, self._config)
         video_processor = self._processor.video_processor
         self.chat = Chat(self._processor, self._family)

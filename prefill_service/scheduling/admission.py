@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from prefill_service.attention.head_budgets import HeadBudgets
@@ -74,6 +75,11 @@ class Admission:
         """Tokens of prompt and answer together, at most."""
         model = self._planner.checkpoint.max_position_embeddings
         return min(model, self._context_limit() or model)
+
+    @property
+    def generation_defaults(self) -> Mapping[str, float]:
+        """Sampling parameters of the checkpoint for requests that leave them out."""
+        return self._planner.generation_defaults
 
     @property
     def fingerprint(self) -> str:
@@ -203,9 +209,17 @@ class Admission:
 
 
 def fit_sampling(
-    sampling: Sampling, max_tokens: int | None, prompt_tokens: int, context: int
+    sampling: Sampling,
+    max_tokens: int | None,
+    prompt_tokens: int,
+    context: int,
+    *,
+    defaults: Mapping[str, float] = MappingProxyType({}),
 ) -> Sampling:
-    """Check sampling parameters and settle ``max_tokens``: 256, or what room is left, if not given.
+    """Check sampling parameters and settle those that are not given.
+
+    They are the checkpoint's ``defaults``. ``max_tokens`` is 256 where those have none, or what
+    room is left.
 
     Raises:
         ServiceError: INVALID_REQUEST; QUESTION_TOO_LONG when the answer has no room.
@@ -221,8 +235,9 @@ def fit_sampling(
             max_tokens=wanted,
             limit=context,
         )
-    room = min(DEFAULT_MAX_TOKENS, context - prompt_tokens)
-    return replace(sampling, max_tokens=max_tokens or room)
+    most = int(defaults.get("max_tokens", DEFAULT_MAX_TOKENS))
+    room = min(most, context - prompt_tokens)
+    return replace(sampling.fill_in(defaults), max_tokens=max_tokens or room)
 
 
 def _check_sampling(sampling: Sampling, max_tokens: int | None) -> None:
@@ -237,7 +252,8 @@ def _check_sampling(sampling: Sampling, max_tokens: int | None) -> None:
             )
 
     check(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
-    check(0 <= sampling.temperature <= 100, "temperature", sampling.temperature, "0 to 100")
+    temperature = sampling.temperature
+    check(temperature is None or 0 <= temperature <= 100, "temperature", temperature, "0 to 100")
     top_p = sampling.top_p
     check(top_p is None or 0 < top_p <= 1, "top_p", top_p, "more than 0 and at most 1")
     top_k = sampling.top_k

@@ -134,7 +134,11 @@ class Answers:
         plan = await self._admission.plan_prefix(question.spec)
         token_ids = await self._admission.prompt_token_ids(plan, question.messages)
         sampling = fit_sampling(
-            question.sampling, question.max_tokens, len(token_ids), self._admission.limit
+            question.sampling,
+            question.max_tokens,
+            len(token_ids),
+            self._admission.limit,
+            defaults=self._admission.generation_defaults,
         )
         answer = _Answer(
             question=question,

@@ -46,6 +46,7 @@ class SimulatedPlanner:
 
     def __init__(self) -> None:
         self.checkpoint = SimpleNamespace(fingerprint="model", max_position_embeddings=100_000)
+        self.generation_defaults: dict[str, float] = {}
 
     def plan(
         self,

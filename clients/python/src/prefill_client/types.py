@@ -372,7 +372,7 @@ class FrameOptions(TypedDict, total=False):
 
 
 class AskOptions(FrameOptions, total=False):
-    """Frame options and how to decode: greedy and 256 tokens unless said otherwise."""
+    """Frame options and how to decode: what is not said is the served model's default."""
 
     max_tokens: int | None
     temperature: float | None
