@@ -21,7 +21,8 @@ from tools.vllm_alone import Question, Reference, answer
 QUESTION = "What is happening in the video?"
 VIDEO = {"seconds": 5, "fps": 8, "width": 256, "height": 160, "seed": 11}
 NEW_TOKENS = 16
-PENALTY = 5.0
+PENALTY = 0.3
+"""Below 1: words of the prompt and of the answer come again."""
 
 
 @pytest.fixture(scope="module")
