@@ -131,7 +131,7 @@ def _add_attention(parser: argparse.ArgumentParser, note: str = "default: balanc
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer")
     group.add_argument("--max-tokens", type=int, metavar="N", help="tokens at most (default 256)")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; the model's default")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     group.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling")
     group.add_argument("--top-k", type=int, metavar="K", help="top-k sampling")
     group.add_argument("--seed", type=int, metavar="N", help="seed for sampling")
