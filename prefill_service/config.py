@@ -129,6 +129,9 @@ class EngineConfig:
         1024, "Tokens that an MLP or norm takes at once; 0: a whole chunk.", low=0
     )
     threads_per_rank: int = _opt(0, "CPU threads per rank; 0 shares the cores evenly.", low=0)
+    text_from_tokens: int = _opt(
+        1024, "Longer questions are prefilled on the ranks, not by vLLM; 0: none.", low=0
+    )
     page_tokens: int = _opt(64, "Tokens per KV page.", low=1, high=1024)
     sparse_from_tokens: int = _opt(
         0, "Queries that see fewer keys attend exactly; 0: measured at start-up.", low=0

@@ -15,10 +15,11 @@ from prefill_service.attention.settings import SparseSettings
 from prefill_service.attention_shape import PromptShape
 from prefill_service.engine.agreement import SyncInterval
 from prefill_service.engine.frame_prefetch import FramePrefetcher
-from prefill_service.engine.shard_map import task_layout
+from prefill_service.engine.shard_map import held_shares, task_layout, text_layout
 from prefill_service.engine.spans import LayerSpans, Stage
 from prefill_service.engine.task import PrefillMethod, RankTask
 from prefill_service.errors import ServiceError
+from prefill_service.kv.manifest import Manifest
 from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.kv.offload.working_set import OffloadedKV, open_working
 from prefill_service.models.families.base import VisionFeatures
@@ -120,6 +121,48 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
             UnitAttention(adaptive, units),
             buffers=buffers,
             prefetcher=prefetcher,
+        )
+
+    @classmethod
+    def build_text(cls, rank_task: RankTask) -> ChunkedPrefill:
+        """Build what text after a prefix needs whose pages this rank's subgroup holds.
+
+        The text is attended to exactly, as by vLLM. Its queries are few against the prefix's keys,
+        so that they go round and the keys stay where they are.
+
+        Raises:
+            TaskAborted: on every rank, when one has lost its pages.
+        """
+        worker = rank_task.worker
+        task = rank_task.task
+        assert task.base is not None
+        held = held_shares(task.base, task.subgroup)
+        layout = text_layout(task.base, task.plan, task.subgroup.size, worker.chunk_tokens)
+        settings = replace(worker.sparse, from_tokens=NEVER)
+        units = SelectionUnits.of(task.plan.patch_ends, worker.chunk_tokens)
+        shape = _prompt_shape(rank_task)
+        exchange = make_exchange(
+            task.exchange.kind,
+            ExchangeSetup(
+                mesh=worker.meshes[task.exchange.degree],
+                layout=ChunkLayout((held, *layout.shares)),
+                shape=shape,
+                settings=settings,
+                units=units,
+            ),
+        )
+        try:
+            _store_held(rank_task, task.base, exchange, held)
+        except ServiceError as error:
+            rank_task.fail_together(error)
+        adaptive = _adaptive_attention(rank_task, shape, settings, None)
+        return cls(
+            rank_task,
+            layout,
+            exchange,
+            UnitAttention(adaptive, units),
+            buffers=None,
+            prefetcher=rank_task.make_prefetcher(list(layout.of_rank(worker.group.rank))),
         )
 
     @override
@@ -254,6 +297,31 @@ class ChunkedPrefill(PrefillMethod, LayerKV):
         for part_k, part_v in zip(torch.split(k, sizes), torch.split(v, sizes), strict=True):
             self._rank_task.writer.write(layer, page, part_k, part_v)
             page += self._worker.kv_layout.pages_for(len(part_k))
+
+
+def _store_held(
+    rank_task: RankTask, base: Manifest, exchange: Exchange, held: tuple[Share, ...]
+) -> None:
+    """Give an exchange the keys and values that this rank holds of a prefix.
+
+    Raises:
+        ServiceError: UNKNOWN_PREFIX.
+    """
+    worker = rank_task.worker
+    layout = worker.kv_layout
+    file = worker.store.find_pages(base.prefix_id, base.epoch)
+    runs = [run for run in base.runs if run.rank == worker.spec.rank]
+    exchange.start_chunk(held)
+    for layer in range(layout.attending_layers):
+        parts = [torch.empty(2, 0, layout.kv_heads, layout.head_dim, dtype=worker.model.dtype)]
+        for run in runs:
+            tokens = run.end_token - run.start_token
+            pages = slice(run.first_page, run.first_page + layout.pages_for(tokens))
+            # [pages, 2, page_tokens, kv_heads, head_dim] -> [2, tokens, kv_heads, head_dim]
+            kv = file.pages[pages, layer].transpose(0, 1).flatten(1, 2)
+            parts.append(kv[:, :tokens])
+        k, v = torch.cat(parts, 1).to(worker.model.device)
+        exchange.store_kv(layer, k, v)
 
 
 def _prompt_shape(rank_task: RankTask) -> PromptShape:

@@ -25,13 +25,14 @@ from prefill_service.engine.shard_map import (
     baseline_runs,
     baseline_split,
     shard_runs,
+    text_layout,
     token_layout,
 )
 from prefill_service.engine.supervisor import WorkerSupervisor
 from prefill_service.engine.task_state import PrefillOutcome, TaskState
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.budget import KVBudget
-from prefill_service.kv.manifest import ShardRun
+from prefill_service.kv.manifest import Manifest, ShardRun
 from prefill_service.models.checkpoint import Checkpoint
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
@@ -143,6 +144,13 @@ class PrefillExecutor:
             exchange=exchange,
             whole_units=whole_units,
         )
+        return shard_runs(layout, self.kv_layout, subgroup)
+
+    def text_shard_map(
+        self, base: Manifest, plan: PrefixPlan, subgroup: Subgroup
+    ) -> tuple[ShardRun, ...]:
+        """Which rank will hold which tokens of the text that ``plan`` has after a prefix."""
+        layout = text_layout(base, plan, subgroup.size, self.chunk_tokens)
         return shard_runs(layout, self.kv_layout, subgroup)
 
     def baseline_shard_map(

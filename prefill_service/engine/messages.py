@@ -61,6 +61,8 @@ class PrefillTask:
         subgroup: the ranks that compute it, and whose pages the manifest names.
         whole_units: whether ranks get whole selection units of a chunk; with the plan, the
             subgroup and the exchange it determines the token layout (``shard_map.token_layout``).
+        base: the prefix that this one extends by text. The ranks hold its pages, and compute the
+            tokens after it, exactly.
     """
 
     job_id: str
@@ -73,6 +75,7 @@ class PrefillTask:
     exchange: ExchangeChoice = field(default_factory=ExchangeChoice)
     whole_units: bool = False
     baseline: BaselineTask | None = None
+    base: Manifest | None = None
 
 
 # ---- front end to worker ------------------------------------------------------------------

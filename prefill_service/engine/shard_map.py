@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from prefill_service.engine.messages import BaselineTask, PrefillTask
-from prefill_service.kv.manifest import KVLayout, ShardRun
+from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.baselines.sequence_split import SequenceSplit, split_patches
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
-from prefill_service.parallel.token_layout import ChunkLayout, deal_patches
+from prefill_service.parallel.token_layout import (
+    ChunkLayout,
+    Share,
+    deal_patches,
+    deal_text,
+    share_of,
+)
 
 
 def shard_runs(layout: ChunkLayout, kv: KVLayout, subgroup: Subgroup) -> tuple[ShardRun, ...]:
@@ -64,6 +70,24 @@ def task_layout(task: PrefillTask, chunk_tokens: int, kv: KVLayout) -> ChunkLayo
     if shard_runs(layout, kv, task.subgroup) != task.manifest.runs:
         raise ValueError(f"the manifest of {task.job_id} was made from another token layout")
     return layout
+
+
+def text_layout(base: Manifest, plan: PrefixPlan, ranks: int, chunk_tokens: int) -> ChunkLayout:
+    """Which rank of a subgroup computes which tokens of the text that ``plan`` has after a prefix.
+
+    Args:
+        base: the prefix.
+        chunk_tokens: tokens per chunk and rank.
+    """
+    return deal_text(base.num_tokens, plan.num_tokens, ranks, chunk_tokens)
+
+
+def held_shares(manifest: Manifest, subgroup: Subgroup) -> tuple[Share, ...]:
+    """What each rank of a subgroup holds of a prefix, as if it were one chunk."""
+    return tuple(
+        share_of((run.start_token, run.end_token) for run in manifest.runs if run.rank == rank)
+        for rank in subgroup.members
+    )
 
 
 def baseline_split(plan: PrefixPlan, baseline: BaselineTask, ranks: int) -> SequenceSplit:

@@ -32,7 +32,7 @@ from prefill_service.engine.baseline_prefill import BaselinePrefill
 from prefill_service.engine.chunked_prefill import ChunkedPrefill
 from prefill_service.engine.resolve import chunk_tokens, kv_layout, sparse_settings
 from prefill_service.engine.startup_probe import probe_ranks
-from prefill_service.engine.task import WorkerContext, run_task
+from prefill_service.engine.task import BuildMethod, WorkerContext, run_task
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.transport_registry import find_transport
@@ -202,9 +202,13 @@ class Worker:
             context.kv_budget(task.exchange).check(task.plan.num_tokens)
         except ServiceError as refusal:
             return msg.RankFailed(task.job_id, self._spec.rank, refusal.to_dict())
-        method = ChunkedPrefill if task.baseline is None else BaselinePrefill
+        build: BuildMethod = ChunkedPrefill.build
+        if task.baseline is not None:
+            build = BaselinePrefill.build
+        elif task.base is not None:
+            build = ChunkedPrefill.build_text
         try:
-            return run_task(context, task, self._controls[task.job_id], method.build)
+            return run_task(context, task, self._controls[task.job_id], build)
         except TaskAborted as aborted:
             cancelled = aborted.status is CollectiveStatus.CANCELLED
             text = "the job was cancelled" if cancelled else "another rank failed"

@@ -36,23 +36,48 @@ MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class LeasedPages:
+    """A prefix's pages, and the lease to read them under."""
+
+    manifest: Manifest
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffParams:
-    """What the connector is told about one request."""
+    """What the connector is told about one request.
+
+    Attributes:
+        manifest: of the longest prefix that is handed over.
+        lease_id: to read its pages under, and to report under.
+        report_to: ``unix:/path`` of the service's report socket, or empty.
+        base: the prefix that has the tokens before ``manifest.start_token``.
+    """
 
     manifest: Manifest
     lease_id: str
     report_to: str
-    """``unix:/path`` of the service's report socket, or empty."""
+    base: LeasedPages | None = None
+
+    @property
+    def parts(self) -> tuple[LeasedPages, ...]:
+        """All pages that are handed over, in token order."""
+        last = LeasedPages(self.manifest, self.lease_id)
+        return (last,) if self.base is None else (self.base, last)
 
     def to_kv_transfer_params(self) -> dict[str, Any]:
         """The value of vLLM's ``kv_transfer_params``."""
-        return {
-            PARAMS_KEY: {
-                "manifest": self.manifest.to_json(),
-                "lease_id": self.lease_id,
-                "report_to": self.report_to,
-            }
+        entry: dict[str, Any] = {
+            "manifest": self.manifest.to_json(),
+            "lease_id": self.lease_id,
+            "report_to": self.report_to,
         }
+        if self.base is not None:
+            entry["base"] = {
+                "manifest": self.base.manifest.to_json(),
+                "lease_id": self.base.lease_id,
+            }
+        return {PARAMS_KEY: entry}
 
     @classmethod
     def from_kv_transfer_params(cls, params: dict[str, Any] | None) -> HandoffParams | None:
@@ -65,7 +90,17 @@ class HandoffParams:
         if entry is None:
             return None
         try:
-            return cls(Manifest.from_json(entry["manifest"]), entry["lease_id"], entry["report_to"])
+            manifest = Manifest.from_json(entry["manifest"])
+            base = None
+            if found := entry.get("base"):
+                base = LeasedPages(Manifest.from_json(found["manifest"]), found["lease_id"])
+            before = 0 if base is None else base.manifest.num_tokens
+            if manifest.start_token != before:
+                raise ValueError(
+                    f"the manifest begins at token {manifest.start_token}, the one before it "
+                    f"ends at {before}"
+                )
+            return cls(manifest, entry["lease_id"], entry["report_to"], base)
         except (KeyError, TypeError) as error:
             raise ValueError(f"malformed {PARAMS_KEY} entry: {error!r}") from error
 

@@ -114,6 +114,8 @@ class Manifest:
         position_delta: M-RoPE position of the next token minus its index.
         attention_key: how attention was computed: ``"exact"``, or the name and figures of an
             approximation.
+        start_token: where its runs begin: after the tokens of another prefix, which it extends,
+            or at 0.
     """
 
     prefix_id: str
@@ -127,10 +129,11 @@ class Manifest:
     token_ids_hash: str
     position_delta: int
     attention_key: str = "exact"
+    start_token: int = 0
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
-        expected = 0
+        expected = self.start_token
         for run in self.runs:
             if run.start_token != expected or run.end_token <= run.start_token:
                 raise ValueError(

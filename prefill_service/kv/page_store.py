@@ -95,6 +95,19 @@ class ShardStore:
         for prefix_id in list(self._files):
             self.drop_prefix(prefix_id)
 
+    def find_pages(self, prefix_id: str, epoch: int) -> PageFile:
+        """The file of a prefix of which this rank has computed all pages.
+
+        Raises:
+            ServiceError: UNKNOWN_PREFIX, or the error that the prefix ended with.
+        """
+        with self._changed:
+            file = self._files.get(prefix_id)
+            if file is None or file.epoch != epoch:
+                raise _unknown(prefix_id, "is not held by this rank")
+            file.raise_error()
+            return file
+
     # ---- the page server ----------------------------------------------------------------
 
     def open_prefix(

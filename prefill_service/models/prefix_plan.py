@@ -6,8 +6,9 @@ source of the prompt that vLLM gets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -100,3 +101,20 @@ class PrefixPlan:
     def num_tokens(self) -> int:
         """Tokens of the prefix, text included."""
         return len(self.token_ids)
+
+
+def extend_plan(plan: PrefixPlan, token_ids: Sequence[int]) -> PrefixPlan:
+    """The plan of a prefix that goes on, after the video, with the first tokens of a question.
+
+    All but tokens, positions and id are the video's. Text counts positions on, on every axis.
+    """
+    added = np.asarray(token_ids, np.int32)
+    index = plan.num_tokens + np.arange(len(added), dtype=np.int64)
+    positions = np.broadcast_to(index + plan.position_delta, (len(plan.position_ids), len(added)))
+    key = bytes.fromhex(plan.prefix_id) + added.tobytes()
+    return replace(
+        plan,
+        prefix_id=hashlib.sha256(key).hexdigest(),
+        token_ids=np.concatenate([plan.token_ids, added]),
+        position_ids=np.concatenate([plan.position_ids, positions], 1),
+    )

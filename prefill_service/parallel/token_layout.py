@@ -137,6 +137,21 @@ def deal_patches(
     return ChunkLayout(tuple(chunks))
 
 
+def deal_text(start: int, end: int, ranks: int, chunk_tokens: int) -> ChunkLayout:
+    """Deal tokens [start, end), which belong to no patch, evenly to ranks, chunk by chunk."""
+    chunks = []
+    for first in range(start, end, chunk_tokens * ranks):
+        count = min(chunk_tokens * ranks, end - first)
+        cuts = [first + count * rank // ranks for rank in range(ranks + 1)]
+        chunks.append(tuple(share_of([(a, b)]) for a, b in pairwise(cuts)))
+    return ChunkLayout(tuple(chunks))
+
+
+def share_of(ranges: Iterable[Range]) -> Share:
+    """A share of ascending ranges of tokens, whose patches are of no concern; empty ones go."""
+    return Share(tuple(Piece(0, 0, start, end) for start, end in ranges if end > start))
+
+
 def _share(pieces: list[Piece], rank: int, order: Order) -> Share:
     mine = [pieces[rank]] if order is Order.DEALT else [pieces[rank], pieces[-1 - rank]]
     return Share(tuple(piece for piece in mine if piece.num_tokens))

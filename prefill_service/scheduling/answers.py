@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Container
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest, Sampling
-from prefill_service.kv.handoff import HandoffParams, HandoffReport
+from prefill_service.kv.handoff import HandoffParams, HandoffReport, LeasedPages
 from prefill_service.kv.handoff_reports import Intake, ReportServer
 from prefill_service.kv.manifest import Manifest
-from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.models.prefix_plan import PrefixPlan, extend_plan
 from prefill_service.scheduling.admission import Admission, fit_sampling
 from prefill_service.scheduling.answer_events import (
     AnswerDelta,
@@ -117,6 +119,7 @@ class Answers:
         self._generation = generation
         self._reports = reports
         self._vllm_wait_s = vllm_wait_s
+        self._text_from_tokens = scheduler.text_from_tokens
         self._submit_early = submit_early
         self._metrics = metrics
 
@@ -197,28 +200,98 @@ class Answers:
         """Wait for the prefill, lease the prefix and let vLLM answer."""
         # A hand-off that failed while the ranks worked may have failed because the job is about
         # to: the second one waits for the job's end.
-        late = "hand-off" in answer.retried or not self._submit_early
+        late = "hand-off" in answer.retried or not self._submit_early or self._is_long(answer)
         waited_for = ACTIVE if late else {JobState.QUEUED}
+        async with aclosing(self._wait_for(answer, job, waited_for)) as progress:
+            async for event in progress:
+                yield event
+        _raise_if_failed(job)
+        async with AsyncExitStack() as acquired:
+            base = self._prefixes.open_lease(answer.plan.prefix_id)
+            acquired.callback(self._prefixes.release_lease, base)
+            answer.manifest = base.manifest
+            text = None
+            if self._is_long(answer):
+                job_of_text = self._acquire_text(answer, job)
+                if (found := await acquired.enter_async_context(job_of_text)) is not None:
+                    async with aclosing(self._wait_for(answer, found, ACTIVE)) as progress:
+                        async for event in progress:
+                            yield event
+                    text = self._lease_text(acquired, found)
+            async with aclosing(self._hand_over(answer, job, base, text=text)) as events:
+                async for event in events:
+                    yield event
+
+    async def _wait_for(
+        self, answer: _Answer, job: Job, states: Container[JobState]
+    ) -> AsyncGenerator[AnswerEvent]:
+        """Progress of a job for as long as it is in one of some states; at least once."""
         while True:
             version = job.version
             yield self._progress(answer, job)
-            if job.record.state not in waited_for:
-                break
+            if job.record.state not in states:
+                return
             await job.wait_changed(version)
-        _raise_if_failed(job)
-        lease = self._prefixes.open_lease(answer.plan.prefix_id)
-        answer.manifest = lease.manifest
+
+    def _is_long(self, answer: _Answer) -> bool:
+        """Whether the ranks are to compute the text after the prefix, but for its last token."""
+        tokens = len(answer.token_ids) - answer.plan.num_tokens
+        supported = answer.question.spec.comparison is None
+        return supported and 0 < self._text_from_tokens < tokens
+
+    @asynccontextmanager
+    async def _acquire_text(self, answer: _Answer, base: Job) -> AsyncIterator[Job | None]:
+        """The job that has or makes a long question's text; ``None`` if the queue is full.
+
+        What earlier turns of a chat have left is taken as it is if vLLM has few tokens to add.
+        """
+        prompt = np.asarray(answer.token_ids, np.int32)
+        known = self._scheduler.find_text(base, prompt)
+        if known is not None and len(prompt) - known.record.prefix_tokens <= self._text_from_tokens:
+            yield known
+            return
+        plan = extend_plan(answer.plan, answer.token_ids[answer.plan.num_tokens : -1])
+        async with AsyncExitStack() as acquired:
+            job = None
+            try:
+                job = await acquired.enter_async_context(self._scheduler.acquire_text(plan, base))
+            except ServiceError as error:
+                if error.reason is not Reason.QUEUE_FULL:
+                    raise
+            yield job
+
+    def _lease_text(self, acquired: AsyncExitStack, job: Job) -> Lease | None:
+        """A lease on a text that the ranks have computed.
+
+        One that they could not compute is left to vLLM, which needs longer.
+        """
+        if job.record.state is not JobState.SUCCEEDED:
+            logger.warning("vLLM computes a long question, since the ranks: %s", job.record.error)
+            return None
+        lease = self._prefixes.open_lease(job.record.prefix_id)
+        acquired.callback(self._prefixes.release_lease, lease)
+        return lease
+
+    async def _hand_over(
+        self, answer: _Answer, job: Job, base: Lease, *, text: Lease | None
+    ) -> AsyncGenerator[AnswerEvent]:
+        """Let vLLM have what the ranks have of the prompt, and do the rest."""
+        lease = text or base
+        handoff = HandoffParams(
+            lease.manifest,
+            lease.lease_id,
+            self._reports.address,
+            None if text is None else LeasedPages(base.manifest, base.lease_id),
+        )
         try:
             with self._reports.follow_intake(lease.lease_id) as answer.intake:
-                async with aclosing(self._answer_on(answer, job, lease)) as events:
+                async with aclosing(self._answer_on(answer, job, handoff, lease=lease)) as events:
                     async for event in events:
                         yield event
         except ServiceError as error:
             if (cause := await self._reported_cause(error, lease)) is not None:
                 raise cause from error
             raise
-        finally:
-            self._prefixes.release_lease(lease)
 
     async def _reported_cause(self, error: ServiceError, lease: Lease) -> ServiceError | None:
         """Why vLLM failed, if that is what ``error`` says and the connector has reported it."""
@@ -230,10 +303,10 @@ class Answers:
         return ServiceError.from_dict(report.error)
 
     async def _answer_on(
-        self, answer: _Answer, job: Job, lease: Lease
+        self, answer: _Answer, job: Job, handoff: HandoffParams, *, lease: Lease
     ) -> AsyncGenerator[AnswerEvent]:
         """Progress of the job until the first token is there, then the answer."""
-        async with aclosing(self._generate(answer, job, lease)) as tokens:
+        async with aclosing(self._generate(answer, job, handoff)) as tokens:
             first = asyncio.ensure_future(anext(tokens, None))
             async with aclosing(self._progress_until(first, answer, job, lease=lease)) as progress:
                 async for event in progress:
@@ -281,7 +354,7 @@ class Answers:
         return final
 
     async def _generate(
-        self, answer: _Answer, job: Job, lease: Lease
+        self, answer: _Answer, job: Job, handoff: HandoffParams
     ) -> AsyncGenerator[GenerationEvent]:
         """vLLM's tokens, once it is ready."""
         deadline = time.monotonic() + self._vllm_wait_s
@@ -298,9 +371,9 @@ class Answers:
         request = GenerationRequest(
             token_ids=answer.token_ids,
             plan=answer.plan,
-            handoff=HandoffParams(lease.manifest, lease.lease_id, self._reports.address),
+            handoff=handoff,
             sampling=answer.sampling,
-            request_id=lease.lease_id,
+            request_id=handoff.lease_id,
             prefilled=not job.record.active,
             last_sign=lambda: answer.intake.reported_at,
         )

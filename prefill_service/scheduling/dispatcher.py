@@ -92,8 +92,9 @@ class JobDispatcher:
         waiting = [
             Waiting(
                 job_id=job_id,
-                tokens=job.record.prefix_tokens,
+                tokens=job.tokens,
                 all_ranks=job.needs_all_ranks,
+                subgroup=job.needed_subgroup,
                 bypassed=self._bypassed.get(job_id, 0),
             )
             for job_id, job in jobs.items()
@@ -108,9 +109,10 @@ class JobDispatcher:
             self._bypassed[job_id] = self._bypassed.get(job_id, 0) + 1
         preempting = ""
         if placement.preempts:
-            self._running[placement.preempts].preempted_tokens += job.record.prefix_tokens
+            self._running[placement.preempts].preempted_tokens += job.tokens
             preempting = f", preempting {placement.preempts}"
         logger.info("%s starts on %s%s", job.record.job_id, placement.subgroup, preempting)
+        job.subgroup = placement.subgroup
         self._running[job.record.job_id] = _Running(job, placement)
         job.task = asyncio.create_task(self._run_job(job, placement), name=job.record.job_id)
         job.task.add_done_callback(lambda task: self._finish(job, task))
@@ -135,7 +137,7 @@ def _active(running: _Running) -> Active:
     job = running.job
     return Active(
         job_id=job.record.job_id,
-        tokens=job.record.prefix_tokens,
+        tokens=job.tokens,
         tokens_left=job.tokens_left,
         subgroup=running.placement.subgroup,
         preemptible=not job.needs_all_ranks and job.cancelled_by is None,

@@ -14,8 +14,9 @@ from prefill_service.attention.report import AttentionReport
 from prefill_service.engine.messages import Progress
 from prefill_service.engine.spans import Stage
 from prefill_service.errors import ServiceError
-from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.parallel.comm_stats import CollectiveUse
+from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.scheduling.attention_summary import (
     AttentionSummary,
     policy_from_dict,
@@ -171,6 +172,19 @@ class JobRecord:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What a job computes that extends a resident prefix by a question's text.
+
+    Attributes:
+        plan: of the prefix with its text.
+        base: the job that has the prefix.
+    """
+
+    plan: PrefixPlan
+    base: Job
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A job that is queued, running or whose prefix is resident.
@@ -180,11 +194,14 @@ class Job:
     """
 
     record: JobRecord
+    extension: Extension | None = None
     waiters: int = 0
     """Calls that need it (``Scheduler.acquire``)."""
     cancelled_by: ServiceError | None = None
     """Set once it is being cancelled, which takes the ranks a moment."""
     task: asyncio.Task[None] | None = None
+    subgroup: Subgroup | None = None
+    """The ranks that it has, or had: they hold its pages."""
     version: int = 0
     ended_at: float = 0.0
     """``time.monotonic()`` of its end."""
@@ -212,10 +229,21 @@ class Job:
         self.notify()
 
     @property
+    def tokens(self) -> int:
+        """Tokens that the ranks compute for it."""
+        before = self.extension.base.record.prefix_tokens if self.extension else 0
+        return self.record.prefix_tokens - before
+
+    @property
     def tokens_left(self) -> int:
-        """Tokens of its prefix that no rank has prefilled yet."""
+        """Tokens of ``tokens`` that no rank has prefilled yet."""
         done = sum(p.done for (stage, _), p in self._progress.items() if stage is Stage.PREFILL)
-        return max(0, self.record.prefix_tokens - done)
+        return max(0, self.tokens - done)
+
+    @property
+    def needed_subgroup(self) -> Subgroup | None:
+        """The ranks that it must have: those that hold the pages which it extends."""
+        return self.extension.base.subgroup if self.extension else None
 
     @property
     def needs_all_ranks(self) -> bool:

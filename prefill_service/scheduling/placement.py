@@ -49,12 +49,14 @@ class Waiting:
     Attributes:
         tokens: of its prefix.
         all_ranks: whether it needs all ranks.
+        subgroup: the only ranks that it can have; ``None`` for any.
         bypassed: how many jobs came later and have started.
     """
 
     job_id: str
     tokens: int
     all_ranks: bool = False
+    subgroup: Subgroup | None = None
     bypassed: int = 0
 
 
@@ -182,6 +184,8 @@ class Placer:
 
     def _candidates(self, job: Waiting, waiting: int, alone: bool) -> list[Subgroup]:
         """The subgroups that a job may have, whether or not they are free."""
+        if job.subgroup is not None:
+            return [job.subgroup]
         if job.all_ranks or (alone and waiting == 1):
             return [self._subgroups[0]]
         size = self.choose_degree(job.tokens, waiting, -(-job.tokens // self._chunk_tokens))
@@ -200,6 +204,8 @@ class Placer:
                 continue
             for subgroup in self._subgroups:
                 suits = subgroup.size == size if job.all_ranks else subgroup.size <= size
+                if job.subgroup is not None:
+                    suits = subgroup == job.subgroup
                 if (
                     suits
                     and running.subgroup.contains(subgroup)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.kv.handoff import LeasedPages
 from prefill_service.kv.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ class Prefix:
     Attributes:
         standing: id of the standing lease.
         complete: whether all of its pages are computed.
+        base: the prefix that it extends, without which its pages are of no use.
     """
 
     manifest: Manifest
     kv_bytes: int
     standing: str
     complete: bool = False
+    base: Prefix | None = None
     leases: set[Lease] = field(default_factory=set)
 
 
@@ -94,11 +97,16 @@ class PrefixCache:
 
     @property
     def leased_bytes(self) -> int:
-        """KV bytes of the prefixes that are leased or being computed."""
-        return sum(p.kv_bytes for p in self._prefixes.values() if p.leases or not p.complete)
+        """KV bytes of the prefixes that are needed: leased or computed, or extended by such."""
+        return sum(prefix.kv_bytes for prefix in self._needed())
 
     async def make_room(
-        self, kv_bytes: int, wait_s: float = LEASED_WAIT_S, prefix_id: str = ""
+        self,
+        kv_bytes: int,
+        wait_s: float = LEASED_WAIT_S,
+        *,
+        prefix_id: str = "",
+        base_id: str = "",
     ) -> None:
         """Evict unleased prefixes, least recently used first, until ``kv_bytes`` fit.
 
@@ -109,24 +117,28 @@ class PrefixCache:
         Args:
             prefix_id: the prefix that needs the room. A cancelled job may still be computing it;
                 its pages must not be dropped before the ranks have stopped writing them.
+            base_id: the prefix that it extends, which the caller leases.
 
         Raises:
-            ServiceError: KV_POOL_FULL, at once if the pool is too small even when empty.
+            ServiceError: KV_POOL_FULL, at once if the pool is too small even when empty but for
+                the prefix that is extended; UNKNOWN_PREFIX, if that has gone.
         """
+        least = kv_bytes + (self._get(base_id).kv_bytes if base_id else 0)
         now = asyncio.get_running_loop().time
         deadline = now() + wait_s
         while self._is_written(prefix_id) or self.leased_bytes + kv_bytes > self._pool_bytes:
             if self.computing:
                 deadline = now() + wait_s
             timeout = deadline - now()
-            if kv_bytes > self._pool_bytes or timeout <= 0:
+            if least > self._pool_bytes or timeout <= 0:
                 raise self._full(kv_bytes)
             self._freed.clear()
             try:
                 await asyncio.wait_for(self._freed.wait(), timeout)
             except TimeoutError:
                 continue
-        for prefix in [p for p in self._prefixes.values() if p.complete and not p.leases]:
+        needed = self._needed()
+        for prefix in [p for p in self._prefixes.values() if p not in needed]:
             if self.used_bytes + kv_bytes <= self._pool_bytes:
                 break
             logger.info("evicting prefix %s (%d bytes)", prefix.manifest.prefix_id, prefix.kv_bytes)
@@ -147,11 +159,19 @@ class PrefixCache:
             leased_bytes=leased,
         )
 
-    def add_prefix(self, manifest: Manifest, kv_bytes: int) -> None:
-        """Enter a prefix that is about to be computed. ``make_room`` comes first."""
+    def add_prefix(self, manifest: Manifest, kv_bytes: int, base_id: str = "") -> None:
+        """Enter a prefix that is about to be computed. ``make_room`` comes first.
+
+        Args:
+            base_id: the prefix that it extends.
+
+        Raises:
+            ServiceError: UNKNOWN_PREFIX, if that has gone.
+        """
+        base = self._get(base_id) if base_id else None
         if (older := self._prefixes.get(manifest.prefix_id)) is not None:
             self.invalidate(older.manifest)
-        prefix = Prefix(manifest, kv_bytes, standing=new_lease_id())
+        prefix = Prefix(manifest, kv_bytes, standing=new_lease_id(), base=base)
         self._prefixes[manifest.prefix_id] = prefix
 
     def complete_prefix(self, prefix_id: str) -> str:
@@ -179,10 +199,22 @@ class PrefixCache:
         """
         prefix = self._get(prefix_id)
         self._prefixes[prefix_id] = self._prefixes.pop(prefix_id)
+        if prefix.base is not None:  # it is of more use than what extends it
+            base_id = prefix.base.manifest.prefix_id
+            self._prefixes[base_id] = self._prefixes.pop(base_id)
         lease = Lease(new_lease_id(), prefix.manifest)
         prefix.leases.add(lease)
         self._executor.grant_lease(prefix_id, lease.lease_id, self._ttl)
         return lease
+
+    def standing_pages(self, prefix_id: str) -> LeasedPages:
+        """A complete prefix's pages under its standing lease.
+
+        Raises:
+            ServiceError: UNKNOWN_PREFIX.
+        """
+        prefix = self._get(prefix_id)
+        return LeasedPages(prefix.manifest, prefix.standing)
 
     def release_lease(self, lease: Lease) -> None:
         """End a lease; nothing happens if it has ended or was lost."""
@@ -193,7 +225,7 @@ class PrefixCache:
             self._freed.set()
 
     def invalidate(self, manifest: Manifest) -> None:
-        """Free a prefix's pages; its leases are lost.
+        """Free a prefix's pages, and those of what extends it; their leases are lost.
 
         Nothing happens if it is not there, or has been entered anew since.
         """
@@ -201,6 +233,8 @@ class PrefixCache:
         prefix = self._prefixes.get(prefix_id)
         if prefix is None or prefix.manifest is not manifest:
             return
+        for other in [p for p in self._prefixes.values() if p.base is prefix]:
+            self.invalidate(other.manifest)
         for lease_id in (prefix.standing, *(lease.lease_id for lease in prefix.leases)):
             self._executor.release_lease(prefix_id, lease_id)
         self._executor.drop_prefix(prefix_id)
@@ -228,6 +262,11 @@ class PrefixCache:
                     self._executor.grant_lease(prefix_id, lease.lease_id, self._ttl)
                 if prefix.complete:
                     self._executor.grant_lease(prefix_id, prefix.standing, self._ttl)
+
+    def _needed(self) -> set[Prefix]:
+        """Prefixes that are leased or being computed, and those which they extend."""
+        needed = {p for p in self._prefixes.values() if p.leases or not p.complete}
+        return needed | {p.base for p in needed if p.base is not None}
 
     def _is_written(self, prefix_id: str) -> bool:
         """Whether ranks may still write pages of that name."""

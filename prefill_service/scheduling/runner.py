@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefill_service.engine.messages import PrefillTask, Progress
+from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_policy
+from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import HandoffParams
-from prefill_service.kv.manifest import Manifest, hash_token_ids
+from prefill_service.kv.manifest import Manifest, ShardRun, hash_token_ids
 from prefill_service.models.prefix_plan import PrefixPlan
+from prefill_service.parallel.exchanges.catalog import PASS_Q
+from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.scheduling.admission import Admission
 from prefill_service.scheduling.attention_summary import (
@@ -75,6 +78,7 @@ class PrefillAttempt:
 
     Attributes:
         placement: the ranks that compute it, and the job that is paused for it.
+        base_id: the prefix that this one extends by text, if it does. Its ranks compute it.
         on_start: called when the ranks start.
         on_progress: called with each rank's progress.
     """
@@ -84,8 +88,19 @@ class PrefillAttempt:
     plan: PrefixPlan
     video: HeldVideo
     placement: Placement
+    base_id: str
     on_start: Callable[[], None]
     on_progress: Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a prefix is computed; the fields are those of ``PrefillTask``."""
+
+    policy: AttentionPolicy
+    exchange: ExchangeChoice
+    baseline: BaselineTask | None = None
+    base: Manifest | None = None
 
 
 class PrefillRunner:
@@ -127,7 +142,7 @@ class PrefillRunner:
         job_id = attempt.job_id
         with self._traces.span(job_id, "make room"):
             task, kv_bytes = await self._reserve(attempt)
-        self._prefixes.add_prefix(task.manifest, kv_bytes)
+        self._prefixes.add_prefix(task.manifest, kv_bytes, attempt.base_id)
         attempt.on_start()
         attention = None
         report = None
@@ -137,7 +152,7 @@ class PrefillRunner:
                     task, attempt.on_progress, attempt.placement.preempts
                 )
             self._traces.add_rank_spans(job_id, outcome.spans)
-            if task.baseline is None:
+            if task.baseline is None and task.base is None:
                 attention = summarize(attempt.spec.attention, outcome.attention)
                 report = detail(attention, outcome.attention, task.plan)
                 if self._exchanges is not None:
@@ -147,8 +162,9 @@ class PrefillRunner:
             self._prefixes.invalidate(task.manifest)
             raise
         self._record(task, outcome, attention)
-        result = _result(task, outcome, attention, kv_bytes=kv_bytes, lease_id=lease_id)
-        return result, report
+        base = self._prefixes.standing_pages(attempt.base_id) if attempt.base_id else None
+        handoff = HandoffParams(task.manifest, lease_id, report_to="", base=base)
+        return _result(task, outcome, attention, kv_bytes=kv_bytes, handoff=handoff), report
 
     async def _reserve(self, attempt: PrefillAttempt) -> tuple[PrefillTask, int]:
         """Make the task and room for its pages, whose bytes are returned with it.
@@ -157,26 +173,19 @@ class PrefillRunner:
         epoch that the task is sent to.
         """
         plan = attempt.plan
-        subgroup = attempt.placement.subgroup
-        policy = self._admission.with_head_budgets(attempt.spec.attention)
-        baseline = await self._admission.baseline_task(attempt.spec, plan)
-        exchange = self._executor.exchange_of(subgroup)
-        if self._exchanges is not None and baseline is None:
-            await self._executor.supervisor.wait_ready()  # the choice needs the ranks' probe
-            exchange = await asyncio.to_thread(
-                self._exchanges.choose, plan, policy, ranks=subgroup.size
-            )
+        way = await self._choose_way(attempt)
         layout = self._executor.kv_layout
         while True:
             await self._executor.supervisor.wait_ready()
-            whole_units = self._executor.has_whole_units(plan, exchange, policy)
-            if baseline is None:
-                runs = self._executor.shard_map(plan, exchange, subgroup, whole_units=whole_units)
-            else:
-                runs = self._executor.baseline_shard_map(plan, baseline, subgroup)
+            whole_units = way.base is None and self._executor.has_whole_units(
+                plan, way.exchange, way.policy
+            )
+            runs = self._shard_map(attempt, way, whole_units)
             pages = sum(layout.pages_for(run.end_token - run.start_token) for run in runs)
             kv_bytes = pages * layout.page_bytes
-            await self._prefixes.make_room(kv_bytes, prefix_id=plan.prefix_id)
+            await self._prefixes.make_room(
+                kv_bytes, prefix_id=plan.prefix_id, base_id=attempt.base_id
+            )
             if self._executor.supervisor.ready:
                 break
         manifest = Manifest(
@@ -191,6 +200,7 @@ class PrefillRunner:
             token_ids_hash=hash_token_ids(plan.token_ids),
             position_delta=plan.position_delta,
             attention_key=self._admission.attention_key(attempt.spec),
+            start_token=0 if way.base is None else way.base.num_tokens,
         )
         task = PrefillTask(
             job_id=attempt.job_id,
@@ -198,20 +208,53 @@ class PrefillRunner:
             manifest=manifest,
             video_path=str(attempt.video.path),
             index_path=str(attempt.video.index_path),
-            subgroup=subgroup,
-            policy=policy,
-            exchange=exchange,
+            subgroup=attempt.placement.subgroup,
+            policy=way.policy,
+            exchange=way.exchange,
             whole_units=whole_units,
-            baseline=baseline,
+            baseline=way.baseline,
+            base=way.base,
         )
         return task, kv_bytes
+
+    async def _choose_way(self, attempt: PrefillAttempt) -> _Way:
+        """How the ranks compute a prefix.
+
+        Raises:
+            ServiceError: UNKNOWN_PREFIX, if the prefix that it extends has gone.
+        """
+        subgroup = attempt.placement.subgroup
+        if attempt.base_id:
+            base = self._prefixes.standing_pages(attempt.base_id).manifest
+            return _Way(resolve_policy(Quality.EXACT), ExchangeChoice(PASS_Q), base=base)
+        policy = self._admission.with_head_budgets(attempt.spec.attention)
+        baseline = await self._admission.baseline_task(attempt.spec, attempt.plan)
+        exchange = self._executor.exchange_of(subgroup)
+        if self._exchanges is not None and baseline is None:
+            await self._executor.supervisor.wait_ready()  # the choice needs the ranks' probe
+            exchange = await asyncio.to_thread(
+                self._exchanges.choose, attempt.plan, policy, ranks=subgroup.size
+            )
+        return _Way(policy, exchange, baseline=baseline)
+
+    def _shard_map(
+        self, attempt: PrefillAttempt, way: _Way, whole_units: bool
+    ) -> tuple[ShardRun, ...]:
+        plan = attempt.plan
+        subgroup = attempt.placement.subgroup
+        if way.base is not None:
+            return self._executor.text_shard_map(way.base, plan, subgroup)
+        if way.baseline is not None:
+            return self._executor.baseline_shard_map(plan, way.baseline, subgroup)
+        return self._executor.shard_map(plan, way.exchange, subgroup, whole_units=whole_units)
 
     def _record(
         self, task: PrefillTask, outcome: PrefillOutcome, attention: AttentionSummary | None
     ) -> None:
         """Count a finished prefill and log it."""
+        tokens = task.plan.num_tokens - task.manifest.start_token
         self._metrics.record_prefill(
-            task.plan.num_tokens,
+            tokens,
             outcome,
             attention,
             method=task.baseline.method.name if task.baseline else "",
@@ -222,7 +265,7 @@ class PrefillRunner:
             "%s: %d tokens in %.2f s on %s (paused for %.2f s), slowest rank's stages %s, "
             "%d bytes received from other ranks, attention %s%s",
             task.job_id,
-            task.plan.num_tokens,
+            tokens,
             outcome.seconds,
             task.subgroup,
             outcome.paused_s,
@@ -246,11 +289,11 @@ def _result(
     attention: AttentionSummary | None,
     *,
     kv_bytes: int,
-    lease_id: str,
+    handoff: HandoffParams,
 ) -> PrefillResult:
     plan = task.plan
     manifest = task.manifest
-    params = HandoffParams(manifest, lease_id, report_to="").to_kv_transfer_params()
+    params = handoff.to_kv_transfer_params()
     return PrefillResult(
         prefix_id=plan.prefix_id,
         prefix_tokens=plan.num_tokens,

@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from prefill_service.config import EngineConfig, resolve_kv_pool_bytes
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.ids import new_id
@@ -16,7 +18,7 @@ from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.scheduling.admission import Admission
 from prefill_service.scheduling.dispatcher import JobDispatcher
 from prefill_service.scheduling.exchange_chooser import ExchangeChooser
-from prefill_service.scheduling.job import Job, JobRecord, JobState, PrefillSpec
+from prefill_service.scheduling.job import Extension, Job, JobRecord, JobState, PrefillSpec
 from prefill_service.scheduling.job_registry import JobRegistry
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.metrics import Metrics
@@ -49,6 +51,7 @@ class Scheduler:
         jobs: the live jobs and all records.
         prefixes: the prefixes that the ranks have.
         traces: of the latest jobs.
+        text_from_tokens: the longest question that the ranks leave to vLLM; 0: they leave all.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Scheduler:
         self._admission = admission
         self._executor = executor
         self._max_queued = config.max_queued_jobs
+        self.text_from_tokens = config.text_from_tokens
         placer = Placer(
             executor.subgroups,
             executor.chunk_tokens,
@@ -197,7 +201,44 @@ class Scheduler:
         Raises:
             ServiceError: QUEUE_FULL, SHUTTING_DOWN.
         """
-        job = self._join(spec, plan, explicit=False)
+        async with self._hold(self._join(spec, plan, explicit=False)) as job:
+            yield job
+
+    def find_text(self, base: Job, token_ids: np.ndarray) -> Job | None:
+        """The job that has, after the prefix of ``base``, most of the text that a prompt has there.
+
+        Args:
+            token_ids: of the whole prompt.
+        """
+        found = [
+            job
+            for job in self.jobs.live
+            if job.extension is not None
+            and job.extension.base is base
+            and job.record.state is JobState.SUCCEEDED
+            and _begins_with(token_ids, job.extension.plan.token_ids)
+        ]
+        return max(found, key=lambda job: job.tokens, default=None)
+
+    @asynccontextmanager
+    async def acquire_text(self, plan: PrefixPlan, base: Job) -> AsyncIterator[Job]:
+        """The job that has or makes a prefix extended by text, as ``acquire``.
+
+        Args:
+            plan: of the prefix with the text.
+            base: the job that has the prefix, on whose ranks the text is computed.
+
+        Raises:
+            ServiceError: QUEUE_FULL, SHUTTING_DOWN.
+        """
+        extension = Extension(plan, base)
+        job = self._join(base.record.spec, plan, explicit=False, extension=extension)
+        async with self._hold(job):
+            yield job
+
+    @asynccontextmanager
+    async def _hold(self, job: Job) -> AsyncIterator[Job]:
+        """Note that a call needs a job; without any it ends, unless a client has created it."""
         job.waiters += 1
         try:
             yield job
@@ -210,7 +251,14 @@ class Scheduler:
 
     # ---- the queue ----------------------------------------------------------------------
 
-    def _join(self, spec: PrefillSpec, plan: PrefixPlan, explicit: bool) -> Job:
+    def _join(
+        self,
+        spec: PrefillSpec,
+        plan: PrefixPlan,
+        *,
+        explicit: bool,
+        extension: Extension | None = None,
+    ) -> Job:
         """The job that has or makes a prefix, made if there is none."""
         job = self.jobs.find_by_prefix(plan.prefix_id)
         if job is not None and not (job.record.active and job.cancelled_by):
@@ -234,7 +282,7 @@ class Scheduler:
             explicit=explicit,
             create_time=time.time(),
         )
-        job = Job(record)
+        job = Job(record, extension)
         self._store.insert_record(record)
         self._enqueue(job)
         logger.info("queued %s: %d tokens of %s", record.job_id, plan.num_tokens, spec.video_id)
@@ -280,15 +328,19 @@ class Scheduler:
         job_id = job.record.job_id
         self.traces.end_queueing(job_id)
         async with self._videos.hold_video(spec.video_id) as video:
-            with self.traces.span(job_id, "plan"):
-                plan = await self._admission.plan_held(spec, video)
-            self.jobs.update_prefix(job, plan)
+            if job.extension is not None:
+                plan = job.extension.plan
+            else:
+                with self.traces.span(job_id, "plan"):
+                    plan = await self._admission.plan_held(spec, video)
+                self.jobs.update_prefix(job, plan)
             attempt = PrefillAttempt(
                 job_id=job_id,
                 spec=spec,
                 plan=plan,
                 video=video,
                 placement=placement,
+                base_id=job.extension.base.record.prefix_id if job.extension else "",
                 on_start=lambda: self._record_start(job),
                 on_progress=job.update_progress,
             )
@@ -322,6 +374,11 @@ class Scheduler:
     def _forget_epoch(self, epoch: int, error: ServiceError) -> None:
         logger.warning("epoch %d of the workers is gone, with its prefixes", epoch)
         self.prefixes.forget_epoch(epoch)
+
+
+def _begins_with(token_ids: np.ndarray, prefix: np.ndarray) -> bool:
+    """Whether a prompt begins with a prefix, and goes on after it."""
+    return len(prefix) < len(token_ids) and np.array_equal(token_ids[: len(prefix)], prefix)
 
 
 def _shutting_down() -> ServiceError:

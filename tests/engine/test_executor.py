@@ -17,7 +17,7 @@ import torch
 
 from prefill_service.engine.spans import Stage
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.prefix_plan import FrameSampling, extend_plan
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ULYSSES
 from prefill_service.parallel.exchanges.registry import choose_exchange
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
@@ -77,6 +77,60 @@ async def test_kv_equals_transformers(
                     layout = standalone.executor.kv_layout
                     moved = (layout.num_layers - 1) * layout.token_bytes // layout.num_layers
                     assert outcome.bytes_received == moved * plan.num_tokens * (ranks - 1)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("qwen3_vl", 1), ("qwen3_vl", 3), ("qwen2_5_vl", 2)])
+async def test_text_after_a_prefix_equals_transformers(
+    checkpoint: Callable[..., Path],
+    make_video: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    ranks: int,
+) -> None:
+    model = checkpoint(family)
+    async with standalone_executor(model, tmp_path, ranks, chunk_tokens=70) as standalone:
+        for arguments, subgroup in zip(
+            VIDEOS, (None, standalone.executor.subgroups[-1], None), strict=True
+        ):  # one frame, of which most ranks have no part; one rank; several chunks
+            video = make_video(**arguments)
+            base, index = await standalone.plan(video, FrameSampling(fps=4.0))
+            text = standalone.planner.chat.prefix("") + "what is it that moves? " * 40
+            inputs = processor_inputs(model, standalone.frames(video, base), base, index, text=text)
+            token_ids = inputs["input_ids"][0].tolist()
+            assert token_ids[: base.num_tokens] == base.token_ids.tolist()
+            plan = extend_plan(base, token_ids[base.num_tokens :])
+            exact, theirs = (
+                prefix_kv(model, inputs, plan, dtype)[:, :, base.num_tokens :]
+                for dtype in (torch.float64, torch.float32)
+            )
+            first = standalone.task(video, base, subgroup=subgroup)
+            await standalone.prefill(first)
+            task = standalone.text_task(first, plan)
+            standalone.progress.clear()
+            await standalone.prefill(task)
+            found = standalone.read_kv(task)
+            assert found[:, :, : base.num_tokens].isnan().all()  # these pages are the other's
+            off = found[:, :, base.num_tokens :] - exact
+            allowed = theirs - exact
+            assert off.norm() <= 1.2 * allowed.norm() <= 1e-5 * exact.norm(), arguments
+            assert off.abs().max() <= 1.5 * allowed.abs().max(), arguments
+            done = {p.rank: p.done for p in standalone.progress if p.stage is Stage.PREFILL}
+            assert sum(done.values()) == plan.num_tokens - base.num_tokens
+
+
+async def test_text_after_a_prefix_that_is_gone_fails(
+    checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    async with standalone_executor(checkpoint("qwen3_vl"), tmp_path, 2) as standalone:
+        video = make_video(**VIDEOS[1])
+        base, _ = await standalone.plan(video)
+        first = standalone.task(video, base)
+        await standalone.prefill(first)
+        standalone.executor.drop_prefix(base.prefix_id)
+        with pytest.raises(ServiceError) as caught:
+            await standalone.prefill(standalone.text_task(first, extend_plan(base, [5] * 20)))
+        assert caught.value.reason is Reason.UNKNOWN_PREFIX
+        await assert_works(standalone, make_video)
 
 
 async def test_more_ranks_than_query_heads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.handoff import IntakeReport
 from prefill_service.kv.handoff_reports import send_report
 from tests.support.in_process_service import answer, error_of
-from tests.support.simulated_backends import TOKENS_PER_FRAME
+from tests.support.simulated_backends import FRAME_BYTES, TOKENS_PER_FRAME
 
 Serve = Callable[..., Any]
 
@@ -110,6 +110,75 @@ async def test_progress_says_how_much_of_the_prompt_vllm_has(serve: Serve) -> No
             assert progress.prompt_tokens == 133
             assert s.generation.requests[0].last_sign() > 0
         call.cancel()
+
+
+async def test_a_long_question_is_computed_on_the_ranks_of_its_video(serve: Serve) -> None:
+    async with serve(engine={"text_from_tokens": 20}) as s:
+        s.executor.step_s = 0.05
+        text = "What does the robot do after it has opened the door?"
+        result = await answer(s.ask(frames=16, text=text))
+        video, question = s.executor.tasks
+        assert question.base is video.manifest
+        assert question.subgroup == video.subgroup
+        before = 16 * TOKENS_PER_FRAME
+        assert question.manifest.start_token == video.plan.num_tokens == before
+        assert question.plan.num_tokens == before + len(text) - 1
+        assert question.plan.token_ids[before:].tolist() == [ord(c) for c in text[:-1]]
+        delta = video.plan.position_delta
+        assert (question.plan.position_ids[:, before] == before + delta).all()
+        handoff = s.generation.requests[0].handoff
+        assert handoff.manifest == question.manifest
+        assert handoff.base.manifest == video.manifest
+        assert s.generation.requests[0].plan.prefix_id == video.plan.prefix_id
+        # both jobs report their progress, one after the other
+        jobs = list(dict.fromkeys(job.job_id for job in result.progress))
+        assert jobs == [video.job_id, question.job_id]
+        assert result.final.job_id == video.job_id
+        assert s.executor.open_leases == 2  # the standing ones
+
+        # What is there is used again, also by a chat that goes on; a short question needs none.
+        await answer(s.ask(frames=16, text=text))
+        await answer(s.ask(frames=16, text=text + " And then?"))
+        assert [r.handoff.manifest for r in s.generation.requests[1:]] == 2 * [question.manifest]
+        await answer(s.ask(frames=16, text="Why?"))
+        assert s.generation.requests[-1].handoff.base is None
+        assert len(s.executor.tasks) == 2
+
+
+@pytest.mark.parametrize("fault", ["failed", "no room"])
+async def test_a_text_that_the_ranks_cannot_compute_is_left_to_vllm(
+    serve: Serve, fault: str
+) -> None:
+    engine = {"text_from_tokens": 20}
+    if fault == "no room":
+        engine["kv_pool_bytes"] = 8 * FRAME_BYTES
+    async with serve(engine=engine) as s:
+        assert (await answer(s.ask(text="Why?"))).text == "A red car."
+        if fault == "failed":
+            s.executor.failures.append(ServiceError(Reason.PREFILL_FAILED, "out of memory"))
+        result = await answer(s.ask(text="What does the robot do after that?"))
+        assert result.text == "A red car."
+        assert s.generation.requests[-1].handoff.base is None
+        assert len(s.executor.tasks) == 1
+        assert s.executor.open_leases == 1
+
+
+async def test_a_video_outlives_the_text_that_extends_it(serve: Serve) -> None:
+    """Room for another video is made by dropping the text; with its video, the text goes."""
+    text = "What does the robot do after it has opened the door?"
+    engine = {"text_from_tokens": 20, "kv_pool_bytes": 20 * FRAME_BYTES}
+    async with serve(engine=engine) as s:
+        await answer(s.ask(frames=8, text=text))
+        video, question = s.executor.tasks
+        await answer(s.ask(frames=10))
+        assert video.plan.prefix_id in s.executor.pages
+        assert question.plan.prefix_id not in s.executor.pages
+        await answer(s.ask(frames=8, text=text))
+        again = s.executor.tasks[-1]
+        assert again.base == video.manifest
+        await answer(s.ask(frames=18))
+        assert not {video.plan.prefix_id, question.plan.prefix_id} & s.executor.pages.keys()
+        assert s.executor.open_leases == 1
 
 
 async def test_a_question_beyond_the_configured_length_costs_nothing(serve: Serve) -> None:

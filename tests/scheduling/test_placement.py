@@ -52,6 +52,18 @@ def subgroups(placed: Sequence[Placement]) -> list[Subgroup]:
     return [placement.subgroup for placement in placed]
 
 
+def test_a_job_that_needs_certain_ranks_has_them_or_waits() -> None:
+    pair = Subgroup(2, 2)
+    job = Waiting("text", 100, subgroup=pair)
+    assert subgroups(placer().place_jobs([job], [])) == [pair]
+    others = Active("video", 100, 100, Subgroup(0, 2))
+    assert subgroups(placer().place_jobs([job], [others])) == [pair]
+    theirs = Active("video", 100, 100, Subgroup(2, 1))
+    assert placer().place_jobs([job], [theirs]) == []
+    long = Active("long", 100_000, 100_000, ALL)
+    assert placer().place_jobs([job], [long]) == [Placement("text", pair, preempts="long")]
+
+
 @pytest.mark.parametrize("tokens", [10, 100_000])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_alone_it_has_all_ranks(ranks: int, tokens: int) -> None:

@@ -43,13 +43,23 @@ SAMPLING = {
 }
 
 
+LONG = "Tell me what each of the shapes does, one after the other. " * 10
+TEXT_FROM = 100
+"""Tokens of a question from which on the ranks compute it; LONG has 260."""
+
+
 def chats() -> list[list[tuple[str, str]]]:
-    """Two questions, and a chat of two turns that takes the first one up again."""
+    """Two questions, and a chat of two turns that takes the first one up again.
+
+    Then a long question, and a chat that goes on after it.
+    """
     first, second = QUESTIONS
     return [
         [("user", first)],
         [("user", second)],
         [("user", first), ("assistant", "A disc moves."), ("user", "Where to?")],
+        [("user", LONG)],
+        [("user", LONG), ("assistant", "A disc moves."), ("user", "Where to?")],
     ]
 
 
@@ -106,6 +116,7 @@ def test_tokens_equal_vllm_alone(
     # What an earlier service handed over must not answer for this one.
     assert httpx.post(f"{url}/reset_prefix_cache").is_success
     arguments = ("--ranks", str(ranks), "--vllm-url", url, "--engine-exchange", exchange)
+    arguments += ("--engine-text-from-tokens", str(TEXT_FROM))
     with (
         service_process(checkpoint(family), tmp_path, *arguments) as service,
         service.client() as client,
@@ -143,6 +154,14 @@ def test_tokens_equal_vllm_alone(
                 elif number == 1:
                     # vLLM holds the full blocks; the span's partial last block comes again
                     assert usage.kv_tokens_moved == prefix_tokens % VLLM_BLOCK
+                elif number == 3:
+                    # the ranks have computed all but the last token of it, vLLM only that one
+                    assert usage.cached_tokens == usage.prompt_tokens - 1
+                    known = prefix_tokens - prefix_tokens % VLLM_BLOCK
+                    assert usage.kv_tokens_moved == usage.prompt_tokens - 1 - known
+                    jobs = len(list(client.jobs()))
+                elif number == 4:
+                    assert len(list(client.jobs())) == jobs  # the first turn's text is there
                 else:  # ... unless the chat's first turn completes a block vLLM has seen
                     assert usage.kv_tokens_moved in (0, prefix_tokens % VLLM_BLOCK)
 

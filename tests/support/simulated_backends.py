@@ -26,7 +26,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest
 from prefill_service.kv.handoff import HandoffReport
 from prefill_service.kv.handoff_reports import send_report
-from prefill_service.kv.manifest import KVLayout, ShardRun
+from prefill_service.kv.manifest import KVLayout, Manifest, ShardRun
 from prefill_service.kv.offload.offload_report import OffloadReport
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.parallel.comm_stats import CollectiveUse
@@ -222,6 +222,11 @@ class SimulatedExecutor:
         if subgroup.size == 1:
             return (ShardRun(0, plan.num_tokens, subgroup.first, 0),)
         return (ShardRun(0, half, 0, 0), ShardRun(half, plan.num_tokens, 1, 0))
+
+    def text_shard_map(
+        self, base: Manifest, plan: PrefixPlan, subgroup: Subgroup
+    ) -> tuple[ShardRun, ...]:
+        return (ShardRun(base.num_tokens, plan.num_tokens, subgroup.first, 0),)
 
     def baseline_shard_map(
         self, plan: PrefixPlan, baseline: BaselineTask, subgroup: Subgroup

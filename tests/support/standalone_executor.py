@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from prefill_service.kv.vllm_connector.page_client import PageClient
 from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
+from prefill_service.parallel.exchanges.catalog import PASS_Q
 from prefill_service.parallel.exchanges.registry import ExchangeChoice
 from prefill_service.parallel.subgroups import Subgroup
 from prefill_service.video.frame_stream import FrameStream
@@ -96,6 +97,27 @@ class StandaloneExecutor:
             exchange=exchange,
             whole_units=whole_units,
             baseline=baseline,
+        )
+
+    def text_task(self, base: PrefillTask, plan: PrefixPlan) -> PrefillTask:
+        """What computes the text that ``plan`` has after the prefix of another task."""
+        manifest = replace(
+            base.manifest,
+            prefix_id=plan.prefix_id,
+            num_tokens=plan.num_tokens,
+            runs=self.executor.text_shard_map(base.manifest, plan, base.subgroup),
+            token_ids_hash=hash_token_ids(plan.token_ids),
+            start_token=base.plan.num_tokens,
+        )
+        return replace(
+            base,
+            job_id=f"job_{uuid.uuid4().hex}",
+            plan=plan,
+            manifest=manifest,
+            policy=EXACT,
+            exchange=ExchangeChoice(PASS_Q),
+            whole_units=False,
+            base=base.manifest,
         )
 
     async def prefill(self, task: PrefillTask, preempts: str = "") -> PrefillOutcome:

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.kv.fingerprint import fingerprint_model
-from prefill_service.kv.handoff import PARAMS_KEY, HandoffParams, HandoffReport, IntakeReport
+from prefill_service.kv.handoff import (
+    PARAMS_KEY,
+    HandoffParams,
+    HandoffReport,
+    IntakeReport,
+    LeasedPages,
+)
 from prefill_service.kv.handoff_reports import send_report
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.vllm_connector.vllm_names import (
@@ -51,6 +57,7 @@ class Load:
 
     Attributes:
         block_ids: the request's blocks, from token 0.
+        parts: pages that have the tokens, in their order.
         error: set if the request is to be refused instead (``ServiceError.to_dict``).
     """
 
@@ -58,7 +65,7 @@ class Load:
     start_token: int
     end_token: int
     block_ids: list[int]
-    manifest: Manifest | None
+    parts: tuple[LeasedPages, ...]
     lease_id: str
     report_to: str
     error: dict[str, Any] | None = None
@@ -78,6 +85,7 @@ class _Offer:
     """One request of ours, from its arrival to its end."""
 
     manifest: Manifest | None
+    parts: tuple[LeasedPages, ...]
     lease_id: str
     report_to: str
     error: ServiceError | None
@@ -110,6 +118,7 @@ class SchedulerSide:
         entry = params[PARAMS_KEY] if isinstance(params[PARAMS_KEY], dict) else {}
         offer = _Offer(
             manifest=None,
+            parts=(),
             lease_id=str(entry.get("lease_id", "")),
             report_to=str(entry.get("report_to", "")),
             error=None,
@@ -119,7 +128,9 @@ class SchedulerSide:
             handoff = HandoffParams.from_kv_transfer_params(params)
             assert handoff is not None  # the key is there
             offer.manifest = handoff.manifest
-            self._check_model(handoff.manifest)
+            offer.parts = handoff.parts
+            for part in handoff.parts:
+                self._check_model(part.manifest)
             _check_prompt(handoff.manifest, received)
         except ServiceError as error:
             offer.error = error
@@ -166,7 +177,7 @@ class SchedulerSide:
                 start_token=end - num_external,
                 end_token=end,
                 block_ids=block_ids(blocks),
-                manifest=offer.manifest,
+                parts=offer.parts,
                 lease_id=offer.lease_id,
                 report_to=offer.report_to,
                 error=error,

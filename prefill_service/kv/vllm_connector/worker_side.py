@@ -127,14 +127,14 @@ class _LoadThread(threading.Thread):
         super().__init__(name=f"kv-load-{load.request_id}", daemon=True)
         self._side = side
         self._load = load
-        self._client = None if load.manifest is None else PageClient(load.manifest, load.lease_id)
+        self._clients = [PageClient(part.manifest, part.lease_id) for part in load.parts]
         self._stream = side.stream()
         self._bytes = 0
 
     def cancel(self) -> None:
         """Stop soon; nothing is written once the load is reported as ended."""
-        if self._client is not None:
-            self._client.cancel()
+        for client in self._clients:
+            client.cancel()
 
     def run(self) -> None:
         load = self._load
@@ -178,12 +178,13 @@ class _LoadThread(threading.Thread):
         load = self._load
         if load.error is not None:
             raise ServiceError.from_dict(load.error)
-        assert self._client is not None
         block_ids = torch.tensor(load.block_ids)
-        with self._client, self._stream:
-            for batch in self._client.fetch(load.start_token, load.end_token):
-                self._side.write(load, batch, block_ids)
-                self._bytes += batch.data.nbytes
+        with self._stream:
+            for client in self._clients:
+                with client:
+                    for batch in client.fetch(load.start_token, load.end_token):
+                        self._side.write(load, batch, block_ids)
+                        self._bytes += batch.data.nbytes
             if isinstance(self._stream, torch.cuda.StreamContext):
                 torch.cuda.current_stream().synchronize()
 
