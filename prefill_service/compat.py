@@ -8,14 +8,29 @@ from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefill_service.errors import Reason, ServiceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VLLM_RELEASES = ">=0.31,<0.34"
 """vLLM's releases that the connector and the requests are made for; docs/versions.md says why."""
 
 VLLM_ANSWERS_TEXT = ">=0.32"
 """Those that detokenize for ``/inference/v1/generate``; before them it streams token ids only."""
+
+
+def joined(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """A layer's vision features in one piece: transformers gives them by video from 5.18 on.
+
+    Args:
+        features: [tokens, channels], of all videos or of each.
+    """
+    import torch
+
+    return features if isinstance(features, torch.Tensor) else torch.cat(list(features))
 
 
 def ensure_torchvision() -> None:

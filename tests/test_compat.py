@@ -8,8 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from prefill_service.compat import VLLM_ANSWERS_TEXT, VLLM_RELEASES, check_vllm, vllm_is
+from prefill_service.compat import (
+    VLLM_ANSWERS_TEXT,
+    VLLM_RELEASES,
+    check_vllm,
+    joined,
+    vllm_is,
+)
 from prefill_service.errors import Reason, ServiceError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,3 +136,9 @@ failed_loads(SimpleNamespace(failed_requests=()))
 """
     error = run(tmp_path, PACKAGE, code).strip().splitlines()[-1]
     assert "lacks SimpleNamespace.failed_recving" in error
+
+
+def test_vision_features_come_whole_or_by_video() -> None:
+    features = torch.arange(12.0).view(4, 3)
+    assert torch.equal(joined(features), features)
+    assert torch.equal(joined(features.split((1, 3))), features)

@@ -145,6 +145,7 @@ class VllmProcess:
             "--enable-prompt-tokens-details",
             "--enable-prefix-caching",
             "--language-model-only",
+            "--enable-mm-embeds",  # from 0.33 on a text-only vLLM takes no grid item without it
             "--disable-uvicorn-access-log",
             "--kv-transfer-config", json.dumps(kv_transfer_config(config)),
         ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from prefill_service.compat import joined
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.families.base import (
     Family,
@@ -140,7 +141,7 @@ class QwenVL(Family):
         output = model.get_video_features(**inputs)
         deepstack = getattr(output, "deepstack_features", None) or []
         return VisionFeatures(
-            torch.cat(output.pooler_output), [torch.cat(list(layer)) for layer in deepstack]
+            torch.cat(output.pooler_output), [joined(layer) for layer in deepstack]
         )
 
     @override
