@@ -52,7 +52,11 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
     ) -> pb.CreateUploadResponse:
         """Announce a file; answers with the upload or the READY video of the same bytes."""
         record = await self._videos.create_upload(
-            request.display_name, request.size_bytes, request.sha256, request.request_id
+            request.display_name,
+            request.size_bytes,
+            request.sha256,
+            request.request_id,
+            allow_truncated=request.allow_truncated,
         )
         return pb.CreateUploadResponse(
             video=self._to_proto(record), max_chunk_bytes=MAX_CHUNK_BYTES
@@ -105,7 +109,10 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
     ) -> pb.ImportVideoResponse:
         """Copy a file of the server's machine; answers with the READY video."""
         record = await self._videos.import_video(
-            request.path, request.display_name, request.request_id
+            request.path,
+            request.display_name,
+            request.request_id,
+            allow_truncated=request.allow_truncated,
         )
         return pb.ImportVideoResponse(video=self._to_proto(record))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.records import VideoInfo, VideoState
 
-_SCHEMA = """
+_ALLOW_TRUNCATED = "allow_truncated INTEGER NOT NULL DEFAULT 0"
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS videos (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     video_id TEXT NOT NULL UNIQUE,
@@ -25,7 +26,8 @@ CREATE TABLE IF NOT EXISTS videos (
     expire_time REAL NOT NULL,
     info TEXT NOT NULL DEFAULT '',
     error_reason TEXT NOT NULL DEFAULT '',
-    error_message TEXT NOT NULL DEFAULT ''
+    error_message TEXT NOT NULL DEFAULT '',
+    {_ALLOW_TRUNCATED}
 );
 CREATE INDEX IF NOT EXISTS videos_by_digest ON videos (sha256, state);
 CREATE TABLE IF NOT EXISTS requests (
@@ -51,6 +53,7 @@ class VideoRow:
     info: VideoInfo | None
     error_reason: str
     error_message: str
+    allow_truncated: bool
 
 
 class VideoDatabase:
@@ -78,6 +81,9 @@ class VideoDatabase:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
             db.executescript(_SCHEMA)
+            columns = [row["name"] for row in db.execute("PRAGMA table_info(videos)")]
+            if "allow_truncated" not in columns:  # a database of an earlier format
+                db.execute(f"ALTER TABLE videos ADD COLUMN {_ALLOW_TRUNCATED}")
         except sqlite3.Error as error:
             raise ServiceError(
                 Reason.CONFIG_INVALID, f"cannot use the video database {path}: {error}", path=path
@@ -150,6 +156,7 @@ class VideoDatabase:
         sha256: str,
         create_time: float,
         expire_time: float,
+        allow_truncated: bool = False,
     ) -> None:
         """Add a video in state UPLOADING."""
         values = {
@@ -160,6 +167,7 @@ class VideoDatabase:
             "sha256": sha256,
             "create_time": create_time,
             "expire_time": expire_time,
+            "allow_truncated": allow_truncated,
         }
         columns = ", ".join(values)
         places = ", ".join(f":{name}" for name in values)
@@ -201,5 +209,6 @@ class VideoDatabase:
 def _row(row: sqlite3.Row) -> VideoRow:
     values = dict(row)
     values["state"] = VideoState(values["state"])
+    values["allow_truncated"] = bool(values["allow_truncated"])
     values["info"] = VideoInfo.from_dict(json.loads(values["info"])) if values["info"] else None
     return VideoRow(**values)

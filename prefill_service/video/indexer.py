@@ -15,11 +15,16 @@ from prefill_service.video.index import VideoIndex
 
 
 async def index_video(
-    path: Path, limits: VideoConfig, pool: DecoderPool | None = None
+    path: Path,
+    limits: VideoConfig,
+    pool: DecoderPool | None = None,
+    *,
+    allow_truncated: bool = False,
 ) -> VideoIndex:
     """Index a video in a sandboxed decoder process, one of ``pool`` if given.
 
-    Cancelling the call kills the process.
+    Cancelling the call kills the process. Of a cut file, what can be read is taken if
+    ``allow_truncated``.
 
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, NO_FRAMES,
@@ -27,7 +32,7 @@ async def index_video(
             limit, value, maximum).
     """
     request = DecoderRequest(
-        header={"type": "index"},
+        header={"type": "index", "allow_truncated": allow_truncated},
         payload=b"",
         cpu_s=limits.probe_timeout_s + 1,
         max_answer_bytes=BYTES_PER_FRAME * limits.max_frames,

@@ -7,7 +7,12 @@ from enum import StrEnum
 from typing import Any
 
 from prefill_service.video.geometry import Geometry
-from prefill_service.video.index import VideoIndex, VideoWarning, warnings_from_pairs
+from prefill_service.video.index import (
+    VideoIndex,
+    VideoWarning,
+    WarningReason,
+    warnings_from_pairs,
+)
 
 
 class VideoState(StrEnum):
@@ -31,6 +36,11 @@ class VideoInfo:
     duration_s: float
     keyframe_count: int
     warnings: tuple[VideoWarning, ...] = ()
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the file is cut, and what can be read of it was taken."""
+        return any(w.reason is WarningReason.TRUNCATED for w in self.warnings)
 
     @classmethod
     def from_index(cls, index: VideoIndex) -> VideoInfo:

@@ -117,7 +117,9 @@ class VideoRepository:
             raise _unknown(video_id)
         return row
 
-    def insert_upload(self, display_name: str, size_bytes: int, sha256: str) -> str:
+    def insert_upload(
+        self, display_name: str, size_bytes: int, sha256: str, *, allow_truncated: bool
+    ) -> str:
         """Make the folder and the row of a new video, UPLOADING; returns its id."""
         video_id = new_id("vid")
         self.folder_of(video_id).mkdir()
@@ -128,6 +130,7 @@ class VideoRepository:
             sha256=sha256,
             create_time=time.time(),
             expire_time=time.time() + self._expire_s,
+            allow_truncated=allow_truncated,
         )
         return video_id
 

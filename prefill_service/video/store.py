@@ -83,15 +83,33 @@ class VideoStore:
     # ---- coming in --------------------------------------------------------------------
 
     async def create_upload(
-        self, display_name: str, size_bytes: int, sha256: str, request_id: str = ""
+        self,
+        display_name: str,
+        size_bytes: int,
+        sha256: str,
+        request_id: str = "",
+        *,
+        allow_truncated: bool = False,
     ) -> VideoRecord:
         """Announce a file; returns the upload, or the READY video with the same digest.
+
+        Args:
+            display_name: for people.
+            size_bytes: of the file.
+            sha256: of the file.
+            request_id: a UUID4, or empty.
+            allow_truncated: whether what can be read of a cut file is taken.
 
         Raises:
             ServiceError: INVALID_REQUEST, UPLOAD_SIZE_EXCEEDED, STORAGE_FULL.
         """
         return await asyncio.to_thread(
-            self._uploads.create, display_name, size_bytes, sha256, request_id
+            self._uploads.create,
+            display_name,
+            size_bytes,
+            sha256,
+            request_id,
+            allow_truncated=allow_truncated,
         )
 
     async def append_chunk(self, video_id: str, offset: int, data: bytes) -> int:
@@ -130,7 +148,10 @@ class VideoStore:
         try:
             async with self._indexing:
                 path = self._repository.input_path(video_id)
-                index = await index_video(path, self._limits, self._decoders)
+                row = await asyncio.to_thread(self._repository.get_row, video_id)
+                index = await index_video(
+                    path, self._limits, self._decoders, allow_truncated=row.allow_truncated
+                )
             await asyncio.to_thread(self._uploads.accept, video_id, index)
         except ServiceError as error:
             await asyncio.to_thread(self._uploads.refuse, video_id, error)
@@ -140,7 +161,12 @@ class VideoStore:
             raise
 
     async def import_video(
-        self, path: str, display_name: str = "", request_id: str = ""
+        self,
+        path: str,
+        display_name: str = "",
+        request_id: str = "",
+        *,
+        allow_truncated: bool = False,
     ) -> VideoRecord:
         """Copy a file of this machine, below an allowed root; returns the READY video.
 
@@ -151,7 +177,11 @@ class VideoStore:
         # Imports wait here and not in threads, of which there are few for everybody.
         async with self._importing:
             video_id = await asyncio.to_thread(
-                self._uploads.import_file, path, display_name, request_id
+                self._uploads.import_file,
+                path,
+                display_name,
+                request_id,
+                allow_truncated=allow_truncated,
             )
         return await self.finish_upload(video_id)
 

@@ -45,7 +45,13 @@ class Uploads:
     # ---- receiving --------------------------------------------------------------------
 
     def create(
-        self, display_name: str, size_bytes: int, sha256: str, request_id: str
+        self,
+        display_name: str,
+        size_bytes: int,
+        sha256: str,
+        request_id: str,
+        *,
+        allow_truncated: bool,
     ) -> VideoRecord:
         """Announce a file; returns the upload, or the READY video with the same digest."""
         sha256 = sha256.lower()
@@ -53,17 +59,19 @@ class Uploads:
         check_size(size_bytes, self._storage.max_upload_bytes)
         check_digest(sha256)
         repository = self._repository
-        arguments = json.dumps(["upload", display_name, size_bytes, sha256])
+        arguments = _arguments("upload", display_name, size_bytes, sha256, allow=allow_truncated)
 
         def make_upload() -> str:
             free = self._storage.min_free_bytes
             files.check_space(repository.videos_dir, size_bytes, free)
-            return repository.insert_upload(display_name, size_bytes, sha256)
+            return repository.insert_upload(
+                display_name, size_bytes, sha256, allow_truncated=allow_truncated
+            )
 
         with repository.lock("create"):  # two equal requests at once make one video
             video_id = repository.find_request(request_id, arguments)
             if video_id is None:
-                video_id = self._find_or_make(sha256, make_upload)
+                video_id = self._find_or_make(sha256, make_upload, allow_truncated)
             else:
                 repository.extend_expiry(video_id)
             if request_id:
@@ -84,13 +92,15 @@ class Uploads:
                 min_free_bytes=self._storage.min_free_bytes,
             )
 
-    def import_file(self, path: str, display_name: str, request_id: str) -> str:
+    def import_file(
+        self, path: str, display_name: str, request_id: str, *, allow_truncated: bool
+    ) -> str:
         """Copy a file, unless a READY video has its digest; returns the id to finish."""
         name = display_name or os.path.basename(path)
         check_name(name)
         check_path(path)
         repository = self._repository
-        arguments = json.dumps(["import", name, path])
+        arguments = _arguments("import", name, path, allow=allow_truncated)
         with repository.lock("import"), contextlib.ExitStack() as stack:
             video_id = repository.find_request(request_id, arguments)
             if video_id is not None:
@@ -100,22 +110,33 @@ class Uploads:
             stack.callback(os.close, fd)
             check_size(os.fstat(fd).st_size, self._storage.max_upload_bytes)
             digest = files.sync_and_digest(Path(f"/proc/self/fd/{fd}"))
-            video_id = self._find_or_make(digest, lambda: self._copy(fd, name, digest))
+
+            def make_import() -> str:
+                return self._copy(fd, name, digest, allow_truncated=allow_truncated)
+
+            video_id = self._find_or_make(digest, make_import, allow_truncated)
             if request_id:
                 repository.database.record_request(request_id, arguments, video_id)
             return video_id
 
-    def _find_or_make(self, digest: str, make: Callable[[], str]) -> str:
-        """The READY video with this digest, its expiry moved on, or the one that ``make`` makes."""
+    def _find_or_make(self, digest: str, make: Callable[[], str], allow_truncated: bool) -> str:
+        """The READY video with this digest, its expiry moved on, or the one that ``make`` makes.
+
+        A video of a cut file is only for those who allow that.
+        """
         row = self._repository.database.find_ready(digest)
+        if row is not None and not allow_truncated and row.info and row.info.truncated:
+            row = None
         if row is None:
             return make()
         self._repository.extend_expiry(row.video_id)
         return row.video_id
 
-    def _copy(self, fd: int, name: str, digest: str) -> str:
+    def _copy(self, fd: int, name: str, digest: str, *, allow_truncated: bool) -> str:
         """A new video of the open file; nothing is left of it if that fails."""
-        video_id = self._repository.insert_upload(name, os.fstat(fd).st_size, digest)
+        video_id = self._repository.insert_upload(
+            name, os.fstat(fd).st_size, digest, allow_truncated=allow_truncated
+        )
         try:
             target = self._repository.input_path(video_id)
             files.copy_import(fd, target, self._storage.min_free_bytes)
@@ -164,6 +185,11 @@ class Uploads:
     def interrupt_indexing(self, video_id: str) -> None:
         """Make the video UPLOADING again, all its bytes kept: it can be finished later."""
         self._repository.database.set_state(video_id, VideoState.UPLOADING)
+
+
+def _arguments(*arguments: object, allow: bool) -> str:
+    """What a request is compared by if its id comes again."""
+    return json.dumps([*arguments, *(["allow_truncated"] if allow else [])])
 
 
 def _check_bytes(path: Path, row: VideoRow) -> None:

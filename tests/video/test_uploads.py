@@ -31,7 +31,7 @@ async def test_upload_in_chunks_becomes_ready(store: VideoStore, video: bytes) -
     assert done.state is VideoState.READY
     assert done.committed_bytes == done.size_bytes == len(video)
     assert done.info is not None
-    assert (done.info.width, done.info.height, done.info.frame_count) == (96, 64, 40)
+    assert (*done.info.geometry.display_hw, done.info.frame_count) == (64, 96, 40)
     assert (
         done == await store.finish_upload(record.video_id) == await store.get_video(record.video_id)
     )
@@ -101,9 +101,11 @@ async def test_concurrent_finishes_index_once(
 ) -> None:
     indexed = []
 
-    async def counted(path: Path, limits: VideoConfig, pool: DecoderPool | None) -> VideoIndex:
+    async def counted(
+        path: Path, limits: VideoConfig, pool: DecoderPool | None, *, allow_truncated: bool
+    ) -> VideoIndex:
         indexed.append(path)
-        return await index_video(path, limits, pool)
+        return await index_video(path, limits, pool, allow_truncated=allow_truncated)
 
     monkeypatch.setattr(store_module, "index_video", counted)
     record = await create(store, video)

@@ -7,7 +7,7 @@ Nothing heavier than PyAV and numpy is imported, so that a start costs a tenth o
 
 The request's header has, beside ``folder``, ``limits`` and ``resources``, a ``type``:
 
-* ``index``: the answer is one ``index_to_message``.
+* ``index``, with ``allow_truncated``: the answer is one ``index_to_message``.
 * ``frames``, with ``index`` and ``threads``: the payload is the index's and then the wanted frames
   as int64; the answers are one message a frame, [height, width, 3] uint8 RGB.
 """
@@ -79,7 +79,8 @@ def _answers(
     confine_files(video_fd, (Path(av.__file__).parents[1], Path(os.__file__).parent))
     path = f"/proc/self/fd/{video_fd}"
     if request["type"] == "index":
-        yield index_to_message(build_index(path, limits))
+        allow = request["allow_truncated"]
+        yield index_to_message(build_index(path, limits, allow_truncated=allow))
         return
     index, rest = index_from_message(request["index"], payload)
     targets = np.frombuffer(rest, np.int64).tolist()

@@ -45,7 +45,7 @@ from prefill_service.video.decoder.seek_schedule import gop_starts
 from prefill_service.video.decoder.timestamps import Declared, OtherStreams, Stamps
 from prefill_service.video.decoder.truncation import find_truncation
 from prefill_service.video.geometry import Geometry
-from prefill_service.video.index import VideoIndex, VideoWarning
+from prefill_service.video.index import VideoIndex, VideoWarning, WarningReason
 
 _HEAD_FRAMES = 64
 _MAX_REORDER = 64  # places a frame is shown away from where it is sent; codecs allow 16
@@ -77,8 +77,8 @@ class _Packets:
         return len(self.pts)
 
 
-def build_index(path: str, limits: VideoConfig) -> VideoIndex:
-    """Index the video at ``path``.
+def build_index(path: str, limits: VideoConfig, *, allow_truncated: bool = False) -> VideoIndex:
+    """Index the video at ``path``; of a cut file what can be read, if that is allowed.
 
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, NO_FRAMES,
@@ -97,15 +97,22 @@ def build_index(path: str, limits: VideoConfig) -> VideoIndex:
             truncation = truncation or _missing_samples(container, stream)
     except ServiceError as error:
         if truncation and error.reason in (Reason.NOT_A_VIDEO, Reason.NO_VIDEO_STREAM):
-            raise _truncated(truncation) from None
+            raise _truncated(f"{truncation}; nothing of it can be read") from None
         raise
-    if truncation:
-        raise _truncated(truncation)
+    if truncation and not allow_truncated:
+        raise _truncated(f"{truncation}; allow_truncated takes what can be read")
     if not packets.shown:
         raise ServiceError(Reason.NO_FRAMES, "the video stream holds no frames")
     frames = _check_frames(path, limits, packets, description)
     index = description.make_index(path, frames, packets, limits)
-    return replace(index, warnings=index.warnings + appended)
+    warnings = index.warnings + appended
+    if truncation:
+        message = (
+            f"the file is cut: {truncation}. What can be read is used, {index.frame_count} frames "
+            f"up to second {index.duration_s:.3f}; of the last ones a part may be missing"
+        )
+        warnings = (VideoWarning(WarningReason.TRUNCATED, message), *warnings)
+    return replace(index, warnings=warnings)
 
 
 def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) -> _Packets:

@@ -1,7 +1,10 @@
-"""Whether a container says it is longer than the file.
+"""Whether a file is cut: one rule for all containers.
 
-FFmpeg reads what is left of a cut file without complaint, so the sizes that MP4, Matroska and
-AVI declare of themselves are compared with the file's own.
+A file is cut if it ends before a size that it declares of itself in bytes, or within a unit that
+it began: a box, an element, a RIFF chunk, a packet, tag or page. FFmpeg reads what is left
+without complaint. A file that ends between two units of a format without a header is not cut: so
+does every live recording (MPEG-TS, fragments of MP4, clusters of unknown size). A declared
+duration is no evidence, for many are wrong; ``clock`` compares it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ _MP4_DATA_BOXES = (b"moov", b"moof", b"mdat")
 EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 MKV_SEGMENT = b"\x18\x53\x80\x67"
 _MAX_BOXES = 1_000_000
+_OGG_PAGE = 27 + 255 + 255 * 255
+_TS_SYNC = 0x47
+_TS_PACKETS = ((188, 0), (192, 4), (204, 0))  # bytes of a packet, and where its sync byte is
+_TS_CHECKED = 5
 
 
 def find_truncation(file: BinaryIO) -> str | None:
@@ -32,7 +39,11 @@ def find_truncation(file: BinaryIO) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         (declared,) = struct.unpack("<I", head[4:8])
         return _overrun("RIFF chunk", declared + 8, size)
-    return None
+    if head[:3] == b"FLV":
+        return _flv(file, size)
+    if head[:4] == b"OggS":
+        return _ogg(file, size)
+    return _transport_stream(file, size)
 
 
 def _overrun(what: str, end: int, size: int) -> str | None:
@@ -82,3 +93,48 @@ def read_vint(file: BinaryIO) -> int:
         return -1
     value = int.from_bytes(bytes([first[0] & ((1 << (8 - width)) - 1)]) + rest, "big")
     return -1 if value == (1 << 7 * width) - 1 else value
+
+
+def _flv(file: BinaryIO, size: int) -> str | None:
+    """Tags from the first to the last; each ends with its size in 4 bytes."""
+    file.seek(5)
+    (header,) = struct.unpack(">I", file.read(4).ljust(4, b"\0"))
+    position = header + 4
+    while position + 11 <= size:
+        file.seek(position + 1)
+        end = position + 11 + int.from_bytes(file.read(3), "big")  # its size may be missing
+        if end > size:
+            return _overrun("last tag", end, size)
+        position = end + 4
+    return _overrun("last tag", position + 11, size) if position < size else None
+
+
+def _ogg(file: BinaryIO, size: int) -> str | None:
+    """The last page begins within the last two of the largest size."""
+    start = max(0, size - 2 * _OGG_PAGE)
+    file.seek(start)
+    tail = file.read()
+    at = tail.rfind(b"OggS")
+    if at < 0:
+        return None
+    head = tail[at : at + 27]
+    table = tail[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""
+    whole = len(head) == 27 and len(table) == head[26]
+    end = start + at + 27 + (len(table) + sum(table) if whole else _OGG_PAGE)
+    return _overrun("last page", end, size)
+
+
+def _transport_stream(file: BinaryIO, size: int) -> str | None:
+    """MPEG-TS, whose packets all have one size and begin with a sync byte."""
+    file.seek(0)
+    head = file.read(_TS_CHECKED * max(size for size, _ in _TS_PACKETS))
+    for packet, sync in _TS_PACKETS:
+        syncs = head[sync::packet]
+        if len(syncs) < _TS_CHECKED or set(syncs[:_TS_CHECKED]) != {_TS_SYNC}:
+            continue
+        rest = size % packet
+        file.seek(size - rest)
+        if rest > sync and file.read(sync + 1)[-1] == _TS_SYNC:  # else it is no packet at all
+            return f"its last packet of {packet} bytes has {rest}"
+        return None
+    return None

@@ -102,6 +102,7 @@ def upload_video(
     progress: UploadCallback | None = None,
     display_name: str | None = None,
     sha256: str | None = None,
+    allow_truncated: bool = False,
 ) -> Flow[Video]:
     """Upload a file, or find it on the server already."""
     what = _requests.source_of("path", video)
@@ -121,6 +122,7 @@ def upload_video(
         progress=progress,
         display_name=display_name,
         sha256=sha256,
+        allow_truncated=allow_truncated,
     )
     return _convert.video(message)
 
@@ -136,12 +138,17 @@ def resolve_video(
     return video_id
 
 
-def import_video(settings: Settings, path: str, display_name: str | None) -> Flow[Video]:
+def import_video(
+    settings: Settings, path: str, display_name: str | None, *, allow_truncated: bool
+) -> Flow[Video]:
     """Let the server read one of its own files."""
     path = check_text("path", _requests.local_path("path", path))
     check_text("display_name", display_name or "")
     request = video_pb.ImportVideoRequest(
-        path=path, display_name=display_name or "", request_id=_requests.new_request_id()
+        path=path,
+        display_name=display_name or "",
+        request_id=_requests.new_request_id(),
+        allow_truncated=allow_truncated,
     )
     response = yield from call(settings, "ImportVideo", request, settings.finish_timeout)
     return _convert.video(response.video)

@@ -91,14 +91,17 @@ def new_request_id() -> str:
     return str(uuid.uuid4())
 
 
-def upload_request_id(sha256: str, size: int, display_name: str) -> str:
+def upload_request_id(
+    sha256: str, size: int, display_name: str, *, allow_truncated: bool = False
+) -> str:
     """Make a UUID4 that is the same for the same file, in this process and any later one.
 
     CreateUpload returns the first result for a repeated request id, so this is how an upload
     that an earlier process left unfinished is found again. It covers every argument of
     CreateUpload: an id that comes again with others is an error.
     """
-    key = f"prefill-upload:{sha256}:{size}:{display_name}"
+    allowed = ":allow_truncated" if allow_truncated else ""
+    key = f"prefill-upload:{sha256}:{size}:{display_name}{allowed}"
     digest = hashlib.sha256(key.encode()).digest()
     return str(uuid.UUID(bytes=digest[:16], version=4))
 

@@ -145,6 +145,7 @@ class Client:
         progress: UploadCallback | None = None,
         display_name: str | None = None,
         sha256: str | None = None,
+        allow_truncated: bool = False,
     ) -> Video:
         """Upload a file and wait until it is READY.
 
@@ -158,6 +159,7 @@ class Client:
             progress: called now and then with an ``UploadProgress``.
             display_name: name for people; the file's name by default.
             sha256: the file's digest if known (hexadecimal); saves reading it twice.
+            allow_truncated: take what can be read of a file that is cut, with a warning.
 
         Raises:
             OSError: the file cannot be read.
@@ -171,12 +173,18 @@ class Client:
                 progress=progress,
                 display_name=display_name,
                 sha256=sha256,
+                allow_truncated=allow_truncated,
             )
         )
 
-    def import_video(self, path: str, *, display_name: str | None = None) -> Video:
+    def import_video(
+        self, path: str, *, display_name: str | None = None, allow_truncated: bool = False
+    ) -> Video:
         """Let the server read ``path``, a file of its own below one of its import roots."""
-        return self._driver.run(_flows.import_video(self._settings, path, display_name))
+        flow = _flows.import_video(
+            self._settings, path, display_name, allow_truncated=allow_truncated
+        )
+        return self._driver.run(flow)
 
     def video(self, video_id: str) -> Video:
         """Return a video as it is now."""

@@ -16,15 +16,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprefill/v1/video_service.proto\x12\nprefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x02\n\tVideoInfo\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x0b\n\x03\x66ps\x18\x06 \x01(\x01\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ekeyframe_count\x18\x08 \x01(\x03\x12%\n\x06stored\x18\t \x01(\x0b\x32\x15.prefill.v1.FrameSize\x12:\n\x13sample_aspect_ratio\x18\n \x01(\x0b\x32\x1d.prefill.v1.SampleAspectRatio\x12$\n\x05sizes\x18\x0b \x03(\x0b\x32\x15.prefill.v1.FrameSize\x12\x10\n\x08rotation\x18\x0c \x01(\x05\x12\x10\n\x08mirrored\x18\r \x01(\x08\":\n\tFrameSize\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0e\n\x06\x66rames\x18\x03 \x01(\x03\";\n\x11SampleAspectRatio\x12\x11\n\tnumerator\x18\x01 \x01(\x05\x12\x13\n\x0b\x64\x65nominator\x18\x02 \x01(\x05\"/\n\x0cVideoWarning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf3\x02\n\x05Video\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.prefill.v1.VideoState\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x17\n\x0f\x63ommitted_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x04info\x18\t \x01(\x0b\x32\x15.prefill.v1.VideoInfo\x12\x14\n\x0c\x65rror_reason\x18\n \x01(\t\x12\x15\n\rerror_message\x18\x0b \x01(\t\x12*\n\x08warnings\x18\x0c \x03(\x0b\x32\x18.prefill.v1.VideoWarning\"c\n\x13\x43reateUploadRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x14\x43reateUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\x05\"E\n\x13UploadChunksRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"/\n\x14UploadChunksResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\"*\n\x16GetUploadStatusRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"X\n\x17GetUploadStatusResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\'\n\x13\x46inishUploadRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"8\n\x14\x46inishUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"L\n\x12ImportVideoRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"7\n\x13ImportVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"#\n\x0fGetVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"4\n\x10GetVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\":\n\x11ListVideosRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListVideosResponse\x12!\n\x06videos\x18\x01 \x03(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x12\x44\x65leteVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteVideoResponse*\x8c\x01\n\nVideoState\x12\x1b\n\x17VIDEO_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VIDEO_STATE_UPLOADING\x10\x01\x12\x17\n\x13VIDEO_STATE_PROBING\x10\x02\x12\x15\n\x11VIDEO_STATE_READY\x10\x03\x12\x16\n\x12VIDEO_STATE_FAILED\x10\x04\x32\x99\x05\n\x0cVideoService\x12Q\n\x0c\x43reateUpload\x12\x1f.prefill.v1.CreateUploadRequest\x1a .prefill.v1.CreateUploadResponse\x12S\n\x0cUploadChunks\x12\x1f.prefill.v1.UploadChunksRequest\x1a .prefill.v1.UploadChunksResponse(\x01\x12Z\n\x0fGetUploadStatus\x12\".prefill.v1.GetUploadStatusRequest\x1a#.prefill.v1.GetUploadStatusResponse\x12Q\n\x0c\x46inishUpload\x12\x1f.prefill.v1.FinishUploadRequest\x1a .prefill.v1.FinishUploadResponse\x12N\n\x0bImportVideo\x12\x1e.prefill.v1.ImportVideoRequest\x1a\x1f.prefill.v1.ImportVideoResponse\x12\x45\n\x08GetVideo\x12\x1b.prefill.v1.GetVideoRequest\x1a\x1c.prefill.v1.GetVideoResponse\x12K\n\nListVideos\x12\x1d.prefill.v1.ListVideosRequest\x1a\x1e.prefill.v1.ListVideosResponse\x12N\n\x0b\x44\x65leteVideo\x12\x1e.prefill.v1.DeleteVideoRequest\x1a\x1f.prefill.v1.DeleteVideoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprefill/v1/video_service.proto\x12\nprefill.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x02\n\tVideoInfo\x12\x11\n\tcontainer\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x05 \x01(\x03\x12\x0b\n\x03\x66ps\x18\x06 \x01(\x01\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ekeyframe_count\x18\x08 \x01(\x03\x12%\n\x06stored\x18\t \x01(\x0b\x32\x15.prefill.v1.FrameSize\x12:\n\x13sample_aspect_ratio\x18\n \x01(\x0b\x32\x1d.prefill.v1.SampleAspectRatio\x12$\n\x05sizes\x18\x0b \x03(\x0b\x32\x15.prefill.v1.FrameSize\x12\x10\n\x08rotation\x18\x0c \x01(\x05\x12\x10\n\x08mirrored\x18\r \x01(\x08\":\n\tFrameSize\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0e\n\x06\x66rames\x18\x03 \x01(\x03\";\n\x11SampleAspectRatio\x12\x11\n\tnumerator\x18\x01 \x01(\x05\x12\x13\n\x0b\x64\x65nominator\x18\x02 \x01(\x05\"/\n\x0cVideoWarning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf3\x02\n\x05Video\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.prefill.v1.VideoState\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x17\n\x0f\x63ommitted_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x04info\x18\t \x01(\x0b\x32\x15.prefill.v1.VideoInfo\x12\x14\n\x0c\x65rror_reason\x18\n \x01(\t\x12\x15\n\rerror_message\x18\x0b \x01(\t\x12*\n\x08warnings\x18\x0c \x03(\x0b\x32\x18.prefill.v1.VideoWarning\"|\n\x13\x43reateUploadRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x17\n\x0f\x61llow_truncated\x18\x05 \x01(\x08\"Q\n\x14\x43reateUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\x05\"E\n\x13UploadChunksRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"/\n\x14UploadChunksResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\"*\n\x16GetUploadStatusRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"X\n\x17GetUploadStatusResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\'\n\x13\x46inishUploadRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"8\n\x14\x46inishUploadResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"e\n\x12ImportVideoRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x17\n\x0f\x61llow_truncated\x18\x04 \x01(\x08\"7\n\x13ImportVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\"#\n\x0fGetVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"4\n\x10GetVideoResponse\x12 \n\x05video\x18\x01 \x01(\x0b\x32\x11.prefill.v1.Video\":\n\x11ListVideosRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListVideosResponse\x12!\n\x06videos\x18\x01 \x03(\x0b\x32\x11.prefill.v1.Video\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x12\x44\x65leteVideoRequest\x12\x10\n\x08video_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteVideoResponse*\x8c\x01\n\nVideoState\x12\x1b\n\x17VIDEO_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VIDEO_STATE_UPLOADING\x10\x01\x12\x17\n\x13VIDEO_STATE_PROBING\x10\x02\x12\x15\n\x11VIDEO_STATE_READY\x10\x03\x12\x16\n\x12VIDEO_STATE_FAILED\x10\x04\x32\x99\x05\n\x0cVideoService\x12Q\n\x0c\x43reateUpload\x12\x1f.prefill.v1.CreateUploadRequest\x1a .prefill.v1.CreateUploadResponse\x12S\n\x0cUploadChunks\x12\x1f.prefill.v1.UploadChunksRequest\x1a .prefill.v1.UploadChunksResponse(\x01\x12Z\n\x0fGetUploadStatus\x12\".prefill.v1.GetUploadStatusRequest\x1a#.prefill.v1.GetUploadStatusResponse\x12Q\n\x0c\x46inishUpload\x12\x1f.prefill.v1.FinishUploadRequest\x1a .prefill.v1.FinishUploadResponse\x12N\n\x0bImportVideo\x12\x1e.prefill.v1.ImportVideoRequest\x1a\x1f.prefill.v1.ImportVideoResponse\x12\x45\n\x08GetVideo\x12\x1b.prefill.v1.GetVideoRequest\x1a\x1c.prefill.v1.GetVideoResponse\x12K\n\nListVideos\x12\x1d.prefill.v1.ListVideosRequest\x1a\x1e.prefill.v1.ListVideosResponse\x12N\n\x0b\x44\x65leteVideo\x12\x1e.prefill.v1.DeleteVideoRequest\x1a\x1f.prefill.v1.DeleteVideoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefill.v1.video_service_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_VIDEOSTATE']._serialized_start=1979
-  _globals['_VIDEOSTATE']._serialized_end=2119
+  _globals['_VIDEOSTATE']._serialized_start=2029
+  _globals['_VIDEOSTATE']._serialized_end=2169
   _globals['_VIDEOINFO']._serialized_start=112
   _globals['_VIDEOINFO']._serialized_end=464
   _globals['_FRAMESIZE']._serialized_start=466
@@ -36,37 +36,37 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_VIDEO']._serialized_start=637
   _globals['_VIDEO']._serialized_end=1008
   _globals['_CREATEUPLOADREQUEST']._serialized_start=1010
-  _globals['_CREATEUPLOADREQUEST']._serialized_end=1109
-  _globals['_CREATEUPLOADRESPONSE']._serialized_start=1111
-  _globals['_CREATEUPLOADRESPONSE']._serialized_end=1192
-  _globals['_UPLOADCHUNKSREQUEST']._serialized_start=1194
-  _globals['_UPLOADCHUNKSREQUEST']._serialized_end=1263
-  _globals['_UPLOADCHUNKSRESPONSE']._serialized_start=1265
-  _globals['_UPLOADCHUNKSRESPONSE']._serialized_end=1312
-  _globals['_GETUPLOADSTATUSREQUEST']._serialized_start=1314
-  _globals['_GETUPLOADSTATUSREQUEST']._serialized_end=1356
-  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_start=1358
-  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_end=1446
-  _globals['_FINISHUPLOADREQUEST']._serialized_start=1448
-  _globals['_FINISHUPLOADREQUEST']._serialized_end=1487
-  _globals['_FINISHUPLOADRESPONSE']._serialized_start=1489
-  _globals['_FINISHUPLOADRESPONSE']._serialized_end=1545
-  _globals['_IMPORTVIDEOREQUEST']._serialized_start=1547
-  _globals['_IMPORTVIDEOREQUEST']._serialized_end=1623
-  _globals['_IMPORTVIDEORESPONSE']._serialized_start=1625
-  _globals['_IMPORTVIDEORESPONSE']._serialized_end=1680
-  _globals['_GETVIDEOREQUEST']._serialized_start=1682
-  _globals['_GETVIDEOREQUEST']._serialized_end=1717
-  _globals['_GETVIDEORESPONSE']._serialized_start=1719
-  _globals['_GETVIDEORESPONSE']._serialized_end=1771
-  _globals['_LISTVIDEOSREQUEST']._serialized_start=1773
-  _globals['_LISTVIDEOSREQUEST']._serialized_end=1831
-  _globals['_LISTVIDEOSRESPONSE']._serialized_start=1833
-  _globals['_LISTVIDEOSRESPONSE']._serialized_end=1913
-  _globals['_DELETEVIDEOREQUEST']._serialized_start=1915
-  _globals['_DELETEVIDEOREQUEST']._serialized_end=1953
-  _globals['_DELETEVIDEORESPONSE']._serialized_start=1955
-  _globals['_DELETEVIDEORESPONSE']._serialized_end=1976
-  _globals['_VIDEOSERVICE']._serialized_start=2122
-  _globals['_VIDEOSERVICE']._serialized_end=2787
+  _globals['_CREATEUPLOADREQUEST']._serialized_end=1134
+  _globals['_CREATEUPLOADRESPONSE']._serialized_start=1136
+  _globals['_CREATEUPLOADRESPONSE']._serialized_end=1217
+  _globals['_UPLOADCHUNKSREQUEST']._serialized_start=1219
+  _globals['_UPLOADCHUNKSREQUEST']._serialized_end=1288
+  _globals['_UPLOADCHUNKSRESPONSE']._serialized_start=1290
+  _globals['_UPLOADCHUNKSRESPONSE']._serialized_end=1337
+  _globals['_GETUPLOADSTATUSREQUEST']._serialized_start=1339
+  _globals['_GETUPLOADSTATUSREQUEST']._serialized_end=1381
+  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_start=1383
+  _globals['_GETUPLOADSTATUSRESPONSE']._serialized_end=1471
+  _globals['_FINISHUPLOADREQUEST']._serialized_start=1473
+  _globals['_FINISHUPLOADREQUEST']._serialized_end=1512
+  _globals['_FINISHUPLOADRESPONSE']._serialized_start=1514
+  _globals['_FINISHUPLOADRESPONSE']._serialized_end=1570
+  _globals['_IMPORTVIDEOREQUEST']._serialized_start=1572
+  _globals['_IMPORTVIDEOREQUEST']._serialized_end=1673
+  _globals['_IMPORTVIDEORESPONSE']._serialized_start=1675
+  _globals['_IMPORTVIDEORESPONSE']._serialized_end=1730
+  _globals['_GETVIDEOREQUEST']._serialized_start=1732
+  _globals['_GETVIDEOREQUEST']._serialized_end=1767
+  _globals['_GETVIDEORESPONSE']._serialized_start=1769
+  _globals['_GETVIDEORESPONSE']._serialized_end=1821
+  _globals['_LISTVIDEOSREQUEST']._serialized_start=1823
+  _globals['_LISTVIDEOSREQUEST']._serialized_end=1881
+  _globals['_LISTVIDEOSRESPONSE']._serialized_start=1883
+  _globals['_LISTVIDEOSRESPONSE']._serialized_end=1963
+  _globals['_DELETEVIDEOREQUEST']._serialized_start=1965
+  _globals['_DELETEVIDEOREQUEST']._serialized_end=2003
+  _globals['_DELETEVIDEORESPONSE']._serialized_start=2005
+  _globals['_DELETEVIDEORESPONSE']._serialized_end=2026
+  _globals['_VIDEOSERVICE']._serialized_start=2172
+  _globals['_VIDEOSERVICE']._serialized_end=2837
 # @@protoc_insertion_point(module_scope)

@@ -106,16 +106,18 @@ class Video(_message.Message):
     def __init__(self, video_id: _Optional[str] = ..., display_name: _Optional[str] = ..., state: _Optional[_Union[VideoState, str]] = ..., size_bytes: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., info: _Optional[_Union[VideoInfo, _Mapping]] = ..., error_reason: _Optional[str] = ..., error_message: _Optional[str] = ..., warnings: _Optional[_Iterable[_Union[VideoWarning, _Mapping]]] = ...) -> None: ...
 
 class CreateUploadRequest(_message.Message):
-    __slots__ = ("display_name", "size_bytes", "sha256", "request_id")
+    __slots__ = ("display_name", "size_bytes", "sha256", "request_id", "allow_truncated")
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     display_name: str
     size_bytes: int
     sha256: str
     request_id: str
-    def __init__(self, display_name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    allow_truncated: bool
+    def __init__(self, display_name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., request_id: _Optional[str] = ..., allow_truncated: bool = ...) -> None: ...
 
 class CreateUploadResponse(_message.Message):
     __slots__ = ("video", "max_chunk_bytes")
@@ -170,14 +172,16 @@ class FinishUploadResponse(_message.Message):
     def __init__(self, video: _Optional[_Union[Video, _Mapping]] = ...) -> None: ...
 
 class ImportVideoRequest(_message.Message):
-    __slots__ = ("path", "display_name", "request_id")
+    __slots__ = ("path", "display_name", "request_id", "allow_truncated")
     PATH_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     path: str
     display_name: str
     request_id: str
-    def __init__(self, path: _Optional[str] = ..., display_name: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    allow_truncated: bool
+    def __init__(self, path: _Optional[str] = ..., display_name: _Optional[str] = ..., request_id: _Optional[str] = ..., allow_truncated: bool = ...) -> None: ...
 
 class ImportVideoResponse(_message.Message):
     __slots__ = ("video",)

@@ -53,6 +53,7 @@ def upload(
     progress: UploadCallback | None = None,
     display_name: str | None = None,
     sha256: str | None = None,
+    allow_truncated: bool = False,
 ) -> Flow[video_pb.Video]:
     """Upload ``what`` and finish; returns the READY video.
 
@@ -66,6 +67,7 @@ def upload(
         progress: called with each phase's progress.
         display_name: name for people; the file's name by default.
         sha256: digest of the bytes if known already; saves reading them twice.
+        allow_truncated: take what can be read of a cut file.
 
     Raises:
         OSError: the file cannot be read.
@@ -83,7 +85,8 @@ def upload(
             display_name=name,
             size_bytes=size,
             sha256=sha256,
-            request_id=upload_request_id(sha256, size, name),
+            request_id=upload_request_id(sha256, size, name, allow_truncated=allow_truncated),
+            allow_truncated=allow_truncated,
         )
         sending = _send_where_needed(
             unary, backoff, source=source, create=create, progress=progress

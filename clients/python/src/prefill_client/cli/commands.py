@@ -202,7 +202,11 @@ def _upload(client: Client, args: argparse.Namespace) -> int:
     def upload(path: str) -> None:
         progress = ProgressPrinter(sys.stderr, quiet=args.quiet)
         try:
-            video = client.upload(_video(path), progress=progress.show_upload)
+            video = client.upload(
+                _video(path),
+                progress=progress.show_upload,
+                allow_truncated=args.allow_truncated,
+            )
         finally:
             progress.finish()
         if args.json:

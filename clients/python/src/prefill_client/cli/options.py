@@ -188,6 +188,9 @@ def make_parser() -> argparse.ArgumentParser:
     json_flag(start, "one JSON object per job")
     upload = command("upload", "upload videos; goes on with what was interrupted")
     upload.add_argument("files", metavar="FILE", nargs="+")
+    upload.add_argument(
+        "--allow-truncated", action="store_true", help="take what can be read of a cut file"
+    )
     json_flag(upload, "one JSON object per video")
     json_flag(command("list", "list the videos on the server, newest first"), "one object per line")
     delete = command("delete", "delete videos from the server")
