@@ -142,6 +142,37 @@ def readme() -> str:
     )
 
 
+def long_question() -> str:
+    """Short questions beside a long one, over the same alone."""
+    header = (
+        "the long question's text is prefilled by",
+        "its tokens",
+        "short p50, beside / idle",
+        "short p95, beside / idle",
+        "short answers beside it",
+        "it took",
+    )
+    names = {
+        "ranks": "the ranks",
+        "vllm": "vLLM, at the service's pace",
+        "vllm-own": "vLLM, by its own scheduler",
+    }
+    limit_s = settings("long-question-cpu")["limit_s"]
+    lines = []
+    for row in rows("long-question-cpu"):
+        lines.append(
+            [
+                names[row["way"]],
+                f"{row['tokens']:,}",
+                f"{row['p50_ratio']:.1f}",
+                f"{row['p95_ratio']:.1f}",
+                row["beside"],
+                f"over {limit_s:.0f} s" if row["long_s"] is None else f"{row['long_s']:.0f} s",
+            ]
+        )
+    return tables.markdown(header, lines)
+
+
 def load() -> str:
     """Twenty clients: waiting times and memory of the service and of vLLM alone."""
     header = ("system", "videos", "questions", "failed", "p50, s", "p95, s", "worst, s", "right")
