@@ -48,6 +48,7 @@ class Settings:
         shift_ms: moves all timestamps.
         pixel_aspect: sample aspect ratio, for the container and the codec.
         pix_fmt: FFmpeg's name of the pixel format.
+        rate: frames per second, of codecs that count frames.
         container_format: FFmpeg's name of the format; None: by the file's suffix.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     pixel_aspect: Fraction = Fraction(1)
     pix_fmt: str = "yuv420p"
     container_format: str | None = None
+    rate: int = 10
 
 
 def make_video(path: Path, codec: str = "libx264", frames: int = 40, **settings: Any) -> Path:
@@ -67,11 +69,15 @@ def make_video(path: Path, codec: str = "libx264", frames: int = 40, **settings:
     how = Settings(**settings)
     times = range(0, 100 * frames, 100) if how.times_ms is None else how.times_ms
     options = H264 if how.options is None else how.options
-    counts_frames = codec in ("mpeg4", "mpeg2video")  # these want the frame rate as time base
+    counts_frames = codec in (
+        "mpeg4",
+        "mpeg2video",
+        "dvvideo",
+    )  # these want the frame rate as time base
     with av.open(
         str(path), "w", format=how.container_format, options=how.container_options
     ) as file:
-        stream = file.add_stream(codec, rate=10, options=options)
+        stream = file.add_stream(codec, rate=how.rate, options=options)
         stream.width, stream.height = how.size
         stream.pix_fmt = how.pix_fmt
         stream.codec_context.thread_count = 1
@@ -93,7 +99,7 @@ def make_video(path: Path, codec: str = "libx264", frames: int = 40, **settings:
         for number, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(numbered_frame(number, *how.size), format="rgb24")
             frame.pts = number if counts_frames else time
-            frame.time_base = Fraction(1, 10) if counts_frames else MILLISECONDS
+            frame.time_base = Fraction(1, how.rate) if counts_frames else MILLISECONDS
             mux(stream.encode(frame))
         mux(stream.encode())
     return path

@@ -84,7 +84,8 @@ def _answers(
         return
     index, rest = index_from_message(request["index"], payload)
     targets = np.frombuffer(rest, np.int64).tolist()
-    if len(index.geometry.sizes) > 1:  # OpenCV scales all frames to the size of the first
+    # OpenCV scales all frames to the size of the first, and of raw DV it shows the first only.
+    if len(index.geometry.sizes) > 1 or index.container == "dv":
         reader_class = PyAVReader
     reader = reader_class.open(path, index, limits, request["threads"])
     for target, frame in zip(targets, reader.frames(targets), strict=True):

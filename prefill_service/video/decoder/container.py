@@ -20,12 +20,12 @@ from prefill_service.errors import Reason, ServiceError
 # other files (hls, dash, concat, sdp, image2, ...). FFmpeg hands both lists on to whatever a
 # demuxer opens itself.
 FORMATS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts",
-           "mpeg", "flv", "asf", "ogg")  # fmt: skip
+           "mpeg", "flv", "asf", "ogg", "gif", "apng", "dv", "mxf")  # fmt: skip
 PROTOCOLS = ("file",)
 DECODERS = ("h264", "hevc", "vvc", "libdav1d", "vp8", "vp9", "mpeg4", "mpeg2video",
             "mpeg1video", "msmpeg4", "msmpeg4v2", "h263", "flv", "vc1", "wmv3", "wmv2", "wmv1",
             "theora", "mjpeg", "prores", "dnxhd", "ffv1", "rawvideo", "huffyuv",
-            "ffvhuff")  # fmt: skip
+            "ffvhuff", "gif", "apng", "dvvideo", "qtrle")  # fmt: skip
 
 _PIXELS_LOG = "exceeds specified max pixel count"
 _FRAME_BYTES_PER_PIXEL = 8  # a decoded frame and a decoder's tables, amply

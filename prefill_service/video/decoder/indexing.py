@@ -50,6 +50,7 @@ from prefill_service.video.index import VideoIndex, VideoWarning, WarningReason
 _HEAD_FRAMES = 64
 _MAX_REORDER = 64  # places a frame is shown away from where it is sent; codecs allow 16
 _WITHOUT_HEADER = ("mpegts", "mpeg")  # packets only; FFmpeg then estimates a file's duration
+_DRAWN_OVER = ("gif", "apng")  # each frame is drawn over the last, whatever its packet says
 _TAIL_FRAMES = 600  # a longer last GOP is not checked: it would be decoded whole
 
 
@@ -272,7 +273,8 @@ def _check_frames(
     order = np.argsort(sent, kind="stable")
     moved = np.abs(order - np.arange(len(order))).max(initial=0)
     trusted = (
-        not np.isnan(sent).any()
+        description.codec not in _DRAWN_OVER
+        and not np.isnan(sent).any()
         and bool((np.diff(sent[order]) > 0).all())
         and moved <= _MAX_REORDER  # more: the clock was set back, as in joined recordings
         and not _set_back(_as_floats(packets.dts))  # the same, by less
