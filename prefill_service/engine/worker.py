@@ -44,6 +44,10 @@ from prefill_service.video.decoder.pool import DecoderPool
 
 logger = logging.getLogger("prefill_service.engine.worker")  # __name__ is "__main__" here
 
+NICENESS = 5
+"""On a CPU, whose cores they share, answers go before prefills, unless an operator has set another
+niceness."""
+
 
 class Worker:
     """One rank: its model, its pages and its process groups.
@@ -70,6 +74,8 @@ class Worker:
         spec = self._spec
         torch.set_num_threads(spec.threads)
         device, shared = _choose_device(spec)
+        if device.type == "cpu" and os.nice(0) == 0:
+            os.nice(NICENESS)
         model = PrefillModel(
             spec.checkpoint, getattr(torch, spec.dtype), device, spec.engine.mlp_chunk_tokens
         )

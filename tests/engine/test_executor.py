@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 import torch
 
 from prefill_service.engine.spans import Stage
+from prefill_service.engine.worker import NICENESS
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling, extend_plan
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ULYSSES
@@ -216,6 +218,18 @@ async def test_progress_per_stage_and_rank(
         Stage.VISION: plan.patch_grid[0],
         Stage.PREFILL: plan.num_tokens,
     }
+
+
+@module_loop
+async def test_answers_go_before_prefills_on_a_cpu(pair: StandaloneExecutor) -> None:
+    workers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "prefill_service.engine.worker" in process.cmdline()
+    ]
+    assert len(workers) >= 2
+    own = os.nice(0)
+    assert {process.nice() for process in workers} == {own or NICENESS}
 
 
 @module_loop
