@@ -42,7 +42,7 @@ TESTS = {
     "models": (
         "tests/models/test_family_conformance.py",
         "tests/models/test_prefix_planner.py",
-        "tests/models/test_vision_attention.py",
+        "tests/models/layers/test_vision_attention.py",
     ),
     "API": ("tests/api", "clients/python/tests/test_client_parity.py"),
     # All but two files, which need the service's packages, too.

@@ -34,7 +34,7 @@ from prefill_service.calibration.encoded_video import EncodedVideo, PlannedVideo
 from prefill_service.calibration.local_prefill import LocalPrefill
 from prefill_service.config import VideoConfig
 from prefill_service.models.checkpoint import Checkpoint, open_checkpoint
-from prefill_service.models.packed_linear import PackedLinear
+from prefill_service.models.layers.packed_linear import PackedLinear
 from prefill_service.models.prefill_model import PrefillModel
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.prefix_planner import PrefixPlanner

@@ -160,8 +160,13 @@ def _refused(metadata: Mapping[str, Any], value: object) -> str:
     if (value > 0 if low is None else value >= low) and value <= high and value < math.inf:
         return ""
     if low is None:
-        return "more than 0" + (f" and at most {high:g}" if high < math.inf else "")
-    return f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+        return "more than 0" + (f" and at most {_exact(high)}" if high < math.inf else "")
+    return f"{_exact(low)} to {_exact(high)}" if high < math.inf else f"{_exact(low)} or more"
+
+
+def _exact(limit: float) -> str:
+    """All digits of a limit, which may be a number of bytes."""
+    return str(int(limit)) if limit == int(limit) else str(limit)
 
 
 def _conflicts(config: ServiceConfig) -> Iterator[tuple[str, object, str]]:

@@ -99,14 +99,14 @@ def check_folder(folder: Path, model: str) -> dict[str, Any]:
     """
     check_no_lfs_pointers(folder, model)
     if not (folder / CONFIG).is_file():
-        raise refuse(model, CONFIG, f"is missing{_kind(folder)}")
+        raise refuse(model, CONFIG, f"missing{_kind(folder)}")
     config = read_json(folder, CONFIG, model)
     if (folder / "adapter_config.json").is_file():
         text = "an adapter is not applied. Merge it into the weights, or move it away"
         raise refuse(model, "adapter_config.json", text)
     for names in (_TOKENIZERS, _PROCESSORS):
         if not any((folder / name).is_file() for name in names):
-            raise refuse(model, " or ".join(names), "is missing")
+            raise refuse(model, " or ".join(names), "missing")
     for path in sorted(folder.glob("*.json")):
         if path.name != "vocab.json" and path.name.endswith(("config.json", "tokenizer.json")):
             read_json(folder, path.name, model)

@@ -15,13 +15,13 @@ import numpy as np
 from prefill_service.attention_shape import dtype_name
 from prefill_service.compat import ensure_torchvision
 from prefill_service.models.checkpoint import Checkpoint
-from prefill_service.models.chunked_mlp import limit_rows
 from prefill_service.models.families.base import VisionFeatures, VisionInput
 from prefill_service.models.family_registry import FAMILIES
-from prefill_service.models.packed_linear import can_pack, pack_linears
+from prefill_service.models.layers.chunked_mlp import limit_rows
+from prefill_service.models.layers.packed_linear import can_pack, pack_linears
+from prefill_service.models.layers.vision_attention import VISION_ATTENTION, varlen_attention
 from prefill_service.models.pixels import FramePreprocessor
 from prefill_service.models.prefix_plan import PrefixPlan
-from prefill_service.models.vision_attention import VISION_ATTENTION, varlen_attention
 from prefill_service.models.weights.loading import load_model
 
 ensure_torchvision()

@@ -139,7 +139,11 @@ def test_a_checkpoint_and_a_probe(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--preset", "a", "--model", "b"], 2, "not allowed with argument"),
         (["--profile", "/nowhere.json"], 2, "profile /nowhere.json cannot be read"),
         (["--profile", "p", "--probe"], 2, "exclude each other"),
-        (["--model", "/nowhere"], 1, "/nowhere: file config.json is missing"),
+        (
+            ["--model", "/nowhere"],
+            1,
+            "/nowhere: config.json: missing: the folder is not a checkpoint",
+        ),
         (["--memory", "1"], 1, "1,000,000 tokens of Qwen3-VL-8B on up to 8 ranks do not fit"),
     ],
 )

@@ -73,7 +73,7 @@ def test_bad_configurations_are_named(change: dict[str, Any], message: str) -> N
 
 
 def test_missing_files_and_names_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match=r"config.json: is missing"):
+    with pytest.raises(ServiceError, match=r"config.json: missing"):
         open_shape(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ServiceError, match=r"config.json: is not a JSON object"):

@@ -21,8 +21,8 @@ from prefill_service.models.families.base import (
     VisionFeatures,
     VisionInput,
 )
+from prefill_service.models.layers.vision_attention import VISION_ATTENTION, PatchProduct
 from prefill_service.models.prefix_plan import FrameSampling
-from prefill_service.models.vision_attention import VISION_ATTENTION, PatchProduct
 
 TIMESTAMP_TOKENS = 12
 """Estimate of the text beside one temporal patch; too much where there is none."""

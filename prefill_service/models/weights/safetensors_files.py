@@ -99,7 +99,7 @@ def _weight_map(folder: Path, model: str) -> dict[str, str] | None:
     missing = sorted(file for file in set(places.values()) if not (folder / file).is_file())
     if missing:
         count = f"{len(missing)} of {len(set(places.values()))} files that {INDEX} names"
-        raise refuse(model, missing[0], f"is missing ({count})")
+        raise refuse(model, missing[0], f"missing ({count})")
     return places
 
 
@@ -112,10 +112,10 @@ def _missing_text(folder: Path) -> str:
         for path in sorted(folder.glob(pattern))
     ]
     if not others:
-        return f"is missing; {supported}"
+        return f"missing; {supported}"
     if others[0].endswith(".safetensors"):
         return f"and {INDEX} are missing, while {others[0]} is there; {supported}"
-    return f"is missing, the folder has {others[0]}; {supported}"
+    return f"missing, the folder has {others[0]}; {supported}"
 
 
 def _check_readers_agree(folder: Path, model: str, files: list[str]) -> None:
@@ -212,7 +212,7 @@ def read_json(folder: Path, file: str, model: str) -> dict[str, Any]:
     try:
         data = json.loads((folder / file).read_text(), object_pairs_hook=_unique)
     except FileNotFoundError:
-        raise refuse(model, file, "is missing") from None
+        raise refuse(model, file, "missing") from None
     except (OSError, ValueError) as error:
         raise refuse(model, file, f"cannot be read: {error}") from error
     if not isinstance(data, dict):

@@ -168,12 +168,12 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
         "tokenizer.json or vocab.json",
-        "is missing",
+        "missing",
     ),
     "no processor": (
         lambda f: (f / "processor_config.json").unlink(),
         "processor_config.json or video_preprocessor_config.json or preprocessor_config.json",
-        "is missing",
+        "missing",
     ),
     "key twice": (
         lambda f: (f / "config.json").write_text('{"model_type": "a", "model_type": "b"}'),
@@ -203,17 +203,17 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no checkpoint": (
         lambda f: [path.unlink() for path in f.iterdir()],
         "config.json",
-        "is missing: the folder is not a checkpoint",
+        "missing: the folder is not a checkpoint",
     ),
     "only pytorch": (
         lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
         WEIGHTS,
-        "is missing, the folder has pytorch_model.bin; supported are model.safetensors",
+        "missing, the folder has pytorch_model.bin; supported are model.safetensors",
     ),
     "only gguf": (
         lambda f: (f / WEIGHTS).rename(f / "q4.gguf"),
         WEIGHTS,
-        "is missing, the folder has q4.gguf",
+        "missing, the folder has q4.gguf",
     ),
     "a second file": (
         lambda f: shutil.copy(f / WEIGHTS, f / "other.safetensors"),
@@ -234,7 +234,7 @@ def test_files_that_are_not_what_they_should_be(folder: Path, kind: str) -> None
 
 
 SHARDS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "missing": (lambda f: (f / SHARD).unlink(), SHARD, "is missing (1 of 2 files that model.safe"),
+    "missing": (lambda f: (f / SHARD).unlink(), SHARD, "missing (1 of 2 files that model.safe"),
     "truncated": (
         lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]),
         SHARD,
@@ -366,7 +366,7 @@ def test_more_layers_than_are_stored(folder: Path) -> None:
     )
     message, metadata = refusal(folder)
     assert metadata["tensor"].startswith("model.language_model.layers.4.")
-    assert "is missing (11 of 133)" in message
+    assert "missing (11 of 133)" in message
 
 
 def test_older_names_of_weights_are_accepted(checkpoint: Callable[..., Path]) -> None:

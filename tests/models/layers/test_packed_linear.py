@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from prefill_service.models.packed_linear import PackedLinear, can_pack, pack_linears
+from prefill_service.models.layers.packed_linear import PackedLinear, can_pack, pack_linears
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(

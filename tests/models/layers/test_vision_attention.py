@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prefill_service.models.vision_attention import PatchProduct, varlen_attention
+from prefill_service.models.layers.vision_attention import PatchProduct, varlen_attention
 
 
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [5], [4, 6, 4, 1, 6], [0, 3, 3]])

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from prefill_service.models.checkpoint import open_checkpoint
-from prefill_service.models.chunked_mlp import limit_rows
 from prefill_service.models.families.base import ModuleNames, VisionFeatures
+from prefill_service.models.layers.chunked_mlp import limit_rows
 from prefill_service.models.prefill_model import PrefillModel
 
 TOKENS = 1100
