@@ -142,7 +142,7 @@ def test_a_checkpoint_and_a_probe(tmp_path: Path, capsys: pytest.CaptureFixture[
         (
             ["--model", "/nowhere"],
             1,
-            "/nowhere: config.json: missing: the folder is not a checkpoint",
+            "/nowhere: config.json: missing",
         ),
         (["--memory", "1"], 1, "1,000,000 tokens of Qwen3-VL-8B on up to 8 ranks do not fit"),
     ],
