@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import av
 import av.logging
@@ -31,6 +33,9 @@ _PIXELS_LOG = "exceeds specified max pixel count"
 _FRAME_BYTES_PER_PIXEL = 8  # a decoded frame and a decoder's tables, amply
 
 
+FFmpegLog = list[tuple[int, str, str]]  # level, name of the part of FFmpeg, text
+
+
 def silence_ffmpeg() -> None:
     """Keep FFmpeg's messages off stderr; ``open_container`` captures those it needs."""
     av.logging.set_level(av.logging.ERROR)
@@ -40,13 +45,40 @@ def silence_ffmpeg() -> None:
     logger.propagate = False
 
 
-def open_container(path: str, limits: VideoConfig, threads: int = 1) -> InputContainer:
+@contextmanager
+def captured_log() -> Iterator[FFmpegLog]:
+    """FFmpeg's errors and warnings, each one, as they come."""
+    level = av.logging.get_level()
+    skip_repeated = av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.WARNING)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture(local=False) as log:
+            yield log
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip_repeated)
+
+
+def open_container(
+    path: str,
+    limits: VideoConfig,
+    threads: int = 1,
+    *,
+    log: FFmpegLog | None = None,
+) -> InputContainer:
     """Open a video file.
+
+    Args:
+        path: the file.
+        limits: what must be refused.
+        threads: decoding threads.
+        log: where FFmpeg's messages are appended.
 
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, VIDEO_LIMIT_EXCEEDED.
     """
-    with av.logging.Capture(local=False) as logs:
+    with captured_log() as logs:
         try:
             container = av.open(
                 path,
@@ -63,6 +95,8 @@ def open_container(path: str, limits: VideoConfig, threads: int = 1) -> InputCon
             )
         except av.FFmpegError as error:
             raise _refusal(error, logs) from None
+    if log is not None:
+        log.extend(logs)
     try:
         check_logged_pixels(logs, limits)
     except ServiceError:
@@ -124,7 +158,7 @@ def _check_memory(context: VideoCodecContext, error: Exception) -> None:
         raise MemoryError from error
 
 
-def _refusal(error: av.FFmpegError, logs: list[tuple[int, str, str]]) -> ServiceError:
+def _refusal(error: av.FFmpegError, logs: FFmpegLog) -> ServiceError:
     """Why FFmpeg would not open a file, from its log: the error number does not tell."""
     for _, name, text in logs:
         if "not on whitelist" in text or "m3u8/hls" in text:
@@ -140,7 +174,7 @@ def _refusal(error: av.FFmpegError, logs: list[tuple[int, str, str]]) -> Service
     return ServiceError(Reason.NOT_A_VIDEO, f"not a video file: {error.strerror}")
 
 
-def check_logged_pixels(logs: list[tuple[int, str, str]], limits: VideoConfig) -> None:
+def check_logged_pixels(logs: FFmpegLog, limits: VideoConfig) -> None:
     """Raise VIDEO_LIMIT_EXCEEDED if FFmpeg's ``max_pixels`` stopped it, which only its log says.
 
     The line is "Picture size 8192x8192 exceeds specified max pixel count 9437184, see ...".

@@ -25,12 +25,19 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.appended import find_appended
 from prefill_service.video.decoder.clock import measure_clock
 from prefill_service.video.decoder.container import (
+    FFmpegLog,
     decode_packet,
     drain_decoder,
     limit_exceeded,
     open_container,
     pixels_exceeded,
     video_stream,
+)
+from prefill_service.video.decoder.damage import (
+    DamageWatch,
+    describe_damage,
+    find_lost_fragments,
+    says_damaged,
 )
 from prefill_service.video.decoder.frame_sizes import (
     Shown,
@@ -62,6 +69,8 @@ class _Packets:
         hidden: packets whose frames the container says not to show.
         other_s, other_at: seconds of the other streams' packets, and how many packets of the
             video precede each; only of formats without a header.
+        damaged: how many of the video's packets precede each place that could not be read.
+        unread_from: the byte from which on nothing could be read, if that is not the end.
     """
 
     pts: list[int | None] = field(default_factory=list)
@@ -71,11 +80,24 @@ class _Packets:
     hidden: int = 0
     other_s: list[float] = field(default_factory=list)
     other_at: list[int] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    unread_from: int | None = None
 
     @property
     def shown(self) -> int:
         """Number of packets whose frames are shown."""
         return len(self.pts)
+
+    def describe_end(self, stream: VideoStream, size: int) -> str | None:
+        """Say where reading ended before the end of a file of ``size`` bytes, if it did."""
+        if self.unread_from is None or self.unread_from >= size:
+            return None
+        known = [time for time in self.pts if time is not None]
+        span_s = float((max(known) - known[0]) * (stream.time_base or 0)) if known else 0.0
+        return (
+            f"nothing can be read from byte {self.unread_from} of {size} on, about second "
+            f"{span_s:.3f}"
+        )
 
 
 def build_index(path: str, limits: VideoConfig, *, allow_truncated: bool = False) -> VideoIndex:
@@ -86,44 +108,52 @@ def build_index(path: str, limits: VideoConfig, *, allow_truncated: bool = False
             TRUNCATED_VIDEO, VIDEO_LIMIT_EXCEEDED.
     """
     with open(path, "rb") as file:
-        truncation = find_truncation(file)
+        flaw = _name_flaw("cut", find_truncation(file))
+        flaw = flaw or _name_flaw("damaged", find_lost_fragments(file))
         appended = find_appended(file)
+    log: FFmpegLog = []
     try:
-        with open_container(path, limits) as container:
+        with open_container(path, limits, log=log) as container:
             stream = video_stream(container, limits)
             if stream.frames > limits.max_frames:
                 raise _too_many_frames(stream.frames, limits)
             description = _Description(container, stream)
+            if says_damaged(container.format.name, log):
+                container.seek(0, stream=stream)  # read it again, now to see where
             packets = _demux(container, stream, limits)
-            truncation = truncation or _missing_samples(container, stream)
+            flaw = flaw or _name_flaw("cut", _missing_samples(container, stream))
+            flaw = flaw or _name_flaw("damaged", packets.describe_end(stream, container.size))
     except ServiceError as error:
-        if truncation and error.reason in (Reason.NOT_A_VIDEO, Reason.NO_VIDEO_STREAM):
-            raise _truncated(f"{truncation}; nothing of it can be read") from None
+        if flaw and error.reason in (Reason.NOT_A_VIDEO, Reason.NO_VIDEO_STREAM):
+            raise _truncated(f"{flaw}; nothing of it can be read") from None
         raise
-    if truncation and not allow_truncated:
-        raise _truncated(f"{truncation}; allow_truncated takes what can be read")
+    if flaw and not allow_truncated:
+        raise _truncated(f"{flaw}; allow_truncated takes what can be read")
     if not packets.shown:
         raise ServiceError(Reason.NO_FRAMES, "the video stream holds no frames")
     frames = _check_frames(path, limits, packets, description)
     index = description.make_index(path, frames, packets, limits)
-    warnings = index.warnings + appended
-    if truncation:
+    places = [place for place in packets.damaged if not flaw or place < packets.shown - 1]
+    warnings = (*describe_damage(places, index.times_s), *index.warnings, *appended)
+    if flaw:
         message = (
-            f"the file is cut: {truncation}. What can be read is used, {index.frame_count} frames "
+            f"{flaw}. What can be read is used, {index.frame_count} frames "
             f"up to second {index.duration_s:.3f}; of the last ones a part may be missing"
         )
         warnings = (VideoWarning(WarningReason.TRUNCATED, message), *warnings)
     return replace(index, warnings=warnings)
 
 
+def _name_flaw(kind: str, how: str | None) -> str | None:
+    return f"the video file is {kind}: {how}" if how else None
+
+
 def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) -> _Packets:
     packets = _Packets()
     hidden_vp8 = stream.codec_context.name == "vp8"
-    try:
-        wanted = container.streams if container.format.name in _WITHOUT_HEADER else [stream]
-        for packet in container.demux(*wanted):
-            if not packet.size:
-                continue
+    everything = container.format.name in _WITHOUT_HEADER
+    with DamageWatch(container, stream) as watch:
+        for packet in watch.demux(list(container.streams) if everything else [stream]):
             if packet.stream_index != stream.index:
                 if packet.pts is not None and packet.time_base is not None:
                     packets.other_s.append(float(packet.pts * packet.time_base))
@@ -140,8 +170,8 @@ def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) 
             packets.duration.append(packet.duration or 0)
             if packets.shown > limits.max_frames:
                 raise _too_many_frames(packets.shown, limits)
-    except (av.error.InvalidDataError, av.error.EOFError):
-        pass  # a serial reader stops here too; what was read counts
+    packets.damaged = watch.places
+    packets.unread_from = watch.end if watch.gave_up else None
     return packets
 
 
@@ -431,4 +461,4 @@ def _too_many_frames(count: int, limits: VideoConfig) -> ServiceError:
 
 
 def _truncated(how: str) -> ServiceError:
-    return ServiceError(Reason.TRUNCATED_VIDEO, f"the video file is cut: {how}", detail=how)
+    return ServiceError(Reason.TRUNCATED_VIDEO, how, detail=how)

@@ -17,6 +17,7 @@ _MP4_DATA_BOXES = (b"moov", b"moof", b"mdat")
 EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 MKV_SEGMENT = b"\x18\x53\x80\x67"
 _MAX_BOXES = 1_000_000
+_FLV_TAGS = (8, 9, 18)  # audio, video, script data
 _OGG_PAGE = 27 + 255 + 255 * 255
 _TS_SYNC = 0x47
 _TS_PACKETS = ((188, 0), (192, 4), (204, 0))  # bytes of a packet, and where its sync byte is
@@ -96,13 +97,19 @@ def read_vint(file: BinaryIO) -> int:
 
 
 def _flv(file: BinaryIO, size: int) -> str | None:
-    """Tags from the first to the last; each ends with its size in 4 bytes."""
+    """Tags from the first to the last; each ends with its size in 4 bytes.
+
+    What is no tag belongs to another file appended to this one, or is damage.
+    """
     file.seek(5)
     (header,) = struct.unpack(">I", file.read(4).ljust(4, b"\0"))
     position = header + 4
     while position + 11 <= size:
-        file.seek(position + 1)
-        end = position + 11 + int.from_bytes(file.read(3), "big")  # its size may be missing
+        file.seek(position)
+        head = file.read(4)
+        if head[0] not in _FLV_TAGS:
+            return None
+        end = position + 11 + int.from_bytes(head[1:], "big")  # its size may be missing
         if end > size:
             return _overrun("last tag", end, size)
         position = end + 4

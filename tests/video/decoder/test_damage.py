@@ -1,0 +1,124 @@
+"""Files damaged in the middle: what is missing is said, and a lost rest is not passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefill_service.config import VideoConfig
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder.damage import describe_damage, says_damaged
+from prefill_service.video.decoder.indexing import build_index
+from prefill_service.video.index import VideoIndex, WarningReason
+from tests.video.sample_videos import H264, make_video
+
+LIMITS = VideoConfig()
+FRAMES = 100
+VP8 = {"codec": "libvpx", "options": {"g": "10", "deadline": "realtime", "cpu-used": "8"}}
+# Clusters or fragments of a second: there is something to go on with behind the damage.
+CLUSTERS = {"container_options": {"cluster_time_limit": "1000"}}
+FRAGMENTS = {"container_options": {"movflags": "frag_keyframe+empty_moov"}}
+MPEG2 = {"codec": "mpeg2video", "options": {"g": "10"}}
+READ_ON: dict[str, tuple[str, dict]] = {
+    "mkv": ("v.mkv", CLUSTERS),
+    "webm": ("v.webm", {**VP8, **CLUSTERS}),
+    "ts": ("v.ts", {}),
+    "m2ts": ("v.m2ts", {}),
+    "flv": ("v.flv", {}),
+    "ogg": ("v.ogg", {**VP8, "container_format": "ogg"}),
+    "mxf": ("v.mxf", {**MPEG2, "rate": 25}),
+}
+FILLS: dict[str, Callable[[int], bytes]] = {
+    "zeros": bytes,
+    "ones": lambda size: b"\xff" * size,
+    "noise": lambda size: np.random.default_rng(1).bytes(size),
+}
+
+
+def make_damaged(path: Path, where: tuple[float, float], fill: str, **settings: object) -> Path:
+    """A video whose bytes between two parts of the file are overwritten."""
+    make_video(path, frames=FRAMES, **{"options": H264, **settings})
+    data = bytearray(path.read_bytes())
+    start, stop = (int(len(data) * part) for part in where)
+    data[start:stop] = FILLS[fill](stop - start)
+    path.write_bytes(bytes(data))
+    return path
+
+
+def named(index: VideoIndex, reason: WarningReason) -> list[str]:
+    return [warning.message for warning in index.warnings if warning.reason is reason]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("kind", READ_ON)
+def test_frames_behind_the_damage_are_read_and_the_gap_is_said(
+    tmp_path: Path, kind: str, fill: str
+) -> None:
+    name, settings = READ_ON[kind]
+    whole = make_video(tmp_path / f"whole_{name}", frames=FRAMES, **{"options": H264, **settings})
+    assert not named(build_index(str(whole), LIMITS), WarningReason.DAMAGED)
+    path = make_damaged(tmp_path / name, (0.5, 0.65), fill, **settings)
+    index = build_index(str(path), LIMITS)
+    assert FRAMES // 2 < index.frame_count < FRAMES - 5
+    (message,) = named(index, WarningReason.DAMAGED)
+    widest = int(np.diff(index.times_s).argmax())
+    gap = f"from second {index.times_s[widest]:.3f} to {index.times_s[widest + 1]:.3f}"
+    assert gap in message
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize(
+    ("name", "settings", "where"),
+    [
+        ("v.mkv", {}, (0.5, 0.95)),
+        ("v.webm", VP8, (0.5, 0.95)),
+        ("fragments.mp4", FRAGMENTS, (0.5, 0.55)),
+        ("rest.mp4", FRAGMENTS, (0.3, 0.97)),
+    ],
+)
+def test_a_lost_rest_is_refused_unless_allowed(
+    tmp_path: Path, name: str, settings: dict, where: tuple[float, float], fill: str
+) -> None:
+    path = make_damaged(tmp_path / name, where, fill, **settings)
+    size = path.stat().st_size
+    with pytest.raises(ServiceError, match=r"damaged: .*allow_truncated") as caught:
+        build_index(str(path), LIMITS)
+    assert caught.value.reason is Reason.TRUNCATED_VIDEO
+    assert str(size) in caught.value.message or "more fragments follow" in caught.value.message
+    index = build_index(str(path), LIMITS, allow_truncated=True)
+    assert 10 < index.frame_count < FRAMES * 0.6
+    warning = index.warnings[0]
+    assert warning.reason is WarningReason.TRUNCATED
+    assert f"up to second {index.duration_s:.3f}" in warning.message
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts", "flv"])
+def test_junk_behind_the_end_is_no_damage(tmp_path: Path, suffix: str) -> None:
+    path = make_video(tmp_path / f"v.{suffix}", frames=FRAMES)
+    path.write_bytes(path.read_bytes() + bytes(100))
+    index = build_index(str(path), LIMITS, allow_truncated=suffix == "flv")
+    assert index.frame_count == FRAMES
+    assert not named(index, WarningReason.DAMAGED)
+
+
+def test_only_the_demuxers_own_errors_are_damage() -> None:
+    error = 16
+    assert says_damaged("matroska,webm", [(error, "matroska,webm", "invalid")])
+    assert not says_damaged("matroska,webm", [(error, "h264", "invalid")])
+    assert not says_damaged("matroska,webm", [(24, "matroska,webm", "invalid")])
+    assert not says_damaged("matroska,webm", [(error, "matroska,webm", "File ended prematurely")])
+
+
+def test_many_gaps_are_listed_up_to_five() -> None:
+    times_s = np.arange(1000.0)
+    for frame in range(100, 900, 100):
+        times_s[frame:] += 7
+    (warning,) = describe_damage(list(range(100, 900, 100)), times_s)
+    assert "from second 99.000 to 107.000, 206.000 to 214.000" in warning.message
+    assert "and 3 more" in warning.message
+    assert describe_damage([], times_s) == ()
+    (warning,) = describe_damage([1000], times_s)
+    assert "1055.000 to the end" in warning.message
