@@ -15,7 +15,7 @@ from prefill_service.errors import Reason, ServiceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-VLLM_RELEASES = ">=0.32,<0.34"
+VLLM_RELEASES = ">=0.31,<0.34"
 """vLLM's releases that the connector and the requests are made for; docs/versions.md says why."""
 
 VLLM_ANSWERS_TEXT = ">=0.32"

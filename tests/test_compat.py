@@ -64,13 +64,15 @@ def run(folder: Path, package: dict[str, str], code: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev4+gabc", "0.33.0", "0.33.0+cpu"])
+@pytest.mark.parametrize(
+    "version", ["0.31.0", "0.32.0", "0.32.1.dev4+gabc", "0.33.0", "0.33.0+cpu"]
+)
 def test_supported_releases(version: str) -> None:
     check_vllm(version, "this environment's")
     assert vllm_is(version, VLLM_RELEASES)
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.34.0", "1.0", "dev"])
 def test_other_releases_are_refused_unless_asked_for(version: str) -> None:
     with pytest.raises(ServiceError) as caught:
         check_vllm(version, "http://host:8000's")

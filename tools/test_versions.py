@@ -33,7 +33,8 @@ SHOWN = ("vllm", "transformers", "torch", "protobuf", "grpcio")
 TIMEOUT_S = 3600
 
 TESTS = {
-    # A real vLLM, asked over HTTP: greedy tokens equal transformers' own, text, faults.
+    # A real vLLM, asked over HTTP: greedy tokens equal transformers' own, also while the
+    # prefix is being computed; a cached prefix moves nothing; text streams and stops.
     "hand-off": (
         "tests/generation/test_vllm_handoff.py",
         *("-k", "short-3-qwen3_vl or same_question or text_is or being_computed"),
