@@ -189,7 +189,11 @@ class TaskPaused:
 
 @dataclass(frozen=True, slots=True)
 class RankDone:
-    """A task has succeeded on this rank."""
+    """A task has succeeded on this rank.
+
+    Attributes:
+        unlisted_frames: frames whose stored size the video's index does not list.
+    """
 
     job_id: str
     rank: int
@@ -198,6 +202,7 @@ class RankDone:
     attention: RankAttention | None = None
     offloaded: OffloadReport | None = None
     spans: tuple[Span, ...] = ()
+    unlisted_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -122,6 +122,7 @@ class RankTask:
         writer: takes the keys and values of this rank's pages.
         control: what the front end wants of the task while it runs.
         clock: progress, seconds and spans of the task on this rank.
+        streams: the frame streams that have been opened.
     """
 
     worker: WorkerContext
@@ -129,6 +130,7 @@ class RankTask:
     writer: ShardWriter
     control: TaskControl
     clock: StageClock
+    streams: list[FrameStream] = field(default_factory=list)
 
     def make_prefetcher(self, shares: Sequence[Share]) -> FramePrefetcher:
         """A prefetcher, not started, of the frames of this rank's shares."""
@@ -146,7 +148,7 @@ class RankTask:
 
     def _open_frames(self, indices: Sequence[int]) -> FrameStream:
         """Decode some frames of the task's video (``FrameStream``)."""
-        return FrameStream.open(
+        stream = FrameStream.open(
             Path(self.task.video_path),
             Path(self.task.index_path),
             indices,
@@ -154,6 +156,8 @@ class RankTask:
             square_pixels=self.task.plan.square_pixels,
             pool=self.worker.decoders,
         )
+        self.streams.append(stream)
+        return stream
 
     def _report_frames(self, done: int, total: int, seconds: float) -> None:
         self.worker.report_progress()
@@ -248,4 +252,5 @@ def _run_task(
         attention=method.attention_report(),
         offloaded=offloaded,
         spans=clock.spans.spans(),
+        unlisted_frames=sum(stream.unlisted for stream in rank_task.streams),
     )

@@ -29,6 +29,7 @@ class PrefillOutcome:
         offloaded: the reports of the ranks that had to offload their keys.
         paused_s: the part of ``seconds`` in which it was preempted.
         spans: what each rank did when.
+        unlisted_frames: frames whose stored size the video's index does not list.
     """
 
     stage_seconds: dict[str, float]
@@ -38,6 +39,7 @@ class PrefillOutcome:
     offloaded: tuple[OffloadReport, ...] = ()
     paused_s: float = 0.0
     spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+    unlisted_frames: int = 0
 
     @property
     def bytes_received(self) -> int:
@@ -104,4 +106,5 @@ class TaskState:
             offloaded=offloaded,
             paused_s=paused_s,
             spans=spans,
+            unlisted_frames=sum(rank.unlisted_frames for rank in done),
         )

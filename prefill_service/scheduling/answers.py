@@ -37,6 +37,7 @@ from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.prefix_cache import Lease
 from prefill_service.scheduling.scheduler import Scheduler
 from prefill_service.scheduling.traces import QUESTIONS
+from prefill_service.video.index import VideoWarning, WarningReason
 
 if TYPE_CHECKING:
     from prefill_service.generation.server import GenerationServer
@@ -447,6 +448,19 @@ def _raise_if_failed(job: Job) -> None:
         raise ServiceError.from_dict(dict(job.record.error))
 
 
+def _size_warnings(job: Job) -> tuple[VideoWarning, ...]:
+    """Says that frames of the prefix have sizes that the video's index does not list."""
+    result = job.record.result
+    if result is None or not result.unlisted_frames:
+        return ()
+    message = (
+        f"{result.unlisted_frames} of the {result.frames} frames looked at have another size than "
+        "those that the index found: they are fitted into the video's, with black bars where "
+        "their shape is another"
+    )
+    return (VideoWarning(WarningReason.SIZE_CHANGES, message),)
+
+
 def _final(
     answer: _Answer, job: Job, last: GenerationEvent, report: HandoffReport | None
 ) -> AnswerFinal:
@@ -466,7 +480,7 @@ def _final(
         kv_tokens_moved=report.tokens if report else 0,
         kv_bytes_moved=report.bytes if report else 0,
         cached_tokens=last.cached_tokens,
-        warnings=answer.plan.warnings,
+        warnings=(*answer.plan.warnings, *_size_warnings(job)),
         frame_indices=answer.plan.frame_indices,
         frame_seconds=answer.plan.frame_seconds,
     )

@@ -80,6 +80,7 @@ class PrefillResult:
         attention: ``None`` of a baseline, whose attention is not measured.
         exchange, communication: how ranks met each other's keys, and what that moved; empty in
             jobs from before these were kept.
+        unlisted_frames: frames whose stored size the video's index does not list.
     """
 
     prefix_id: str
@@ -95,6 +96,7 @@ class PrefillResult:
     attention: AttentionSummary | None
     exchange: str = ""
     communication: Mapping[str, CollectiveUse] = field(default_factory=dict)
+    unlisted_frames: int = 0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillResult:

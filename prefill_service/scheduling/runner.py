@@ -274,6 +274,13 @@ class PrefillRunner:
             task.manifest.attention_key,
             _figures(attention),
         )
+        if outcome.unlisted_frames:
+            logger.warning(
+                "%s: %d of %d frames have sizes that the video's index does not list",
+                task.job_id,
+                outcome.unlisted_frames,
+                len(task.plan.frame_indices),
+            )
 
 
 def _figures(attention: AttentionSummary | None) -> str:
@@ -308,4 +315,5 @@ def _result(
         attention=attention,
         exchange=task.baseline.method.name if task.baseline else str(task.exchange),
         communication=outcome.communication,
+        unlisted_frames=outcome.unlisted_frames,
     )

@@ -35,6 +35,7 @@ class FrameStream:
         self._wanted = wanted
         self._limits = limits
         self._next = 0
+        self._unlisted = 0
         self._last: tuple[int, np.ndarray] | None = None
 
     @classmethod
@@ -85,6 +86,11 @@ class FrameStream:
         """Frames that ``poll`` has not returned, repeats counted."""
         return len(self._wanted) - self._next
 
+    @property
+    def unlisted(self) -> int:
+        """Frames so far, repeats not counted, whose stored size the index does not list."""
+        return self._unlisted
+
     def poll(self, timeout_s: float) -> np.ndarray | None:
         """The next frame, or ``None`` if it is not there within ``timeout_s`` or none is left.
 
@@ -129,6 +135,7 @@ class FrameStream:
             raise ServiceError(
                 Reason.INTERNAL, f"decoder process sent {header}, frame {wanted} was expected"
             )
+        self._unlisted = int(header["unlisted"])
         return np.frombuffer(payload, np.uint8).reshape(shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -58,6 +58,10 @@ class Geometry:
             width=width, height=height, stored_width=width, stored_height=height, sizes=sizes
         )
 
+    def lists_size(self, width: int, height: int) -> bool:
+        """Whether the index found frames that are stored in ``width`` x ``height``."""
+        return any((size.width, size.height) == (width, height) for size in self.sizes)
+
     @property
     def lies(self) -> bool:
         """Whether a frame is turned by a quarter."""

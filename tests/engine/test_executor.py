@@ -22,6 +22,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling, extend_plan
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ULYSSES
 from prefill_service.parallel.exchanges.registry import choose_exchange
+from prefill_service.video.geometry import FrameSize
 from tests.oracles.transformers_forward import prefix_kv, processor_inputs
 from tests.support.engine_state import worker_pids
 from tests.support.standalone_executor import StandaloneExecutor, standalone_executor
@@ -218,6 +219,20 @@ async def test_progress_per_stage_and_rank(
         Stage.VISION: plan.patch_grid[0],
         Stage.PREFILL: plan.num_tokens,
     }
+
+
+@module_loop
+async def test_frames_whose_size_the_index_missed_are_counted(
+    pair: StandaloneExecutor, make_video: Callable[..., Path]
+) -> None:
+    video = make_video(**VIDEOS[1])
+    plan, index = await pair.plan(video)
+    assert (await pair.prefill(pair.task(video, plan))).unlisted_frames == 0
+    missed = replace(index.geometry, sizes=(FrameSize(32, 32, index.frame_count),))
+    replace(index, geometry=missed).save(pair.index_path(video))
+    plan = replace(plan, prefix_id="pfx_missed_sizes")
+    outcome = await pair.prefill(pair.task(video, plan))
+    assert outcome.unlisted_frames == len(set(plan.frame_indices.tolist()))
 
 
 @module_loop

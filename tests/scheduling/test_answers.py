@@ -49,6 +49,20 @@ async def test_progress_then_tokens_then_final(serve: Serve) -> None:
         assert final.timings.first_token.ToNanoseconds() <= final.timings.total.ToNanoseconds()
 
 
+async def test_frames_whose_size_the_index_missed_are_said_in_every_answer(serve: Serve) -> None:
+    async with serve(engine={"text_from_tokens": 20}) as s:
+        s.executor.unlisted_frames = 3
+        first = await answer(s.ask(frames=16))
+        s.executor.unlisted_frames = 0  # of the text that extends the prefix, which has no frames
+        later = await answer(s.ask(frames=16, text="What does the robot do after that?"))
+        assert len(s.executor.tasks) == 2
+        for result in (first, later):
+            (warning,) = [w for w in result.final.warnings if w.reason == "SIZE_CHANGES"]
+            assert warning.message.startswith("3 of the 16 frames looked at have another size")
+        other = await answer(s.ask(frames=8))
+        assert not [w for w in other.final.warnings if w.reason == "SIZE_CHANGES"]
+
+
 @pytest.mark.parametrize("by", prefill_pb.SampleBy.values())
 async def test_what_is_evenly_spaced_is_part_of_the_job(
     serve: Serve, by: prefill_pb.SampleBy

@@ -142,6 +142,7 @@ class SimulatedExecutor:
 
     def __init__(self, restart_s: float = 0.1, start_s: float = 0.0) -> None:
         self.step_s = self.stop_s = 0.0
+        self.unlisted_frames = 0
         self.restart_s = restart_s
         self.start_s = start_s
         self.epoch = 0
@@ -309,6 +310,7 @@ class SimulatedExecutor:
             seconds=0.1,
             attention=report(task),
             offloaded=(OffloadReport(64, 32, 7, 0.5), OffloadReport(64, 32, 4, 0.25)),
+            unlisted_frames=self.unlisted_frames,
         )
 
     def _is_held(self, job_id: str) -> bool:

@@ -9,7 +9,8 @@ The request's header has, beside ``folder``, ``limits`` and ``resources``, a ``t
 
 * ``index``, with ``allow_truncated``: the answer is one ``index_to_message``.
 * ``frames``, with ``index`` and ``threads``: the payload is the index's and then the wanted frames
-  as int64; the answers are one message a frame, [height, width, 3] uint8 RGB.
+  as int64; the answers are one message a frame, [height, width, 3] uint8 RGB. ``unlisted`` in
+  its header counts the frames up to it whose size the index does not list.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def _answers(
         reader_class = PyAVReader
     reader = reader_class.open(path, index, limits, request["threads"])
     for target, frame in zip(targets, reader.frames(targets), strict=True):
-        yield {"type": "frame", "frame": target}, frame.data.cast("B")
+        header = {"type": "frame", "frame": target, "unlisted": reader.unlisted}
+        yield header, frame.data.cast("B")
 
 
 def _to_service(error: Exception, limits: VideoConfig) -> ServiceError:

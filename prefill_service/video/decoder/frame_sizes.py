@@ -4,7 +4,8 @@ Packets do not say how large their frames are. A stream changes its size at a ke
 recordings, a call whose bandwidth grows), so keyframes are decoded: up to ``_MAX_SAMPLES`` of
 them, evenly spread, and more between two of different sizes until the change is found. What
 begins and ends between two of them is missed here. So are changes at other frames, which VP9
-and AV1 allow. A reader notices both at the frames that are asked for.
+and AV1 allow. PyAV's reader counts frames of such sizes among those asked for
+(``FrameReader.unlisted``), and the answer's warnings say how many; OpenCV's cannot.
 
 The size of most frames is the video's. Its sample aspect ratio is the container's, as in FFmpeg
 and players, and the codec's where the container has none. A ratio beyond ``_MAX_RATIO`` is a

@@ -104,6 +104,23 @@ def test_a_change_far_from_both_ends_is_found(tmp_path: Path) -> None:
     assert index.geometry.sizes == (FrameSize(160, 90, 200), FrameSize(64, 36, 180))
 
 
+def test_a_change_that_the_index_missed_is_counted_where_it_is_read(tmp_path: Path) -> None:
+    parts = [((96, 64), 486), ((48, 32), 4), ((96, 64), 510)]
+    path = make_changing(tmp_path / "v.webm", parts)
+    index = build_index(str(path), LIMITS)
+    assert index.geometry.sizes == (
+        FrameSize(96, 64, 1000),
+    )  # its keyframe is not one of the samples
+    index.save(path.with_suffix(".npz"))
+    wanted = [3, 485, 486, 487, 487, 489, 490]
+    with FrameStream.open(path, path.with_suffix(".npz"), wanted, LIMITS) as stream:
+        counts = []
+        for frame in stream:
+            assert frame.shape == (64, 96, 3)
+            counts.append(stream.unlisted)
+    assert counts == [0, 0, 1, 2, 2, 3, 3]
+
+
 def test_a_change_at_the_very_end_is_found(tmp_path: Path) -> None:
     path = make_changing(tmp_path / "v.webm", [((160, 90), 90), ((64, 36), 1)])
     index = build_index(str(path), LIMITS)

@@ -17,10 +17,12 @@ class FrameReader(Protocol):
     Attributes:
         decoded: frames decoded so far, wanted or not.
         seeks: seeks so far.
+        unlisted: frames yielded so far whose stored size is not one of the index's ``sizes``.
     """
 
     decoded: int
     seeks: int
+    unlisted: int
 
     @classmethod
     def open(cls, path: str, index: VideoIndex, limits: VideoConfig, threads: int) -> Self:

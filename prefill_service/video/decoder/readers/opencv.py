@@ -37,6 +37,7 @@ class OpenCVReader(FrameReader):
         self._index = index
         self.decoded = 0
         self.seeks = 0
+        self.unlisted = 0  # OpenCV scales frames to the first one's size without a word
 
     @override
     @classmethod

@@ -78,6 +78,7 @@ class PyAVReader(FrameReader):
         self._starts = gop_starts(index.keyframe)
         self.decoded = 0
         self.seeks = 0
+        self.unlisted = 0
 
     @override
     @classmethod
@@ -100,6 +101,11 @@ class PyAVReader(FrameReader):
         for seek in schedule_seeks(self._starts, targets):
             yield from self._read_after(seek)
 
+    def _to_rgb(self, frame: VideoFrame) -> np.ndarray:
+        geometry = self._index.geometry
+        self.unlisted += not geometry.lists_size(frame.width, frame.height)
+        return to_rgb(frame, geometry)
+
     def _read_serially(self, targets: Sequence[int]) -> Iterator[np.ndarray]:
         """Read by counting, a file whose timestamps do not name its frames."""
         wanted = iter(targets)
@@ -109,7 +115,7 @@ class PyAVReader(FrameReader):
         ):
             self.decoded += 1
             if number == target:
-                yield to_rgb(frame, self._index.geometry)
+                yield self._to_rgb(frame)
                 target = next(wanted, None)
             if target is None:
                 return
@@ -134,7 +140,7 @@ class PyAVReader(FrameReader):
                     break
                 landed_late = False
                 if frame.pts == due:
-                    yield to_rgb(frame, self._index.geometry)
+                    yield self._to_rgb(frame)
                     done += 1
                     if done == len(seek.targets):
                         return
