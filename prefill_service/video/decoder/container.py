@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import av
@@ -114,14 +114,24 @@ def _guard_pixels(limits: VideoConfig) -> int:
     return 2 * limits.max_frame_pixels + (1 << 16)
 
 
-def decode_packet(packet: Packet[VideoStream], limits: VideoConfig) -> list[VideoFrame]:
+def decode_packet(
+    packet: Packet[VideoStream],
+    limits: VideoConfig,
+    *,
+    on_damaged: Callable[[], None] = lambda: None,
+) -> list[VideoFrame]:
     """The frames that come out for a packet; none for a damaged one, as in any serial reader.
+
+    Args:
+        packet: of the video; an empty one drains the decoder.
+        limits: what must be refused.
+        on_damaged: called for a damaged packet.
 
     Raises:
         ServiceError: VIDEO_LIMIT_EXCEEDED.
         MemoryError: there was no memory for the frame.
     """
-    return _decode(packet.stream.codec_context, packet, limits)
+    return _decode(packet.stream.codec_context, packet, limits, on_damaged)
 
 
 def drain_decoder(stream: VideoStream, limits: VideoConfig) -> list[VideoFrame]:
@@ -131,11 +141,14 @@ def drain_decoder(stream: VideoStream, limits: VideoConfig) -> list[VideoFrame]:
         ServiceError: VIDEO_LIMIT_EXCEEDED.
         MemoryError: there was no memory for a frame.
     """
-    return _decode(stream.codec_context, None, limits)
+    return _decode(stream.codec_context, None, limits, lambda: None)
 
 
 def _decode(
-    context: VideoCodecContext, packet: Packet[VideoStream] | None, limits: VideoConfig
+    context: VideoCodecContext,
+    packet: Packet[VideoStream] | None,
+    limits: VideoConfig,
+    on_damaged: Callable[[], None],
 ) -> list[VideoFrame]:
     with av.logging.Capture(local=False) as logs:
         try:
@@ -143,6 +156,8 @@ def _decode(
         except av.FFmpegError as error:
             _check_memory(context, error)
             if isinstance(error, (av.error.InvalidDataError, av.error.EOFError)):
+                if isinstance(error, av.error.InvalidDataError):
+                    on_damaged()
                 return []
             raise
         finally:

@@ -149,6 +149,15 @@ def describe_damage(places: list[int], times_s: np.ndarray) -> tuple[VideoWarnin
     return (VideoWarning(WarningReason.DAMAGED, message),)
 
 
+def describe_undecodable(damaged: int, packets: int) -> VideoWarning:
+    """Say how many packets, of ``packets`` in the file, were found to be damaged."""
+    message = (
+        f"the file is damaged: at least {damaged} of its {packets} packets cannot be decoded, "
+        "and their frames are missing"
+    )
+    return VideoWarning(WarningReason.DAMAGED, message)
+
+
 def find_lost_fragments(file: BinaryIO) -> str | None:
     """Say where the boxes of an MP4 end although fragments follow, or ``None``.
 

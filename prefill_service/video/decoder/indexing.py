@@ -36,6 +36,7 @@ from prefill_service.video.decoder.container import (
 from prefill_service.video.decoder.damage import (
     DamageWatch,
     describe_damage,
+    describe_undecodable,
     find_lost_fragments,
     says_damaged,
 )
@@ -134,7 +135,10 @@ def build_index(path: str, limits: VideoConfig, *, allow_truncated: bool = False
     frames = _check_frames(path, limits, packets, description)
     index = description.make_index(path, frames, packets, limits)
     places = [place for place in packets.damaged if not flaw or place < packets.shown - 1]
-    warnings = (*describe_damage(places, index.times_s), *index.warnings, *appended)
+    damage = describe_damage(places, index.times_s)
+    if frames.damaged > bool(flaw):  # the last packet of a cut file is said already
+        damage = (*damage, describe_undecodable(frames.damaged, packets.shown))
+    warnings = (*damage, *index.warnings, *appended)
     if flaw:
         message = (
             f"{flaw}. What can be read is used, {index.frame_count} frames "
@@ -194,12 +198,18 @@ class _Decoded:
         sizes: their sizes.
         shown: how the container wants them shown; there is none without a frame.
         ended: whether the file ended.
+        damaged: how many packets behind the first frame could not be decoded.
     """
 
     times: list[int | None] = field(default_factory=list)
     sizes: SizeRuns = field(default_factory=SizeRuns)
     shown: Shown | None = None
     ended: bool = True
+    damaged: int = 0
+
+    def note_damaged(self) -> None:
+        """Count a packet; those before the first frame are of a GOP that was cut."""
+        self.damaged += bool(self.times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +221,14 @@ class _Frames:
         pts: [frames] int64, ascending; numbers from 0 if the file is read serially.
         keyframe: [frames] bool; all False if the file is read serially.
         stamps: their timestamps.
+        damaged: how many packets of those decoded for the index could not be.
     """
 
     decoded: _Decoded
     pts: np.ndarray
     keyframe: np.ndarray
     stamps: Stamps
+    damaged: int = 0
 
 
 class _Description:
@@ -324,13 +336,14 @@ def _check_frames(
             keyframe = keyframe[lead:]
             duration = duration[lead:]
             decodable: np.ndarray | None = np.arange(len(pts)) < len(decoded.times)
+            damaged = decoded.damaged
             if not decoded.ended:
-                decodable = _decodable_tail(path, limits, pts, keyframe)
+                decodable, damaged = _decodable_tail(path, limits, pts, keyframe)
             if decodable is not None:
                 pts = pts[decodable]
                 keyframe = keyframe[decodable]
                 stamps = description.stamps(pts.astype(np.float64), keyframe, duration[decodable])
-                return _Frames(decoded, pts, keyframe, stamps)
+                return _Frames(decoded, pts, keyframe, stamps, damaged)
         if not decoded.ended:
             decoded = _decode(path, limits, None, None)
     count = len(decoded.times)
@@ -338,7 +351,7 @@ def _check_frames(
     durations[-1] = packets.duration[-1]
     near_key = np.resize(np.array(packets.keyframe, bool), count)
     stamps = description.stamps(_serial_times(decoded.times, packets), near_key, durations)
-    return _Frames(decoded, np.arange(count), np.zeros(count, bool), stamps)
+    return _Frames(decoded, np.arange(count), np.zeros(count, bool), stamps, decoded.damaged)
 
 
 def _measure_geometry(
@@ -387,7 +400,9 @@ def _decode(path: str, limits: VideoConfig, seek_pts: int | None, count: int | N
         stream = video_stream(container, limits)
         if seek_pts is not None:
             container.seek(seek_pts, stream=stream)
-        for frame in decoded_frames(container.demux(stream), limits):
+        for frame in decoded_frames(
+            container.demux(stream), limits, on_damaged=decoded.note_damaged
+        ):
             decoded.shown = decoded.shown or Shown.of_stream(stream, frame)
             decoded.times.append(frame.pts)
             decoded.sizes.append(stored_size(stream, frame))
@@ -401,25 +416,27 @@ def _decode(path: str, limits: VideoConfig, seek_pts: int | None, count: int | N
 
 def _decodable_tail(
     path: str, limits: VideoConfig, pts: np.ndarray, keyframe: np.ndarray
-) -> np.ndarray | None:
+) -> tuple[np.ndarray | None, int]:
     """[frames] bool: False for frames of the last GOP that do not come out of the decoder.
 
-    ``None`` if frames come that are not in ``pts``.
+    Also how many packets there cannot be decoded. ``None`` if frames come that are not in
+    ``pts``.
     """
     start = int(gop_starts(keyframe)[-1])
     decodable = np.ones(len(pts), bool)
     if len(pts) - start > _TAIL_FRAMES:
-        return decodable
-    times = _decode(path, limits, int(pts[start]), None).times
+        return decodable, 0
+    tail_decoded = _decode(path, limits, int(pts[start]), None)
+    times = tail_decoded.times
     tail = np.array([time for time in times if time is not None and time >= pts[start]], np.int64)
     if not len(tail):  # the seek went past the last keyframe; some containers do not seek well
-        return decodable
+        return decodable, 0
     if None in times or not np.isin(tail, pts).all() or (np.diff(tail) <= 0).any():
-        return None
+        return None, 0
     # Frames before the first that came may only need an earlier start.
     decodable[np.searchsorted(pts, tail[0]) :] = False
     decodable[np.searchsorted(pts, tail)] = True
-    return decodable
+    return decodable, tail_decoded.damaged
 
 
 def _offset(pts: np.ndarray, times: list[int | None]) -> int | None:

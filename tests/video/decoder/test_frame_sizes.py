@@ -14,6 +14,7 @@ import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.video.decoder import frame_sizes
 from prefill_service.video.decoder.frame_sizes import (
     Shown,
     SizeRuns,
@@ -104,15 +105,16 @@ def test_a_change_far_from_both_ends_is_found(tmp_path: Path) -> None:
     assert index.geometry.sizes == (FrameSize(160, 90, 200), FrameSize(64, 36, 180))
 
 
-def test_a_change_that_the_index_missed_is_counted_where_it_is_read(tmp_path: Path) -> None:
-    parts = [((96, 64), 486), ((48, 32), 4), ((96, 64), 510)]
+def test_a_change_that_the_index_missed_is_counted_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_sizes, "_MAX_SAMPLES", 4)
+    parts = [((96, 64), 126), ((48, 32), 4), ((96, 64), 70)]
     path = make_changing(tmp_path / "v.webm", parts)
     index = build_index(str(path), LIMITS)
-    assert index.geometry.sizes == (
-        FrameSize(96, 64, 1000),
-    )  # its keyframe is not one of the samples
+    assert index.geometry.sizes == (FrameSize(96, 64, 200),)  # none of the samples has it
     index.save(path.with_suffix(".npz"))
-    wanted = [3, 485, 486, 487, 487, 489, 490]
+    wanted = [3, 125, 126, 127, 127, 129, 130]
     with FrameStream.open(path, path.with_suffix(".npz"), wanted, LIMITS) as stream:
         counts = []
         for frame in stream:

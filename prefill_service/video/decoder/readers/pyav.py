@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
 import av
@@ -33,11 +33,14 @@ _HVCC_LAYERS = 21
 
 
 def decoded_frames(
-    packets: Iterable[Packet[VideoStream]], limits: VideoConfig
+    packets: Iterable[Packet[VideoStream]],
+    limits: VideoConfig,
+    *,
+    on_damaged: Callable[[], None] = lambda: None,
 ) -> Iterator[VideoFrame]:
-    """Decode packets one by one; a damaged one gives no frame."""
+    """Decode packets one by one; a damaged one gives no frame, and ``on_damaged`` is called."""
     for packet in packets:
-        yield from decode_packet(packet, limits)
+        yield from decode_packet(packet, limits, on_damaged=on_damaged)
 
 
 def to_rgb(frame: VideoFrame, geometry: Geometry) -> np.ndarray:
