@@ -159,8 +159,13 @@ class Manifest:
                 yield Page(begin, min(size, run.end_token - begin), run.rank, run.first_page + i)
 
     def to_json(self) -> str:
-        """Compact JSON; ``from_json`` is the inverse."""
+        """Compact JSON; ``from_json`` is the inverse.
+
+        A prefix of its own has no start, so that connectors that know no extensions read it.
+        """
         data = asdict(self)
+        if not self.start_token:
+            del data["start_token"]
         data["layout"] = self.layout.to_dict()
         data["runs"] = [[r.start_token, r.end_token, r.rank, r.first_page] for r in self.runs]
         data = {_JSON_KEYS.get(name, name): value for name, value in data.items()}

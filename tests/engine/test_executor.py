@@ -19,6 +19,7 @@ import torch
 from prefill_service.engine.spans import Stage
 from prefill_service.engine.worker import NICENESS
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.models.checkpoint import open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling, extend_plan
 from prefill_service.parallel.exchanges.catalog import EXCHANGES, GATHER, ULYSSES
 from prefill_service.parallel.exchanges.registry import choose_exchange
@@ -342,8 +343,9 @@ async def test_a_checkpoint_that_does_not_load_fails_the_start(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "model"))
+    judged = open_checkpoint(str(model))
     weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    weights.write_bytes(weights.read_bytes()[:1000])  # after it was judged, as a full disk may
     with pytest.raises(ServiceError, match="rank 0"):
-        async with standalone_executor(model, tmp_path, 1):
+        async with standalone_executor(judged, tmp_path, 1):
             pass

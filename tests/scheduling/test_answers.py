@@ -345,7 +345,7 @@ async def test_rank_death_during_prefill_is_survived(serve: Serve) -> None:
 
 async def test_second_rank_death_is_the_answers_error(serve: Serve) -> None:
     async with serve() as s:
-        s.executor.step_s = 0.1
+        s.executor.step_s = 60  # no prefill ends before the death
         reading = asyncio.create_task(error_of(answer(s.ask())))
         await s.until(lambda: len(s.executor.started) == 1)
         s.executor.die()
@@ -355,6 +355,7 @@ async def test_second_rank_death_is_the_answers_error(serve: Serve) -> None:
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "RANK_STALLED")
         assert metadata == {"rank": "1"}
         assert details == ["ErrorInfo", "RetryInfo"]
+        s.executor.step_s = 0
         assert (await answer(s.ask())).text == "A red car."
 
 

@@ -19,7 +19,7 @@ from prefill_service.engine.supervisor import WorkerSupervisor
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
 from prefill_service.kv.vllm_connector.page_client import PageClient
-from prefill_service.models.checkpoint import open_checkpoint
+from prefill_service.models.checkpoint import Checkpoint, open_checkpoint
 from prefill_service.models.prefix_plan import FrameSampling, PrefixPlan
 from prefill_service.models.prefix_planner import PrefixPlanner
 from prefill_service.parallel.exchanges.catalog import PASS_Q
@@ -146,12 +146,12 @@ class StandaloneExecutor:
 
 @asynccontextmanager
 async def standalone_executor(
-    model: Path, folder: Path, ranks: int, **engine: object
+    model: Path | Checkpoint, folder: Path, ranks: int, **engine: object
 ) -> AsyncIterator[StandaloneExecutor]:
     """A started executor, stopped on the way out. No test but its own waits for the probe."""
     engine.setdefault("sparse_from_tokens", 1 << 20)
-    checkpoint = open_checkpoint(str(model))
-    config = EngineConfig(model=str(model), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(str(model))
+    config = EngineConfig(model=str(checkpoint.path), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
     dtype = "float32" if config.dtype == "auto" else config.dtype
     executor = PrefillExecutor(
         config, VideoConfig(), checkpoint, dtype, device="cpu", runtime_dir=folder

@@ -49,7 +49,7 @@ def test_stop_kills_what_does_not_listen(tmp_path: Path, monkeypatch: pytest.Mon
         "time.sleep(60)\n"
     )
     command.chmod(0o755)
-    monkeypatch.setattr("tools.service_process.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("tools.service_process.STOP_S", 0.5)
     monkeypatch.setattr("tools.service_process.sys.executable", str(tmp_path / "python"))
     service = ServiceProcess([], tmp_path / "log")
     with service:
@@ -63,7 +63,7 @@ def test_stop_kills_what_does_not_listen(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_reference_names_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"exited with code 1: .*config\.json is missing"):
+    with pytest.raises(RuntimeError, match=r"exited with code 1: .*config\.json: missing"):
         answer(tmp_path, [Question(str(tmp_path / "video.mp4"), [("user", "why?")])])
 
 
