@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _STOP_GRACE_S = 5.0
 _CRASH_DELAY_S = 0.5
 _MAX_START_FAILURES = 3
+_WATCH_S = 0.5
 
 MakeSpec = Callable[[int, int, str], msg.WorkerSpec]
 """Rank, epoch and torch's rendezvous to the spec of that worker."""
@@ -226,15 +227,18 @@ class WorkerSupervisor:
     async def _watch(self) -> None:
         """Declare the workers lost when one is silent, or busy without making progress."""
         while True:
-            await asyncio.sleep(0.5)
+            begin = time.monotonic()
+            await asyncio.sleep(_WATCH_S)
+            # While this process stood still, heartbeats came that it has not read yet.
+            late_s = time.monotonic() - begin - _WATCH_S
             if not self.ready:
                 self._watch_start()
                 continue
             for worker in self._workers:
-                if worker.silent_s > self._engine.heartbeat_timeout_s:
+                if worker.silent_s - late_s > self._engine.heartbeat_timeout_s:
                     what = "sent no heartbeat"
                     limit = self._engine.heartbeat_timeout_s
-                elif worker.stalled_s > self._engine.stall_timeout_s:
+                elif worker.stalled_s - late_s > self._engine.stall_timeout_s:
                     what = "made no progress"
                     limit = self._engine.stall_timeout_s
                 else:

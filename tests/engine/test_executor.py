@@ -349,3 +349,16 @@ async def test_a_checkpoint_that_does_not_load_fails_the_start(
     with pytest.raises(ServiceError, match="rank 0"):
         async with standalone_executor(judged, tmp_path, 1):
             pass
+
+
+@module_loop
+async def test_ranks_are_not_silent_while_the_front_end_stands_still(
+    pair: StandaloneExecutor,
+) -> None:
+    """Their heartbeats wait unread: a suspended machine is no reason to start ranks anew."""
+    supervisor = pair.executor.supervisor
+    epoch = supervisor.epoch
+    await asyncio.sleep(0)  # the watcher waits
+    time.sleep(supervisor._engine.heartbeat_timeout_s + 1)  # noqa: ASYNC251 (the loop stands still)
+    await asyncio.sleep(1.2)  # the watcher has looked
+    assert supervisor.epoch == epoch
