@@ -65,7 +65,7 @@ async def serving(silent: Silent) -> AsyncIterator[VllmClient]:
 
 
 def request(last_sign: Callable[[], float]) -> GenerationRequest:
-    index = SimpleNamespace(frame_count=8)
+    index = SimpleNamespace(frame_count=8, warnings=())
     plan = SimulatedPlanner().plan(index, "sha256", FrameSampling(), "")  # type: ignore[arg-type]
     manifest = make_manifest(LAYOUT, (ShardRun(0, 128, 0, 0),), [""])
     return GenerationRequest(

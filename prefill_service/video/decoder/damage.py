@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -120,6 +120,28 @@ class DamageWatch:
         damaged = says_damaged(self._container.format.name, self._log)
         self._log.clear()
         return damaged
+
+
+def leave_out_joins(places: list[int], dts: Sequence[int | None]) -> list[int]:
+    """The places that are no joins of recordings.
+
+    Where MPEG-TS files were appended their packet counters break, and FFmpeg flags one of the two
+    packets before the clock steps back. The clock's own warning says so.
+
+    Args:
+        places: how many packets precede each.
+        dts: of each packet, in the order of the file.
+    """
+
+    def steps_back(frame: int) -> bool:
+        before, after = dts[frame - 1], dts[frame]
+        return before is not None and after is not None and after < before
+
+    return [
+        place
+        for place in places
+        if not any(steps_back(i) for i in range(place + 1, min(place + 3, len(dts))))
+    ]
 
 
 def describe_damage(places: list[int], times_s: np.ndarray) -> tuple[VideoWarning, ...]:

@@ -38,6 +38,7 @@ from prefill_service.video.decoder.damage import (
     describe_damage,
     describe_undecodable,
     find_lost_fragments,
+    leave_out_joins,
     says_damaged,
 )
 from prefill_service.video.decoder.frame_sizes import (
@@ -174,7 +175,7 @@ def _demux(container: InputContainer, stream: VideoStream, limits: VideoConfig) 
             packets.duration.append(packet.duration or 0)
             if packets.shown > limits.max_frames:
                 raise _too_many_frames(packets.shown, limits)
-    packets.damaged = watch.places
+    packets.damaged = leave_out_joins(watch.places, packets.dts)
     packets.unread_from = watch.end if watch.gave_up else None
     return packets
 
