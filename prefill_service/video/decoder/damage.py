@@ -134,7 +134,8 @@ def leave_out_joins(places: list[int], dts: Sequence[int | None]) -> list[int]:
     """
 
     def steps_back(frame: int) -> bool:
-        before, after = dts[frame - 1], dts[frame]
+        before = dts[frame - 1]
+        after = dts[frame]
         return before is not None and after is not None and after < before
 
     return [
