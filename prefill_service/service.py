@@ -22,7 +22,7 @@ from prefill_service.api.video_service import VideoServicer
 from prefill_service.config import AUTO, ServiceConfig
 from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.scheduling.admission import Admission
-from prefill_service.scheduling.answers import Answers
+from prefill_service.scheduling.answering.answers import Answers
 from prefill_service.scheduling.job_store import JobStore
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.scheduler import Scheduler

@@ -17,14 +17,14 @@ from prefill_service.api.time_messages import duration_to_proto
 from prefill_service.api.video_service import warnings_to_proto
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import Sampling
-from prefill_service.scheduling.answer_events import (
+from prefill_service.scheduling.answering.answer_events import (
     AnswerDelta,
     AnswerEvent,
     AnswerFinal,
     AnswerProgress,
     Question,
 )
-from prefill_service.scheduling.answers import Answers
+from prefill_service.scheduling.answering.answers import Answers
 
 _ROLES = {pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 

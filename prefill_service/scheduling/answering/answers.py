@@ -11,33 +11,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Container
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Container
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest, Sampling
-from prefill_service.kv.handoff import HandoffParams, HandoffReport, LeasedPages
-from prefill_service.kv.handoff_reports import Intake, ReportServer
-from prefill_service.kv.manifest import Manifest
-from prefill_service.models.prefix_plan import PrefixPlan, extend_plan
+from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest
+from prefill_service.kv.handoff import HandoffParams, LeasedPages
+from prefill_service.kv.handoff_reports import ReportServer
 from prefill_service.scheduling.admission import Admission, fit_sampling
-from prefill_service.scheduling.answer_events import (
+from prefill_service.scheduling.answering.answer_events import (
     AnswerDelta,
     AnswerEvent,
     AnswerFinal,
     AnswerProgress,
     Question,
 )
+from prefill_service.scheduling.answering.answer_state import AnswerState
+from prefill_service.scheduling.answering.text_on_ranks import TextOnRanks
 from prefill_service.scheduling.job import ACTIVE, Job, JobState
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.prefix_cache import Lease
 from prefill_service.scheduling.scheduler import Scheduler
 from prefill_service.scheduling.traces import QUESTIONS
-from prefill_service.video.index import VideoWarning, WarningReason
 
 if TYPE_CHECKING:
     from prefill_service.generation.server import GenerationServer
@@ -68,30 +64,6 @@ REPORT_WAIT_S = 1.0
 """How long to wait for the report that explains a failed answer."""
 
 
-@dataclass(slots=True)
-class _Answer:
-    """State of one answer over its attempts; times are ``time.monotonic()``.
-
-    Attributes:
-        manifest: of the prefix that was handed off last.
-        intake: how far vLLM is with the prompt, in the last attempt.
-        retried: kinds of failure after which it was tried again.
-        waited: whether the job was active when the answer came to it.
-    """
-
-    question: Question
-    plan: PrefixPlan
-    token_ids: list[int]
-    sampling: Sampling
-    started: float
-    submitted: float = 0.0
-    first_token: float = 0.0
-    manifest: Manifest | None = None
-    intake: Intake = field(default_factory=Intake)
-    retried: set[str] = field(default_factory=set)
-    waited: bool = False
-
-
 class Answers:
     """Finds or starts the prefix of a question, hands it to vLLM, and streams what it answers.
 
@@ -120,7 +92,7 @@ class Answers:
         self._generation = generation
         self._reports = reports
         self._vllm_wait_s = vllm_wait_s
-        self._text_from_tokens = scheduler.text_from_tokens
+        self._text = TextOnRanks(scheduler)
         self._submit_early = submit_early
         self._metrics = metrics
 
@@ -144,7 +116,7 @@ class Answers:
             self._admission.limit,
             defaults=self._admission.generation_defaults,
         )
-        answer = _Answer(
+        answer = AnswerState(
             question=question,
             plan=plan,
             token_ids=token_ids,
@@ -166,7 +138,7 @@ class Answers:
                 except ServiceError as error:
                     await self._prepare_retry(answer, job, error)
 
-    async def _prepare_retry(self, answer: _Answer, job: Job, error: ServiceError) -> None:
+    async def _prepare_retry(self, answer: AnswerState, job: Job, error: ServiceError) -> None:
         """Return if the answer may be tried again after this error, else raise it.
 
         Where the job has failed too, its error is the cause and is raised.
@@ -197,7 +169,7 @@ class Answers:
 
     # ---- one attempt ---------------------------------------------------------------------
 
-    async def _attempt(self, answer: _Answer, job: Job) -> AsyncGenerator[AnswerEvent]:
+    async def _attempt(self, answer: AnswerState, job: Job) -> AsyncGenerator[AnswerEvent]:
         """Wait for the prefill, lease the prefix and let vLLM answer."""
         # A hand-off that failed while the ranks worked may have failed because the job is about
         # to: the second one waits for the job's end.
@@ -213,18 +185,18 @@ class Answers:
             answer.manifest = base.manifest
             text = None
             if self._is_long(answer):
-                job_of_text = self._acquire_text(answer, job)
+                job_of_text = self._text.acquire_job(answer.plan, answer.token_ids, job)
                 if (found := await acquired.enter_async_context(job_of_text)) is not None:
                     async with aclosing(self._wait_for(answer, found, ACTIVE)) as progress:
                         async for event in progress:
                             yield event
-                    text = self._lease_text(acquired, found)
+                    text = self._text.open_lease(acquired, found)
             async with aclosing(self._hand_over(answer, job, base, text=text)) as events:
                 async for event in events:
                     yield event
 
     async def _wait_for(
-        self, answer: _Answer, job: Job, states: Container[JobState]
+        self, answer: AnswerState, job: Job, states: Container[JobState]
     ) -> AsyncGenerator[AnswerEvent]:
         """Progress of a job for as long as it is in one of some states; at least once."""
         while True:
@@ -234,47 +206,14 @@ class Answers:
                 return
             await job.wait_changed(version)
 
-    def _is_long(self, answer: _Answer) -> bool:
-        """Whether the ranks are to compute the text after the prefix, but for its last token."""
-        tokens = len(answer.token_ids) - answer.plan.num_tokens
-        supported = answer.question.spec.comparison is None
-        return supported and 0 < self._text_from_tokens < tokens
-
-    @asynccontextmanager
-    async def _acquire_text(self, answer: _Answer, base: Job) -> AsyncIterator[Job | None]:
-        """The job that has or makes a long question's text; ``None`` if the queue is full.
-
-        What earlier turns of a chat have left is taken as it is if vLLM has few tokens to add.
-        """
-        prompt = np.asarray(answer.token_ids, np.int32)
-        known = self._scheduler.find_text(base, prompt)
-        if known is not None and len(prompt) - known.record.prefix_tokens <= self._text_from_tokens:
-            yield known
-            return
-        plan = extend_plan(answer.plan, answer.token_ids[answer.plan.num_tokens : -1])
-        async with AsyncExitStack() as acquired:
-            job = None
-            try:
-                job = await acquired.enter_async_context(self._scheduler.acquire_text(plan, base))
-            except ServiceError as error:
-                if error.reason is not Reason.QUEUE_FULL:
-                    raise
-            yield job
-
-    def _lease_text(self, acquired: AsyncExitStack, job: Job) -> Lease | None:
-        """A lease on a text that the ranks have computed.
-
-        One that they could not compute is left to vLLM, which needs longer.
-        """
-        if job.record.state is not JobState.SUCCEEDED:
-            logger.warning("vLLM computes a long question, since the ranks: %s", job.record.error)
-            return None
-        lease = self._prefixes.open_lease(job.record.prefix_id)
-        acquired.callback(self._prefixes.release_lease, lease)
-        return lease
+    def _is_long(self, answer: AnswerState) -> bool:
+        """Whether the ranks are to compute the text after the prefix; not after a baseline's."""
+        if answer.question.spec.comparison is not None:
+            return False
+        return self._text.is_wanted(answer.plan, answer.token_ids)
 
     async def _hand_over(
-        self, answer: _Answer, job: Job, base: Lease, *, text: Lease | None
+        self, answer: AnswerState, job: Job, base: Lease, *, text: Lease | None
     ) -> AsyncGenerator[AnswerEvent]:
         """Let vLLM have what the ranks have of the prompt, and do the rest."""
         lease = text or base
@@ -304,7 +243,7 @@ class Answers:
         return ServiceError.from_dict(report.error)
 
     async def _answer_on(
-        self, answer: _Answer, job: Job, handoff: HandoffParams, *, lease: Lease
+        self, answer: AnswerState, job: Job, handoff: HandoffParams, *, lease: Lease
     ) -> AsyncGenerator[AnswerEvent]:
         """Progress of the job until the first token is there, then the answer."""
         async with aclosing(self._generate(answer, job, handoff)) as tokens:
@@ -331,11 +270,11 @@ class Answers:
         raise ServiceError(Reason.DECODER_FAILED, "vLLM ended the answer without a reason")
 
     async def _finish(
-        self, answer: _Answer, job: Job, last: GenerationEvent, lease: Lease
+        self, answer: AnswerState, job: Job, last: GenerationEvent, lease: Lease
     ) -> AnswerFinal:
         """The final event, counted and traced."""
         report = await self._reports.wait(lease.lease_id, REPORT_WAIT_S / 4)
-        final = _final(answer, job, last, report)
+        final = answer.make_final(job, last, report)
         self._traces.note_span(
             final.job_id,
             QUESTIONS,
@@ -355,7 +294,7 @@ class Answers:
         return final
 
     async def _generate(
-        self, answer: _Answer, job: Job, handoff: HandoffParams
+        self, answer: AnswerState, job: Job, handoff: HandoffParams
     ) -> AsyncGenerator[GenerationEvent]:
         """vLLM's tokens, once it is ready."""
         deadline = time.monotonic() + self._vllm_wait_s
@@ -382,7 +321,7 @@ class Answers:
             async for event in events:
                 yield event
 
-    def _progress(self, answer: _Answer, job: Job) -> AnswerProgress:
+    def _progress(self, answer: AnswerState, job: Job) -> AnswerProgress:
         record = self._jobs.snapshot(job)
         if (report := answer.intake.latest) is None:
             return AnswerProgress(record)
@@ -391,7 +330,7 @@ class Answers:
     async def _progress_until(
         self,
         first: asyncio.Future[GenerationEvent | None],
-        answer: _Answer,
+        answer: AnswerState,
         job: Job,
         *,
         lease: Lease,
@@ -446,41 +385,3 @@ async def _loss(job: Job, attempt: int) -> ServiceError:
 def _raise_if_failed(job: Job) -> None:
     if job.record.error is not None:
         raise ServiceError.from_dict(dict(job.record.error))
-
-
-def _size_warnings(job: Job) -> tuple[VideoWarning, ...]:
-    """Says that frames of the prefix have sizes that the video's index does not list."""
-    result = job.record.result
-    if result is None or not result.unlisted_frames:
-        return ()
-    message = (
-        f"{result.unlisted_frames} of the {result.frames} frames looked at have another size than "
-        "those that the index found: they are fitted into the video's, with black bars where "
-        "their shape is another"
-    )
-    return (VideoWarning(WarningReason.SIZE_CHANGES, message),)
-
-
-def _final(
-    answer: _Answer, job: Job, last: GenerationEvent, report: HandoffReport | None
-) -> AnswerFinal:
-    now = time.monotonic()
-    return AnswerFinal(
-        finish_reason=last.finish_reason,
-        job_id=job.record.job_id,
-        prefix_id=answer.plan.prefix_id,
-        prefill_wait_s=max(0.0, job.ended_at - answer.started) if answer.waited else 0.0,
-        decoder_first_token_s=answer.first_token - answer.submitted,
-        first_token_s=answer.first_token - answer.started,
-        total_s=now - answer.started,
-        handoff_s=report.seconds if report else 0.0,
-        prompt_tokens=last.prompt_tokens or len(answer.token_ids),
-        video_tokens=answer.plan.num_video_tokens,
-        completion_tokens=last.completion_tokens,
-        kv_tokens_moved=report.tokens if report else 0,
-        kv_bytes_moved=report.bytes if report else 0,
-        cached_tokens=last.cached_tokens,
-        warnings=(*answer.plan.warnings, *_size_warnings(job)),
-        frame_indices=answer.plan.frame_indices,
-        frame_seconds=answer.plan.frame_seconds,
-    )
