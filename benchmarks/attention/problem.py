@@ -134,11 +134,15 @@ class Estimates:
         low = -100.0
         high = 6.0  # powers of two; losses can add up to more than 1
         if density >= 1:
-            return 2.0**low
+            return math.exp2(low)
         for _ in range(24):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.density(2**middle) > density else (low, middle)
-        return min(2**low, 2**high, key=lambda value: abs(self.density(value) - density))
+            if self.density(math.exp2(middle)) > density:
+                low = middle
+            else:
+                high = middle
+        ends = (math.exp2(low), math.exp2(high))
+        return min(ends, key=lambda epsilon: abs(self.density(epsilon) - density))
 
 
 def estimate_losses(problem: Problem) -> Estimates:

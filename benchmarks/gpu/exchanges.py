@@ -41,7 +41,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Of the largest difference from float64's x, over 1 + |x|."""
 GROUP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Of the difference's norm over the norm: layer after layer, rounding differs, and adds up."""
-FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+FAMILIES: tuple[str, ...] = ("qwen3_vl", "qwen2_5_vl")
 
 
 def problems(factor: int) -> dict[str, Problem]:

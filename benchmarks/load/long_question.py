@@ -148,7 +148,7 @@ async def _beside(asker: Asker, tokens: int, long: str, limit_s: float) -> dict[
         long_s, prompt = asking.result()
     asking.cancel()
     await asyncio.wait({asking})
-    found = {}
+    found: dict[str, float] = {}
     for name, share in (("p50", 50), ("p95", 95)):
         alone, together = (float(np.percentile(times, share)) for times in (idle, beside))
         found |= {f"idle_{name}_s": alone, f"{name}_s": together, f"{name}_ratio": together / alone}

@@ -16,8 +16,9 @@ import aiohttp
 from prefill_client import Video
 from prefill_client.aio import AsyncClient
 from prefill_client.errors import PrefillError
+from typing_extensions import override
 
-from benchmarks.load.drive import Reply
+from benchmarks.load.drive import Asker, Reply
 from benchmarks.load.traffic import Film
 from benchmarks.service.systems import Setup
 from benchmarks.service.vllm_alone import NAME, VllmServer
@@ -31,7 +32,7 @@ PATIENCE = 60
 _LATER = ("QUEUE_FULL", "KV_POOL_FULL")
 
 
-class LoadedSystem(Protocol):
+class LoadedSystem(Asker, Protocol):
     """A system that is started, asked and stopped."""
 
     name: str
@@ -52,11 +53,8 @@ class LoadedSystem(Protocol):
     def pid(self) -> int:
         """Root of its processes."""
 
-    async def ask(self, client: int, film: Film, question: str) -> Reply:
-        """See ``Asker``."""
 
-
-class Ours:
+class Ours(LoadedSystem):
     """``prefill-service serve``; every client has a connection of its own.
 
     A client uploads a video when it first asks about one that it has not sent; what the server
@@ -121,12 +119,12 @@ class Ours:
         await self._stack.aclose()
 
     @property
+    @override
     def pid(self) -> int:
-        """See ``LoadedSystem``."""
         return self._process.pid
 
+    @override
     async def ask(self, client: int, film: Film, question: str) -> Reply:
-        """See ``Asker``."""
         retries = 0
         while True:
             try:
@@ -159,7 +157,7 @@ class Ours:
         )
 
 
-class VllmAlone:
+class VllmAlone(LoadedSystem):
     """vLLM's server with prefix caching and its cache of processed videos (its default).
 
     It reads the files in place, where the service has them sent.
@@ -190,12 +188,12 @@ class VllmAlone:
         await asyncio.to_thread(self._server.__exit__, None, None, None)
 
     @property
+    @override
     def pid(self) -> int:
-        """See ``LoadedSystem``."""
         return self._server.pid
 
+    @override
     async def ask(self, client: int, film: Film, question: str) -> Reply:
-        """See ``Asker``."""
         content = [
             {"type": "video_url", "video_url": {"url": film.path.absolute().as_uri()}},
             {"type": "text", "text": question},

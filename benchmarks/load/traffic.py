@@ -84,9 +84,9 @@ def plan_traffic(
     rng = np.random.default_rng((seed, 1))
     shares = np.array(list(lengths.values()))
     at_s = 0.0
-    found = []
-    patches = []
-    turns = []
+    found: list[Arrival] = []
+    patches: list[int] = []
+    turns: list[int] = []
     while True:
         at_s += float(rng.exponential(60 / per_minute))
         if at_s >= seconds:

@@ -87,7 +87,8 @@ class Problem:
         found = 1.4 * centres[near] + 0.6 * noise
         idle = torch.arange(self.tokens) // CHUNK % self.every != 0
         found[:Q_HEADS, idle] *= 0.1
-        return torch.split(found, heads)
+        q, k, v = found.split(list(heads))
+        return q, k, v
 
 
 def compute(group: SPGroup, device: torch.device, problem: Problem, above: float) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(tables.markdown(CHECK_COLUMNS, [[row[c] for c in CHECK_COLUMNS] for row in checked]))
     wrong = [row for row in checked if row["bytes"] != row["formula"]]
     summary = errors(checked)
-    for ranks, text in summary.items():
-        print(f"CPU time of the busiest of {ranks} ranks, {text}")
+    for compared, text in summary.items():
+        print(f"CPU time of the busiest of {compared} ranks, {text}")
     given = Assumptions(density=options.density, wanted=options.wanted)
     print("\nProjected, not measured. Assumed:")
     for machine, link in MACHINES.items():

@@ -150,7 +150,7 @@ def _prefill(
     kv_width = shape.kv_heads * shape.head_dim
 
     def weights(*size: int) -> torch.Tensor:
-        return torch.randn(size) * size[0] ** -0.5
+        return torch.randn(size) * float(size[0] ** -0.5)
 
     to_kv = weights(shape.hidden, 2 * kv_width)
     to_q = weights(shape.hidden, q_width)

@@ -77,7 +77,8 @@ class Sample:
 
     def _error(self, out: Tensor) -> Tensor:
         """[variants, rows, head_dim] to [variants]."""
-        return (out - self.exact).flatten(1).norm(dim=1) / self.exact.norm()
+        errors: Tensor = (out - self.exact).flatten(1).norm(dim=1) / self.exact.norm()
+        return errors
 
 
 @dataclass(slots=True)

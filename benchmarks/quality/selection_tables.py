@@ -28,8 +28,11 @@ METHODS = (
 
 def methods(cells: dict[Key, Cell]) -> dict[Key, Cell]:
     """The cells of whole methods."""
-    keys = [(*parts, density) for _, *parts in METHODS for density in DENSITIES]
-    return {key: cells[key] for key in keys}
+    return {
+        (*method[1:], density): cells[*method[1:], density]
+        for method in METHODS
+        for density in DENSITIES
+    }
 
 
 def rules_for(estimator: str) -> list[str]:

@@ -15,15 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from typing_extensions import override
+
 from benchmarks.processes import cpu_seconds
 from benchmarks.service.cases import QUESTIONS, Case
-from benchmarks.service.systems import MAX_TOKENS, PENALTY, Asked, Measured, Setup
+from benchmarks.service.systems import MAX_TOKENS, PENALTY, Asked, Measured, Setup, System
 
 ROOT = Path(__file__).resolve().parents[2]
 _ASKED_AGAIN_S = 30.0
 
 
-class Transformers:
+class Transformers(System):
     """``generate`` in a process of its own, on all cores.
 
     Its second question is computed as the first one is, video and all: nothing outlives a call of
@@ -74,12 +76,12 @@ class Transformers:
         self._process.wait()
 
     @property
+    @override
     def pid(self) -> int:
-        """See ``System``."""
         return self._process.pid
 
+    @override
     def measure(self, case: Case, mode: str) -> Measured:
-        """See ``System``."""
         before = cpu_seconds(self.pid)
         first, stages = self._ask(case.video, QUESTIONS[0])
         first.cpu_s = cpu_seconds(self.pid) - before

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from prefill_client import Answer, Client, Job, Video
+from typing_extensions import override
 
 from benchmarks.processes import cpu_seconds
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
@@ -20,6 +21,7 @@ from benchmarks.service.systems import (
     Asked,
     Measured,
     Setup,
+    System,
     third_of,
 )
 from tools.service_process import ServiceProcess
@@ -27,7 +29,7 @@ from tools.service_process import ServiceProcess
 AGREE = "agree"
 
 
-class Service:
+class Service(System):
     """``prefill-service serve`` with its embedded vLLM.
 
     Args:
@@ -82,12 +84,12 @@ class Service:
         self._data.cleanup()
 
     @property
+    @override
     def pid(self) -> int:
-        """See ``System``."""
         return self._process.pid
 
+    @override
     def measure(self, case: Case, mode: str) -> Measured:
-        """See ``System``; ``mode`` is the quality."""
         start = time.perf_counter()
         video = self._upload(case.video)
         upload_s = time.perf_counter() - start

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from typing_extensions import override
 
 from benchmarks.processes import cpu_seconds, tree
 from benchmarks.service.cases import BATCH, QUESTIONS, Case
@@ -28,6 +29,7 @@ from benchmarks.service.systems import (
     Asked,
     Measured,
     Setup,
+    System,
     third_of,
 )
 
@@ -35,7 +37,7 @@ NAME = "model"
 _ANSWER_S = 3600.0
 
 
-class VllmServer:
+class VllmServer(System):
     """A stock vLLM server that reads the video file in place.
 
     Args:
@@ -123,8 +125,8 @@ class VllmServer:
         self._stop()
 
     @property
+    @override
     def pid(self) -> int:
-        """See ``System``."""
         return self._process.pid
 
     @property
@@ -132,8 +134,8 @@ class VllmServer:
         """Where it serves."""
         return f"http://127.0.0.1:{self._port}"
 
+    @override
     def measure(self, case: Case, mode: str) -> Measured:
-        """See ``System``."""
         before = cpu_seconds(self.pid)
         first = self._ask(case.video, QUESTIONS[0])
         first.cpu_s = cpu_seconds(self.pid) - before

@@ -119,10 +119,10 @@ def test_inputs_have_sinks_needles_and_a_scene() -> None:
     patch = 24
     dim = 32
     inputs = video_attention(
-        Frames(tokens, patch), Heads(8, 2, dim), dtype=torch.float32, device=CPU.torch
+        Frames(tokens, patch), Heads(8, 2, dim), dtype=torch.float32, device=CPU.device
     )
     again = video_attention(
-        Frames(tokens, patch), Heads(8, 2, dim), dtype=torch.float32, device=CPU.torch
+        Frames(tokens, patch), Heads(8, 2, dim), dtype=torch.float32, device=CPU.device
     )
     assert all(torch.equal(a, b) for a, b in zip(_parts(inputs), _parts(again), strict=True))
     position = torch.arange(tokens)
@@ -241,12 +241,12 @@ def test_whole_models_are_extrapolated_part_by_part() -> None:
 def test_pages_are_written_as_for_a_hand_off() -> None:
     shape = TINY[1]
     plan = shape.plan(240)
-    model = RandomModel(shape, 3, torch.float32, device=CPU.torch, mlp_chunk_tokens=64)
+    model = RandomModel(shape, 3, torch.float32, device=CPU.device, mlp_chunk_tokens=64)
     inputs = video_attention(
         Frames(plan.num_tokens, 24),
         Heads(shape.heads, shape.kv_heads, shape.head_dim),
         dtype=torch.float32,
-        device=CPU.torch,
+        device=CPU.device,
     )
     plain, paged = (
         prefill(

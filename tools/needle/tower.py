@@ -81,7 +81,7 @@ def feature_bank(model: Any, frames: Tensor, device: torch.device) -> Tensor:
     """[patches, TOKENS_PER_PATCH, 1 + deepstack layers, hidden] in half precision."""
     parts = [
         torch.stack(features(model, part.to(device)), 2).half()
-        for part in frames.split(_TOWER_BATCH)  # type: ignore[no-untyped-call]
+        for part in frames.split(_TOWER_BATCH)
     ]
     return torch.cat(parts)
 

@@ -126,7 +126,7 @@ class Benchmark:
             return sizes
         preset = self.shapes[0]
         shape = preset.model_shape(preset.layers, dtype_name(self.device.dtype))
-        found = measure_crossover(shape, sizes, chunk, self.device.torch)
+        found = measure_crossover(shape, sizes, chunk, self.device.device)
         used = min(found, min(self._lengths()) // 2)
         print(f"the product would attend sparsely from {found} keys on; here from {used}")
         return replace(sizes, from_tokens=used)
@@ -189,7 +189,7 @@ class Benchmark:
         device = self.device
         tokens = min(self._lengths())
         q, k, v = (
-            torch.randn(heads, tokens, shape.head_dim, dtype=device.dtype, device=device.torch)
+            torch.randn(heads, tokens, shape.head_dim, dtype=device.dtype, device=device.device)
             for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
         )
         scale = shape.head_dim**-0.5
@@ -216,7 +216,7 @@ class Benchmark:
                 shape,
                 cells[0].layers,
                 device.dtype,
-                device=device.torch,
+                device=device.device,
                 mlp_chunk_tokens=self.mlp_chunk,
             )
             workload = Workload(model, plan, self._inputs(shape, plan))
@@ -238,7 +238,7 @@ class Benchmark:
             Frames(plan.num_tokens, round(plan.num_tokens / len(plan.patch_ends)), shape.grid[1]),
             Heads(shape.heads, shape.kv_heads, shape.head_dim),
             dtype=self.device.dtype,
-            device=self.device.torch,
+            device=self.device.device,
             spread=self._options.spread,
             mixed=self._options.mixed,
         )
@@ -306,7 +306,7 @@ class Benchmark:
         plan = shape.plan(tokens)
         device = self.device
         model = RandomModel(
-            shape, cell.layers, device.dtype, device=device.torch, mlp_chunk_tokens=self.mlp_chunk
+            shape, cell.layers, device.dtype, device=device.device, mlp_chunk_tokens=self.mlp_chunk
         )
         workload = Workload(model, plan, self._inputs(shape, plan))
         taken = [

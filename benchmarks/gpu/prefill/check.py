@@ -64,13 +64,13 @@ def problem(
     """A model of two layers, a plan and inputs."""
     plan = shape.plan(video_tokens)
     model = RandomModel(
-        shape, LAYERS, device.dtype, device=device.torch, mlp_chunk_tokens=mlp_chunk_tokens
+        shape, LAYERS, device.dtype, device=device.device, mlp_chunk_tokens=mlp_chunk_tokens
     )
     inputs = video_attention(
         Frames(plan.num_tokens, shape.patch_tokens),
         Heads(shape.heads, shape.kv_heads, shape.head_dim),
         dtype=device.dtype,
-        device=device.torch,
+        device=device.device,
     )
     return Workload(model, plan, inputs)
 
@@ -84,7 +84,7 @@ def reference(device: Device, workload: Workload, settings: Settings) -> Wanted:
         model.preset,
         LAYERS,
         torch.float32,
-        device=device.torch,
+        device=device.device,
         mlp_chunk_tokens=0,
         drawn=model.dtype,
     )

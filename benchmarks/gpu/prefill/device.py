@@ -16,11 +16,11 @@ TURNS = 3
 class Device:
     """A device with its clock and its memory."""
 
-    torch: torch.device
+    device: torch.device
 
     @property
     def cuda(self) -> bool:
-        return self.torch.type == "cuda"
+        return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,22 +29,22 @@ class Device:
 
     @property
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.torch) if self.cuda else "CPU"
+        return torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
 
     def wait(self) -> None:
         """Until everything asked of it is done."""
         if self.cuda:
-            torch.cuda.synchronize(self.torch)
+            torch.cuda.synchronize(self.device)
 
     def forget(self) -> None:
         """Free what is not in use, and count the memory's peak from here on."""
         if self.cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.torch)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int | None:
         """Most memory allocated since ``forget``; a CPU does not say."""
-        return torch.cuda.max_memory_allocated(self.torch) if self.cuda else None
+        return torch.cuda.max_memory_allocated(self.device) if self.cuda else None
 
     def seconds(self, call: Callable[[], object]) -> float:
         """The fastest of some calls, after one that warms up."""
@@ -77,4 +77,4 @@ class Device:
         return 2 * rows * inner * columns / self.seconds(lambda: torch.nn.functional.linear(x, w))
 
     def _random(self, *size: int) -> Tensor:
-        return torch.randn(size, dtype=self.dtype, device=self.torch)
+        return torch.randn(size, dtype=self.dtype, device=self.device)

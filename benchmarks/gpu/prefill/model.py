@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModel
+from typing_extensions import override
 
 from benchmarks.gpu.prefill.inputs import AttentionInputs
 from benchmarks.gpu.prefill.shapes import PublishedModel
@@ -76,7 +77,7 @@ class RandomModel(PrefillModel):
         return VisionFeatures(embeds, deepstack)
 
 
-class Substituted:
+class Substituted(LayerKV):
     """Hands on generated keys, values and queries in place of the layers', and takes the time.
 
     Args:
@@ -102,16 +103,16 @@ class Substituted:
         self._stored = stored
         self.start = 0
 
+    @override
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``LayerKV``."""
         if self._stored is not None:
             self._stored.setdefault(layer, []).append(torch.stack([k, v], 1))
         mine = slice(self.start, self.start + len(k))
         k, v = (x[:, mine].transpose(0, 1) for x in (self._inputs.k, self._inputs.v))
         self._kv.store(layer, k, v)
 
+    @override
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """See ``LayerKV``."""
         self._clock.lap("layers")
         q = self._inputs.q[:, self.start : self.start + q.shape[1]]
         out = self._kv.attend(layer, q, scale)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from benchmarks.gpu.prefill.device import Device
 from benchmarks.gpu.prefill.inputs import AttentionInputs
@@ -21,6 +22,7 @@ from prefill_service.attention.stopwatch import Stopwatch
 from prefill_service.kv.manifest import KVLayout
 from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.page_writer import ShardWriter
+from prefill_service.models.prefill_model import LayerKV
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.parallel.exchanges.gather import GatherExchange
 from prefill_service.parallel.process_group import SPGroup
@@ -86,7 +88,7 @@ class Run:
     stored: dict[int, Tensor] = field(default_factory=dict)
 
 
-class OursKV:
+class OursKV(LayerKV):
     """``engine.pipeline.ChunkedPrefill``'s keys and attention, of one rank and the gather exchange.
 
     Args:
@@ -120,8 +122,8 @@ class OursKV:
         self._chunk = -1
         self._page = 0
 
+    @override
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``LayerKV``."""
         if layer == 0:
             self._chunk += 1
             self._exchange.start_chunk(self._layout.shares[self._chunk])
@@ -131,8 +133,8 @@ class OursKV:
         if layer < self._attending:
             self._exchange.store_kv(layer, k, v)
 
+    @override
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """See ``LayerKV``."""
         return self._exchange.attend_adaptive(layer, q, self._unit_attention)
 
     def _write(self, writer: ShardWriter, layer: int, k: Tensor, v: Tensor) -> None:
@@ -146,7 +148,7 @@ class OursKV:
 PAGE_TOKENS = 64
 
 
-class DenseKV:
+class DenseKV(LayerKV):
     """All keys, attended to by a dense kernel: own chunk causally, all before without a mask."""
 
     def __init__(self, model: RandomModel, plan: PrefixPlan, chunks: int, kernel: DenseKernel):
@@ -161,8 +163,8 @@ class DenseKV:
         self._own = self._kv[0]
         self._end = 0
 
+    @override
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """See ``LayerKV``."""
         if layer == 0:
             self._end += len(k)
         if layer == self._attending:
@@ -171,8 +173,8 @@ class DenseKV:
         if not self._single:
             self._kv[layer][self._end - len(k) : self._end] = self._own
 
+    @override
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """See ``LayerKV``."""
         start = self._end - q.shape[1]
         k, v = self._own.permute(1, 2, 0, 3)
         parts = [self._kernel(q, k, v, causal=True, scale=scale)]
@@ -247,7 +249,7 @@ def prefill(
             quality=Quality(mode),
             writer=writer,
         )
-    clock = Stopwatch(device.torch)
+    clock = Stopwatch(device.device)
     attended: list[Tensor] | None = [] if capture else None
     stored: dict[int, list[Tensor]] | None = {} if capture else None
     run_chunks(

@@ -78,7 +78,7 @@ class PublishedModel:
 
     def config(self, layers: int) -> Any:
         """transformers' configuration; the vision tower, which is not run, has one block."""
-        text = {
+        text: dict[str, Any] = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -93,7 +93,7 @@ class PublishedModel:
                 "mrope_section": list(self.mrope_section),
             },
         }
-        vision = {
+        vision: dict[str, Any] = {
             "hidden_size": 64,
             "intermediate_size": 64,
             "num_heads": 2,

@@ -14,6 +14,7 @@ from threading import Barrier
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from benchmarks.quality.fidelity.rehearsal import Prefix
 from prefill_service.engine.baseline_prefill import patch_shares
@@ -100,8 +101,8 @@ class _ThreadRank(SPGroup):
 
     board: Timeline = field(default_factory=lambda: Timeline(1))
 
+    @override
     def all_gather_v(self, slices: list[Tensor]) -> list[PendingPart]:
-        """See ``SPGroup``; nothing is left to wait for."""
         self.board.exchange(self.rank, slices)
         return []
 

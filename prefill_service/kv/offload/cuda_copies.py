@@ -33,7 +33,7 @@ class CudaCopyEngine(CopyEngine):
         super().__init__()
         self._shape = shape
         self._device = shape.device
-        self._stream = torch.cuda.Stream(shape.device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(shape.device)
         self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._rows: Tensor | None = None
 
@@ -52,7 +52,7 @@ class CudaCopyEngine(CopyEngine):
             self._rows = torch.empty(size, dtype=shape.torch_dtype)
         except RuntimeError as error:
             raise _no_memory(num_bytes, str(error)) from error
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart: Any = torch.cuda.cudart()
         code = int(cudart.cudaHostRegister(self._rows.data_ptr(), num_bytes, 0))
         if code:
             raise _no_memory(num_bytes, f"cudaHostRegister gives error {code}")
@@ -104,12 +104,12 @@ class CudaCopyEngine(CopyEngine):
         if self._rows is None:
             return
         self._stream.synchronize()
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart: Any = torch.cuda.cudart()
         cudart.cudaHostUnregister(self._rows.data_ptr())
         self._rows = None
 
     def _record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
 

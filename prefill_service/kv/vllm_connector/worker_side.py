@@ -115,7 +115,7 @@ class WorkerSide:
         device = self._cache.device()
         if device.type != "cuda":
             return nullcontext()
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(stream)
 
