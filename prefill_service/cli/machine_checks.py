@@ -23,7 +23,8 @@ from prefill_service.config import (
     split_address,
 )
 from prefill_service.errors import ServiceError
-from prefill_service.video.decoder.rlimits import landlock_abi
+from prefill_service.video.decoder.sandbox import landlock_abi
+from prefill_service.video.decoder.seccomp import seccomp_available
 
 _GIB = 1 << 30
 _NCCL_SHM_BYTES = 1 << 30
@@ -237,13 +238,17 @@ def _check_sandbox(config: ServiceConfig) -> Iterator[Finding]:
         remedy = f"ulimit -v unlimited, or --video-max-memory-bytes {hard}"
         yield Finding(Level.NOTE, "decoder limits", text, remedy)
     abi = landlock_abi()
-    if abi:
-        yield Finding(Level.OK, "decoder sandbox", f"Landlock ABI {abi}, resource limits")
-        return
-    text = "no Landlock: a decoder has resource limits and whitelists only"
-    yield Finding(
-        Level.NOTE, "decoder sandbox", text, "Linux 5.13 or newer with landlock among the LSMs"
-    )
+    if not abi:
+        text = "no Landlock: a decoder can read what the service can"
+        remedy = "Linux 5.13 or newer with landlock among the LSMs"
+        yield Finding(Level.NOTE, "decoder files", text, remedy)
+    if not seccomp_available():
+        text = "no seccomp: a decoder can make any system call"
+        remedy = "x86-64, and a container that allows the seccomp system call"
+        yield Finding(Level.NOTE, "decoder system calls", text, remedy)
+    if abi and seccomp_available():
+        text = f"Landlock ABI {abi}, seccomp, resource limits"
+        yield Finding(Level.OK, "decoder sandbox", text)
 
 
 def _check_processors(config: ServiceConfig) -> Iterator[Finding]:

@@ -39,12 +39,13 @@ from prefill_service.video.decoder.protocol import (
 )
 from prefill_service.video.decoder.readers.base import load_reader_class
 from prefill_service.video.decoder.readers.pyav import PyAVReader
-from prefill_service.video.decoder.rlimits import (
+from prefill_service.video.decoder.sandbox import (
     ResourceLimits,
     confine_files,
     confine_resources,
     forgo_privileges,
 )
+from prefill_service.video.decoder.seccomp import confine_system_calls
 
 
 def main() -> None:
@@ -78,6 +79,7 @@ def _answers(
     reader_class = load_reader_class(limits.reader)
     # PyAV and Python import some modules late, so their folders stay readable.
     confine_files(video_fd, (Path(av.__file__).parents[1], Path(os.__file__).parent))
+    confine_system_calls()
     path = f"/proc/self/fd/{video_fd}"
     if request["type"] == "index":
         allow = request["allow_truncated"]

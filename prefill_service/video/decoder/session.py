@@ -23,7 +23,7 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.process import DecoderProcess
 from prefill_service.video.decoder.protocol import MAX_HEADER_BYTES, PREFIX, Header, pack
-from prefill_service.video.decoder.rlimits import ResourceLimits
+from prefill_service.video.decoder.sandbox import ResourceLimits
 
 logger = logging.getLogger(__name__)
 

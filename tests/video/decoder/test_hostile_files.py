@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -335,7 +336,7 @@ def test_the_child_can_open_nothing_but_its_video(samples: dict[str, Path]) -> N
     script = """
 import os, socket, sys
 from pathlib import Path
-from prefill_service.video.decoder.rlimits import ResourceLimits, confine_files, confine_resources
+from prefill_service.video.decoder.sandbox import ResourceLimits, confine_files, confine_resources
 fd = os.open(sys.argv[1], os.O_RDONLY)
 confine_resources(ResourceLimits(1 << 30, 10))
 if not confine_files(fd, [Path(os.__file__).parent]):
@@ -358,6 +359,15 @@ assert refused(lambda: socket.create_connection(("127.0.0.1", 9)))
     if python.returncode == 77:
         pytest.skip("this kernel has no Landlock")
     assert python.returncode == 0, python.stderr
+
+
+def test_the_child_can_reach_no_network_and_no_process() -> None:
+    """What a decoder with a hole could do by system calls. Threads are allowed, and its own end."""
+    module = "tests.video.decoder.confined_child"
+    python = subprocess.run(["python", "-m", module], capture_output=True, text=True)
+    if python.returncode == 77:
+        pytest.skip("this kernel or container allows no seccomp filter")
+    assert python.returncode == -signal.SIGABRT, python.stderr
 
 
 async def test_index_is_sound_for_a_video_after_all_that(samples: dict[str, Path]) -> None:

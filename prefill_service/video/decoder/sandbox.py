@@ -1,8 +1,8 @@
 """What a decoder process gives up before it looks at an untrusted file.
 
 It does so itself, because ``preexec_fn`` is not safe in a parent with threads. The request's
-resource limits come before anything of the file is read, and the file system is given up last,
-when the libraries have been loaded.
+resource limits come before anything of the file is read. The file system and then the system calls
+(``seccomp``) are given up last, when the libraries have been loaded.
 """
 
 from __future__ import annotations
