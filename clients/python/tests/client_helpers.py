@@ -16,7 +16,7 @@ from fake_prefill_server import FakeServer
 
 from prefill_client import AsyncClient, Client, RetryPolicy
 
-FAST = RetryPolicy(attempts=5, initial_delay_s=0.02, max_delay_s=1.0)
+FAST = RetryPolicy(attempts=5, initial_delay_s=0.02, max_delay_s=1.0, reconnect_s=0.0)
 PREFILL = Path(sys.executable).with_name("prefill")
 
 

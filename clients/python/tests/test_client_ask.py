@@ -99,14 +99,27 @@ async def test_break_before_the_first_token_is_hidden(api: Api, server, clip):
     assert len(server.state.asks) == 3
 
 
-async def test_break_after_the_first_token_is_not(api: Api, server, clip):
+async def test_an_answer_that_breaks_off_goes_on_where_it_was(api: Api, server, clip):
     server.faults.ask_break_after = 3
     stream = api.client.ask(clip, QUESTION)
-    with pytest.raises(UnavailableError):
+    pieces, _ = await api.stream(stream)
+    assert "".join(pieces) == stream.text == stream.final.text == ANSWER
+    assert len(pieces) == 8
+    assert stream.token_ids == tuple(range(8))
+    first, second = server.state.asks
+    assert first == second
+
+
+async def test_an_answer_that_would_go_on_otherwise_fails_as_it_broke_off(api: Api, server, clip):
+    server.faults.ask_break_after = 3
+    server.faults.ask_sampled = True
+    stream = api.client.ask(clip, QUESTION)
+    with pytest.raises(UnavailableError, match="Connection reset by peer"):
         await api.stream(stream)
     assert stream.text == "You asked: What "
     assert stream.final is None
-    assert len(server.state.asks) == 1
+    assert len(server.state.asks) == 2
+    await until(lambda: server.state.ask_active == 0)
 
 
 async def test_dead_ranks_are_not_tried_over_and_over(api: Api, server, clip):

@@ -4,13 +4,14 @@ import asyncio
 import hashlib
 import os
 import uuid
+from dataclasses import replace
 
 import pytest
 from client_helpers import Api, make_client, until, write_clip
 
 from prefill_client import InvalidVideoError, UnavailableError, UploadError, VideoState
 from prefill_client._requests import upload_request_id
-from prefill_client._retry import Backoff, RetryPolicy
+from prefill_client._retry import Backoff, Contact, RetryPolicy
 from prefill_client.errors import PrefillError
 
 CHUNK = 256 << 10
@@ -31,6 +32,31 @@ def test_giving_up_tells_what_the_server_said_last():
     backoff.delay(PrefillError("INTERNAL", "Internal error from Core"))
     with pytest.raises(PrefillError, match="the service is stopping"):
         backoff.delay(PrefillError("INTERNAL", "Internal error from Core"))
+
+
+def test_a_server_that_was_there_is_waited_for():
+    away = PrefillError("UNAVAILABLE", "connection refused")
+    policy = RetryPolicy(attempts=2, initial_delay_s=0.001, reconnect_s=60.0)
+    contact = Contact()
+    never_met = Backoff(policy, contact)
+    never_met.delay(away)
+    with pytest.raises(PrefillError, match="connection refused"):
+        never_met.delay(away)
+    Backoff(policy, contact).reset()  # another call of the same client has got an answer
+    met = Backoff(policy, contact)
+    for _ in range(20):
+        met.delay(away)
+    with pytest.raises(PrefillError, match="no vLLM"):  # the server is there: that is no restart
+        met.delay(PrefillError("DECODER_UNAVAILABLE", "no vLLM"))
+    with pytest.raises(PrefillError, match="connection refused"):
+        Backoff(RetryPolicy(attempts=1), contact).delay(away)
+    impatient = Backoff(replace(policy, reconnect_s=0.0), contact)
+    impatient.delay(away)
+    with pytest.raises(PrefillError, match="connection refused"):
+        impatient.delay(away)
+
+
+def test_without_a_word_of_the_server_its_absence_is_told():
     silent = Backoff(RetryPolicy(attempts=1))
     with pytest.raises(PrefillError, match="Internal error from Core"):
         silent.delay(PrefillError("INTERNAL", "Internal error from Core"))
@@ -82,7 +108,7 @@ async def test_server_restart_in_mid_upload(kind, server, clip):
     """The process behind the port goes away and comes back with what it had on disk."""
     from prefill_client import RetryPolicy
 
-    policy = RetryPolicy(attempts=20, initial_delay_s=0.1, max_delay_s=0.5)
+    policy = RetryPolicy(attempts=2, initial_delay_s=0.1, max_delay_s=0.5)
     api = Api(make_client(kind, server.address, retry=policy, upload_retry=policy))
     server.faults.chunk_delay_s = 0.1
     upload = asyncio.ensure_future(api.call("upload", clip))

@@ -18,7 +18,7 @@ from prefill_client._arguments import (
     check_sha256,
     check_text,
 )
-from prefill_client._retry import Backoff, RetryPolicy, is_unavailable
+from prefill_client._retry import Backoff, Contact, RetryPolicy, is_unavailable
 from prefill_client._steps import Call, Emit, Flow, Next, Open, Sleep
 from prefill_client._upload import UploadCallback, upload
 from prefill_client.errors import NotFoundError, PrefillError, make_error
@@ -56,12 +56,17 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Settings:
-    """Time limits in seconds and retry policies of a client."""
+    """Time limits in seconds and retry policies of a client, and what it has met so far."""
 
     timeout: float = 60.0
     finish_timeout: float = 600.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     upload_retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(attempts=10))
+    contact: Contact = field(default_factory=Contact)
+
+    def backoff(self) -> Backoff:
+        """Counts the failures of one call."""
+        return Backoff(self.retry, self.contact)
 
     @classmethod
     def of(
@@ -85,10 +90,12 @@ class Settings:
 
 def call(settings: Settings, rpc: str, request: Any, timeout: float | None = None) -> Flow[Any]:
     """Make an idempotent unary call, again while the server is UNAVAILABLE."""
-    backoff = Backoff(settings.retry)
+    backoff = settings.backoff()
     while True:
         try:
-            return (yield Call(rpc, request, timeout or settings.timeout))
+            response = yield Call(rpc, request, timeout or settings.timeout)
+            backoff.reset()
+            return response
         except PrefillError as error:
             if not is_unavailable(error):
                 raise
@@ -117,7 +124,7 @@ def upload_video(
 
     message = yield from upload(
         unary,
-        Backoff(settings.upload_retry),
+        Backoff(settings.upload_retry, settings.contact),
         what,
         progress=progress,
         display_name=display_name,
@@ -176,7 +183,7 @@ def list_videos(settings: Settings, page_size: int) -> Flow[None]:
 
 def delete_video(settings: Settings, video_id: str) -> Flow[None]:
     """Delete; a repeated try that finds nothing means that the one before worked."""
-    backoff = Backoff(settings.retry)
+    backoff = settings.backoff()
     tried = False
     while True:
         try:
@@ -241,7 +248,7 @@ def inspect_job(settings: Settings, job_id: str) -> Flow[Inspection]:
 def trace_job(settings: Settings, job_id: str) -> Flow[str]:
     """Join the pieces of a job's trace; starts over if the stream breaks."""
     request = prefill_pb.TracePrefillJobRequest(job_id=check_text("job_id", job_id))
-    backoff = Backoff(settings.retry)
+    backoff = settings.backoff()
     while True:
         try:
             stream = yield Open("TracePrefillJob", request, settings.timeout)
@@ -265,7 +272,7 @@ def watch_job(
     settings: Settings, job_id: str, on_progress: JobCallback | None = None, emit: bool = True
 ) -> Flow[Job]:
     """Emit the job now and at each change until it has ended; return its last state."""
-    backoff = Backoff(settings.retry)
+    backoff = settings.backoff()
     request = prefill_pb.WatchPrefillJobRequest(job_id=check_text("job_id", job_id))
     while True:
         try:
@@ -298,22 +305,48 @@ def wait_job(settings: Settings, job_id: str, on_progress: JobCallback | None) -
 
 
 class AskState:
-    """The part of an answer that has arrived; ``ask`` fills it while it runs."""
+    """The part of an answer that has arrived; ``ask`` fills it while it runs.
+
+    An answer that broke off is asked again, and repeats what has arrived before it goes on.
+
+    Attributes:
+        broken: what the attempt before this one failed with.
+    """
 
     def __init__(self, request_id: str | None) -> None:
         self.request_id = check_request_id(request_id) if request_id else _requests.new_request_id()
         self.video_id = ""
         self.pieces: list[str] = []
         self.token_ids: list[int] = []
-        self.started = False
+        self.broken: PrefillError | None = None
         self.final: Answer | None = None
+        self._attempt = ""
+        self._attempt_ids: list[int] = []
 
-    def add_delta(self, delta: answer_pb.AskDelta) -> str:
-        """Append a piece of the answer; returns its text."""
-        self.started = True
-        self.pieces.append(delta.text)
-        self.token_ids.extend(delta.token_ids)
-        return delta.text
+    def begin_attempt(self) -> None:
+        """The answer starts from its first token, for the first time or once more."""
+        self._attempt = ""
+        self._attempt_ids = []
+
+    def add_delta(self, delta: answer_pb.AskDelta) -> str | None:
+        """Append what is new in a piece of the answer, and return its text.
+
+        Returns:
+            None if the answer is not the one that has arrived so far.
+        """
+        self._attempt += delta.text
+        self._attempt_ids.extend(delta.token_ids)
+        known = "".join(self.pieces)
+        both = min(len(known), len(self._attempt))
+        ids = min(len(self.token_ids), len(self._attempt_ids))
+        same = known[:both] == self._attempt[:both]
+        if not same or self.token_ids[:ids] != self._attempt_ids[:ids]:
+            return None
+        new = self._attempt[both:]
+        if new:
+            self.pieces.append(new)
+        self.token_ids.extend(self._attempt_ids[ids:])
+        return new
 
     def finish(self, final: answer_pb.AskFinal) -> None:
         """Set ``final`` from the last message of the answer."""
@@ -342,26 +375,37 @@ def ask(
     timeout: float | None,
     callbacks: Callbacks,
 ) -> Flow[None]:
-    """Emit the pieces of an answer. Asked again only if it broke before the first token."""
+    """Emit the pieces of an answer. One that broke off is asked again, and goes on where it was.
+
+    The new attempt repeats the tokens that have arrived, if it is not sampled at random without a
+    seed; they are compared. If it does not, the answer fails as it broke off.
+    """
     if timeout is not None:
         check_seconds("timeout", timeout)
     request = _requests.build_ask("", question, options, state.request_id)
     state.video_id = yield from resolve_video(settings, video, callbacks.on_upload)
     request.spec.video_id = state.video_id
-    backoff = Backoff(settings.retry)
+    backoff = settings.backoff()
     while state.final is None:
+        state.begin_attempt()
         try:
             stream = yield Open("Ask", request, timeout)
             while (message := (yield Next(stream))) is not None:
                 event = message.WhichOneof("event")
                 if event == "delta":
                     text = state.add_delta(message.delta)
+                    if text is None:
+                        break
                     if text:
+                        backoff.reset()
                         yield Emit(text)
                 elif event == "final":
                     state.finish(message.final)
                 elif event == "progress" and callbacks.on_progress is not None:
                     callbacks.on_progress(_convert.job(message.progress.job))
+            if message is not None:
+                assert state.broken is not None
+                raise state.broken
             if state.final is None:
                 raise make_error(
                     "STREAM_TRUNCATED",
@@ -369,6 +413,9 @@ def ask(
                     request_id=state.request_id,
                 )
         except PrefillError as error:
-            if state.started or not is_unavailable(error) or error.reason in RETRIED_BY_SERVER:
+            if error is state.broken:
                 raise
+            if not is_unavailable(error) or error.reason in RETRIED_BY_SERVER:
+                raise
+            state.broken = error
             yield Sleep(backoff.delay(error))

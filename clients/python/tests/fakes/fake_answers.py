@@ -39,8 +39,11 @@ class FakeAnswers(answer_grpc.AnswerServiceServicer):
                 faults.ask_break_before -= 1
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
             words = answer_words(request)
+            if faults.ask_sampled and len(state.asks) > 1:
+                words[1] = "wanted: "
             for index, word in enumerate(words):
                 if faults.ask_break_after and index == faults.ask_break_after:
+                    faults.ask_break_after = 0
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
                 await asyncio.sleep(faults.token_delay_s)
                 yield apb.AskResponse(delta=apb.AskDelta(text=word, token_ids=[index]))
