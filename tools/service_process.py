@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,14 +26,25 @@ class ServiceProcess:
     Args:
         arguments: command-line arguments after ``serve``; the port is picked by the service.
         log: file that gets the service's log.
+        launcher: what the command is preceded by, such as a program that enters a namespace.
+        environment: variables of the service; this process's unless given.
 
     Attributes:
         address: ``host:port`` once it serves.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        launcher: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._arguments = arguments
         self._log = log
+        self._launcher = launcher
+        self._environment = environment
         self._serving = threading.Event()
         self._family: set[psutil.Process] = set()  # known even if the service dies first
         self.address = ""
@@ -42,7 +53,8 @@ class ServiceProcess:
         command = [str(Path(sys.executable).with_name("prefill-service")), "serve", "--port", "0"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [*command, *self._arguments],
+                [*self._launcher, *command, *self._arguments],
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -81,6 +93,10 @@ class ServiceProcess:
     def pid(self) -> int:
         """Process id of the service, the root of all its processes."""
         return self._process.pid
+
+    def wait(self) -> int:
+        """Wait for the end of the service's first process; returns its exit code."""
+        return self._process.wait()
 
     def check(self) -> None:
         """Raise RuntimeError if it has ended, with its exit code and the last line of its log."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class PrefillExecutor:
             return msg.WorkerSpec(
                 rank=rank,
                 epoch=epoch,
-                engine=engine,
+                engine=replace(engine, sparse_from_tokens=self.supervisor.crossover),
                 video=video,
                 checkpoint=checkpoint,
                 dtype=dtype,

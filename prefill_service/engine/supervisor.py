@@ -48,6 +48,8 @@ class WorkerSupervisor:
 
     Attributes:
         epoch: number of the workers' start: how often they have been lost.
+        crossover: prompt length from which on attention is sparse, as configured or as the first
+            epoch has measured it: a restart must not change what is computed. 0 before.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class WorkerSupervisor:
         self._jobs_of = jobs_of
         self._loss_listeners: list[LossListener] = []
         self.epoch = 0
+        self.crossover = engine.sparse_from_tokens
         self._workers: list[WorkerProcess] = []
         self._ready: dict[int, msg.WorkerReady] = {}
         self._crashed: set[int] = set()
@@ -203,6 +206,7 @@ class WorkerSupervisor:
                 self._pass_on(message)
 
     def _become_ready(self, last: msg.WorkerReady) -> None:
+        self.crossover = last.sparse_from_tokens
         self._failure = None
         self._all_ready.set()
         logger.info(

@@ -10,6 +10,7 @@ import pytest
 
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.executor import PrefillExecutor
+from prefill_service.engine.messages import WorkerReady
 from prefill_service.errors import Reason, ServiceError
 from tests.support.checkpoints import described_checkpoint
 
@@ -27,6 +28,16 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrefillExecutor
         device="cpu",
         runtime_dir=tmp_path / "run",
     )
+
+
+def test_later_epochs_do_not_measure_the_crossover_again(executor: PrefillExecutor) -> None:
+    """A second measurement may find another length, and the same request another answer."""
+    supervisor = executor.supervisor
+    assert supervisor._make_spec(0, 0, "file:///rendezvous").engine.sparse_from_tokens == 0
+    ready = WorkerReady(rank=0, endpoint="", device="cpu", sparse_from_tokens=2048, observed=())
+    supervisor._become_ready(ready)
+    assert supervisor.crossover == 2048
+    assert supervisor._make_spec(0, 1, "file:///rendezvous").engine.sparse_from_tokens == 2048
 
 
 async def test_start_says_which_rank(executor: PrefillExecutor) -> None:

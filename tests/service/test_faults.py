@@ -57,8 +57,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 def test_a_killed_rank_costs_time_but_not_the_answer(
     service: ServiceProcess, client: Client, long_video: Video
 ) -> None:
-    # Exact: where sparsity begins is measured anew when the ranks are started again.
-    options: Any = {"max_tokens": 8, "quality": "exact"}
+    options: Any = {"max_tokens": 8}
     before = client.ask(long_video, "What happens?", fps=1.0, **options).result()
     killed = threading.Event()
 
