@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from prefill_service.api.interceptor import CallInterceptor
-from prefill_service.api.security import read_token, server_credentials
+from prefill_service.api.security import BearerToken, server_credentials
 from prefill_service.api.servicer import ServedService
 from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError
@@ -54,7 +54,8 @@ class ApiServer:
     ) -> None:
         self._config = config
         self._services = services
-        self._calls = CallInterceptor(config.max_concurrent_calls, metrics)
+        self._token = BearerToken(config)
+        self._calls = CallInterceptor(config.max_concurrent_calls, metrics, self._token)
         self._server = grpc.aio.server(interceptors=[self._calls], options=OPTIONS)
         for service in services:
             service.servicer.register_handlers(self._server)
@@ -76,7 +77,7 @@ class ApiServer:
                 or an address that cannot be bound; PORT_IN_USE.
         """
         credentials = server_credentials(self._config)
-        self._calls.token = read_token(self._config)
+        self._token.read()
         host = self._config.host
         port = self._config.port
         address = f"[{host}]:{port}" if ":" in host and "[" not in host else f"{host}:{port}"

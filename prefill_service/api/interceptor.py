@@ -7,7 +7,6 @@ admission is reported and logged like any other.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 import grpc
 
 from prefill_service.api.malformed import MalformedRequest, tolerant
+from prefill_service.api.security import BearerToken
 from prefill_service.api.servicer import Context
 from prefill_service.api.status import abort
 from prefill_service.errors import Reason, ServiceError
@@ -40,10 +40,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     Args:
         max_calls: calls of ``prefill.v1`` at once.
         metrics: counts the calls of ``prefill.v1`` that have ended.
-        token: bearer token that clients must send; empty for none.
+        token: the bearer token that clients must send, if any.
     """
 
-    def __init__(self, max_calls: int, metrics: Metrics, token: str = "") -> None:
+    def __init__(self, max_calls: int, metrics: Metrics, token: BearerToken) -> None:
         self.max_calls = max_calls
         self.metrics = metrics
         self.token = token
@@ -193,13 +193,11 @@ class _Call:
 
     def _admit(self) -> None:
         owner = self._owner
-        if owner.token:
-            sent = dict(self._metadata).get("authorization", "")
-            if not hmac.compare_digest(str(sent).encode(), f"Bearer {owner.token}".encode()):
-                raise ServiceError(
-                    Reason.UNAUTHENTICATED,
-                    "the call carries no valid token; send metadata 'authorization: Bearer TOKEN'",
-                )
+        if not owner.token.admits(str(dict(self._metadata).get("authorization", ""))):
+            raise ServiceError(
+                Reason.UNAUTHENTICATED,
+                "the call carries no valid token; send metadata 'authorization: Bearer TOKEN'",
+            )
         if not self._ours:
             return
         if owner.draining:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prefill.v1 import prefill_service_pb2 as pb
-from prefill.v1 import video_service_pb2
+from prefill.v1 import prefill_service_pb2_grpc, video_service_pb2
 
 from prefill_service.errors import Reason, ServiceError
 from tests.support.in_process_service import answer, error_of, health
@@ -107,6 +107,48 @@ async def test_tls_and_mtls(serve: Serve, tmp_path: Path, monkeypatch: pytest.Mo
         async with grpc.aio.secure_channel(s.address, plain) as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await health(channel)
+
+
+async def test_renewed_certificate_and_token_are_used_without_a_restart(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _certificates(tmp_path)
+    token = tmp_path / "token"
+    token.write_text("first")
+    files = {"tls_cert": "server.pem", "tls_key": "server.key", "auth_token_file": "token"}
+    server = {name: str(tmp_path / file) for name, file in files.items()}
+
+    async def is_admitted(authority: bytes, text: str) -> bool:
+        credentials = grpc.ssl_channel_credentials(authority)
+        async with grpc.aio.secure_channel(s.address, credentials) as channel:
+            stub = prefill_service_pb2_grpc.PrefillServiceStub(channel)
+            metadata = (("authorization", f"Bearer {text}"),)
+            try:
+                await stub.ListPrefillJobs(pb.ListPrefillJobsRequest(), metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in (
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    grpc.StatusCode.UNAVAILABLE,
+                ):
+                    raise
+                return False
+            return True
+
+    async with serve(connect=False, server=server) as s:
+        before = (tmp_path / "ca.pem").read_bytes()
+        assert await is_admitted(before, "first")
+        token.write_text("second")
+        assert not await is_admitted(before, "first")
+        assert await is_admitted(before, "second")
+        token.write_text("")
+        assert await is_admitted(before, "second")
+        assert "the token stays as it was" in caplog.text
+        (tmp_path / "server.pem").write_text("half a certificate")
+        assert await is_admitted(before, "second")
+        assert "the certificate stays as it was" in caplog.text
+        _certificates(tmp_path)
+        assert not await is_admitted(before, "second")
+        assert await is_admitted((tmp_path / "ca.pem").read_bytes(), "second")
 
 
 async def test_unsafe_or_broken_configuration_is_refused(serve: Serve, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ pytest.importorskip("prefill_service.video.store", reason="the server is not ins
 
 from prefill_service.api.grpc_server import OPTIONS
 from prefill_service.api.interceptor import CallInterceptor
+from prefill_service.api.security import BearerToken
 from prefill_service.api.video_service import VideoServicer
-from prefill_service.config import StorageConfig, VideoConfig
+from prefill_service.config import ServerConfig, StorageConfig, VideoConfig
 from prefill_service.scheduling.metrics import Metrics
 from prefill_service.video.store import VideoStore
 from tools.make_video import write_video
@@ -66,7 +67,10 @@ class VideoServer:
 
         self._store.append_chunk = slow_append  # type: ignore[method-assign]
         metrics = Metrics()
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(64, metrics)], options=OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(64, metrics, BearerToken(ServerConfig()))],
+            options=OPTIONS,
+        )
         servicer = VideoServicer(self._store, metrics)
         video_service_pb2_grpc.add_VideoServiceServicer_to_server(servicer, self._server)
         self.port = self._server.add_insecure_port(f"localhost:{self.port}")
