@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from prefill_service.api.servicer import ServedService
 from prefill_service.api.video_service import VideoServicer
 from prefill_service.config import AUTO, ServiceConfig
 from prefill_service.kv.handoff_reports import ReportServer
+from prefill_service.runtime_folder import RuntimeFolder
 from prefill_service.scheduling.admission import Admission
 from prefill_service.scheduling.answering.answers import Answers
 from prefill_service.scheduling.job_store import JobStore
@@ -43,9 +42,6 @@ logger = logging.getLogger(__name__)
 SWEEP_S = 600.0
 REMOTE_VLLM_WAIT_S = 30.0
 """How long an answer waits for a vLLM that is not ours to restart."""
-
-_LONGEST_RUNTIME_DIR = 60
-"""Unix socket paths end at 107 characters."""
 
 
 @dataclass(slots=True)
@@ -107,6 +103,7 @@ def build_components(config: ServiceConfig, data_dir: Path, runtime_dir: Path) -
             str(checkpoint.path),
             dtype,
             data_dir,
+            runtime_dir=runtime_dir,
             fp8=checkpoint.fp8 is not None,
         ),
         submit_early=device != "cpu",
@@ -185,11 +182,12 @@ class Service:
         """Start everything; ``stack`` stops it in the reverse order."""
         config = self._config
         data_dir = Path(config.storage.data_dir).expanduser()  # noqa: ASYNC240 (start-up)
-        runtime_dir = _make_runtime_dir()
-        stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
+        runtime = RuntimeFolder.create()
+        stack.callback(runtime.remove)
+        runtime_dir = runtime.path
         # Judges the checkpoint: before any process starts or a file is written.
         components = await asyncio.to_thread(self._build, config, data_dir, runtime_dir)
-        decoders = DecoderPool(config.video.spare_decoders)
+        decoders = DecoderPool(config.video.spare_decoders, folder=runtime_dir)
         decoders.start()
         stack.callback(decoders.close)
         videos = VideoStore.open(config.storage, config.video, decoders)  # locks the data directory
@@ -215,7 +213,7 @@ class Service:
         stack.push_async_callback(scheduler.stop)
         await server.start()
         stack.push_async_callback(server.stop)
-        sweeper = asyncio.create_task(_sweep(videos), name="sweeper")
+        sweeper = asyncio.create_task(_sweep(videos, scheduler), name="sweeper")
         stack.callback(sweeper.cancel)
         await _start_both(supervisor, generation)
         scheduler.start()
@@ -304,21 +302,12 @@ async def _stop_both(supervisor: WorkerSupervisor, generation: GenerationServer)
             logger.error("unclean stop", exc_info=error)
 
 
-async def _sweep(videos: VideoStore) -> None:
-    """Remove expired videos and abandoned uploads, now and then."""
+async def _sweep(videos: VideoStore, scheduler: Scheduler) -> None:
+    """Remove expired videos and abandoned uploads, and write what had no room, now and then."""
     while True:
         try:
             await videos.delete_expired()
+            scheduler.jobs.write_unsaved()
         except Exception:
             logger.exception("sweeping expired videos failed")
         await asyncio.sleep(SWEEP_S)
-
-
-def _make_runtime_dir() -> Path:
-    """A private directory for sockets, with a short path."""
-    base = tempfile.gettempdir()
-    return Path(
-        tempfile.mkdtemp(
-            prefix="prefill-", dir="/tmp" if len(base) > _LONGEST_RUNTIME_DIR else base
-        )
-    )

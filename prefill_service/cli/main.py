@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import prefill_service
+from prefill_service.cli.back_up import add_backup
 from prefill_service.cli.calibrate import add_calibrate
 from prefill_service.cli.command_parser import USAGE_ERROR, CommandParser
 from prefill_service.cli.completion import add_completion
@@ -46,6 +47,7 @@ def make_parser() -> CommandParser:
     add_healthcheck(commands)
     add_estimate(commands)
     add_calibrate(commands)
+    add_backup(commands)
     add_completion(commands, parser)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     return parser

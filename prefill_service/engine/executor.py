@@ -91,7 +91,7 @@ class PrefillExecutor:
             lambda ranks: kv_budget(engine, checkpoint, dtype, device=device, ranks=ranks)
         )
 
-        def make_spec(rank: int, epoch: int, rendezvous: str) -> msg.WorkerSpec:
+        def make_spec(rank: int, epoch: int, folder: Path) -> msg.WorkerSpec:
             return msg.WorkerSpec(
                 rank=rank,
                 epoch=epoch,
@@ -101,8 +101,8 @@ class PrefillExecutor:
                 dtype=dtype,
                 device=device,
                 threads=resolve_threads(engine),
-                init_method=rendezvous,
-                runtime_dir=str(runtime_dir),
+                init_method=f"file://{folder.absolute()}/rendezvous",
+                runtime_dir=str(folder),
             )
 
         self.supervisor = WorkerSupervisor(

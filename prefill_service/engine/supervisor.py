@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ _CRASH_DELAY_S = 0.5
 _MAX_START_FAILURES = 3
 _WATCH_S = 0.5
 
-MakeSpec = Callable[[int, int, str], msg.WorkerSpec]
-"""Rank, epoch and torch's rendezvous to the spec of that worker."""
+MakeSpec = Callable[[int, int, Path], msg.WorkerSpec]
+"""Rank, epoch and the folder of that epoch to the spec of that worker."""
 
 LossListener = Callable[[int, ServiceError], None]
 """Called with the epoch that was lost, and why."""
@@ -41,7 +42,7 @@ class WorkerSupervisor:
     Args:
         engine: how many workers, and how long they may take.
         make_spec: makes the spec of each worker.
-        runtime_dir: for sockets and rendezvous.
+        runtime_dir: where each epoch has a folder, for as long as its workers live.
         on_message: called with each message of the current epoch except ``WorkerReady``,
             heartbeats and crashes.
         jobs_of: ids of the jobs that run on a rank, for error messages.
@@ -70,6 +71,7 @@ class WorkerSupervisor:
         self.epoch = 0
         self.crossover = engine.sparse_from_tokens
         self._workers: list[WorkerProcess] = []
+        self._folder: Path | None = None
         self._ready: dict[int, msg.WorkerReady] = {}
         self._crashed: set[int] = set()
         self._start_failures = 0
@@ -140,6 +142,7 @@ class WorkerSupervisor:
             await worker.wait(deadline - time.monotonic())
         self._kill_all()
         self._all_ready.clear()
+        await self._remove_folder()
 
     async def wait_ready(self) -> None:
         """Wait through a (re)start.
@@ -164,16 +167,18 @@ class WorkerSupervisor:
 
     def _spawn(self) -> None:
         self._runtime_dir.mkdir(parents=True, exist_ok=True)
+        folder = self._folder = Path(
+            tempfile.mkdtemp(prefix=f"e{self.epoch}-", dir=self._runtime_dir)
+        )
         self._ready.clear()
         self._crashed.clear()
         self._all_ready.clear()
         self._spawned = time.monotonic()
-        rendezvous = self._runtime_dir / f"rendezvous-{uuid.uuid4().hex[:12]}"
         epoch = self.epoch
         self._workers = []
         for rank in range(self._engine.ranks):
             worker = WorkerProcess(
-                self._make_spec(rank, epoch, f"file://{rendezvous.absolute()}"),
+                self._make_spec(rank, epoch, folder),
                 on_message=partial(self._on_message, epoch),
                 on_exit=partial(self._on_exit, epoch),
             )
@@ -280,11 +285,20 @@ class WorkerSupervisor:
     async def restart(self) -> None:
         """Start the next epoch, after a pause that grows with each failed start."""
         await asyncio.sleep(min(2.0**self._start_failures - 1, 10.0))
+        await self._remove_folder()
         logger.info("starting epoch %d of the ranks", self.epoch)
         try:
             self._spawn()
         except ServiceError as error:
             self.declare_lost(error)
+
+    async def _remove_folder(self) -> None:
+        """Remove what the workers of the last epoch left, once they are all gone."""
+        for worker in self._workers:
+            await worker.wait(_STOP_GRACE_S)
+        if self._folder is not None:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder = None
 
     def _kill_all(self) -> None:
         for worker in self._workers:

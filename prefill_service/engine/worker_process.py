@@ -158,7 +158,7 @@ def _environment(spec: msg.WorkerSpec) -> dict[str, str]:
         # takes them away (measured up to tenfold slow-down on two cores).
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
-        # What a killed worker leaves behind is removed with the service's runtime directory.
+        # What a killed worker leaves behind is removed before its successor starts.
         "TMPDIR": spec.runtime_dir,
     }
 

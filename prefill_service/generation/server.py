@@ -41,7 +41,8 @@ class GenerationServer:
         config: URL or size and limits.
         model_path: folder or hub id of the checkpoint.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        runtime_dir: where the log (``vllm.log``) goes.
+        log_dir: where the log (``vllm.log``) goes.
+        runtime_dir: where an embedded vLLM's temporary files go; by default the system's folder.
         fp8: whether the checkpoint's weights are FP8.
     """
 
@@ -50,15 +51,17 @@ class GenerationServer:
         config: VllmConfig,
         model_path: str,
         dtype: str,
-        runtime_dir: Path,
+        log_dir: Path,
         *,
+        runtime_dir: Path | None = None,
         fp8: bool = False,
     ) -> None:
         self._config = config
         self._model_path = model_path
         self._dtype = dtype
         self._fp8 = fp8
-        self._log_path = runtime_dir / "vllm.log"
+        self._log_path = log_dir / "vllm.log"
+        self._runtime_dir = runtime_dir
         self._session: aiohttp.ClientSession | None = None
         self._process: VllmProcess | None = None
         self._client: VllmClient | None = None
@@ -159,6 +162,7 @@ class GenerationServer:
                 self._dtype,
                 device=device,
                 log_path=self._log_path,
+                runtime_dir=self._runtime_dir,
                 fp8=self._fp8,
             )
             await self._process.launch()

@@ -6,9 +6,12 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,11 @@ from prefill_service.generation.load_format import DEQUANTIZE_ARGUMENTS
 logger = logging.getLogger(__name__)
 
 _TERM_S = 10.0
+_TRACKER_S = 5.0
+_GROUP_POLL_S = 0.05
 _LOG_LINES = 15
+
+_RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
 
 SCHEDULER = "prefill_service.kv.vllm_connector.fair_scheduler.make_scheduler"
 
@@ -50,6 +57,7 @@ class VllmProcess:
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"cpu"`` or ``"cuda"``.
         log_path: where its output goes; appended.
+        runtime_dir: where it gets a folder for temporary files, which is removed with it.
         fp8: whether the checkpoint's weights are FP8.
     """
 
@@ -61,6 +69,7 @@ class VllmProcess:
         *,
         device: str,
         log_path: Path,
+        runtime_dir: Path | None = None,
         fp8: bool = False,
     ) -> None:
         self._config = config
@@ -68,6 +77,8 @@ class VllmProcess:
         self._dtype = dtype
         self._device = device
         self._log_path = log_path
+        self._runtime_dir = runtime_dir
+        self._folder = ""
         # vLLM multiplies FP8 itself on GPUs only, and not with float32 activations.
         self._dequantize = fp8 and (device == "cpu" or dtype == "float32")
         self._process: asyncio.subprocess.Process | None = None
@@ -86,6 +97,7 @@ class VllmProcess:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "prefill_service.generation.vllm_server"]
         try:
+            self._folder = tempfile.mkdtemp(prefix="vllm-", dir=self._runtime_dir)
             with self._log_path.open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
@@ -97,6 +109,7 @@ class VllmProcess:
                     start_new_session=True,
                 )
         except OSError as error:
+            self._remove_folder()
             raise ServiceError(Reason.DECODER_UNAVAILABLE, f"cannot start vLLM: {error}") from error
         logger.info("vLLM starts as process %d, log in %s", self._process.pid, self._log_path)
 
@@ -118,7 +131,11 @@ class VllmProcess:
             await self._process.wait()
 
     async def kill(self, grace_s: float = _TERM_S) -> None:
-        """SIGTERM, then after ``grace_s`` SIGKILL, to the whole process group."""
+        """SIGTERM, then after ``grace_s`` SIGKILL, to the whole process group.
+
+        multiprocessing's resource tracker is killed last of all: it removes the shared memory of
+        the others once they have ended.
+        """
         process = self._process
         if process is None:
             return
@@ -128,9 +145,20 @@ class VllmProcess:
             with suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), grace_s)
         # EngineCore and workers are in its group and may outlive it.
+        if not await _wait_group_ended(process.pid, grace_s):
+            for pid, command in _members_of(process.pid):
+                if _RESOURCE_TRACKER not in command:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            await _wait_group_ended(process.pid, _TRACKER_S)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _arguments(self, port: int) -> list[str]:
         config = self._config
@@ -166,6 +194,10 @@ class VllmProcess:
         environment = dict(os.environ)
         environment["PREFILL_SERVICE_PARENT_PID"] = str(os.getpid())
         environment["VLLM_NO_USAGE_STATS"] = "1"
+        # What it makes in the temporary folder outlives a kill, but for the cache of its compiler.
+        cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        environment["TMPDIR"] = environment["VLLM_RPC_BASE_PATH"] = self._folder
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override our configuration
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # vllm_server's top level
         if Path(self._model_path).is_dir():
@@ -187,6 +219,27 @@ class VllmProcess:
         except OSError as error:
             return f"(cannot be read: {error})"
         return "\n".join(text.splitlines()[-_LOG_LINES:])
+
+
+async def _wait_group_ended(group: int, timeout_s: float) -> bool:
+    """Whether the last process of the group has ended within ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while _members_of(group):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(_GROUP_POLL_S)
+    return True
+
+
+def _members_of(group: int) -> list[tuple[int, bytes]]:
+    """Ids and command lines of the running processes of a process group; no zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, its_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                found.append((int(folder.name), (folder / "cmdline").read_bytes()))
+    return found
 
 
 def _free_port() -> int:

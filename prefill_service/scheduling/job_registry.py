@@ -41,6 +41,8 @@ class JobRegistry:
         self._count_ahead = count_ahead
         self._jobs: dict[str, Job] = {}
         self._by_prefix: dict[str, Job] = {}
+        self._unsaved: dict[str, JobRecord] = {}
+        self._unsaved_reports: dict[str, AttentionDetail] = {}
 
     # ---- reading ------------------------------------------------------------------------
 
@@ -64,7 +66,9 @@ class JobRegistry:
             ServiceError: UNKNOWN_JOB.
         """
         job = self._jobs.get(job_id)
-        return self.snapshot(job) if job else self._store.get_record(job_id)
+        if job is not None:
+            return self.snapshot(job)
+        return self._unsaved.get(job_id) or self._store.get_record(job_id)
 
     def get_report(self, job_id: str) -> tuple[JobRecord, AttentionDetail]:
         """The job and the attention report of its prefill, also when its prefix is gone.
@@ -73,7 +77,7 @@ class JobRegistry:
             ServiceError: UNKNOWN_JOB; NO_ATTENTION_REPORT if it has not succeeded.
         """
         record = self.get_record(job_id)
-        report = self._store.find_report(job_id)
+        report = self._unsaved_reports.get(job_id) or self._store.find_report(job_id)
         if report is None:
             why = _why_no_report(record)
             raise ServiceError(
@@ -106,11 +110,16 @@ class JobRegistry:
     def list_records(
         self, page_size: int, page_token: str
     ) -> tuple[list[tuple[str, JobRecord]], bool]:
-        """``JobStore.page`` with live progress."""
+        """``JobStore.list_records`` with live progress."""
         rows, more = self._store.list_records(page_size, page_token)
         live = self._jobs
         return [
-            (token, self.snapshot(live[job.job_id]) if job.job_id in live else job)
+            (
+                token,
+                self.snapshot(live[job.job_id])
+                if job.job_id in live
+                else self._unsaved.get(job.job_id, job),
+            )
             for token, job in rows
         ], more
 
@@ -127,17 +136,30 @@ class JobRegistry:
 
     def save(self, record: JobRecord) -> None:
         """Keep a job's new state; a database that fails must not stop the ranks."""
-        try:
-            self._store.update_record(record)
-        except (ServiceError, sqlite3.Error) as error:
-            logger.error("%s is now %s, but: %s", record.job_id, record.state, error)
+        self._unsaved[record.job_id] = record
+        self.write_unsaved()
 
     def save_report(self, job: Job, report: AttentionDetail) -> None:
         """Keep a job's attention report; the prefix is good without it, as with ``save``."""
+        self._unsaved_reports[job.record.job_id] = report
+        self.write_unsaved()
+
+    def write_unsaved(self) -> None:
+        """Write what a full disk kept in memory, as far as it has room now."""
         try:
-            self._store.save_report(job.record.job_id, report)
+            for job_id, record in list(self._unsaved.items()):
+                self._store.update_record(record)
+                del self._unsaved[job_id]
+            for job_id, report in list(self._unsaved_reports.items()):
+                self._store.save_report(job_id, report)
+                del self._unsaved_reports[job_id]
         except (ServiceError, sqlite3.Error) as error:
-            logger.error("%s: its attention report is lost: %s", job.record.job_id, error)
+            logger.error(
+                "%d states of jobs and %d reports are in memory only: %s",
+                len(self._unsaved),
+                len(self._unsaved_reports),
+                error,
+            )
 
     def update_prefix(self, job: Job, plan: PrefixPlan) -> None:
         """Give a job the prefix of its plan: after a restart with another model it is another."""

@@ -1,17 +1,16 @@
 """Durable jobs: SQLite in write-ahead mode, so that a restart resumes the queue.
 
-Each call is one short local transaction without fsync (``synchronous=NORMAL``: a power cut may
-lose the last ones, a crash of the process loses none), so it is made on the event loop, which
-also makes it atomic with respect to the scheduler's own state.
+Each call is one short local transaction without fsync, so it is made on the event loop, which also
+makes it atomic with respect to the scheduler's own state. A crash of the process loses none. A
+power cut may lose those after the last ``sync``, which is called before a client is answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from prefill_service.errors import Reason, ServiceError
 from prefill_service.paging import check_page
 from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.job import JobRecord, JobState, PrefillSpec
+from prefill_service.storage.sqlite_database import SqliteDatabase, Upgrade, run_script
 
-SCHEMA_VERSION = 2
 KEEP_S = 30 * 24 * 3600.0
 """Ended jobs and request ids are forgotten after this."""
 
-_SCHEMA = """
+_JOBS = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     job_id TEXT NOT NULL UNIQUE,
@@ -38,17 +37,20 @@ CREATE TABLE requests (
     job_id TEXT NOT NULL,
     spec TEXT NOT NULL,
     create_time REAL NOT NULL
-);
+)
 """
-_REPORTS = f"""
+_REPORTS = """
 CREATE TABLE reports (
     job_id TEXT PRIMARY KEY,
     report TEXT NOT NULL
-);
-PRAGMA user_version = {SCHEMA_VERSION};
+)
 """
-_UPGRADES = {0: _SCHEMA + _REPORTS, 1: _REPORTS}
-"""By the version found. Records of version 1 know nothing of attention: they were all exact."""
+UPGRADES: tuple[Upgrade, ...] = (
+    lambda db: run_script(db, _JOBS),
+    lambda db: run_script(db, _REPORTS),
+)
+"""By the version found. What was released once stays as it is; changes are further ones.
+Records of version 1 know nothing of attention: they were all exact."""
 
 
 class JobStore:
@@ -58,8 +60,8 @@ class JobStore:
         ServiceError: STORAGE_FULL when a write finds the disk full.
     """
 
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._db = database
+    def __init__(self, database: SqliteDatabase) -> None:
+        self._database = database
 
     @classmethod
     def open(cls, path: Path) -> JobStore:
@@ -68,47 +70,40 @@ class JobStore:
         Raises:
             ServiceError: CONFIG_INVALID if the file is not a job database of this version.
         """
-        try:
-            database = sqlite3.connect(path, isolation_level=None)
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version in _UPGRADES:
-                database.executescript(f"BEGIN;{_UPGRADES[version]}COMMIT;")
-                version = SCHEMA_VERSION
-        except sqlite3.Error as error:
-            raise ServiceError(
-                Reason.CONFIG_INVALID, f"cannot use the job database {path}: {error}", path=path
-            ) from error
-        if version != SCHEMA_VERSION:
-            database.close()
-            raise ServiceError(
-                Reason.CONFIG_INVALID,
-                f"the job database {path} has version {version}, this build reads {SCHEMA_VERSION}",
-                path=path,
-                version=version,
-            )
-        return cls(database)
+        return cls(SqliteDatabase.open(path, "job database", UPGRADES, durable=False))
 
     def close(self) -> None:
         """Close the database."""
-        self._db.close()
+        self._database.close()
 
-    def insert_record(self, record: JobRecord) -> None:
-        """Add the record of a new job."""
-        with _disk_errors():
-            self._db.execute(
+    async def sync(self) -> None:
+        """Wait until everything written before survives a power cut."""
+        await asyncio.to_thread(self._database.sync)
+
+    def insert_record(self, record: JobRecord, request_id: str = "") -> None:
+        """Add the record of a new job, and the request that it is for if it has an id."""
+
+        def insert(db: sqlite3.Connection) -> None:
+            db.execute(
                 "INSERT INTO jobs (job_id, state, create_time, record) VALUES (?, ?, ?, ?)",
                 (record.job_id, record.state, record.create_time, _dump(record)),
             )
+            _remember_request(db, request_id, record.job_id, record.spec)
+
+        self._database.commit(insert)
+
+    def join_record(self, record: JobRecord, request_id: str, spec: PrefillSpec) -> None:
+        """Keep that a client's request led to a job that there was; its record is explicit."""
+
+        def update(db: sqlite3.Connection) -> None:
+            _update(db, record)
+            _remember_request(db, request_id, record.job_id, spec)
+
+        self._database.commit(update)
 
     def update_record(self, record: JobRecord) -> None:
-        """Replace a job's record by a newer one."""
-        with _disk_errors():
-            self._db.execute(
-                "UPDATE jobs SET state = ?, record = ? WHERE job_id = ?",
-                (record.state, _dump(record), record.job_id),
-            )
+        """Replace a job's record by a newer one, of what has happened already."""
+        self._database.commit(lambda db: _update(db, record), essential=True)
 
     def get_record(self, job_id: str) -> JobRecord:
         """The record of one job.
@@ -116,28 +111,28 @@ class JobStore:
         Raises:
             ServiceError: UNKNOWN_JOB.
         """
-        row = self._db.execute("SELECT record FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-        if row is None:
+        rows = self._database.query("SELECT record FROM jobs WHERE job_id = ?", (job_id,))
+        if not rows:
             raise ServiceError(Reason.UNKNOWN_JOB, f"there is no job {job_id!r}", job_id=job_id)
-        return _load(row[0])
+        return _load(rows[0][0])
 
     def count_by_state(self) -> dict[str, int]:
         """How many jobs are in each state; states without a job are 0."""
-        rows = self._db.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state")
-        return {**dict.fromkeys(map(str, JobState), 0), **dict(rows)}
+        rows = self._database.query("SELECT state, COUNT(*) AS count FROM jobs GROUP BY state")
+        counts = dict.fromkeys(map(str, JobState), 0)
+        return counts | {row["state"]: row["count"] for row in rows}
 
     def save_report(self, job_id: str, report: AttentionDetail) -> None:
         """Keep a job's attention report for as long as the job is listed."""
-        with _disk_errors():
-            self._db.execute(
-                "INSERT OR REPLACE INTO reports VALUES (?, ?)",
-                (job_id, json.dumps(asdict(report), separators=(",", ":"))),
-            )
+        values = (job_id, json.dumps(asdict(report), separators=(",", ":")))
+        self._database.commit(
+            lambda db: db.execute("INSERT OR REPLACE INTO reports VALUES (?, ?)", values)
+        )
 
     def find_report(self, job_id: str) -> AttentionDetail | None:
         """A job's attention report, if it has one."""
-        row = self._db.execute("SELECT report FROM reports WHERE job_id = ?", (job_id,)).fetchone()
-        return AttentionDetail.from_dict(json.loads(row[0])) if row else None
+        rows = self._database.query("SELECT report FROM reports WHERE job_id = ?", (job_id,))
+        return AttentionDetail.from_dict(json.loads(rows[0][0])) if rows else None
 
     def list_records(
         self, page_size: int, page_token: str
@@ -151,19 +146,11 @@ class JobStore:
             ServiceError: INVALID_REQUEST for a bad size or token.
         """
         size, before = check_page(page_size, page_token, clamp=False)
-        rows = self._db.execute(
+        rows = self._database.query(
             "SELECT seq, record FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?",
             (before, size + 1),
-        ).fetchall()
+        )
         return [(str(seq), _load(text)) for seq, text in rows[:size]], len(rows) > size
-
-    def remember_request(self, request_id: str, spec: PrefillSpec, job_id: str) -> None:
-        """Bind a request id to the job it led to."""
-        with _disk_errors():
-            self._db.execute(
-                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?)",
-                (request_id, job_id, json.dumps(asdict(spec)), time.time()),
-            )
 
     def find_request(self, request_id: str, spec: PrefillSpec) -> str | None:
         """The job an earlier request with this id led to.
@@ -171,11 +158,12 @@ class JobStore:
         Raises:
             ServiceError: INVALID_REQUEST if that request had another content.
         """
-        row = self._db.execute(
+        rows = self._database.query(
             "SELECT job_id, spec FROM requests WHERE request_id = ?", (request_id,)
-        ).fetchone()
-        if row is None:
+        )
+        if not rows:
             return None
+        (row,) = rows
         earlier = json.loads(row[1])
         content = asdict(spec)
         if "attention" not in earlier:  # of version 1: the client may be repeating it unchanged
@@ -198,22 +186,27 @@ class JobStore:
         has been started ``max_attempts`` times: it may be what brought the process down.
         """
         now = time.time()
-        with _disk_errors():
-            self._db.execute(
+        queue: list[JobRecord] = []
+
+        def settle_all(db: sqlite3.Connection) -> None:
+            db.execute(
                 "DELETE FROM jobs WHERE state NOT IN ('QUEUED', 'RUNNING') AND create_time < ?",
                 (now - KEEP_S,),
             )
-            self._db.execute("DELETE FROM requests WHERE create_time < ?", (now - KEEP_S,))
-            self._db.execute("DELETE FROM reports WHERE job_id NOT IN (SELECT job_id FROM jobs)")
-        rows = self._db.execute(
-            "SELECT record FROM jobs WHERE state IN ('QUEUED', 'RUNNING', 'SUCCEEDED') ORDER BY seq"
-        ).fetchall()
-        queue = []
-        for record in (_load(text) for (text,) in rows):
-            settled = _settle(record, max_attempts, now)
-            self.update_record(settled)
-            if settled.state is JobState.QUEUED:
-                queue.append(settled)
+            db.execute("DELETE FROM requests WHERE create_time < ?", (now - KEEP_S,))
+            db.execute("DELETE FROM reports WHERE job_id NOT IN (SELECT job_id FROM jobs)")
+            rows = db.execute(
+                "SELECT record FROM jobs WHERE state IN ('QUEUED', 'RUNNING', 'SUCCEEDED') "
+                "ORDER BY seq"
+            ).fetchall()
+            queue.clear()
+            for record in (_load(text) for (text,) in rows):
+                settled = _settle(record, max_attempts, now)
+                _update(db, settled)
+                if settled.state is JobState.QUEUED:
+                    queue.append(settled)
+
+        self._database.commit(settle_all, essential=True)
         return queue
 
 
@@ -244,13 +237,18 @@ def _load(text: str) -> JobRecord:
     return JobRecord.from_dict(json.loads(text))
 
 
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-            raise ServiceError(
-                Reason.STORAGE_FULL, "no space left on the disk of the job database"
-            ) from error
-        raise
+def _update(db: sqlite3.Connection, record: JobRecord) -> None:
+    db.execute(
+        "UPDATE jobs SET state = ?, record = ? WHERE job_id = ?",
+        (record.state, _dump(record), record.job_id),
+    )
+
+
+def _remember_request(
+    db: sqlite3.Connection, request_id: str, job_id: str, spec: PrefillSpec
+) -> None:
+    if request_id:
+        db.execute(
+            "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?)",
+            (request_id, job_id, json.dumps(asdict(spec)), time.time()),
+        )

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,6 +135,7 @@ class Scheduler:
             self._queue.withdraw(job)
             if not job.record.explicit:
                 self.jobs.end_job(job, JobState.CANCELLED, _shutting_down())
+        self.jobs.write_unsaved()
 
     # ---- for the API --------------------------------------------------------------------
 
@@ -153,9 +155,8 @@ class Scheduler:
             known = self._store.find_request(request_id, spec)
             if known is not None:
                 return self.jobs.get_record(known)
-        job = self._join(spec, plan, explicit=True)
-        if request_id:
-            self._store.remember_request(request_id, spec, job.record.job_id)
+        job = self._join(spec, plan, explicit=True, request_id=request_id)
+        await self._store.sync()  # what a client was told stays so over a power cut
         return self.jobs.get_record(job.record.job_id)
 
     async def cancel_job(self, job_id: str) -> JobRecord:
@@ -168,6 +169,7 @@ class Scheduler:
         if job is not None and job.record.active:
             self._cancel(job, ServiceError(Reason.CANCELLED, "a client cancelled the job"))
             await job.wait_ended()
+            await self._store.sync()
         return self.jobs.get_record(job_id)
 
     async def watch_job(self, job_id: str) -> AsyncGenerator[JobRecord]:
@@ -258,12 +260,14 @@ class Scheduler:
         *,
         explicit: bool,
         extension: Extension | None = None,
+        request_id: str = "",
     ) -> Job:
         """The job that has or makes a prefix, made if there is none."""
         job = self.jobs.find_by_prefix(plan.prefix_id)
         if job is not None and not (job.record.active and job.cancelled_by):
-            if explicit and not job.record.explicit:
-                self._store.update_record(job.update(explicit=True))
+            if explicit:
+                self._store.join_record(replace(job.record, explicit=True), request_id, spec)
+                job.update(explicit=True)
             return job
         if self._draining:
             raise _shutting_down()
@@ -283,7 +287,7 @@ class Scheduler:
             create_time=time.time(),
         )
         job = Job(record, extension)
-        self._store.insert_record(record)
+        self._store.insert_record(record, request_id)
         self._enqueue(job)
         logger.info("queued %s: %d tokens of %s", record.job_id, plan.num_tokens, spec.video_id)
         return job

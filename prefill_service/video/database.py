@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefill_service.errors import Reason, ServiceError
+from prefill_service.errors import ServiceError
+from prefill_service.storage.sqlite_database import SqliteDatabase, run_script
 from prefill_service.video.records import VideoInfo, VideoState
 
-_ALLOW_TRUNCATED = "allow_truncated INTEGER NOT NULL DEFAULT 0"
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS videos (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     video_id TEXT NOT NULL UNIQUE,
@@ -26,16 +24,27 @@ CREATE TABLE IF NOT EXISTS videos (
     expire_time REAL NOT NULL,
     info TEXT NOT NULL DEFAULT '',
     error_reason TEXT NOT NULL DEFAULT '',
-    error_message TEXT NOT NULL DEFAULT '',
-    {_ALLOW_TRUNCATED}
+    error_message TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS videos_by_digest ON videos (sha256, state);
 CREATE TABLE IF NOT EXISTS requests (
     request_id TEXT PRIMARY KEY,
     arguments TEXT NOT NULL,
     video_id TEXT NOT NULL REFERENCES videos (video_id) ON DELETE CASCADE
-);
+)
 """
+
+
+def _create_tables(db: sqlite3.Connection) -> None:
+    """From version 0: an empty file, or a database of releases that counted no versions."""
+    run_script(db, _SCHEMA)
+    columns = [row["name"] for row in db.execute("PRAGMA table_info(videos)")]
+    if "allow_truncated" not in columns:
+        db.execute("ALTER TABLE videos ADD COLUMN allow_truncated INTEGER NOT NULL DEFAULT 0")
+
+
+UPGRADES = (_create_tables,)
+"""By the version found. What was released once stays as it is; changes are further ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +68,16 @@ class VideoRow:
 class VideoDatabase:
     """Videos and the requests that made them.
 
-    Every method that writes raises STORAGE_FULL when the disk is full.
+    Every method that writes raises STORAGE_FULL when the disk is full; ``delete_video`` and
+    ``set_state`` to FAILED only when its reserve is used up, too. What is written is on disk when
+    the method returns: a video that was reported READY or deleted stays so over a power cut.
+
+    A video can be hidden: it is as good as deleted until its row can be.
     """
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._lock = threading.Lock()
-        self._db = db
+    def __init__(self, database: SqliteDatabase) -> None:
+        self._database = database
+        self._hidden: set[str] = set()
 
     @classmethod
     def open(cls, path: Path) -> VideoDatabase:
@@ -73,79 +86,66 @@ class VideoDatabase:
         Raises:
             ServiceError: CONFIG_INVALID if the file is not such a database.
         """
-        try:
-            db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode = WAL")
-            # FULL: a video that was reported READY or deleted stays so over a power cut.
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-            db.executescript(_SCHEMA)
-            columns = [row["name"] for row in db.execute("PRAGMA table_info(videos)")]
-            if "allow_truncated" not in columns:  # a database of an earlier format
-                db.execute(f"ALTER TABLE videos ADD COLUMN {_ALLOW_TRUNCATED}")
-        except sqlite3.Error as error:
-            raise ServiceError(
-                Reason.CONFIG_INVALID, f"cannot use the video database {path}: {error}", path=path
-            ) from error
-        return cls(db)
+        return cls(SqliteDatabase.open(path, "video database", UPGRADES, durable=True))
 
     def close(self) -> None:
         """Close the file; no method may be called afterwards."""
-        with self._lock:
-            self._db.close()
+        self._database.close()
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                    raise ServiceError(
-                        Reason.STORAGE_FULL, "the disk that holds the video database is full"
-                    ) from error
-                raise
+    def hide_video(self, video_id: str) -> None:
+        """Let no method find a video any more, in memory only."""
+        self._hidden.add(video_id)
+
+    def unhide_video(self, video_id: str) -> None:
+        """Let a video be found again."""
+        self._hidden.discard(video_id)
+
+    @property
+    def hidden(self) -> Sequence[str]:
+        """Ids of the hidden videos."""
+        return tuple(self._hidden)
 
     def _rows(self, where: str, *values: object) -> list[VideoRow]:
-        with self._lock:
-            return [_row(r) for r in self._db.execute(f"SELECT * FROM videos {where}", values)]
+        hidden = self.hidden
+        places = ", ".join("?" * len(hidden))
+        rows = self._database.query(
+            f"SELECT * FROM videos WHERE video_id NOT IN ({places}) AND {where}",
+            (*hidden, *values),
+        )
+        return [_row(row) for row in rows]
 
     def find_video(self, video_id: str) -> VideoRow | None:
         """The row of a video, if there is one."""
-        return next(iter(self._rows("WHERE video_id = ?", video_id)), None)
+        return next(iter(self._rows("video_id = ?", video_id)), None)
 
     def find_ready(self, sha256: str) -> VideoRow | None:
         """The oldest READY video with this digest."""
-        where = "WHERE sha256 = ? AND state = ? ORDER BY seq LIMIT 1"
+        where = "sha256 = ? AND state = ? ORDER BY seq LIMIT 1"
         return next(iter(self._rows(where, sha256, VideoState.READY)), None)
 
     def list_page(self, before_seq: int, count: int) -> list[VideoRow]:
         """Up to ``count`` videos older than ``before_seq``, newest first."""
-        return self._rows("WHERE seq < ? ORDER BY seq DESC LIMIT ?", before_seq, count)
+        return self._rows("seq < ? ORDER BY seq DESC LIMIT ?", before_seq, count)
 
     def list_all(self) -> list[VideoRow]:
         """Every video, oldest first."""
-        return self._rows("ORDER BY seq")
+        return self._rows("TRUE ORDER BY seq")
 
     def find_request(self, request_id: str) -> tuple[str, str] | None:
         """Arguments and video id of the first request with this id."""
         query = "SELECT arguments, video_id FROM requests WHERE request_id = ?"
-        with self._lock:
-            row = self._db.execute(query, (request_id,)).fetchone()
-        return (row["arguments"], row["video_id"]) if row else None
+        rows = self._database.query(query, (request_id,))
+        found = [(row["arguments"], row["video_id"]) for row in rows]
+        return next((pair for pair in found if pair[1] not in self._hidden), None)
 
     def record_request(self, request_id: str, arguments: str, video_id: str) -> None:
-        """Keep the video that a request led to; an earlier one of the same id stays."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?)",
+        """Keep the video that a request led to, which ``find_request`` did not find."""
+        self._database.commit(
+            lambda db: db.execute(
+                "INSERT OR REPLACE INTO requests VALUES (?, ?, ?)",
                 (request_id, arguments, video_id),
             )
+        )
 
     def insert_video(
         self,
@@ -171,8 +171,8 @@ class VideoDatabase:
         }
         columns = ", ".join(values)
         places = ", ".join(f":{name}" for name in values)
-        with self._transaction() as db:
-            db.execute(f"INSERT INTO videos ({columns}) VALUES ({places})", values)
+        statement = f"INSERT INTO videos ({columns}) VALUES ({places})"
+        self._database.commit(lambda db: db.execute(statement, values))
 
     def set_state(
         self,
@@ -185,25 +185,32 @@ class VideoDatabase:
         """Move a video to ``state``, with its info when READY or its error when FAILED."""
         text = json.dumps(info.to_dict()) if info else ""
         reason, message = (str(error.reason), error.message) if error else ("", "")
-        with self._transaction() as db:
-            db.execute(
+        self._database.commit(
+            lambda db: db.execute(
                 "UPDATE videos SET state = ?, info = ?, error_reason = ?, error_message = ? "
                 "WHERE video_id = ?",
                 (state, text, reason, message, video_id),
-            )
+            ),
+            essential=state is VideoState.FAILED,  # which removes the bytes
+        )
 
     def extend_expiry(self, video_id: str, expire_time: float) -> None:
         """Move a video's expiry to ``expire_time`` unless it is later already."""
-        with self._transaction() as db:
-            db.execute(
+        self._database.commit(
+            lambda db: db.execute(
                 "UPDATE videos SET expire_time = MAX(expire_time, ?) WHERE video_id = ?",
                 (expire_time, video_id),
             )
+        )
 
     def delete_video(self, video_id: str) -> bool:
         """Remove a video and its requests; False if there was none."""
-        with self._transaction() as db:
-            return db.execute("DELETE FROM videos WHERE video_id = ?", (video_id,)).rowcount > 0
+        deleted = self._database.commit(
+            lambda db: db.execute("DELETE FROM videos WHERE video_id = ?", (video_id,)).rowcount,
+            essential=True,
+        )
+        self._hidden.discard(video_id)
+        return deleted > 0
 
 
 def _row(row: sqlite3.Row) -> VideoRow:

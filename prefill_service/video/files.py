@@ -8,19 +8,21 @@ in ``sync_and_digest``, before a video can become READY: the sha256 of the bytes
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.storage.disk_space import (
+    copy_bytes,
+    is_full,
+    make_folders,
+    sync_folder,
+)
 from prefill_service.video.index import VideoIndex
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CANNOT_SHARE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-_COPY_BYTES = 1 << 20
 
 
 def lock_data_dir(root: Path, videos_dir: Path) -> int:
@@ -30,7 +32,7 @@ def lock_data_dir(root: Path, videos_dir: Path) -> int:
         ServiceError: CONFIG_INVALID.
     """
     try:
-        videos_dir.mkdir(parents=True, exist_ok=True)
+        make_folders(videos_dir)
         fd = os.open(root / "videos.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ServiceError(
@@ -105,9 +107,11 @@ def append_chunk(
             size_bytes=size_bytes,
         )
     check_space(path.parent, len(data), min_free_bytes)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with storage_errors():
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _write(fd, offset, data)
+        with storage_errors():
+            _write(fd, offset, data)
     finally:
         os.close(fd)
     return offset + len(data)
@@ -119,18 +123,40 @@ def _write(fd: int, offset: int, data: bytes) -> None:
         while view:
             written = os.pwrite(fd, view, offset + len(data) - len(view))
             view = view[written:]
-    except OSError as error:
+    except OSError:
         os.ftruncate(fd, offset)  # half a chunk must not count as committed
-        raise _storage_error(error) from error
+        raise
 
 
-def _storage_error(error: OSError) -> Exception:
-    if error.errno in _FULL:
-        return ServiceError(
+@contextlib.contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise STORAGE_FULL for the errors of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise ServiceError(
             Reason.STORAGE_FULL,
             f"the disk is full ({error.strerror}); what was received before is kept",
-        )
-    return error
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a video's folder, so that a power cut does not lose what will be synced in it.
+
+    Raises:
+        ServiceError: STORAGE_FULL.
+    """
+    with storage_errors():
+        path.mkdir()
+        sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a video's folder; a power cut does not bring it back."""
+    shutil.rmtree(path, ignore_errors=True)
+    sync_folder(path.parent)
 
 
 def sync_and_digest(path: Path) -> str:
@@ -141,14 +167,20 @@ def sync_and_digest(path: Path) -> str:
 
 
 def save_index(index: VideoIndex, path: Path) -> None:
-    """Write an index and sync it, and the folder that lists it, to disk."""
-    index.save(path)
-    for target in (path, path.parent):
-        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    """Write an index and sync it, and the folder that lists it and the video, to disk.
+
+    Raises:
+        ServiceError: STORAGE_FULL; nothing of the index is left then.
+    """
+    try:
+        with storage_errors():
+            index.save(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(path.parent)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def discard_bytes(path: Path) -> None:
@@ -195,15 +227,5 @@ def copy_import(fd: int, target: Path, min_free_bytes: int) -> None:
         ServiceError: STORAGE_FULL.
     """
     check_space(target.parent, os.fstat(fd).st_size, min_free_bytes)
-    try:
-        with target.open("xb", buffering=0) as out:
-            try:
-                while os.copy_file_range(fd, out.fileno(), _COPY_BYTES):
-                    pass
-            except OSError as error:
-                if error.errno not in _CANNOT_SHARE:
-                    raise
-                while block := os.read(fd, _COPY_BYTES):
-                    out.write(block)
-    except OSError as error:
-        raise _storage_error(error) from error
+    with storage_errors(), target.open("xb", buffering=0) as out:
+        copy_bytes(fd, out.fileno())

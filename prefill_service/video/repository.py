@@ -39,6 +39,7 @@ class VideoRepository:
         self._lock_fd = lock_fd
         self._expire_s = expire_s
         self._locks: dict[str, threading.Lock] = {}
+        self._unsaved_expiry: dict[str, float] = {}
 
     @classmethod
     def open(cls, storage: StorageConfig) -> VideoRepository:
@@ -63,13 +64,16 @@ class VideoRepository:
     def _repair(self) -> None:
         """Make unfinished videos UPLOADING, and remove rows without files and files without row."""
         for row in self.database.list_all():
-            if row.state is VideoState.PROBING:
+            if not self.folder_of(row.video_id).exists():
+                logger.info("video %s was deleted, but its row had no room to be", row.video_id)
+                self.database.hide_video(row.video_id)
+            elif row.state is VideoState.PROBING:
                 self.database.set_state(row.video_id, VideoState.UPLOADING)
             elif row.state is not VideoState.READY:
                 continue
             elif not self.input_path(row.video_id).exists():
                 logger.error("the file of video %s is gone; the video is removed", row.video_id)
-                self.database.delete_video(row.video_id)
+                self.database.hide_video(row.video_id)
             elif not self.index_path(row.video_id).exists():  # or it is of an earlier format
                 logger.warning("video %s has to be indexed again: FinishUpload", row.video_id)
                 self.database.set_state(row.video_id, VideoState.UPLOADING)
@@ -77,6 +81,7 @@ class VideoRepository:
         for folder in self.videos_dir.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
+        self.finish_deletions()
 
     def close(self) -> None:
         """Close the database and unlock the data folder."""
@@ -105,8 +110,30 @@ class VideoRepository:
 
     def remove_files(self, video_id: str) -> None:
         """Remove a video's folder and forget its lock."""
-        shutil.rmtree(self.folder_of(video_id), ignore_errors=True)
+        files.remove_folder(self.folder_of(video_id))
         self._locks.pop(video_id, None)
+        self._unsaved_expiry.pop(video_id, None)
+
+    def delete_video(self, video_id: str) -> None:
+        """Remove a video that nobody holds: its files first, which makes room for all the rest.
+
+        Without its folder it is deleted, over a restart too; the row goes as soon as it can.
+        """
+        self.database.hide_video(video_id)
+        self.remove_files(video_id)
+        self._delete_row(video_id)
+
+    def finish_deletions(self) -> None:
+        """Remove the rows of deleted videos, those that the disk had no room to remove before."""
+        for video_id in self.database.hidden:
+            if not self.folder_of(video_id).exists():  # else it is being deleted now
+                self._delete_row(video_id)
+
+    def _delete_row(self, video_id: str) -> None:
+        try:
+            self.database.delete_video(video_id)
+        except ServiceError as error:
+            logger.warning("video %s is deleted, its row will be later: %s", video_id, error)
 
     # ---- rows and records -------------------------------------------------------------
 
@@ -122,21 +149,32 @@ class VideoRepository:
     ) -> str:
         """Make the folder and the row of a new video, UPLOADING; returns its id."""
         video_id = new_id("vid")
-        self.folder_of(video_id).mkdir()
-        self.database.insert_video(
-            video_id,
-            display_name=display_name,
-            size_bytes=size_bytes,
-            sha256=sha256,
-            create_time=time.time(),
-            expire_time=time.time() + self._expire_s,
-            allow_truncated=allow_truncated,
-        )
+        files.make_folder(self.folder_of(video_id))
+        try:
+            self.database.insert_video(
+                video_id,
+                display_name=display_name,
+                size_bytes=size_bytes,
+                sha256=sha256,
+                create_time=time.time(),
+                expire_time=time.time() + self._expire_s,
+                allow_truncated=allow_truncated,
+            )
+        except BaseException:
+            self.remove_files(video_id)
+            raise
         return video_id
 
     def extend_expiry(self, video_id: str) -> None:
-        """Move a video's expiry on, because the video is used."""
-        self.database.extend_expiry(video_id, time.time() + self._expire_s)
+        """Move a video's expiry on, because the video is used; in memory only on a full disk."""
+        expire_time = time.time() + self._expire_s
+        try:
+            self.database.extend_expiry(video_id, expire_time)
+        except ServiceError as error:
+            self._unsaved_expiry[video_id] = expire_time
+            logger.warning("the use of video %s is not written down: %s", video_id, error)
+        else:
+            self._unsaved_expiry.pop(video_id, None)
 
     def find_request(self, request_id: str, arguments: str) -> str | None:
         """The video that the first request with this id led to, if there was one.
@@ -166,7 +204,7 @@ class VideoRepository:
     def make_record(self, row: VideoRow) -> VideoRecord:
         """The record of a row: an upload's bytes and expiry are those of its file."""
         committed = row.size_bytes
-        expire_time = row.expire_time
+        expire_time = max(row.expire_time, self._unsaved_expiry.get(row.video_id, 0.0))
         if row.state is VideoState.FAILED:
             committed = 0
         elif row.state is VideoState.UPLOADING:

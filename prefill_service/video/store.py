@@ -248,8 +248,11 @@ class VideoStore:
     async def delete_video(self, video_id: str) -> None:
         """Remove a video; its files go when the last job that holds them ends.
 
+        It works on a full disk.
+
         Raises:
-            ServiceError: UNKNOWN_VIDEO.
+            ServiceError: UNKNOWN_VIDEO; STORAGE_FULL if jobs hold the video, the disk is full and
+                its reserve is used up.
         """
         await asyncio.to_thread(self._repository.get_row, video_id)
         await self._finishing.stop(video_id)
@@ -259,17 +262,29 @@ class VideoStore:
 
     def _delete(self, video_id: str, only_expired: bool = False) -> bool:
         repository = self._repository
+        database = repository.database
         with repository.lock(video_id):
-            row = repository.database.find_video(video_id)
-            if only_expired and row and repository.make_record(row).expire_time > time.time():
+            row = database.find_video(video_id)
+            if row is None:
                 return False
-            deleted = repository.database.delete_video(video_id)
-            if deleted and not self._holds[video_id]:
-                repository.remove_files(video_id)
-            return deleted
+            if only_expired and repository.make_record(row).expire_time > time.time():
+                return False
+            # Before looking for holds: who begins one afterwards does not find the video.
+            database.hide_video(video_id)
+            if not self._holds[video_id]:
+                repository.delete_video(video_id)
+                return True
+            try:
+                return database.delete_video(video_id)  # its files go when the last hold ends
+            finally:
+                database.unhide_video(video_id)
 
     async def delete_expired(self) -> Sequence[str]:
-        """Remove the videos that have expired and that nobody uses; returns their ids."""
+        """Remove the videos that have expired and that nobody uses; returns their ids.
+
+        Rows of deleted videos that had no room to be removed go as well, if they can now.
+        """
+        await asyncio.to_thread(self._repository.finish_deletions)
         removed = []
         for row in await asyncio.to_thread(self._repository.database.list_all):
             if self._holds[row.video_id] or self._finishing.is_running(row.video_id):

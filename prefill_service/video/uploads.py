@@ -141,8 +141,7 @@ class Uploads:
             target = self._repository.input_path(video_id)
             files.copy_import(fd, target, self._storage.min_free_bytes)
         except BaseException:
-            self._repository.database.delete_video(video_id)
-            self._repository.remove_files(video_id)
+            self._repository.delete_video(video_id)
             raise
         return video_id
 
@@ -184,7 +183,10 @@ class Uploads:
 
     def interrupt_indexing(self, video_id: str) -> None:
         """Make the video UPLOADING again, all its bytes kept: it can be finished later."""
-        self._repository.database.set_state(video_id, VideoState.UPLOADING)
+        try:
+            self._repository.database.set_state(video_id, VideoState.UPLOADING)
+        except ServiceError as error:  # it stays PROBING, and can be finished all the same
+            logger.warning("video %s is no longer indexed, but: %s", video_id, error)
 
 
 def _arguments(*arguments: object, allow: bool) -> str:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +24,15 @@ from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import KVLayout, hash_token_ids
 from tests.generation.oracle import Case, compute
 from tests.kv.rank_process import deal, make_manifest, publish, rank_processes
+from tests.support.leftovers import shared_memory_of, short_folder, still_there
 
 LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=64, dtype="float32", page_tokens=64)
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder
 
 
 async def ask(
@@ -43,13 +50,13 @@ async def ask(
 
 
 async def test_preemption_death_and_restart(
-    checkpoint: Callable[..., Path], tmp_path: Path
+    checkpoint: Callable[..., Path], tmp_path: Path, runtime_dir: Path
 ) -> None:
     # Room for 12 blocks of 128 tokens: two answers of 700 tokens cannot both stay.
     size = 12.5 * 128 * LAYOUT.token_bytes / (1 << 30)
     config = VllmConfig(max_model_len=1024, kv_cache_gib=size)
     model = checkpoint("qwen3_vl")
-    vllm = GenerationServer(config, str(model), "float32", tmp_path)
+    vllm = GenerationServer(config, str(model), "float32", tmp_path, runtime_dir=runtime_dir)
     starting = asyncio.create_task(vllm.start())
     case = await asyncio.to_thread(compute, model, 16, 128, 160, new_tokens=16)
     await starting
@@ -86,7 +93,13 @@ async def test_preemption_death_and_restart(
             assert await ask(vllm, case, handoffs[0], "after", tokens=16) == case.answers[0]
     finally:
         processes = psutil.Process(vllm.pid).children(recursive=True)
+        memory = shared_memory_of(processes)
+        assert memory
+        assert list(runtime_dir.rglob("*")), "vLLM's sockets are elsewhere"
         await vllm.stop()
+    # At once: a stop returns when everything is gone.
+    assert not still_there(memory, timeout_s=0)
+    assert list(runtime_dir.iterdir()) == []
     _, alive = psutil.wait_procs(processes, 5)
     assert not alive
 
@@ -100,6 +113,7 @@ async def _preemptions(vllm: GenerationServer) -> float:
 async def _kill_engine_and_see(vllm: GenerationServer, case: Case, handoff: HandoffParams) -> None:
     """The engine dies under an answer: a precise error, then a restart by itself."""
     children = psutil.Process(vllm.pid).children(recursive=True)
+    memory = shared_memory_of(children)
     old_pid = vllm.pid
     (engine,) = [p for p in children if "EngineCore" in p.name() or "EngineCor" in p.name()]
     # It stands still first: it could be through with its answer before anybody can kill it.
@@ -122,6 +136,7 @@ async def _kill_engine_and_see(vllm: GenerationServer, case: Case, handoff: Hand
         assert time.monotonic() < deadline, vllm.trouble
         await asyncio.sleep(0.5)
     assert vllm.pid != old_pid
+    assert not still_there(memory, timeout_s=0)
     _, alive = psutil.wait_procs(children, 5)
     assert not alive
 
@@ -142,17 +157,25 @@ def test_vllm_dies_with_a_killed_service(checkpoint: Callable[..., Path], tmp_pa
     try:
         deadline = time.monotonic() + 120
         family: list[psutil.Process] = []
+        memory: set[Path] = set()
         # The API server, EngineCore and at least one more (worker or resource tracker).
         while len(family) < 3:
             assert time.monotonic() < deadline
             assert service.poll() is None
             time.sleep(0.5)
             family = psutil.Process(service.pid).children(recursive=True)
+            memory |= shared_memory_of(family)
+        while not memory:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            family = psutil.Process(service.pid).children(recursive=True)
+            memory |= shared_memory_of(family)
     finally:
         os.kill(service.pid, signal.SIGKILL)
         service.wait()
     _, alive = psutil.wait_procs(family, 10)
     assert not alive
+    assert not still_there(memory)
 
 
 async def test_vllm_that_cannot_start_is_explained(tmp_path: Path) -> None:

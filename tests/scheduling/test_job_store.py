@@ -97,6 +97,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     JobStore.open(path).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 7")
+    db.close()
     with pytest.raises(ServiceError, match="has version 7, this build reads 2"):
         JobStore.open(path)
 
@@ -124,9 +125,8 @@ def test_a_database_from_before_sparse_attention_is_taken_over(tmp_path: Path) -
     queued = record()
     done = record(state=JobState.SUCCEEDED, result=RESULT)
     store = JobStore.open(path)
-    for job in (queued, done):
-        store.insert_record(job)
-    store.remember_request("request", SPEC, queued.job_id)
+    store.insert_record(queued, "request")
+    store.insert_record(done)
     store.close()
     with sqlite3.connect(path) as db:
         for job in (queued, done):

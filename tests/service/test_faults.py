@@ -77,6 +77,9 @@ def test_a_killed_rank_costs_time_but_not_the_answer(
     # what the dead ranks held is computed again when asked for
     after = client.ask(long_video, "What happens?", fps=1.0, **options).result()
     assert after.text == before.text
+    # what the dead ranks had in the temporary folder is gone
+    (run,) = service.temporary.iterdir()
+    assert [folder.name.partition("-")[0] for folder in run.glob("e*-*")] == ["e1"]
 
 
 def test_a_client_that_leaves_stops_the_work_within_a_second(

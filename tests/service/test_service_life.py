@@ -8,14 +8,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
+from prefill_service.runtime_folder import PREFIX
 from tests.scheduling.test_traces import check_format
-from tests.support.service_process import service_process
+from tests.support.leftovers import short_folder
+from tests.support.service_process import service_environment, service_process
 from tests.vllm_server import VllmServer
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder
 
 
 def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
@@ -38,8 +47,11 @@ def test_embedded_vllm_is_restarted_when_it_dies_and_nothing_stays_behind(
         assert any("--language-model-only" in line for line in vllm), "vLLM holds a vision tower"
 
 
-def test_a_service_killed_outright_takes_its_ranks_along(
-    checkpoint: Callable[..., Path], vllm: Callable[[str], VllmServer], tmp_path: Path
+def test_a_service_killed_outright_leaves_one_folder_which_the_next_start_removes(
+    checkpoint: Callable[..., Path],
+    vllm: Callable[[str], VllmServer],
+    tmp_path: Path,
+    temporary: Path,
 ) -> None:
     log = tmp_path / "log"
     with log.open("w") as stream:
@@ -62,6 +74,7 @@ def test_a_service_killed_outright_takes_its_ranks_along(
             ],
             stdout=stream,
             stderr=subprocess.STDOUT,
+            env=service_environment(temporary),
         )
     deadline = time.monotonic() + 120
     while "serving on" not in log.read_text():
@@ -75,11 +88,20 @@ def test_a_service_killed_outright_takes_its_ranks_along(
     process.wait()
     _, alive = psutil.wait_procs(below, timeout=5)
     assert not alive
+    (left,) = temporary.iterdir()
+    assert left.name.startswith(PREFIX)
+    # The next start is this one, up to where it finds that there is no checkpoint.
+    next_start = serve("--model", str(tmp_path), environment=service_environment(temporary))
+    assert next_start.returncode == 1
+    assert "MODEL_INVALID" in next_start.stderr
+    assert list(temporary.iterdir()) == []
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+def serve(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "prefill_service.cli.main", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_a_port_in_use_is_named(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import psutil
 from prefill_client import Client
+
+from tests.support.leftovers import shared_memory_of, short_folder, still_there
 
 # Nothing listens there: a service that asked a proxy for its vLLM, or for anything else of this
 # machine, would not come up.
@@ -25,13 +28,25 @@ DEAD_PROXIES = {
 READY = re.compile(r"serving on (\S+:\d+)")
 
 
+def service_environment(temporary: Path) -> dict[str, str]:
+    """An environment with a temporary folder of its own, but for the compiler's cache."""
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    return {
+        **os.environ,
+        **DEAD_PROXIES,
+        "TMPDIR": str(temporary),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+    }
+
+
 @dataclass
 class ServiceProcess:
-    """A service process and where it listens."""
+    """A service process, where it listens, and its temporary folder."""
 
     process: subprocess.Popen[str]
     address: str
     log: Path
+    temporary: Path
 
     def client(self) -> Client:
         return Client(self.address, timeout=30)
@@ -53,8 +68,23 @@ class ServiceProcess:
 def service_process(
     model: Path, folder: Path, *arguments: str, start_s: float = 240.0
 ) -> Iterator[ServiceProcess]:
-    """Start, wait until it serves, stop by SIGTERM; nothing may be left running."""
+    """Start, wait until it serves, stop by SIGTERM; nothing may be left of it.
+
+    However its ranks, its vLLM or its decoders ended meanwhile: no process, no shared memory, and
+    nothing in the temporary folder, which is its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    with short_folder() as temporary:
+        with _run(model, folder, temporary, *arguments, start_s=start_s) as service:
+            yield service
+        left = sorted(temporary.rglob("*"))
+        assert not left, f"left in the temporary folder: {left}"
+
+
+@contextmanager
+def _run(
+    model: Path, folder: Path, temporary: Path, *arguments: str, start_s: float
+) -> Iterator[ServiceProcess]:
     log = folder / "service.log"
     command = [sys.executable, "-m", "prefill_service.cli.main", "serve"]
     command += ["--model", str(model), "--port", "0", "--data-dir", str(folder / "data")]
@@ -66,17 +96,21 @@ def service_process(
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env={**os.environ, **DEAD_PROXIES},
+            env=service_environment(temporary),
         )
     try:
-        service = ServiceProcess(process, _wait_ready(process, log, start_s), log)
+        service = ServiceProcess(process, _wait_ready(process, log, start_s), log, temporary)
         family = psutil.Process(process.pid).children(recursive=True)
+        memory = shared_memory_of(family)
         yield service
         family += psutil.Process(process.pid).children(recursive=True)
+        memory |= shared_memory_of(family)
         process.terminate()
         assert process.wait(60) == 0, log.read_text()[-2000:]
         _, alive = psutil.wait_procs(set(family), timeout=5)
         assert not alive, f"left running: {alive}"
+        left = still_there(memory, timeout_s=0)
+        assert not left, f"left in shared memory: {left}"
     except BaseException:
         print(log.read_text()[-8000:])
         raise

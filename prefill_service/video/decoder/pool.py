@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+from pathlib import Path
 
 from prefill_service.video.decoder.process import DecoderProcess
 
@@ -25,9 +26,21 @@ class DecoderPool:
         count: how many wait; 0: each is started when it is acquired.
         quiet_s: seconds between the last release and the start of the next process.
         long_s: seconds until the next is started beside one that is not released.
+        folder: where each process gets a folder of its own; by default the system's.
+
+    Attributes:
+        folder: as given.
     """
 
-    def __init__(self, count: int, quiet_s: float = 0.5, long_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        count: int,
+        quiet_s: float = 0.5,
+        long_s: float = 5.0,
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        self.folder = folder
         self._count = count
         self._quiet_s = quiet_s
         self._long_s = long_s

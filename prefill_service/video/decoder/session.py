@@ -20,6 +20,7 @@ from typing import Self
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.storage.disk_space import is_full
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.process import DecoderProcess
 from prefill_service.video.decoder.protocol import MAX_HEADER_BYTES, PREFIX, Header, pack
@@ -115,13 +116,33 @@ class DecoderSession:
             pool: where to acquire the process.
 
         Raises:
-            ServiceError: NOT_A_VIDEO.
+            ServiceError: NOT_A_VIDEO; STORAGE_FULL if the disk of the temporary folder is full.
             OSError: the system has no room for another process.
         """
+        try:
+            return cls._assign(path, request, limits, pool)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise ServiceError(
+                Reason.STORAGE_FULL,
+                f"the disk of the temporary folder is full: {error.strerror}",
+            ) from error
+
+    @classmethod
+    def _assign(
+        cls,
+        path: Path,
+        request: DecoderRequest,
+        limits: VideoConfig,
+        pool: DecoderPool | None,
+    ) -> DecoderSession:
         with contextlib.ExitStack() as stack:
             fd = open_video(path)
             stack.callback(os.close, fd)
-            folder = tempfile.TemporaryDirectory(prefix="prefill-decoder-")
+            folder = tempfile.TemporaryDirectory(
+                prefix="prefill-decoder-", dir=pool.folder if pool else None
+            )
             resources = ResourceLimits(limits.max_memory_bytes, max(1, int(request.cpu_s)))
             header = {
                 **request.header,

@@ -1,0 +1,1 @@
+"""The data folder: SQLite files that survive full disks and power cuts, and their backup."""
