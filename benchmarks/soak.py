@@ -212,15 +212,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 async def _soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "videos").mkdir(parents=True)
     films = make_films(PATCHES, folder / "videos", options.seed, SIDE)
-    arguments = ["--model", str(options.checkpoint), "--ranks", "2", "--device", "cpu"]
+    arguments = ["--ranks", "2", "--device", "cpu"]
     arguments += ["--engine-threads-per-rank", "1", "--vllm-kv-cache-gib", "0.25"]
     arguments += ["--engine-kv-pool-bytes", str(options.pool_mib << 20)]
-    data = ["--data-dir", str(folder / "data")]
+    places = ["--model", str(options.checkpoint), "--data-dir", str(folder / "data")]
     settings = tables.settings(
-        hours_planned=options.hours, every_s=options.every_s, seed=options.seed, arguments=arguments
+        hours_planned=options.hours,
+        every_s=options.every_s,
+        seed=options.seed,
+        arguments=arguments,
     )
     async with AsyncExitStack() as stack:
-        service = stack.enter_context(ServiceProcess([*arguments, *data], folder / "service.log"))
+        service = stack.enter_context(ServiceProcess([*arguments, *places], folder / "service.log"))
         await asyncio.to_thread(service.wait_ready, START_S, lambda _: None)
         client = await stack.enter_async_context(AsyncClient(service.address))
         videos = [await client.upload(film.path) for film in films]

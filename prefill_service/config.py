@@ -181,6 +181,9 @@ class VllmConfig:
     )
     start_timeout_s: float = _opt(600.0, "Longest start of the embedded vLLM.")
     request_timeout_s: float = _opt(600.0, "Longest silence of vLLM within one answer.")
+    stall_timeout_s: float = _opt(
+        120.0, "An embedded vLLM whose engine takes longer for a single token is restarted."
+    )
     max_question_tokens: int = _opt(
         0, "Most tokens of a request's messages; 0: what the context leaves.", low=0
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import time
@@ -50,6 +51,7 @@ CALM_S = (1.0, 4.0)
 ARGUMENTS = (
     "--ranks", "2", "--device", "cpu", "--engine-threads-per-rank", "1",
     "--engine-kv-pool-bytes", str(24 << 20), "--vllm-kv-cache-gib", "0.25",
+    "--vllm-stall-timeout-s", "20",
     "--storage-min-free-bytes", str(1 << 20), "--server-drain-seconds", "5",
 )  # fmt: skip
 
@@ -148,6 +150,7 @@ async def _disturb(
 async def _inflict(fault: Fault, scene: Scene, prober: Prober, found: Findings) -> None:
     """One fault, and the wait until everything works again."""
     found.outcome.disturbance = fault.name
+    found.loads.append(os.getloadavg()[0])
     begin = time.monotonic()
     await fault.inflict(scene)
     if not fault.from_begin:

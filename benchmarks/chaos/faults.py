@@ -186,6 +186,7 @@ FAULTS = (
     ),
     Fault("vllm-killed", "vLLM's API server, kill -9", _signal(census.VLLM), target_s=30.0),
     Fault("engine-paused", f"vLLM's engine, stopped for {PAUSE_S:g} s", _pause(census.ENGINE)),
+    Fault("engine-stopped", "vLLM's engine, kill -STOP", _signal(census.ENGINE, number=_STOP)),
     Fault("vllm-stopped", "vLLM's API server, kill -STOP", _signal(census.VLLM, number=_STOP)),
     Fault("decoders-killed", "all video decoders, kill -9", _kill_decoders, target_s=1.0),
     Fault("client-killed", "a client in mid-answer, kill -9", _kill_client),

@@ -32,6 +32,7 @@ class Findings:
         leftovers: names of what was left after the end, by kind.
         not_run: faults that cannot be inflicted here, of those that were asked for.
         deaths: how often the front end ended without having been told to.
+        loads: processes that waited for a core, as each fault was inflicted.
     """
 
     comparison: Comparison
@@ -41,6 +42,7 @@ class Findings:
     leftovers: dict[str, list[str]] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
     deaths: list[str] = field(default_factory=list)
+    loads: list[float] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each fault that was inflicted."""
@@ -100,7 +102,7 @@ class Findings:
     def content(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """For the result file."""
         return {
-            "settings": dict(settings),
+            "settings": {**settings, "load_during": round(statistics.fmean(self.loads or [0]), 1)},
             "rows": self.rows(),
             "compared": dict(self.comparison.compared),
             "mismatches": self.comparison.mismatches,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.report import charts, parallel, quality, service, versions
+from benchmarks.report import charts, parallel, quality, robustness, service, versions
 from benchmarks.report.results import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +27,8 @@ COMMANDS = {
     "profile-cpu": "python -m benchmarks.attention.profile_prefill",
     "load-cpu": "python -m benchmarks.load",
     "long-question-cpu": "python -m benchmarks.load.long_question",
+    "chaos-cpu": "python -m benchmarks.chaos",
+    "soak-cpu": "python -m benchmarks.soak",
     "ingest-cpu": "python -m benchmarks.ingest.decoding",
     "hour-cpu": "python -m benchmarks.ingest.hour",
     "sp-sparse": "python -m benchmarks.parallel.sparse",
@@ -56,6 +58,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stages": service.stages,
     "load": service.load,
     "long-question": service.long_question,
+    "chaos": robustness.chaos,
+    "chaos-growth": robustness.growth,
+    "soak": robustness.soak,
     "profile": service.profile,
     "ingest": service.ingest,
     "hour": service.hour,

@@ -16,6 +16,7 @@ from prefill_service.compat import VLLM_ANSWERS_TEXT, check_vllm, vllm_is
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.detokenizer import load_tokenizer
+from prefill_service.generation.engine_watch import EngineWatch
 from prefill_service.generation.vllm_client import (
     GenerationEvent,
     GenerationRequest,
@@ -69,6 +70,7 @@ class GenerationServer:
         self._max_model_len = 0
         self._trouble = "vLLM has not been started"
         self._ready = False
+        self._engine = EngineWatch(config.stall_timeout_s)
 
     @property
     def ready(self) -> bool:
@@ -138,9 +140,11 @@ class GenerationServer:
         if client is None or not self._ready:
             raise ServiceError(Reason.DECODER_UNAVAILABLE, f"vLLM is not ready: {self._trouble}")
         try:
-            async with aclosing(client.generate(request)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    yield event
+            with self._engine.follow() as note_sign:
+                async with aclosing(client.generate(request)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        note_sign()
+                        yield event
         except ServiceError as error:
             if error.reason == Reason.DECODER_FAILED:
                 # A dying engine answers running requests with errors before it is gone.
@@ -209,7 +213,10 @@ class GenerationServer:
     async def _watch(self) -> None:
         """Notice trouble, then bring vLLM back, for ever."""
         while True:
-            await self._until_trouble()
+            try:
+                await self._until_trouble()
+            finally:
+                await self._engine.close()
             backoff = 1.0
             while not self._ready:
                 try:
@@ -226,11 +233,15 @@ class GenerationServer:
         failures = 0
         while True:
             await self._pause()
-            if self._process is not None and self._process.pid is None:
-                self._down(self._process.exit_text())
-                return
+            assert self._client is not None
+            if self._process is not None:
+                if self._process.pid is None:
+                    self._down(self._process.exit_text())
+                    return
+                if trouble := self._engine.find_trouble(self._client.check_engine):
+                    self._down(trouble)
+                    return
             try:
-                assert self._client is not None
                 await self._client.check_health()
                 failures = 0
             except ServiceError as error:

@@ -137,6 +137,28 @@ class VllmClient:
         """
         await self._get("/health")
 
+    async def check_engine(self, timeout_s: float) -> None:
+        """Have one token made. ``/health`` does not notice an engine that hangs; this does.
+
+        Raises:
+            ServiceError: DECODER_UNAVAILABLE, nothing came within ``timeout_s``.
+        """
+        body = {
+            "token_ids": [0],
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0},
+            "stream": False,
+        }
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            url = f"{self.url}/inference/v1/generate"
+            async with self._session.post(url, json=body, timeout=timeout) as response:
+                await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unavailable(
+                f"vLLM at {self.url} has not made a token within {timeout_s:g} s: "
+                f"{_describe(error)}; the limit is vllm.stall_timeout_s"
+            ) from error
+
     async def max_model_len(self) -> int:
         """Context of the served model in tokens, from ``/v1/models``.
 

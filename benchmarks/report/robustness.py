@@ -1,0 +1,83 @@
+"""Blocks on what the service withstands: disturbances one after the other, and hours of load."""
+
+from __future__ import annotations
+
+from benchmarks import tables
+from benchmarks.report.results import content, rows, seconds, settings
+
+_LOST = "none"
+_UNITS = {
+    "private": "own memory, MiB",
+    "pss": "with its part of shared memory, MiB",
+    "descriptors": "descriptors",
+}
+
+
+def chaos() -> str:
+    """Recovery after each fault, failed calls, and what must not have happened."""
+    header = ("disturbed", "times", "recovery, median, s", "longest, s", "aim, s", "failed calls")
+    lines = [
+        [
+            row["what"],
+            row["times"],
+            seconds(row["median_s"]),
+            seconds(row["max_s"]),
+            "" if row["target_s"] is None else f"{row['target_s']:g}",
+            ", ".join(f"`{reason}` {times}" for reason, times in row["failures"].items()) or _LOST,
+        ]
+        for row in rows("chaos-cpu")
+    ]
+    found = content("chaos-cpu")
+    noted = settings("chaos-cpu")
+    left = ", ".join(f"{kind} {number}" for kind, number in found["leftovers"].items())
+    compared = sum(found["compared"].values())
+    text = (
+        f"{tables.markdown(header, lines)}\n\n"
+        f"{compared} answers were compared, {len(found['mismatches'])} differ. "
+        f"Left over after the end: {left}.\n"
+        f"Load of the machine meanwhile: {noted['load_during']:.1f} on {noted['cores']} cores."
+    )
+    if found["not_run"]:
+        text += f"\nNot run: {', '.join(found['not_run'])}."
+    return text
+
+
+def growth() -> str:
+    """Own memory and descriptors of each kind of process, before the faults and after."""
+    header = ("processes", "memory before, MiB", "after, MiB", "descriptors before", "after")
+    lines = [
+        [
+            row["kind"] + (" (restarted)" if row["restarted"] else ""),
+            f"{row['start_mib']:.0f}",
+            f"{row['end_mib']:.0f}",
+            row["start_descriptors"],
+            row["end_descriptors"],
+        ]
+        for row in content("chaos-cpu")["growth"]
+    ]
+    return tables.markdown(header, lines)
+
+
+def soak() -> str:
+    """Slopes of memory and descriptors by kind of process, and the answers compared."""
+    header = ("processes", "measure", "start", "end", "slope per hour", "95 % interval")
+    lines = [
+        [
+            row["kind"],
+            _UNITS[row["measure"]],
+            f"{row['start']:.1f}",
+            f"{row['end']:.1f}",
+            f"{row['per_hour']:+.2f}",
+            f"{row['low']:+.2f} to {row['high']:+.2f}",
+        ]
+        for row in rows("soak-cpu")
+        if row["measure"] in _UNITS
+    ]
+    found = content("soak-cpu")
+    failed = ", ".join(f"{name} {times}" for name, times in found["failures"].items()) or _LOST
+    return (
+        f"{tables.markdown(header, lines)}\n\n"
+        f"{settings('soak-cpu')['hours']:.1f} hours, {sum(found['done'].values())} actions, "
+        f"{sum(found['compared'].values())} answers compared, {len(found['mismatches'])} differ. "
+        f"Failed calls: {failed}."
+    )
