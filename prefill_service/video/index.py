@@ -31,6 +31,7 @@ class WarningReason(StrEnum):
     FRAME_SHAPE = "FRAME_SHAPE"
     DAMAGED = "DAMAGED"
     TRUNCATED = "TRUNCATED"
+    OPEN_ENDED = "OPEN_ENDED"
 
 
 @dataclass(frozen=True, slots=True)

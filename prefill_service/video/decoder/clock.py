@@ -33,6 +33,8 @@ from prefill_service.video.decoder.timestamps import (
 from prefill_service.video.index import VideoWarning, WarningReason, stamp_error
 
 _FALLBACK_RATE = 25.0  # FFmpeg's own, for a stream without any clock
+_LAST_STEPS = 16
+_MAX_STRAYS = 4
 _STANDARD_RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0,
                    120000 / 1001, 120.0)  # fmt: skip
 
@@ -69,6 +71,7 @@ def measure_clock(
     step = _global_step(stamps, declared)
     if missing:
         warnings.append(_missing(missing, count, step, declared))
+    stamps = replace(stamps, times_s=_without_strays(stamps.times_s, step))
     joins = Joins.find(stamps, declared, others or OtherStreams(), step)
     times_s = _rebase(stamps.times_s, joins.starts, step)
     warnings += joins.describe(times_s)
@@ -77,7 +80,7 @@ def measure_clock(
     fps = _choose_rate(times_s, duration_s, declared, stamps.tick_s)
     warnings += _contradictions(
         count,
-        duration_s,
+        (float(times_s[-1]), duration_s),
         _relative(declared, stamps, hidden),
         joined=len(joins.starts) > 1 or missing == count,
     )
@@ -98,6 +101,19 @@ def _global_step(stamps: Stamps, declared: Declared) -> float:
     if duration > 0:
         return duration
     return 1 / next(iter(plausible(declared.rates)), _FALLBACK_RATE)
+
+
+def _without_strays(times_s: np.ndarray, step: float) -> np.ndarray:
+    """The times, nan of a few frames that come late between others: damage, and no restart."""
+    known = np.flatnonzero(~np.isnan(times_s))
+    values = times_s[known]
+    mended = times_s.copy()
+    for back in np.flatnonzero(np.diff(values) < -2 * step) + 1:
+        ahead = values[back : back + _MAX_STRAYS + 1]
+        passing = np.flatnonzero(ahead > values[back - 1])
+        if len(passing) and ahead[passing[0]] - ahead[passing[0] - 1] > 2 * step:
+            mended[known[back : back + int(passing[0])]] = np.nan
+    return mended
 
 
 def _rebase(times_s: np.ndarray, starts: np.ndarray, step: float) -> np.ndarray:
@@ -152,13 +168,15 @@ def _last_duration(stamps: Stamps, times_s: np.ndarray, starts: np.ndarray, step
     """Seconds that the last frame is shown: as its packet says, if that is likely.
 
     Most containers write the length of a frame of the nominal rate there. One that is far from a
-    typical step counts only among frames that come irregularly and whose packets are right.
+    typical step counts only among frames that come irregularly and whose packets are right. Where
+    the last steps are regular, theirs is typical: a recording may have slowed down.
     """
     own = float(stamps.durations_s[-1])
     steps = np.diff(times_s[starts[-1] :])
     if not len(steps):
         return own if own > 0 and len(times_s) == 1 else step
-    usual = typical_step(steps)
+    last_steps = steps[-_LAST_STEPS:]
+    usual = typical_step(last_steps if is_regular(last_steps) else steps)
     if usual / 2 <= own <= usual * 1.5:
         return own
     right = np.abs(stamps.durations_s[:-1] - np.diff(times_s)) <= 2 * stamps.tick_s
@@ -209,12 +227,17 @@ def _relative(declared: Declared, stamps: Stamps, hidden: int) -> Declared:
 
 
 def _contradictions(
-    count: int, duration_s: float, declared: Declared, *, joined: bool
+    count: int, last_s: tuple[float, float], declared: Declared, *, joined: bool
 ) -> list[VideoWarning]:
-    """Warnings of declared values that are not the measured ones."""
+    """Warnings of declared values that are not the measured ones.
+
+    Args:
+        last_s: when the last of ``count`` frames begins and ends.
+    """
     found = []
+    begin_s, duration_s = last_s
     tolerance = max(1.0, 0.05 * duration_s)
-    rate = next(iter(declared.rates), 0.0)
+    rate = next(iter(plausible(declared.rates)), 0.0)
     if rate > 0 and abs(count / rate - duration_s) > tolerance:
         found.append(
             VideoWarning(
@@ -233,7 +256,8 @@ def _contradictions(
             )
         )
     ends = declared.durations_s
-    if ends and not joined and min(abs(end - duration_s) for end in ends) > tolerance:
+    within = (begin_s - tolerance, duration_s + tolerance)
+    if ends and not joined and not any(within[0] <= end <= within[1] for end in ends):
         found.append(
             VideoWarning(
                 WarningReason.DURATION,

@@ -6,11 +6,13 @@ import logging
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import av
 import av.logging
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -29,6 +31,10 @@ DECODERS = ("h264", "hevc", "vvc", "libdav1d", "vp8", "vp9", "mpeg4", "mpeg2vide
             "theora", "mjpeg", "prores", "dnxhd", "ffv1", "rawvideo", "huffyuv",
             "ffvhuff", "gif", "apng", "dvvideo", "qtrle")  # fmt: skip
 
+_Stream = TypeVar("_Stream", bound=Stream)
+_MAX_FAILURES = 64  # errors in a row after which a demuxer is taken to find no way on
+# FFmpeg's of a damaged packet; older decoders return -1 for it, which is EPERM.
+_DAMAGED = (av.error.InvalidDataError, av.error.PermissionError)
 _PIXELS_LOG = "exceeds specified max pixel count"
 _FRAME_BYTES_PER_PIXEL = 8  # a decoded frame and a decoder's tables, amply
 
@@ -114,6 +120,37 @@ def _guard_pixels(limits: VideoConfig) -> int:
     return 2 * limits.max_frame_pixels + (1 << 16)
 
 
+def read_packets(
+    container: InputContainer, *streams: _Stream, on_error: Callable[[], None] = lambda: None
+) -> Iterator[Packet[_Stream]]:
+    """The packets of ``streams`` to the file's end, past what cannot be read; then empty ones.
+
+    Args:
+        container: where reading goes on.
+        streams: of the container.
+        on_error: called for each place that cannot be read.
+
+    Raises:
+        av.FFmpegError: the file cannot be read for another reason than its content.
+    """
+    failures = 0
+    while failures < _MAX_FAILURES:
+        try:
+            for packet in cast("Iterator[Packet[_Stream]]", container.demux(*streams)):
+                failures = 0
+                yield packet
+            return
+        except (av.error.InvalidDataError, av.error.PatchWelcomeError):
+            failures += 1
+            on_error()
+        except av.error.EOFError:
+            break
+    for stream in streams:
+        last = cast("Packet[_Stream]", Packet())
+        last.stream = stream
+        yield last
+
+
 def decode_packet(
     packet: Packet[VideoStream],
     limits: VideoConfig,
@@ -155,9 +192,10 @@ def _decode(
             return context.decode(None) if packet is None else packet.decode()
         except av.FFmpegError as error:
             _check_memory(context, error)
-            if isinstance(error, (av.error.InvalidDataError, av.error.EOFError)):
-                if isinstance(error, av.error.InvalidDataError):
-                    on_damaged()
+            if isinstance(error, _DAMAGED):
+                on_damaged()
+                return []
+            if isinstance(error, av.error.EOFError):
                 return []
             raise
         finally:

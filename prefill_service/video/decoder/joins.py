@@ -23,7 +23,9 @@ import numpy as np
 from prefill_service.video.decoder.timestamps import Declared, OtherStreams, Stamps, is_regular
 from prefill_service.video.index import VideoWarning, WarningReason
 
-_LONG_GAP_S = 10.0
+LONG_GAP_S = 10.0
+"""Shorter pauses are taken for pauses."""
+
 _HOUR_S = 3600.0
 _GAP_RATIO = 10.0
 _SIDE_STEPS = 16  # steps looked at on each side of a gap
@@ -98,7 +100,7 @@ class Joins:
             found.append(
                 VideoWarning(
                     WarningReason.CLOCK_GAP,
-                    f"the file has no frame for more than {_LONG_GAP_S:g} s {_times(self.gaps)}, "
+                    f"the file has no frame for more than {LONG_GAP_S:g} s {_times(self.gaps)}, "
                     f"first for {self.steps[frame]:.3f} s before frame {frame} "
                     f"({times_s[frame]:.3f} s); the frame before is taken to be shown that long",
                 )
@@ -113,7 +115,7 @@ def _times(frames: np.ndarray) -> str:
 def _candidates(steps: np.ndarray) -> list[int]:
     """Steps that are long beside their neighbours."""
     found = []
-    for position in np.flatnonzero(steps > _LONG_GAP_S):
+    for position in np.flatnonzero(steps > LONG_GAP_S):
         sides = [side for side in _sides(steps, position) if len(side)]
         if all(steps[position] > _GAP_RATIO * np.median(np.abs(side)) for side in sides):
             found.append(int(position))

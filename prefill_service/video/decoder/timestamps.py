@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,3 +91,8 @@ def is_regular(steps: np.ndarray) -> bool:
 def plausible(rates: tuple[float, ...]) -> list[float]:
     """Rates that a video can have, in frames per second."""
     return [rate for rate in rates if 0 < rate <= _MAX_RATE]
+
+
+def as_floats(times: Sequence[int | None]) -> np.ndarray:
+    """[times] float64, nan where there is none."""
+    return np.array([np.nan if time is None else time for time in times], np.float64)

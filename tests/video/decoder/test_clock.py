@@ -60,6 +60,20 @@ def test_a_last_frame_that_comes_early_stays_where_it_is() -> None:
     np.testing.assert_allclose(measure(times).times_s, times)
 
 
+def test_the_last_frame_of_a_recording_that_slowed_down_is_shown_as_long_as_those_before() -> None:
+    """A screen recording of 30 frames a second, then of one: its muxer writes 33 ms at the end."""
+    times = np.append(np.arange(300) / 30, 10.0 + np.arange(20))
+    ends = Declared(rates=(30.0,), durations_s=(29 + 1 / 30,))
+    clock = measure(times, ends)
+    assert clock.duration_s == pytest.approx(30.0)
+    assert WarningReason.DURATION not in reasons(clock)
+    slow = np.append(np.arange(300) / 30, 10.0 + np.arange(20) * 60)
+    muxed = Declared(durations_s=(10 + 19 * 60 + 1 / 30,))  # within what the last frame is shown
+    assert reasons(measure(slow, muxed)) == []
+    early = Declared(durations_s=(10 + 17 * 60.0,))
+    assert WarningReason.DURATION in reasons(measure(slow, early))
+
+
 @pytest.mark.parametrize("parts", [2, 3, 20])
 def test_restarts_are_recordings_that_follow_one_another(parts: int) -> None:
     clock = measure(np.tile(CONSTANT, parts))
@@ -69,6 +83,16 @@ def test_restarts_are_recordings_that_follow_one_another(parts: int) -> None:
     assert warning.reason is WarningReason.CLOCK_RESTARTS
     times = "once" if parts == 2 else f"{parts - 1} times"
     assert f"set back {times}, first at frame 50 (2.000 s) by 1.960 s" in warning.message
+
+
+def test_a_frame_that_comes_late_behind_damage_is_no_restart() -> None:
+    times = np.delete(CONSTANT, range(20, 35))
+    times[22] = CONSTANT[19] + 0.02
+    clock = measure(times)
+    assert WarningReason.CLOCK_RESTARTS not in reasons(clock)
+    others = np.arange(len(times)) != 22
+    np.testing.assert_allclose(clock.times_s[others], times[others])
+    assert times[21] < clock.times_s[22] < times[23]
 
 
 @pytest.mark.parametrize("gap_s", [30.0, 600.0, 3000.0])

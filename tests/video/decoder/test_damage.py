@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.decoder.damage import describe_damage, says_damaged
 from prefill_service.video.decoder.indexing import build_index
+from prefill_service.video.decoder.integrity.damage import describe_damage, says_damaged
+from prefill_service.video.decoder.integrity.transport_stream import (
+    TransportStream,
+    survey_transport_stream,
+)
 from prefill_service.video.index import VideoIndex, WarningReason
 from tests.video.sample_videos import H264, damage_frames, make_video
 
@@ -22,6 +28,7 @@ VP8 = {"codec": "libvpx", "options": {"g": "10", "deadline": "realtime", "cpu-us
 CLUSTERS = {"container_options": {"cluster_time_limit": "1000"}}
 FRAGMENTS = {"container_options": {"movflags": "frag_keyframe+empty_moov"}}
 MPEG2 = {"codec": "mpeg2video", "options": {"g": "10"}}
+LARGE = {"size": (320, 240)}  # so that a frame is more than a pack
 READ_ON: dict[str, tuple[str, dict]] = {
     "mkv": ("v.mkv", CLUSTERS),
     "webm": ("v.webm", {**VP8, **CLUSTERS}),
@@ -30,6 +37,8 @@ READ_ON: dict[str, tuple[str, dict]] = {
     "flv": ("v.flv", {}),
     "ogg": ("v.ogg", {**VP8, "container_format": "ogg"}),
     "mxf": ("v.mxf", {**MPEG2, "rate": 25}),
+    "mpeg": ("v.mpg", {**MPEG2, **LARGE, "rate": 25, "container_format": "mpeg"}),
+    "vob": ("v.vob", {**MPEG2, **LARGE, "rate": 25, "container_format": "vob"}),
 }
 FILLS: dict[str, Callable[[int], bytes]] = {
     "zeros": bytes,
@@ -77,6 +86,8 @@ def test_frames_behind_the_damage_are_read_and_the_gap_is_said(
         ("v.webm", VP8, (0.5, 0.95)),
         ("fragments.mp4", FRAGMENTS, (0.5, 0.55)),
         ("rest.mp4", FRAGMENTS, (0.3, 0.97)),
+        ("v.gif", {"codec": "gif", "pix_fmt": "rgb8", "options": {}}, (0.5, 0.55)),
+        ("v.apng", {"codec": "apng", "pix_fmt": "rgb24", "options": {}}, (0.5, 0.55)),
     ],
 )
 def test_a_lost_rest_is_refused_unless_allowed(
@@ -93,6 +104,78 @@ def test_a_lost_rest_is_refused_unless_allowed(
     warning = index.warnings[0]
     assert warning.reason is WarningReason.TRUNCATED
     assert f"up to second {index.duration_s:.3f}" in warning.message
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_avi_has_no_times_so_the_place_is_said(tmp_path: Path, fill: str) -> None:
+    path = make_damaged(tmp_path / "v.avi", (0.6, 0.7), fill, codec="mpeg4", options={"g": "10"})
+    index = build_index(str(path), LIMITS)
+    assert 60 < index.frame_count < 95
+    message = named(index, WarningReason.DAMAGED)[0]
+    with av.open(str(path)) as file:
+        starts = [packet.pos for packet in file.demux(video=0) if packet.size]
+    before = sum(start < 0.6 * path.stat().st_size for start in starts)
+    begin, end = (float(part) for part in re.findall(r"\d+\.\d{3}", message))
+    assert before / 10 - 0.25 < begin < end < before / 10 + 0.05
+
+
+def test_frames_of_dv_that_are_none_are_said(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "v.dv", "dvvideo", 12, options={}, size=(720, 576), rate=25)
+    assert not named(build_index(str(path), LIMITS), WarningReason.DAMAGED)
+    size = path.stat().st_size // 12
+    data = path.read_bytes()
+    noise = np.random.default_rng(1).bytes(2 * size)
+    path.write_bytes(data[: 5 * size] + noise + data[7 * size :])
+    assert named(build_index(str(path), LIMITS), WarningReason.DAMAGED)
+
+
+@pytest.mark.parametrize("fill", ["removed", *FILLS])
+@pytest.mark.parametrize("count", [1, 2, 16, 40])
+def test_packets_of_a_transport_stream_are_missed_however_few(
+    tmp_path: Path, fill: str, count: int
+) -> None:
+    """16 of a stream look like none to its counter of 4 bits, unless other streams miss some."""
+    path = make_video(tmp_path / "v.ts", frames=60, size=(320, 240), options={**H264, "qp": "10"})
+    data = path.read_bytes()
+    places = [at for at in range(0, len(data), 188) if data[at + 1] & 0x1F == 1]  # the video's
+    first = next(at for at in places if at > len(data) // 2)
+    new = b"" if fill == "removed" else FILLS[fill](count * 188)
+    path.write_bytes(data[:first] + new + data[first + count * 188 :])
+    index = build_index(str(path), LIMITS)
+    assert named(index, WarningReason.DAMAGED)
+    assert not named(index, WarningReason.CLOCK_RESTARTS)
+    assert index.duration_s == pytest.approx(6.0, abs=0.5)
+
+
+def test_segments_of_a_transport_stream_are_no_damage(tmp_path: Path) -> None:
+    """Counters may start anew in each segment; its clock goes on."""
+    whole = make_video(tmp_path / "a.ts", frames=50)
+    later = make_video(tmp_path / "b.ts", frames=50, shift_ms=5000)
+    whole.write_bytes(whole.read_bytes() + later.read_bytes())
+    index = build_index(str(whole), LIMITS)
+    assert index.frame_count == 100
+    assert index.warnings == ()
+
+
+def test_every_lost_packet_of_a_transport_stream_is_found(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "v.ts", frames=60)
+    data = path.read_bytes()
+
+    def breaks(at: int) -> TransportStream:
+        path.write_bytes(data[:at] + data[at + 188 :])
+        with path.open("rb") as file:
+            found = survey_transport_stream(file, len(data) - 188)
+        assert found is not None
+        return found
+
+    for at in range(188 * 8, len(data) - 188 * 8, 188 * 3):
+        pid = (data[at + 1] & 0x1F) << 8 | data[at + 2]
+        later = [
+            place
+            for place in range(at + 188, len(data), 188)
+            if (data[place + 1] & 0x1F) << 8 | data[place + 2] == pid
+        ]
+        assert breaks(at).breaks == ({pid: [later[0] - 188]} if later else {})
 
 
 @pytest.mark.parametrize(

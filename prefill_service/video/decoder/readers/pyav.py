@@ -15,7 +15,12 @@ from typing_extensions import override
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.decoder.container import decode_packet, open_container, video_stream
+from prefill_service.video.decoder.container import (
+    decode_packet,
+    open_container,
+    read_packets,
+    video_stream,
+)
 from prefill_service.video.decoder.readers.base import FrameReader
 from prefill_service.video.decoder.seek_schedule import Seek, gop_starts, schedule_seeks
 from prefill_service.video.geometry import Fit, Geometry
@@ -114,7 +119,7 @@ class PyAVReader(FrameReader):
         wanted = iter(targets)
         target = next(wanted, None)
         for number, frame in enumerate(
-            decoded_frames(self._container.demux(self._stream), self._limits)
+            decoded_frames(read_packets(self._container, self._stream), self._limits)
         ):
             self.decoded += 1
             if number == target:
@@ -174,7 +179,7 @@ class PyAVReader(FrameReader):
             self._container.close()
             self._open_file()
         self._at_start = False
-        packets = self._container.demux(self._stream) if gop == 0 else self._seek(gop)
+        packets = read_packets(self._container, self._stream) if gop == 0 else self._seek(gop)
         for frame in decoded_frames(self._skipping(packets, wanted), self._limits):
             self.decoded += 1
             yield frame
@@ -196,7 +201,7 @@ class PyAVReader(FrameReader):
             self._container.seek(pts, stream=self._stream)
         except av.FFmpegError:
             return
-        packets = self._container.demux(self._stream)
+        packets = read_packets(self._container, self._stream)
         for packet in packets:
             if packet.is_keyframe:
                 # Behind the GOP's own keyframe, only its broken leading frames could match.

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from prefill_service.video.decoder.truncation import EBML_MAGIC, MKV_SEGMENT, read_vint
+from prefill_service.video.decoder.integrity.ebml import EBML_MAGIC, MKV_SEGMENT, read_vint
 from prefill_service.video.index import VideoWarning, WarningReason
 
 _MAX_PARTS = 2_000_000  # boxes or tags; a file of more is not looked at further

@@ -1,10 +1,13 @@
 """Whether a file is cut: one rule for all containers.
 
 A file is cut if it ends before a size that it declares of itself in bytes, or within a unit that
-it began: a box, an element, a RIFF chunk, a packet, tag or page. FFmpeg reads what is left
+it began: a box, an element, a chunk, a packet, tag, block or page. FFmpeg reads what is left
 without complaint. A file that ends between two units of a format without a header is not cut: so
 does every live recording (MPEG-TS, fragments of MP4, clusters of unknown size). A declared
 duration is no evidence, for many are wrong; ``clock`` compares it.
+
+Here are MP4, FLV and Ogg, whose units are not all walked; ``structure`` and ``transport_stream``
+have the others.
 """
 
 from __future__ import annotations
@@ -13,15 +16,11 @@ import os
 import struct
 from typing import BinaryIO
 
+_MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _MP4_DATA_BOXES = (b"moov", b"moof", b"mdat")
-EBML_MAGIC = b"\x1a\x45\xdf\xa3"
-MKV_SEGMENT = b"\x18\x53\x80\x67"
 _MAX_BOXES = 1_000_000
 _FLV_TAGS = (8, 9, 18)  # audio, video, script data
 _OGG_PAGE = 27 + 255 + 255 * 255
-_TS_SYNC = 0x47
-_TS_PACKETS = ((188, 0), (192, 4), (204, 0))  # bytes of a packet, and where its sync byte is
-_TS_CHECKED = 5
 
 
 def find_truncation(file: BinaryIO) -> str | None:
@@ -33,18 +32,13 @@ def find_truncation(file: BinaryIO) -> str | None:
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(12)
-    if head[4:8] == b"ftyp":
+    if head[4:8] in _MP4_FIRST_BOXES:
         return _mp4(file, size)
-    if head[:4] == EBML_MAGIC:
-        return _matroska(file, size)
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        (declared,) = struct.unpack("<I", head[4:8])
-        return _overrun("RIFF chunk", declared + 8, size)
     if head[:3] == b"FLV":
         return _flv(file, size)
     if head[:4] == b"OggS":
         return _ogg(file, size)
-    return _transport_stream(file, size)
+    return None
 
 
 def _overrun(what: str, end: int, size: int) -> str | None:
@@ -70,30 +64,6 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
             break
         position = end
     return None if has_moov else "it has no moov box (the part that a cut recording lacks)"
-
-
-def _matroska(file: BinaryIO, size: int) -> str | None:
-    file.seek(4)
-    file.seek(max(read_vint(file), 0), os.SEEK_CUR)
-    if file.read(4) != MKV_SEGMENT:
-        return None
-    length = read_vint(file)
-    if length < 0:  # a live recording: unknown size
-        return None
-    return _overrun("segment", file.tell() + length, size)
-
-
-def read_vint(file: BinaryIO) -> int:
-    """An EBML data size; -1 if unknown or cut."""
-    first = file.read(1)
-    if not first or not first[0]:
-        return -1
-    width = 9 - first[0].bit_length()
-    rest = file.read(width - 1)
-    if len(rest) < width - 1:
-        return -1
-    value = int.from_bytes(bytes([first[0] & ((1 << (8 - width)) - 1)]) + rest, "big")
-    return -1 if value == (1 << 7 * width) - 1 else value
 
 
 def _flv(file: BinaryIO, size: int) -> str | None:
@@ -129,19 +99,3 @@ def _ogg(file: BinaryIO, size: int) -> str | None:
     whole = len(head) == 27 and len(table) == head[26]
     end = start + at + 27 + (len(table) + sum(table) if whole else _OGG_PAGE)
     return _overrun("last page", end, size)
-
-
-def _transport_stream(file: BinaryIO, size: int) -> str | None:
-    """MPEG-TS, whose packets all have one size and begin with a sync byte."""
-    file.seek(0)
-    head = file.read(_TS_CHECKED * max(size for size, _ in _TS_PACKETS))
-    for packet, sync in _TS_PACKETS:
-        syncs = head[sync::packet]
-        if len(syncs) < _TS_CHECKED or set(syncs[:_TS_CHECKED]) != {_TS_SYNC}:
-            continue
-        rest = size % packet
-        file.seek(size - rest)
-        if rest > sync and file.read(sync + 1)[-1] == _TS_SYNC:  # else it is no packet at all
-            return f"its last packet of {packet} bytes has {rest}"
-        return None
-    return None

@@ -1,19 +1,19 @@
 """Damage in the middle of a file: what its demuxer passed over, and where it found no way on.
 
 FFmpeg passes over bytes that it cannot make sense of, and ends where nothing it knows follows.
-Both look like a shorter video. Its log tells, or a flag of the packet, rarely an error. The
-boxes of a fragmented MP4 are walked here, for of those even the log says nothing.
+Both look like a shorter video. Its log tells, or a flag of the packet, rarely an error. Of some
+formats neither does, and their units are walked: here the boxes of a fragmented MP4, in
+``structure`` the others.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import TracebackType
 from typing import BinaryIO, Self
 
-import av
 import av.logging
 import numpy as np
 from av.container import InputContainer
@@ -21,18 +21,18 @@ from av.packet import Packet
 from av.stream import Stream
 from av.video.stream import VideoStream
 
-from prefill_service.video.decoder.container import FFmpegLog, captured_log
+from prefill_service.video.decoder.container import FFmpegLog, captured_log, read_packets
+from prefill_service.video.decoder.integrity.structure import UNREAD
 from prefill_service.video.index import VideoWarning, WarningReason
 
 # Demuxers whose errors in the log mean damage, by the beginning of their names.
 _TELLING = ("matroska", "ogg", "asf", "mxf", "mov", "flv")
 # Packets to the file's end, no table behind them: what is left unread there cannot be read.
-_SEQUENTIAL = ("mpegts", "mpeg", "flv", "ogg", "apng", "dv")
-_UNREAD = 20  # a rest is one of at least this part of the file; the last packet has overhead
+_SEQUENTIAL = ("mpeg", "flv", "ogg", "apng", "dv")
 _ENDS_EARLY = ("ended prematurely", "Read error")  # a recording's end, which ``truncation`` judges
 _LOST = ("edit unit sync lost", "Packet mismatch")  # MXF's and FLV's: no errors to FFmpeg
-_MAX_FAILURES = 64  # errors in a row after which a demuxer is taken to find no way on
 _NEAR = 16  # frames: packets are in another order
+_WIDE = 1.5  # a gap is that many times the usual step
 _LISTED = 5
 _SEARCHED = 1 << 20
 _FRAGMENT_HEAD = 12  # bytes from the name of a moof to that of its first box, both whole
@@ -63,6 +63,9 @@ class DamageWatch:
         self._capture = captured_log()
         self._log: FFmpegLog = []
         self._packets = 0
+        self._failed = False
+        # Of MPEG-TS few are flagged: ``transport_stream`` finds all.
+        self._flags = container.format.name != "mpegts"
         self.places: list[int] = []
         self.end = 0
         self.gave_up = False
@@ -85,31 +88,26 @@ class DamageWatch:
         Raises:
             av.FFmpegError: the file cannot be read for another reason than its content.
         """
-        failures = 0
-        while failures < _MAX_FAILURES:
-            try:
-                for packet in self._container.demux(*streams):
-                    if not packet.size:
-                        continue
-                    self._note(packet, failed=failures > 0)
-                    failures = 0
-                    yield packet
-                break
-            except (av.error.InvalidDataError, av.error.PatchWelcomeError):
-                failures += 1
-            except av.error.EOFError:
-                break
-        if failures or self._logged():
+        packets = read_packets(self._container, *streams, on_error=self._fail)
+        for packet in packets:
+            if packet.size:
+                self._note(packet)
+                yield packet
+        if self._failed or self._logged():
             self.gave_up = True
             self.places.append(self._packets)
         elif self.places and self._container.format.name in _SEQUENTIAL:
             size = self._container.size
-            self.gave_up = size - self.end > size // _UNREAD
+            self.gave_up = size - self.end > size // UNREAD
 
-    def _note(self, packet: Packet[Stream], *, failed: bool) -> None:
+    def _fail(self) -> None:
+        self._failed = True
+
+    def _note(self, packet: Packet[Stream]) -> None:
         ours = packet.stream_index == self._stream.index
-        if self._logged() or failed or (ours and packet.is_corrupt):
+        if self._logged() or self._failed or (ours and self._flags and packet.is_corrupt):
             self.places.append(self._packets)
+        self._failed = False
         self._packets += ours
         if packet.pos is not None:
             self.end = max(self.end, packet.pos + packet.size)
@@ -120,29 +118,6 @@ class DamageWatch:
         damaged = says_damaged(self._container.format.name, self._log)
         self._log.clear()
         return damaged
-
-
-def leave_out_joins(places: list[int], dts: Sequence[int | None]) -> list[int]:
-    """The places that are no joins of recordings.
-
-    Where MPEG-TS files were appended their packet counters break, and FFmpeg flags one of the two
-    packets before the clock steps back. The clock's own warning says so.
-
-    Args:
-        places: how many packets precede each.
-        dts: of each packet, in the order of the file.
-    """
-
-    def steps_back(frame: int) -> bool:
-        before = dts[frame - 1]
-        after = dts[frame]
-        return before is not None and after is not None and after < before
-
-    return [
-        place
-        for place in places
-        if not any(steps_back(i) for i in range(place + 1, min(place + 3, len(dts))))
-    ]
 
 
 def describe_damage(places: list[int], times_s: np.ndarray) -> tuple[VideoWarning, ...]:
@@ -161,7 +136,10 @@ def describe_damage(places: list[int], times_s: np.ndarray) -> tuple[VideoWarnin
         if place >= len(times_s) - 1 or len(near) < 2:
             gaps[len(times_s)] = f"{times_s[-1]:.3f} to the end"
             continue
-        widest = int(np.diff(near).argmax())
+        steps = np.diff(near)
+        widest = int(steps.argmax())
+        if steps[widest] < _WIDE * np.median(steps):  # of a format that counts frames: no gap
+            widest = max(0, min(place - first, len(steps)) - 1)
         gaps[first + widest] = f"{near[widest]:.3f} to {near[widest + 1]:.3f}"
     listed = ", ".join(gaps[frame] for frame in sorted(gaps)[:_LISTED])
     more = f" and {len(gaps) - _LISTED} more" if len(gaps) > _LISTED else ""
@@ -209,7 +187,7 @@ def find_lost_fragments(file: BinaryIO) -> str | None:
         return None
     found = _find_fragment(file, position)
     if found is None:
-        if fragmented and size - position > size // _UNREAD:
+        if fragmented and size - position > size // UNREAD:
             return f"the bytes from {position} to its end at {size} are none of its boxes"
         return None
     return f"bytes {position} to {found} are none of its boxes, and more fragments follow them"
