@@ -21,6 +21,7 @@ from prefill_service.api.attention_messages import (
 from prefill_service.api.optional_fields import optional_field
 from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
+from prefill_service.api.video_service import warnings_to_proto
 from prefill_service.engine.messages import Progress
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling, SampleBy
@@ -242,6 +243,8 @@ def _result_to_proto(result: PrefillResult, brief: bool) -> pb.PrefillResult:
         manifest_json="" if brief else result.manifest_json,
         attention=attention_to_proto(result.attention, brief) if result.attention else None,
         communication=_communication_to_proto(result) if result.exchange else None,
+        warnings=warnings_to_proto(result.warnings),
+        unlisted_frames=result.unlisted_frames,
     )
 
 

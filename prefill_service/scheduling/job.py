@@ -23,6 +23,7 @@ from prefill_service.scheduling.attention_summary import (
     summarize,
 )
 from prefill_service.scheduling.baseline_spec import BaselineSpec
+from prefill_service.video.index import VideoWarning, warnings_from_pairs
 
 
 class JobState(StrEnum):
@@ -81,6 +82,7 @@ class PrefillResult:
         exchange, communication: how ranks met each other's keys, and what that moved; empty in
             jobs from before these were kept.
         unlisted_frames: frames whose stored size the video's index does not list.
+        warnings: of the video, of its sampling and of what was found when frames were decoded.
     """
 
     prefix_id: str
@@ -97,6 +99,7 @@ class PrefillResult:
     exchange: str = ""
     communication: Mapping[str, CollectiveUse] = field(default_factory=dict)
     unlisted_frames: int = 0
+    warnings: tuple[VideoWarning, ...] = ()
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrefillResult:
@@ -110,11 +113,13 @@ class PrefillResult:
         elif data["attention"] is not None:
             attention = AttentionSummary.from_dict(data["attention"])
         uses = data.get("communication", {})
+        warnings = ((entry["reason"], entry["message"]) for entry in data.get("warnings", ()))
         rebuilt = {
             "grid_thw": tuple(data["grid_thw"]),
             "shards": tuple(tuple(shard) for shard in data["shards"]),
             "attention": attention,
             "communication": {name: CollectiveUse(**use) for name, use in uses.items()},
+            "warnings": warnings_from_pairs(warnings),
         }
         return cls(**{**data, **rebuilt})
 

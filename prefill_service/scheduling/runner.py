@@ -33,6 +33,7 @@ from prefill_service.scheduling.metrics import Metrics
 from prefill_service.scheduling.placement import Placement
 from prefill_service.scheduling.prefix_cache import PrefixCache
 from prefill_service.scheduling.traces import TraceStore
+from prefill_service.video.index import VideoWarning, WarningReason
 
 if TYPE_CHECKING:
     from prefill_service.engine.executor import PrefillExecutor
@@ -316,4 +317,19 @@ def _result(
         exchange=task.baseline.method.name if task.baseline else str(task.exchange),
         communication=outcome.communication,
         unlisted_frames=outcome.unlisted_frames,
+        warnings=(
+            *plan.warnings,
+            *_size_warnings(outcome.unlisted_frames, len(plan.frame_indices)),
+        ),
     )
+
+
+def _size_warnings(unlisted: int, frames: int) -> tuple[VideoWarning, ...]:
+    """Says that frames of the prefix have sizes that the video's index does not list."""
+    if not unlisted:
+        return ()
+    message = (
+        f"{unlisted} of the {frames} frames looked at have another size than those that the index "
+        "found: they are fitted into the video's, with black bars where their shape is another"
+    )
+    return (VideoWarning(WarningReason.SIZE_CHANGES, message),)

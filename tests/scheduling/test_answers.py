@@ -53,6 +53,10 @@ async def test_frames_whose_size_the_index_missed_are_said_in_every_answer(serve
     async with serve(engine={"text_from_tokens": 20}) as s:
         s.executor.unlisted_frames = 3
         first = await answer(s.ask(frames=16))
+        request = prefill_pb.GetPrefillJobRequest(job_id=first.final.job_id)
+        job = (await s.prefills.GetPrefillJob(request)).job
+        assert job.result.unlisted_frames == 3
+        assert list(job.result.warnings) == list(first.final.warnings)
         s.executor.unlisted_frames = 0  # of the text that extends the prefix, which has no frames
         later = await answer(s.ask(frames=16, text="What does the robot do after that?"))
         assert len(s.executor.tasks) == 2

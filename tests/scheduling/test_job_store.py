@@ -19,12 +19,25 @@ from prefill_service.models.prefix_plan import FrameSampling, SampleBy
 from prefill_service.scheduling.attention_summary import AttentionDetail, summarize
 from prefill_service.scheduling.job import JobRecord, JobState, PrefillResult, PrefillSpec
 from prefill_service.scheduling.job_store import JobStore
+from prefill_service.video.index import VideoWarning, WarningReason
 
 SAMPLING = FrameSampling(fps=2.0, by=SampleBy.TIME)
 SPEC = PrefillSpec("vid_1", SAMPLING, "Be brief.", resolve_policy(epsilon=0.05))
 SUMMARY = summarize(SPEC.attention, AttentionReport(layers=[LayerReport(0, [30.0, 20.0], 55.0, 4)]))
 RESULT = PrefillResult(
-    "p", 10, 8, 4, (2, 4, 4), -5, ((0, 5, 0), (5, 10, 1)), 640, "{}", "{}", SUMMARY
+    prefix_id="p",
+    prefix_tokens=10,
+    video_tokens=8,
+    frames=4,
+    grid_thw=(2, 4, 4),
+    position_delta=-5,
+    shards=((0, 5, 0), (5, 10, 1)),
+    kv_bytes=640,
+    kv_transfer_params_json="{}",
+    manifest_json="{}",
+    attention=SUMMARY,
+    unlisted_frames=1,
+    warnings=(VideoWarning(WarningReason.SIZE_CHANGES, "1 of the 4 frames"),),
 )
 
 

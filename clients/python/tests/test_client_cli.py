@@ -47,7 +47,12 @@ def test_warnings_of_a_video_are_shown_once(cli: Cli, server, tmp_path):
     assert cli.run("chat", "-q", clip, stdin="Who?\nWhere?\n").stderr == warned
     assert cli.run("list", "-q").stderr == warned
     record = json.loads(cli.run("ask", "-q", clip, "Who?", "--json").stdout)
-    assert record["warnings"] == [{"reason": "CLOCK_RESTARTS", "message": "its clock restarts"}]
+    found = [{"reason": "CLOCK_RESTARTS", "message": "its clock restarts"}]
+    assert record["warnings"] == found
+    started = cli.run("start", "-q", "--wait", clip)
+    assert started.stderr == warned
+    job = json.loads(cli.run("jobs", "--json", started.stdout.split()[0]).stdout)
+    assert (job["result"]["warnings"], job["result"]["unlisted_frames"]) == (found, 1)
 
 
 def test_a_video_from_the_standard_input(cli: Cli, server, clip):

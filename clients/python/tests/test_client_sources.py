@@ -167,12 +167,26 @@ async def test_files_that_do_not_read_bytes_are_refused(api: Api, server, tmp_pa
         def read(self, size: int = -1) -> str:
             return "text"
 
+    class Whole:
+        """As httpx.Response: read() takes no size."""
+
+        def read(self) -> bytes:
+            return BYTES
+
+    class WholeLater:
+        """As aiohttp.ClientResponse."""
+
+        async def read(self) -> bytes:
+            return BYTES
+
     closed = io.BytesIO(BYTES)
     closed.close()
     for what, named in (
         (Async(), "returns bytes, not coroutine"),
         (Text(), "returns bytes, not str"),
         (closed, "this one is closed"),
+        (Whole(), r"whose read\(\) takes a size; of an HTTP response .* give the bytes"),
+        (WholeLater(), r"whose read\(\) takes a size"),
     ):
         with pytest.raises(ArgumentError, match=named):
             await api.call("upload", what)

@@ -12,7 +12,7 @@ from prefill_service.kv.manifest import Manifest
 from prefill_service.models.prefix_plan import PrefixPlan
 from prefill_service.scheduling.answering.answer_events import AnswerFinal, Question
 from prefill_service.scheduling.job import Job
-from prefill_service.video.index import VideoWarning, WarningReason
+from prefill_service.video.index import VideoWarning
 
 
 @dataclass(slots=True)
@@ -64,20 +64,12 @@ class AnswerState:
             kv_tokens_moved=report.tokens if report else 0,
             kv_bytes_moved=report.bytes if report else 0,
             cached_tokens=last.cached_tokens,
-            warnings=(*self.plan.warnings, *_size_warnings(job)),
+            warnings=tuple(dict.fromkeys((*self.plan.warnings, *_result_warnings(job)))),
             frame_indices=self.plan.frame_indices,
             frame_seconds=self.plan.frame_seconds,
         )
 
 
-def _size_warnings(job: Job) -> tuple[VideoWarning, ...]:
-    """Says that frames of the prefix have sizes that the video's index does not list."""
-    result = job.record.result
-    if result is None or not result.unlisted_frames:
-        return ()
-    message = (
-        f"{result.unlisted_frames} of the {result.frames} frames looked at have another size than "
-        "those that the index found: they are fitted into the video's, with black bars where "
-        "their shape is another"
-    )
-    return (VideoWarning(WarningReason.SIZE_CHANGES, message),)
+def _result_warnings(job: Job) -> tuple[VideoWarning, ...]:
+    """What the job that computed the frames has to say of them."""
+    return job.record.result.warnings if job.record.result is not None else ()

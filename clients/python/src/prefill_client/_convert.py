@@ -55,7 +55,7 @@ def video(message: video_pb.Video) -> types.Video:
 
 
 def warnings(messages: Iterable[video_pb.VideoWarning]) -> tuple[types.VideoWarning, ...]:
-    """Convert the warnings of a Video or an answer."""
+    """Convert the warnings of a Video, a result or an answer."""
     return tuple(types.VideoWarning(entry.reason, entry.message) for entry in messages)
 
 
@@ -171,6 +171,8 @@ def _result(message: prefill_pb.PrefillResult) -> types.PrefillResult:
         communication=_communication(message.communication)
         if message.HasField("communication")
         else None,
+        warnings=warnings(message.warnings),
+        unlisted_frames=message.unlisted_frames,
     )
 
 

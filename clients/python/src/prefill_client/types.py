@@ -178,6 +178,8 @@ class PrefillResult:
     manifest_json: str
     attention: AttentionReport | None
     communication: CommunicationReport | None = None
+    warnings: tuple[VideoWarning, ...] = ()
+    unlisted_frames: int = 0
 
 
 class ComparisonMethod(StrEnum):

@@ -63,6 +63,8 @@ class FakeJobs(prefill_grpc.PrefillServiceServicer):
                     grid_thw=[4, 20, 20],
                     shards=[ppb.ShardRange(start_token=0, end_token=810, rank=1)],
                     attention=attention_report(job.spec.attention),
+                    warnings=self._backend.state.videos[job.spec.video_id].warnings,
+                    unlisted_frames=1,
                 )
             )
         yield job

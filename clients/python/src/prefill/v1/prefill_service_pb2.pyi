@@ -1,5 +1,6 @@
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from prefill.v1 import video_service_pb2 as _video_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -251,7 +252,7 @@ class CommunicationReport(_message.Message):
     def __init__(self, exchange: _Optional[str] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ...) -> None: ...
 
 class PrefillResult(_message.Message):
-    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json", "attention", "communication")
+    __slots__ = ("prefix_id", "prefix_tokens", "video_tokens", "frames", "grid_thw", "position_delta", "shards", "kv_bytes", "kv_transfer_params_json", "manifest_json", "attention", "communication", "warnings", "unlisted_frames")
     PREFIX_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VIDEO_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +265,8 @@ class PrefillResult(_message.Message):
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     COMMUNICATION_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    UNLISTED_FRAMES_FIELD_NUMBER: _ClassVar[int]
     prefix_id: str
     prefix_tokens: int
     video_tokens: int
@@ -276,7 +279,9 @@ class PrefillResult(_message.Message):
     manifest_json: str
     attention: AttentionReport
     communication: CommunicationReport
-    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ..., communication: _Optional[_Union[CommunicationReport, _Mapping]] = ...) -> None: ...
+    warnings: _containers.RepeatedCompositeFieldContainer[_video_service_pb2.VideoWarning]
+    unlisted_frames: int
+    def __init__(self, prefix_id: _Optional[str] = ..., prefix_tokens: _Optional[int] = ..., video_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., grid_thw: _Optional[_Iterable[int]] = ..., position_delta: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardRange, _Mapping]]] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_params_json: _Optional[str] = ..., manifest_json: _Optional[str] = ..., attention: _Optional[_Union[AttentionReport, _Mapping]] = ..., communication: _Optional[_Union[CommunicationReport, _Mapping]] = ..., warnings: _Optional[_Iterable[_Union[_video_service_pb2.VideoWarning, _Mapping]]] = ..., unlisted_frames: _Optional[int] = ...) -> None: ...
 
 class PrefillJob(_message.Message):
     __slots__ = ("job_id", "spec", "state", "progress", "attempts", "queue_position", "error", "result", "create_time", "start_time", "end_time", "prefix_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import tempfile
@@ -12,6 +13,7 @@ from prefill_client._arguments import refuse
 
 PIECE_BYTES = 8 << 20
 UNNAMED = "upload"
+_WHOLE = "of an HTTP response that reads all at once, give the bytes, or a file they are written to"
 
 
 class Source:
@@ -131,7 +133,7 @@ def open_source(what: Any) -> Source:
 
     Raises:
         OSError: the file cannot be opened.
-        ArgumentError: it is closed, or open for text.
+        ArgumentError: it is closed, open for text, or reads all or nothing.
     """
     if isinstance(what, str):
         return Source(open(what, "rb"), what, os.path.basename(what), owned=True)
@@ -144,6 +146,8 @@ def open_source(what: Any) -> Source:
         refuse("file", what, "a file that is open for bytes: open(path, 'rb')")
     if getattr(what, "closed", False) is True:
         refuse("file", what, "an open file; this one is closed")
+    if not _takes_size(what.read):
+        refuse("file", what, f"a file whose read() takes a size; {_WHOLE}")
     path = getattr(what, "name", None)
     known = isinstance(path, str | bytes | os.PathLike)
     name = os.path.basename(os.fsdecode(path)) if known else ""  # type: ignore[arg-type]
@@ -155,6 +159,19 @@ def _is_seekable(file: Any) -> bool:
     if callable(seekable):
         return bool(seekable())
     return hasattr(file, "seek") and hasattr(file, "tell")
+
+
+def _takes_size(read: Any) -> bool:
+    """Whether ``read(size)`` can be called; True of one that does not say what it takes."""
+    try:
+        signature = inspect.signature(read)
+    except ValueError:  # of a function written in C
+        return True
+    try:
+        signature.bind(0)
+    except TypeError:
+        return False
+    return True
 
 
 def _append(copy: Any, data: bytes) -> None:

@@ -311,6 +311,7 @@ def _print_job(job: types.Job, as_json: bool) -> None:
         f"{job.job_id}  {job.state:<9}  {job.spec.video_id}  {job.prefix_tokens:>8} tokens  "
         f"{_local(job.create_time)}{attention}{error}"
     )
+    _warn(job.result.warnings if job.result else (), set())
 
 
 def _print_json(value: Any) -> None:
