@@ -34,9 +34,12 @@ def chaos() -> str:
     text = (
         f"{tables.markdown(header, lines)}\n\n"
         f"{compared} answers were compared, {len(found['mismatches'])} differ. "
-        f"Left over after the end: {left}.\n"
-        f"Load of the machine meanwhile: {noted['load_during']:.1f} on {noted['cores']} cores."
+        f"Left over after the end: {left}."
     )
+    if "load_during" in noted:
+        text += (
+            f"\nLoad of the machine meanwhile: {noted['load_during']} on {noted['cores']} cores."
+        )
     if found["not_run"]:
         text += f"\nNot run: {', '.join(found['not_run'])}."
     return text
