@@ -203,6 +203,46 @@ def test_nan_stays_where_it_is_attended(interpret: Interpreter) -> None:
     assert torch.equal(out[4:], clean[4:])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_broken_value_reaches_the_rows_that_see_it(
+    interpret: Interpreter, dtype: torch.dtype, value: float
+) -> None:
+    """Neither rows before it in its tile nor other heads and earlier tiles."""
+    case = Case(density=0.5, queries=40, tile=16, group=2, summarised=True, dtype=dtype)
+    (q, k, v, csr), options = case.build()
+    clean, clean_lse = interpret(block_sparse_attention, q, k, v, csr, **options)
+    v[0, 90 + 21, 5] = value  # in the second tile
+    args = q, k, v, csr
+    out, lse = interpret(block_sparse_attention, *args, **options)
+    broken = ~out.isfinite()
+    wanted = torch.zeros_like(broken)
+    wanted[:2, 21:32] = True  # the third tile has that block as a candidate
+    assert torch.equal(broken[:, :32], wanted[:, :32])
+    assert not broken[2:].any()
+    assert torch.equal(out[~broken], clean[~broken])
+    assert torch.equal(lse.isnan(), wanted.any(-1))
+    assert torch.equal(lse[~lse.isnan()], clean_lse[~lse.isnan()])
+    expected, expected_lse = block_sparse_attention_reference(*args, **options)
+    assert torch.equal(expected.isfinite(), ~broken)
+    assert torch.equal(expected_lse.isfinite(), lse.isfinite())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_key_reaches_no_row_before_it(interpret: Interpreter, value: float) -> None:
+    case = Case(density=0.5, queries=32, tile=32, group=2)
+    (q, k, v, csr), options = case.build()
+    clean, _ = interpret(block_sparse_attention, q, k, v, csr, **options)
+    k[0, 90 + 21] = value
+    out, lse = interpret(block_sparse_attention, q, k, v, csr, **options)
+    assert torch.equal(out[:, :21], clean[:, :21])
+    assert torch.equal(out[2:], clean[2:])
+    assert out[:2, 21:].isnan().all()
+    assert lse[:2, 21:].isnan().all()
+    expected, _ = block_sparse_attention_reference(q, k, v, csr, **options)
+    assert torch.equal(expected.isfinite(), out.isfinite())
+
+
 def test_skip_leaves_out_what_is_negligible(interpret: Interpreter) -> None:
     """NaN values prove that the softmax of a skipped tile never happened."""
     case = Case(density=1.0, q_offset=96, queries=16, tile=16, group=2)
@@ -255,23 +295,6 @@ def test_the_log_sum_exp_alone(interpret: Interpreter) -> None:
     assert torch.equal(interpret(block_sparse_lse, q, k, csr, **options), lse)
 
 
-def test_every_third_query(interpret: Interpreter) -> None:
-    """The rows of every n-th query of a tile are those that all queries together give."""
-    case = Case(q_offset=90, queries=70, tile=18, summarised=True)
-    step = 3
-    (q, k, v, csr), options = case.build()
-    out, lse = block_sparse_attention_reference(q, k, v, csr, **options)
-    expected = out[:, ::step], lse[:, ::step]
-    options["tiling"] = replace(case.tiling, tile_tokens=6, query_step=step)
-    some = q[:, ::step]
-    again = block_sparse_attention_reference(some, k, v, csr, **options)
-    check(again, expected, torch.float64)
-    got = interpret(block_sparse_attention, some, k, v, csr, **options)
-    check(got, expected, case.dtype)
-    lse = interpret(block_sparse_lse, some, k, csr, **options)
-    torch.testing.assert_close(lse.double(), expected[1], atol=1e-5, rtol=1e-5)
-
-
 def test_what_was_tuned_with_tensor_descriptors_is_not_used_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,9 +329,7 @@ def test_no_queries() -> None:
     [
         ({"block_tokens": 24}, "block_tokens = 24 is not a power of two"),
         ({"q_offset": -1}, "q_offset = -1 >= 0"),
-        ({"query_step": 0}, "query_step = 0 is not accepted"),
         ({"q_offset": 100}, "163 keys are fewer than the 170 up to the last query"),
-        ({"query_step": 2}, "163 keys are fewer than the 229 up to the last query"),
         ({"tile_tokens": 70}, "row_ptr has 7 entries, expected 3"),
     ],
 )

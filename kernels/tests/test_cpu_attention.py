@@ -52,6 +52,33 @@ def test_a_row_without_keys_is_zero_in_every_dtype() -> None:
         torch.testing.assert_close(out[0, 2].float(), k[0, 1])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_broken_reaches_the_rows_that_see_it(dtype: torch.dtype, value: float) -> None:
+    """0 times NaN is NaN: hidden keys must have no part, rather than weight 0."""
+    q = rand(2, 6, 16).to(dtype)
+    k = rand(2, 9, 16, seed=1).to(dtype)
+    v = rand(2, 9, 16, seed=2).to(dtype)
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    clean, clean_lse = attend_rows(q, k, v, SCALE, hidden=hidden)
+    broken = v.clone()
+    broken[1, 3 + 4, 5] = value
+    out, lse = attend_rows(q, k, broken, SCALE, hidden=hidden)
+    expected = torch.zeros(2, 6, 16, dtype=torch.bool)
+    expected[1, 4:, 5] = True
+    assert torch.equal(~out.isfinite(), expected)
+    assert torch.equal(out[~expected], clean[~expected])
+    assert torch.equal(lse, clean_lse)
+
+    broken = k.clone()
+    broken[1, 3 + 4] = value
+    out, lse = attend_rows(q, broken, v, SCALE, hidden=hidden)
+    assert torch.equal(out[0], clean[0])
+    assert torch.equal(out[1, :4], clean[1, :4])
+    assert out[1, 4:].isnan().all()
+    assert lse.isnan().nonzero().tolist() == [[1, 4], [1, 5]]
+
+
 def test_peaks_that_rise_from_strip_to_strip() -> None:
     """The running maximum moves in every strip, over more than exp2's range in float32."""
     q = torch.ones(1, 2048, 1)

@@ -60,10 +60,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Pa
         return _attend_on_cpu(q, k, v, causal=causal, scale=scale)
     if causal:
         # Packed rows would break the causal diagonal, so repeat K and V; this part is short.
-        k = k.repeat_interleave(queries_per_kv, 0)
-        v = v.repeat_interleave(queries_per_kv, 0)
+        v, seen = hide_broken(v)
+        k, v, seen = (x.repeat_interleave(queries_per_kv, 0) for x in (k, v, seen))
         out, lse = _flash(q[None], k[None], v[None], causal=True, scale=scale)
-        return Partial(out[0], lse[0])
+        return Partial(out[0].masked_fill_(seen, torch.nan), lse[0])
     packed = q.reshape(1, kv_heads, queries_per_kv * queries, head_dim)
     out, lse = _flash(packed, k[None], v[None], causal=False, scale=scale)
     return Partial(out.reshape(q_heads, queries, head_dim), lse.reshape(q_heads, queries))
@@ -125,6 +125,20 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
         lses.append(lse.view(part.shape[:3]))
     out, lse = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in (outs, lses))
     return Partial(out.reshape(q.shape), lse.reshape(q.shape[:2]))
+
+
+def hide_broken(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of causal attention for kernels that give later keys weight 0: 0 times NaN is NaN.
+
+    Args:
+        v: [kv_heads, keys, head_dim].
+
+    Returns:
+        The values with 0 for what is not finite, and bool of the same shape: where the query of the
+        same number sees something that was replaced. Nothing here waits for the device.
+    """
+    broken = ~v.isfinite()
+    return v.masked_fill(broken, 0.0), broken.cumsum(1) > 0
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -147,6 +147,19 @@ def exact_rows(
     return p, scores.amax(-1) - p.amax(-1).log()  # cheaper than another sum of exponentials
 
 
+def weigh_values(p: Tensor, v: Tensor) -> Tensor:
+    """[rows, head_dim]: [rows, keys] probabilities times [keys, head_dim] values.
+
+    A value that is not finite makes NaN of the rows that have a weight for it, and of no other.
+    """
+    out = matmul_nt(p, v.T)
+    if out.isfinite().all():
+        return out
+    broken = ~v.isfinite()
+    seen = (p > 0).to(p.dtype) @ broken.to(p.dtype) > 0
+    return matmul_nt(p, v.masked_fill(broken, 0.0).T).masked_fill_(seen, torch.nan)
+
+
 def visible_mass(p: Tensor, weights: Tensor) -> Tensor:
     """[keys]: [queries_per_kv * samples, keys] probabilities times [samples, keys], summed."""
     return (p.view(-1, *weights.shape).sum(0) * weights.to(p.dtype)).sum(0)
@@ -228,7 +241,7 @@ class _Comparison:
         logit = (q.to(p.dtype) * problem.scale) @ k_mean.to(p.dtype).T
         logit = logit + result.bias[head, tile] - lse[..., None]  # [queries_per_kv, samples, b]
         kept = self._kept_mass(p, ratio, logit, result.keep[head, tile] | local)
-        exact = matmul_nt(p, problem.v[head].to(p.dtype).T).view_as(out)
+        exact = weigh_values(p, problem.v[head].to(p.dtype)).view_as(out)
         kept, error = measure_rows(kept, out, lse, exact)
         return Verification(
             kept_mass=kept,

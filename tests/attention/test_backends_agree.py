@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
 from prefill_service.attention.sparse.selection import estimate, forced_blocks, select
 from prefill_service.attention.sparse.summaries import BlockSummaries
 from prefill_service.attention.sparse.tiles import Tiles
-from tests.attention.problems import attend_on_cpu, sparse_problem
+from tests.attention.problems import (
+    attend_on_cpu,
+    lone_needles,
+    sparse_problem,
+    summaries_of,
+    with_row_limit,
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +113,19 @@ def test_both_back_ends_attend_alike(interpret: Interpreter) -> None:
     torch.testing.assert_close(a.lse[same], b.lse[same], atol=1e-4, rtol=0)
     bias = a.bias.masked_fill(differs, 0), b.bias.masked_fill(differs, 0)
     torch.testing.assert_close(*bias, atol=1e-4, rtol=0)
+
+
+def test_both_keep_what_one_row_alone_looks_for(interpret: Interpreter) -> None:
+    tiles = Tiles(90, 331, 32, 16)
+    for seed in range(3):
+        problem, blocks = lone_needles(tiles, 0.06, seed)
+        problem = with_row_limit(problem, 0.05)
+        q, k, v = (x.float() for x in (problem.q, problem.k, problem.v))
+        summaries = summaries_of(k, v, tiles)
+        problem = replace(problem, q=q, k=k, v=v, summaries=summaries)
+        for used in (attend_in_kernels(interpret, problem), attend_on_cpu(problem)):
+            kept = torch.zeros_like(used.keep).scatter_(2, blocks[..., None], True)
+            assert torch.equal(used.keep, kept)
 
 
 def test_a_query_that_is_not_a_number_poisons_itself_alone(interpret: Interpreter) -> None:

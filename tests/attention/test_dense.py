@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefill_service.attention.dense import Partial, attend, empty_partial, merge
+from prefill_service.attention.dense import Partial, attend, empty_partial, hide_broken, merge
 
 SCALE = 0.3
 
@@ -89,6 +89,23 @@ def test_a_part_whose_scores_are_huge_takes_all_the_weight() -> None:
     near = attend(q, q, torch.ones(1, 1, 4), causal=False, scale=1.0)  # score 40 000
     far = attend(q, -q, torch.zeros(1, 1, 4), causal=False, scale=1.0)
     assert torch.equal(merge([near, far]).out, torch.ones(1, 1, 4))
+
+
+def test_values_of_later_keys_are_hidden_whatever_they_are() -> None:
+    """On CPUs in the rows' own product, on GPUs before and after torch's kernel."""
+    q = rand(4, 200, 16)
+    k = rand(2, 200, 16, seed=1)
+    v = rand(2, 200, 16, seed=2)
+    clean = attend(q, k, v, causal=True, scale=SCALE)
+    v[1, 150, 3] = torch.nan
+    broken = torch.zeros(4, 200, 16, dtype=torch.bool)
+    broken[2:, 150:, 3] = True
+    result = attend(q, k, v, causal=True, scale=SCALE)
+    assert torch.equal(result.out.isnan(), broken)
+    assert torch.equal(result.out[~broken], clean.out[~broken])
+    values, seen = hide_broken(v)
+    assert torch.equal(seen, broken[::2])
+    assert torch.equal(values, v.nan_to_num(0.0))
 
 
 def test_nan_in_a_key_is_not_hidden() -> None:

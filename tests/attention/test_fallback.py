@@ -23,7 +23,8 @@ from tests.attention.oracle import rand
 def hidden_needles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two keys of one block that every other query wants, the rest its opposite.
 
-    Of the rest are those that the estimate asks, and two keys of 64 hardly show in the variance.
+    Every block has keys farther from its mean, in directions of their own that no query has: they
+    are its outliers, and two keys of 64 hardly show in the variance.
     """
     wish = torch.zeros(32, dtype=torch.float64)
     wish[3] = 1
@@ -31,6 +32,8 @@ def hidden_needles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     v = rand(1, 2048, 32, seed=2)
     k[0, [333, 334]] += 6 * wish
     v[0, [333, 334]] += 5
+    decoys = torch.arange(0, 2048, 8)
+    k[0, decoys, 8 + decoys // 8 % 24] += 20
     q = 0.05 * rand(2, 2048, 32, seed=3)
     q[:, 1::2] += 6 * wish / SCALE * 1.2 / 4
     q[:, 0::2] -= 6 * wish / SCALE * 1.2 / 4
@@ -84,7 +87,7 @@ def test_only_the_heads_below_the_floor_are_computed_again() -> None:
 
 
 def one_head_of_four(seeking: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden needles that one of four query heads wants with all rows but those that are asked."""
+    """Hidden needles that one of four query heads wants with all rows but those of the mean."""
     _, k, v = hidden_needles()
     wish = torch.zeros(2048, 32, dtype=torch.float64)
     wish[seeking, 3] = 6.0

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from prefill_service.attention.quality import Quality, resolve_policy
 from prefill_service.attention.sparse.selection import (
     ROW_STEP,
     estimate,
@@ -18,7 +19,12 @@ from prefill_service.attention.sparse.selection import (
 from prefill_service.attention.sparse.summaries import lift, misplaced_share, summarize
 from prefill_service.attention.sparse.tiles import Tiles
 from tests.attention.oracle import causal_scores, rand
-from tests.attention.problems import attend_on_cpu, sparse_problem
+from tests.attention.problems import (
+    attend_on_cpu,
+    lone_needles,
+    sparse_problem,
+    with_row_limit,
+)
 
 SCALE = 0.25
 
@@ -134,6 +140,21 @@ def test_few_rows_that_look_for_one_thing_are_not_lost_in_their_tile(shift: int)
     assert (used.out[0, rows] - wanted).norm() / wanted.norm() < 0.05
 
 
+@pytest.mark.parametrize("quality", [Quality.HIGH, Quality.BALANCED, Quality.FAST])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_one_row_alone_looks_for_is_kept(seed: int, quality: Quality) -> None:
+    """Whichever row of the tile that is, from the row limit on."""
+    limit = resolve_policy(quality).row_limit(0.2)
+    tiles = Tiles(500, 2048 - 7, 128, 64)
+    for mass in (1.1 * limit, 0.3, 0.9):
+        problem, blocks = lone_needles(tiles, mass, seed)
+        used = attend_on_cpu(with_row_limit(problem, limit))
+        kept = torch.zeros_like(used.keep).scatter_(2, blocks[..., None], True)
+        assert torch.equal(used.keep, kept)  # and nothing else
+    problem, _ = lone_needles(tiles, 0.7 * limit, seed)
+    assert not attend_on_cpu(with_row_limit(problem, limit)).keep.any()
+
+
 @pytest.mark.parametrize(("queries", "q_offset"), [(256, 512), (200, 517), (1, 640), (130, 63)])
 @pytest.mark.parametrize("group", [1, 4])
 def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, group: int) -> None:
@@ -159,12 +180,13 @@ def test_estimate_against_the_formula_row_by_row(queries: int, q_offset: int, gr
             logits = mine @ known.k_mean[head, :seen].mT + bias
             lse = local_lse[head * group : (head + 1) * group, rows]
             total = torch.logaddexp(logits.logsumexp(-1), lse) if seen else lse
-            mass = torch.exp(logits - total[..., None])[:, ::ROW_STEP]
+            mass = torch.exp(logits - total[..., None])
             mass = mass * misplaced_share(variance)
             far = mine @ known.k_far[head, :seen].mT - total[..., None]
-            far = torch.exp(far).clamp(max=1)[:, ::ROW_STEP]
+            far = torch.exp(far).clamp(max=1)
+            asked = (mass + far)[:, ::ROW_STEP]
             torch.testing.assert_close(found.bias[head, tile, :seen], bias)
-            torch.testing.assert_close(found.loss[head, tile, :seen], (mass + far).mean((0, 1)))
+            torch.testing.assert_close(found.loss[head, tile, :seen], asked.mean((0, 1)))
             if seen:
                 far = (far * known.far_count[head, :seen]).clamp(max=1)  # all outliers
                 peak = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))

@@ -199,6 +199,36 @@ def test_a_key_that_is_not_a_number_poisons_what_dense_attention_poisons() -> No
     assert not got.out[1].isnan().any()
 
 
+@pytest.mark.parametrize("part", ["key", "value"])
+@pytest.mark.parametrize("position", [20, 520, 660, 916])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_broken_reaches_a_query_before_it(
+    dtype: torch.dtype, position: int, part: str
+) -> None:
+    """Not in its tile, and not through a later tile's summaries."""
+    q, k, v, tiles, _ = problem(400, 517, 4, dtype)
+    forced = forced_blocks(tiles, 1, [10_000] * tiles.count)
+    epsilon = torch.full((2,), 0.9)
+    k = k.clone()
+    v = v.clone()
+    for dense_above in (0.0, 2.0):  # all heads densely, and none
+        backend = CpuBackend(dense_above=dense_above)
+        outs = []
+        for value in (0.5, torch.nan):
+            (k if part == "key" else v)[1, position] = value
+            asked = sparse_problem(q, (k, v), tiles, epsilon=epsilon, forced=forced, scale=SCALE)
+            outs.append(backend.attend_sparse(asked, NoHooks()))
+        clean, got = outs
+        first = max(position - 517, 0)  # a key among the past ones reaches all queries
+        assert torch.equal(got.out[:4], clean.out[:4])
+        # Of the tile of a broken key some rows have no say any more in what it keeps.
+        same = first // 128 * 128 if part == "key" and dense_above else first
+        assert torch.equal(got.out[4:, :same], clean.out[4:, :same])
+        assert torch.equal(got.lse[4:, :same], clean.lse[4:, :same])
+        assert got.out[4:, :first].isfinite().all()
+        assert got.out[4:, first:].isnan().any(-1).all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_query_that_is_not_a_number_poisons_itself_alone(value: float) -> None:
     q, k, v, tiles, _ = problem(200, 517, 4)

@@ -60,6 +60,24 @@ def test_kept_mass_and_error_of_all_rows(
     assert ((used.out - exact).norm(dim=-1) <= 2 * (1 - mass) * largest + 1e-6).all()
 
 
+def test_a_broken_value_is_held_against_the_rows_that_see_it() -> None:
+    tiles = Tiles(128, 256, 128, 64)
+    q = rand(4, 128, 16)
+    k = rand(2, tiles.keys, 16, seed=1)
+    v = rand(2, tiles.keys, 16, seed=2)
+    v[1, 256 + 70, 3] = torch.nan
+    forced = forced_blocks(tiles, 1, [10_000])
+    problem = sparse_problem(
+        q, (k, v), tiles, epsilon=torch.full((2,), 0.3), forced=forced, scale=SCALE
+    )
+    used = attend_on_cpu(problem)
+    verified = verify_rows(problem, used, SampledRows(torch.arange(128)), ScratchBuffers())
+    kept = verified.kept_mass.view(4, 128)
+    assert (kept[:2] > 0).all()
+    assert (kept[2:, :70] > 0).all()
+    assert (kept[2:, 70:] == 0).all()
+
+
 def test_rows_that_are_no_numbers_keep_nothing() -> None:
     # An LSE of -inf makes the mass of every key infinite, and its minimum with the truth perfect.
     tiles = Tiles(128, 256, 128, 64)

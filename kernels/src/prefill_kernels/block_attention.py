@@ -77,7 +77,6 @@ def attention_kernel(
     ORDERED: tl.constexpr,
     SKIP: tl.constexpr,
     VALUES: tl.constexpr,
-    QUERY_STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,7 +105,7 @@ def attention_kernel(
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
     if i_m * BLOCK_M >= GROUP * tokens:
         return
-    first = q_offset + i_tile * tile_tokens * QUERY_STEP  # position of the tile's first query
+    first = q_offset + i_tile * tile_tokens  # position of the tile's first query
 
     rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < GROUP * tokens
@@ -130,11 +129,11 @@ def attention_kernel(
     softmax = (acc, m, total)
 
     if LOCAL:
-        position = first + rows % tokens * QUERY_STEP
+        position = first + rows % tokens
         # The last key that any of the rows sees; rows of one head are neighbouring tokens.
         last_row = tl.minimum((i_m + 1) * BLOCK_M, GROUP * tokens) - 1
         one_head = i_m * BLOCK_M // tokens == last_row // tokens
-        last = first + tl.where(one_head, last_row % tokens, tokens - 1) * QUERY_STEP
+        last = first + tl.where(one_head, last_row % tokens, tokens - 1)
         start = first // BLOCK_TOKENS * BLOCK_TOKENS
         softmax = _attend_local(
             softmax,
@@ -240,11 +239,16 @@ def _attend_local(
         p_tile = _tile_pointers(k, block, key % BLOCK_TOKENS, N, BLOCK_D)
         b_k = tl.load(p_tile, mask=inside, other=0.0)  # [N, D]
         raw = dot(b_q, b_k.T)  # [M, N]
-        raw = tl.where(o_key[None, :] <= position[:, None], raw, float("-inf"))
         b_v = b_k
         if VALUES:
             p_tile = _tile_pointers(v, block, key % BLOCK_TOKENS, N, BLOCK_D)
             b_v = tl.load(p_tile, mask=inside, other=0.0)  # [N, D]
+            # A later key has weight 0, but 0 times what is not a number is not a number either:
+            # such a value is 0, and makes NaN of its key's score, which later keys do not have.
+            finite = tl.abs(b_v.to(tl.float32)) < float("inf")
+            raw += tl.sum(tl.where(finite, 0.0, float("nan")), 1)[None, :]
+            b_v = tl.where(finite, b_v, 0.0)
+        raw = tl.where(o_key[None, :] <= position[:, None], raw, float("-inf"))
         acc, m, total = _softmax_step(acc, m, total, raw, b_v, scale_log2, VALUES)
     return acc, m, total
 
@@ -420,9 +424,8 @@ def block_sparse_attention(
     Args:
         q: [q_heads, queries, head_dim] float16, bfloat16 or float32; last dimension contiguous.
         k, v: [kv_heads, keys, head_dim] like ``q``, up to the last query's position at least; or
-            pages, see ``Tiling``. What lies behind the last query is never used, not even NaN. A
-            NaN inside the local region reaches all rows of its tile, later keys of a row having
-            weight 0 there rather than no part.
+            pages, see ``Tiling``. What lies behind a query is never used, not even NaN. A value of
+            the local region that is not finite makes NaN of those rows that see it.
         kept: the kept blocks of each (KV head, tile); only candidates of the tile may be listed.
         tiling: tiles, blocks and positions.
         dropped: summaries of other candidates; without it nothing stands for them.
@@ -509,7 +512,7 @@ class _Launch:
         config = self.options.config
         if config is None and triton.knobs.runtime.interpret:
             config = fallback(tiling.block_tokens)  # there is nothing to time
-        elif config is None and tiling.q_offset + tiling.query_step * queries < TUNED_FROM:
+        elif config is None and tiling.q_offset + queries < TUNED_FROM:
             config = suitable(q, arguments["BLOCK_D"], tiling.block_tokens, tma)[0]
         if config is None:
             _tuned_kernel[grid](**arguments, enable_fp_fusion=True)
@@ -540,7 +543,6 @@ class _Launch:
             "BLOCK_TOKENS": tiling.block_tokens,
             "LOCAL": self.options.local,
             "SKIP": skip is not None,
-            "QUERY_STEP": tiling.query_step,
             "p_table": table,
             "PAGED": table is not None,
         }

@@ -111,7 +111,7 @@ def loss_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Losses and peaks of BLOCK_N blocks for a (KV head, tile). p_lse: of sampled tokens only."""
+    """Losses and peaks of BLOCK_N blocks for a (KV head, tile)."""
     i_row = tl.program_id(0)
     i_head = i_row // tiles
     i_tile = i_row % tiles
@@ -128,18 +128,15 @@ def loss_kernel(
     o_key = o_block[:, None] * HEAD_DIM + o_d[None, :]
     k_mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
     tokens = tl.minimum(tile_tokens, queries - i_tile * tile_tokens)
-    sampled = tl.cdiv(tokens, _STEP)
-    rows = GROUP * sampled
-    columns = tl.cdiv(queries, _STEP)
-    p_lse += (i_head * GROUP).to(tl.int64) * columns + i_tile * (tile_tokens // _STEP)
+    p_lse += (i_head * GROUP).to(tl.int64) * queries + i_tile * tile_tokens
     p_q += (i_head * GROUP).to(tl.int64) * stride_q_head
     p_q += (i_tile * tile_tokens).to(tl.int64) * stride_q_token
-    row_strides = (stride_q_head, stride_q_token, columns)
+    row_strides = (stride_q_head, stride_q_token, queries)
 
     b_k = tl.load(p_k_mean + o_key, mask=k_mask, other=0.0)  # [N, D]
     bias = tl.load(p_bias + o_row, mask=inside, other=float("-inf"))
     mass, mass_peak = _mass_of_keys(
-        p_q, p_lse, b_k, bias, rows, sampled, row_strides, scale, HEAD_DIM, BLOCK_M
+        p_q, p_lse, b_k, bias, GROUP * tokens, tokens, row_strides, scale, HEAD_DIM, BLOCK_M
     )
     variance = tl.load(p_variance + o_row, mask=inside, other=0.0)
     misplaced = tl.sqrt(1 - tl.exp(variance / -_TWO_PI))
@@ -148,12 +145,12 @@ def loss_kernel(
     # themselves. In a loop of its own, so that only one tile of keys is held at a time.
     b_k = tl.load(p_k_far + o_key, mask=k_mask, other=0.0)
     far, far_peak = _mass_of_keys(
-        p_q, p_lse, b_k, None, rows, sampled, row_strides, scale, HEAD_DIM, BLOCK_M
+        p_q, p_lse, b_k, None, GROUP * tokens, tokens, row_strides, scale, HEAD_DIM, BLOCK_M
     )
     count = tl.load(p_far_count + o_block, mask=inside, other=1.0)
     far_peak = tl.minimum(far_peak * count, 1.0)
 
-    loss = (mass * misplaced + far) / rows
+    loss = (mass * misplaced + far) / (GROUP * tl.cdiv(tokens, _STEP))
     peak = tl.maximum(mass_peak * misplaced, far_peak)
     tl.store(p_loss + o_row, tl.where(inside, loss, 0.0), mask=o_n < blocks)
     tl.store(p_peak + o_row, tl.where(inside, peak, 0.0), mask=o_n < blocks)
@@ -166,13 +163,15 @@ def _mass_of_keys(
     b_k,
     bias,
     rows,
-    sampled,
+    tokens,
     row_strides,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Attention mass of keys b_k [N, D], summed over a tile's sampled rows, and its largest: [N].
+    """Attention mass of keys b_k [N, D] in a tile's rows, two of [N].
+
+    The first is summed over every fourth token's rows, the second the largest of all rows.
 
     bias: [N] added to the scores of keys that stand for blocks. Without it a key is a single one,
     and no row gives it more than 1: it may be missing from the row's log-sum-exp.
@@ -183,43 +182,42 @@ def _mass_of_keys(
     peak = tl.zeros([N], tl.float32)
     for start in tl.range(0, rows, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        b_q, lse = _sampled_rows(
-            p_q, p_lse, o_m, rows, sampled, row_strides, HEAD_DIM, b_k.shape[1]
-        )
+        b_q, lse = _load_rows(p_q, p_lse, o_m, rows, tokens, row_strides, HEAD_DIM, b_k.shape[1])
         score = dot(b_q, b_k.T) * (scale * LOG2E)  # [M, N]
         if bias is not None:
             score += bias[None, :] * LOG2E
         p = tl.exp2(score - lse[:, None] * LOG2E)
         if bias is None:
             p = tl.minimum(p, 1.0)
-        mass += tl.sum(p, 0)
+        asked = o_m % tokens % _STEP == 0
+        mass += tl.sum(tl.where(asked[:, None], p, 0.0), 0)
         peak = tl.maximum(peak, tl.max(p, 0))
     return mass, peak
 
 
 @triton.jit
-def _sampled_rows(
+def _load_rows(
     p_q,
     p_lse,
     o_m,
     rows,
-    sampled,
+    tokens,
     row_strides,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Queries [M, D] of sampled rows o_m and their log-sum-exp [M], infinite behind the last row.
+    """Queries [M, D] of a tile's rows o_m and their log-sum-exp [M], infinite behind the last row.
 
     row_strides: of a head's queries, of a query, and of a head's log-sum-exps.
     """
     stride_q_head, stride_q_token, stride_lse_head = row_strides
     valid = o_m < rows
-    head = (o_m // sampled).to(tl.int64)
+    head = (o_m // tokens).to(tl.int64)
     o_d = tl.arange(0, D)
-    o_q = head * stride_q_head + o_m % sampled * _STEP * stride_q_token
+    o_q = head * stride_q_head + o_m % tokens * stride_q_token
     q_mask = valid[:, None] & (o_d < HEAD_DIM)[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=q_mask, other=0.0)
-    lse = tl.load(p_lse + head * stride_lse_head + o_m % sampled, mask=valid, other=float("inf"))
+    lse = tl.load(p_lse + head * stride_lse_head + o_m % tokens, mask=valid, other=float("inf"))
     return b_q, lse
 
 
@@ -233,8 +231,8 @@ def estimate_block_loss(
     where e is the largest of B normal values to expect: block score s = scale q . k_mean + ln B +
     f(v); mass p = exp(s - lse), lse over all candidate blocks and the row's exact local scores;
     a row's loss = p * sqrt(1 - exp(-v / 2 pi)), plus the mass of one outlier of the block,
-    exp(scale q . k_far - lse), at most 1; its peak counts all outliers. Every fourth row is
-    sampled.
+    exp(scale q . k_far - lse), at most 1; its peak counts all outliers. The mean is over every
+    fourth token's rows, the peak over all.
 
     A query that is not a number makes every loss of its tile NaN: all its blocks are then kept, and
     no row but its own is NaN. (The CPU back end lets its tile's other queries choose.)
@@ -242,7 +240,7 @@ def estimate_block_loss(
     Args:
         q, k: as in ``block_sparse_attention``.
         summaries: of the blocks before the last tile's first query at least.
-        tiling: its ``tile_tokens`` must be a multiple of 4 and its ``query_step`` 1.
+        tiling: tiles, blocks and positions.
         scale: factor on the scores; default ``head_dim ** -0.5``.
 
     Raises:
@@ -264,16 +262,12 @@ def estimate_block_loss(
     variance = _score_variance(q, summaries.k_var, tiling, scale)
     _write_bias(found.bias, variance, tiling)
     every = DroppedBlocks(summaries.k_mean, summaries.k_mean, found.bias)
-    lse = _sampled_lse(q, k, every, tiling, scale=scale)
+    lse = _whole_lse(q, k, every, tiling, scale=scale)
     _write_loss(q, lse, summaries, variance, found=found, tiling=tiling, scale=scale)
     return found
 
 
 def _check(summaries: Summaries, tiling: Tiling, tiles: int) -> None:
-    if tiling.tile_tokens % ROW_STEP:
-        raise ValueError(f"tile_tokens = {tiling.tile_tokens} is no multiple of {ROW_STEP}")
-    if tiling.query_step != 1:
-        raise ValueError(f"query_step = {tiling.query_step} is not accepted; expected 1")
     shape = list(summaries.k_mean.shape)
     if tiles and tiling.candidates(tiles - 1) > shape[1]:
         raise ValueError(f"summaries of {shape[1]} blocks do not reach the last tile's first query")
@@ -327,24 +321,17 @@ def _write_bias(bias: Tensor, variance: Tensor, tiling: Tiling) -> None:
     )
 
 
-def _sampled_lse(
+def _whole_lse(
     q: Tensor, k: Tensor, summaries: DroppedBlocks, tiling: Tiling, *, scale: float
 ) -> Tensor:
-    """[q_heads, sampled queries] log-sum-exp over the local region and all summaries."""
-    sampled = Tiling(
-        block_tokens=tiling.block_tokens,
-        tile_tokens=tiling.tile_tokens // ROW_STEP,
-        q_offset=tiling.q_offset,
-        query_step=ROW_STEP,
-        block_table=tiling.block_table,
-    )
+    """[q_heads, queries] log-sum-exp over the local region and all summaries."""
     kv_heads, tiles, _ = summaries.bias.shape
     row_ptr = torch.zeros(kv_heads * tiles + 1, dtype=torch.int32, device=q.device)
     return block_sparse_lse(
-        q[:, ::ROW_STEP],
+        q,
         k,
         BlockCSR(row_ptr, row_ptr[:1]),  # no block is kept
-        tiling=sampled,
+        tiling=tiling,
         dropped=summaries,
         options=AttentionOptions(scale=scale),
     )
@@ -363,7 +350,7 @@ def _write_loss(
     """Fill in losses and peaks; mean keys and outliers are in the queries' dtype.
 
     Args:
-        lse: [q_heads, sampled queries] (``_sampled_lse``).
+        lse: [q_heads, queries] (``_whole_lse``).
         variance: [kv_heads, tiles, blocks] (``_score_variance``).
         found: whose biases are known.
     """

@@ -11,7 +11,7 @@ LEVELS_PER_OCTAVE = 16
 """Threshold ``level`` is ``2**(-level / 16)`` times the largest loss of the tile."""
 
 ROW_STEP = 4
-"""Every fourth query of a tile estimates the blocks' mass: neighbours want the same blocks."""
+"""Every fourth query of a tile is asked for the mean loss: neighbours want the same blocks."""
 
 
 def largest_of_normals(count: int) -> float:

@@ -13,16 +13,14 @@ from torch import Tensor
 class Tiling:
     """How queries are cut into tiles and keys into blocks, and where the queries stand.
 
-    Query i stands at position ``q_offset + query_step * i``. Tile t holds ``tile_tokens`` queries,
-    from position p0 = ``q_offset + query_step * tile_tokens * t`` on; its local region is
-    [floor(p0 / B) * B, own position] with B = ``block_tokens``. All blocks before it are
-    candidates: they can be kept or dropped.
+    Query i stands at position ``q_offset + i``. Tile t holds ``tile_tokens`` queries, from position
+    p0 = ``q_offset + tile_tokens * t`` on; its local region is [floor(p0 / B) * B, own position]
+    with B = ``block_tokens``. All blocks before it are candidates: they can be kept or dropped.
 
     Attributes:
         block_tokens: keys of a block, a power of two, 16 or more.
         tile_tokens: queries of a tile; the last tile may be shorter.
         q_offset: position of the first query.
-        query_step: distance between the positions of neighbouring queries.
         block_table: [blocks] or [kv_heads, blocks] int32, the page of each block. With it keys and
             values are pages [pages, block_tokens, kv_heads, head_dim], without it
             [kv_heads, keys, head_dim].
@@ -34,7 +32,6 @@ class Tiling:
     block_tokens: int
     tile_tokens: int
     q_offset: int = 0
-    query_step: int = 1
     block_table: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -46,8 +43,6 @@ class Tiling:
             raise ValueError(
                 f"tile_tokens = {self.tile_tokens} must be >= 1, q_offset = {self.q_offset} >= 0"
             )
-        if self.query_step < 1:
-            raise ValueError(f"query_step = {self.query_step} is not accepted; expected 1 or more")
 
     def num_tiles(self, queries: int) -> int:
         """How many tiles ``queries`` queries make."""
@@ -55,7 +50,7 @@ class Tiling:
 
     def candidates(self, tile: int) -> int:
         """How many blocks lie before the local region of a tile."""
-        return (self.q_offset + tile * self.tile_tokens * self.query_step) // self.block_tokens
+        return (self.q_offset + tile * self.tile_tokens) // self.block_tokens
 
 
 class Summaries(NamedTuple):

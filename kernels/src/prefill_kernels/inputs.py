@@ -68,7 +68,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> None:
     if kv_heads == 0 or q.shape[0] % kv_heads:
         raise ValueError(f"{q.shape[0]} query heads are no multiple of {kv_heads} KV heads")
     keys = shape[1] if table is None else table.shape[-1] * tiling.block_tokens
-    needed = tiling.q_offset + tiling.query_step * (q.shape[1] - 1) + 1
+    needed = tiling.q_offset + q.shape[1]
     if keys < needed:
         raise ValueError(f"{keys} keys are fewer than the {needed} up to the last query")
     if table is not None:

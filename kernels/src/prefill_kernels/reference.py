@@ -69,11 +69,10 @@ def estimate_block_loss_reference(
         bias[h, t, :n] = log_block + lift
         scores = rows @ k_mean[h, :n].T + bias[h, t, :n]
         lse = torch.cat([scores, local], -1).logsumexp(-1)  # [queries of a KV head, tokens]
-        sampled = slice(None, None, ROW_STEP)
-        mass = (scores - lse[..., None]).exp()[:, sampled]  # [.., sampled tokens, blocks]
+        mass = (scores - lse[..., None]).exp()  # [queries of a KV head, tokens, blocks]
         mass = mass * (1 - (-variance / (2 * math.pi)).exp()).sqrt()
-        far = (rows @ k_far[h, :n].T - lse[..., None]).exp().clamp(max=1)[:, sampled]
-        loss[h, t, :n] = (mass + far).mean((0, 1))
+        far = (rows @ k_far[h, :n].T - lse[..., None]).exp().clamp(max=1)
+        loss[h, t, :n] = (mass + far)[:, ::ROW_STEP].mean((0, 1))
         far = (far * far_count[h, :n]).clamp(max=1)
         peak[h, t, :n] = torch.maximum(mass.amax((0, 1)), far.amax((0, 1)))
     return BlockLoss(loss, peak, bias)
@@ -109,7 +108,11 @@ def block_sparse_attention_reference(  # noqa: PLR0913 - the two options that it
     scale: float | None = None,
     local: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, float64; key tiles are never skipped."""
+    """Output and log-sum-exp, float64; key tiles are never skipped.
+
+    A value of the local region that is not finite makes NaN of the rows that see it, and of no
+    other, although 0 times NaN is NaN.
+    """
     if tiling.block_table is not None:
         k = gather_pages(k, tiling.block_table)
         v = gather_pages(v, tiling.block_table)
@@ -125,7 +128,7 @@ def block_sparse_attention_reference(  # noqa: PLR0913 - the two options that it
         heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
         tokens = slice(t * tiling.tile_tokens, min((t + 1) * tiling.tile_tokens, queries))
         own = torch.arange(tokens.start, tokens.stop, device=q.device)
-        own = tiling.q_offset + tiling.query_step * own
+        own = tiling.q_offset + own
         candidates = tiling.candidates(t)
         of_row = kept.col[row_ptr[row] : row_ptr[row + 1]]
         visible = torch.isin(position // tiling.block_tokens, of_row)[None]  # [1, keys]
@@ -138,14 +141,20 @@ def block_sparse_attention_reference(  # noqa: PLR0913 - the two options that it
         scores = q_tile @ k[h, used].double().T * scale
         scores = scores.masked_fill(~visible[:, used], -torch.inf)
         values = v[h, used].double()
+        inside = (position >= candidates * tiling.block_tokens)[used, None]
+        broken = inside & ~values.isfinite()  # [keys, head_dim]
+        poisoned = (visible[:, used] & broken.any(1)).any(1)  # [tokens]
+        values = values.masked_fill(broken, 0.0)
         if dropped is not None:
             k_mean = dropped.k_mean[h, :candidates].double()
             summary = q_tile @ k_mean.T * scale + dropped.bias[h, t, :candidates]
             scores = torch.cat([scores, summary], -1)
             values = torch.cat([values, dropped.v_mean[h, :candidates].double()])
         if scores.shape[-1]:
-            lse[heads, tokens] = scores.logsumexp(-1)
-            out[heads, tokens] = scores.softmax(-1).nan_to_num() @ values
+            lse[heads, tokens] = scores.logsumexp(-1).masked_fill(poisoned, torch.nan)
+            empty = (scores == -torch.inf).all(-1, keepdim=True)
+            weights = scores.softmax(-1).masked_fill(empty, 0.0)
+            out[heads, tokens] = (weights @ values).masked_fill(poisoned[:, None], torch.nan)
     return out, lse
 
 

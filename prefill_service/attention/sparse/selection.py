@@ -4,15 +4,16 @@ Every other candidate is represented by its summary, so what a dropped block cos
 attention mass but the share of it that the summary misplaces. Both are estimated from the
 summaries alone, for every query row of the tile, and the blocks that would misplace most are kept
 until the rest misplaces at most epsilon. That is a mean over rows, in which a few rows that look
-for one thing (an object's nine tokens for an earlier object) are lost; so a block that would cost
-any one row more than a limit of its own is kept as well. In contrast to a fixed threshold
-(FlashPrefill, arXiv 2603.06199) the result has a stated error, in contrast to top-p (XAttention,
-arXiv 2503.16428) it needs no sort. docs/attention.md derives the formulas and compares them with
-the field's.
+for one thing (an object's nine tokens for an earlier object) are lost; so a block that is estimated
+to cost any one row of the tile more than a limit of its own is kept as well. In contrast to a fixed
+threshold (FlashPrefill, arXiv 2603.06199) the result has a stated error, in contrast to top-p
+(XAttention, arXiv 2503.16428) it needs no sort. docs/attention.md derives the formulas, says what
+the estimate does not see, and compares it with the field's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -66,8 +67,8 @@ class Estimate:
     Attributes:
         loss: [kv_heads, tiles, blocks] attention mass that representing the block by its summary
             misplaces, mean over rows of the tile; 0 where a block is no candidate of the tile.
-        peak: [kv_heads, tiles, blocks] the larger part of the loss of the row that loses most, of
-            the two parts that a loss has; 0 likewise.
+        peak: [kv_heads, tiles, blocks] the largest value that either of a loss's two parts has in
+            any row of the tile; 0 likewise.
         bias: [kv_heads, tiles, blocks] logit added to the block's summary key; -inf where it is no
             candidate.
         attention: of every row over all summaries and its local region.
@@ -91,7 +92,7 @@ class Estimate:
 def estimate(
     rows: Tensor, local_lse: Tensor, summaries: BlockSummaries, *, tiles: Tiles, scale: float
 ) -> Estimate:
-    """Estimate the loss of every candidate block from every fourth token's rows.
+    """Estimate the loss of every candidate block in the tile's rows.
 
     Args:
         rows: [kv_heads, tiles, rows, head_dim] packed queries (``Tiles.pack``).
@@ -104,7 +105,7 @@ def estimate(
     known = summaries.first(tiles.blocks)
     q = rows.to(work)
     local_lse = local_lse.to(work)
-    broken = _broken(q)  # [kv_heads, tiles, rows], or nothing
+    broken = _broken(q, local_lse)  # [kv_heads, tiles, rows], or nothing
     if broken is not None:
         q = q.masked_fill(broken[..., None], 0.0)
         local_lse = local_lse.masked_fill(broken, 0.0)
@@ -116,33 +117,35 @@ def estimate(
     hidden = tiles.hidden(q.device)  # [tiles, blocks]
     bias.masked_fill_(hidden, -torch.inf)
     attention = attend_summaries(q, local_lse, known.k_mean, bias=bias, scale=scale)
+    if broken is not None:  # they look for nothing
+        attention.lse.masked_fill_(broken, torch.inf)
+        attention.shares.masked_fill_(broken[..., None], 0.0)
     loss, peak = _losses(
         q,
         attention,
         known,
-        weights=weights,
+        tiles=tiles,
         misplaced=misplaced_share(variance),
         scale=scale,
     )
     if broken is not None:
         attention.lse.masked_fill_(broken, torch.nan)
-    return Estimate(
-        loss=loss.masked_fill_(hidden, 0.0),
-        peak=peak.masked_fill_(hidden, 0.0),
-        bias=bias,
-        attention=attention,
-    )
+    return Estimate(loss=loss, peak=peak, bias=bias, attention=attention)
 
 
-def _broken(q: Tensor) -> Tensor | None:
-    """Rows of [..., rows, head_dim] that are not all numbers; ``None`` if there is no such row.
+def _broken(q: Tensor, local_lse: Tensor) -> Tensor | None:
+    """Rows whose query or local region is not all numbers; ``None`` if there is no such row.
 
     One of them would otherwise decide what its tile keeps and, through the mean variance, reach
     all of its rows. The estimate takes zeros for it; its result is NaN.
+
+    Args:
+        q: [..., rows, head_dim].
+        local_lse: [..., rows].
     """
-    if torch.isfinite(q.sum()):  # one pass, and nothing kept: the usual case
+    if torch.isfinite(q.sum() + local_lse.sum()):  # one pass, and nothing kept: the usual case
         return None
-    broken = ~torch.isfinite(q).all(-1)
+    broken = ~torch.isfinite(q).all(-1) | local_lse.isnan()
     return broken if broken.any() else None
 
 
@@ -151,48 +154,45 @@ def _losses(
     attention: SummaryAttention,
     known: BlockSummaries,
     *,
-    weights: Tensor,
+    tiles: Tiles,
     misplaced: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss over the asked rows, and its peak, each [kv_heads, tiles, blocks].
+    """Mean loss and its peak, each [kv_heads, tiles, blocks]; 0 for blocks that are no candidates.
 
     A row loses the misplaced share of a block's mass, and the mass of an outlier: mean and variance
-    hide a few keys among many (an object's), their own score does not. Of several outliers one
-    counts in the mean, as the variance has the others; the peak, the largest value that either has
-    in any row, counts all, so that no row loses more than twice the peak.
+    hide a few keys among many (an object's), their own score does not. The mean is over every
+    fourth token's rows, as neighbours want the same blocks. The peak, the largest value that either
+    part has, is over all of them, since one row alone may look for a block. Of several outliers one
+    counts in the mean, as the variance has the others; the peak counts all, so that no row loses
+    more than twice the peak.
 
     Args:
         q: [kv_heads, tiles, rows, head_dim].
-        weights: [tiles, rows], 0 for rows without a query.
         misplaced: [kv_heads, tiles, blocks].
     """
-    asked = weights[:, ::ROW_STEP]
-    mass = attention.shares[:, :, ::ROW_STEP, : known.blocks]
-    keys = known.k_far * (scale / math.log(2))  # base two: torch's exp2 is far faster than its exp
-    rows = q[:, :, ::ROW_STEP].flatten(1, 2)  # [kv_heads, tiles * asked rows, head_dim]
-    far = torch.stack([matmul_nt(*of_head) for of_head in zip(rows, keys, strict=True)])
-    far = (
-        far.view(mass.shape)
-        .sub_(attention.lse[..., ::ROW_STEP, None] / math.log(2))
-        .exp2_()
-        .clamp_(max=1)
-    )
-    present = asked > 0
-    if not present.all():
-        far = far.mul_(present[..., None])
-        mass = mass * present[..., None]
-    share = asked / asked.sum(1, keepdim=True)  # token 0 is asked of every tile
-    mean = _mean_rows(share, mass) * misplaced + _mean_rows(share, far)
-    if not known.blocks:
-        return mean, mean
-    outliers = far.amax(2).mul_(known.far_count[:, None]).clamp_(max=1)
-    return mean, torch.maximum(mass.amax(2) * misplaced, outliers)
-
-
-def _mean_rows(weights: Tensor, x: Tensor) -> Tensor:
-    """[kv_heads, tiles, blocks]: of [kv_heads, tiles, rows, blocks], weighted by [tiles, rows]."""
-    return (weights[:, None].expand(len(x), -1, -1, -1) @ x).squeeze(2)
+    kv_heads, _, row_count, _ = q.shape
+    grouped = (row_count // tiles.tile_tokens, tiles.tile_tokens)
+    far_keys = known.k_far * (scale / math.log(2))  # torch's exp2 is far faster than its exp
+    lse = attention.lse / math.log(2)
+    mean = torch.zeros_like(misplaced)
+    peak = torch.zeros_like(misplaced)
+    for head, tile in itertools.product(range(kv_heads), range(tiles.count)):
+        blocks = slice(tiles.candidates(tile))
+        if not blocks.stop:
+            continue
+        at = (head, tile, blocks)
+        tokens = tiles.tokens(tile)
+        mass = attention.shares[head, tile, :, blocks].view(*grouped, -1)[:, :tokens]
+        # Rows last: reductions then run along memory.
+        far = matmul_nt(far_keys[head, blocks], q[head, tile]).sub_(lse[head, tile])
+        far = far.view(-1, *grouped)[..., :tokens]
+        of_mass = mass[:, ::ROW_STEP].mean((0, 1))
+        of_far = far[..., ::ROW_STEP].exp2().clamp_(max=1).mean((1, 2))
+        mean[at] = of_mass * misplaced[at] + of_far
+        outliers = far.amax((1, 2)).exp2_() * known.far_count[head, blocks]
+        peak[at] = torch.maximum(mass.amax((0, 1)) * misplaced[at], outliers.clamp_(max=1))
+    return mean, peak
 
 
 def force_keep(loss: Tensor, peak: Tensor, row_limit: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ def _logits(
         torch.add(
             logits.view(count, packed, blocks), bias[head, :, None], out=scores[head, ..., :blocks]
         )
+    if not torch.isfinite(k_mean.sum()):  # NaN less infinity is NaN: hide what the bias hides
+        hidden = (bias == -torch.inf)[:, :, None]
+        scores[..., :blocks].masked_fill_(hidden, -torch.inf)
     scores[..., blocks] = local_lse
     scores[..., blocks + 1 :] = -torch.inf
     return scores

@@ -36,14 +36,43 @@ def attend_rows(
         q: [batch, rows, head_dim], on a CPU.
         k, v: [batch, keys, head_dim]; any strides with a contiguous last dimension.
         scale: factor on the scores.
-        hidden: [rows, last] bool, which of the last keys a row must not attend to.
+        hidden: [rows, last] bool, which of the last keys a row must not attend to. One of their
+            values that is not finite makes NaN of the rows that see it, and of no other.
 
     Returns:
         Output [batch, rows, head_dim] and natural log-sum-exp [batch, rows], float32 (float64 for
         float64 inputs); 0 and -inf for a row without any key.
     """
-    if not uses_onednn(q):
-        return _torch_flash(q, k, v, scale, hidden=hidden)
+    seen = None
+    if hidden is not None:
+        v, seen = _without_broken(v, hidden)
+    out, lse = (_onednn if uses_onednn(q) else _torch_flash)(q, k, v, scale, hidden=hidden)
+    return out if seen is None else out.masked_fill_(seen, torch.nan), lse
+
+
+def _without_broken(x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Zeros for what is not finite of the last keys or values, since 0 times NaN is NaN.
+
+    Args:
+        x: [batch, keys, head_dim].
+        hidden: as in ``attend_rows``.
+
+    Returns:
+        Like ``x``, and [batch, rows, head_dim] bool, which rows see what was replaced; ``x`` itself
+        and ``None`` if all is finite.
+    """
+    start = x.shape[1] - hidden.shape[1]
+    if torch.isfinite(x[:, start:].sum()):  # one pass, and nothing kept: the usual case
+        return x, None
+    broken = ~x[:, start:].isfinite()
+    x = x.clone()
+    x[:, start:].masked_fill_(broken, 0.0)
+    return x, (~hidden).float() @ broken.float() > 0
+
+
+def _onednn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2])
 
@@ -92,7 +121,9 @@ def _torch_flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     mask = None
+    seen = None
     if hidden is not None:
+        k, seen = _without_broken(k, hidden)  # a mask is added to scores: NaN stays NaN
         shown = hidden.new_zeros(len(hidden), k.shape[1] - hidden.shape[1])
         mask = torch.zeros(len(hidden), k.shape[1], dtype=q.dtype)
         mask = mask.masked_fill_(torch.cat((shown, hidden), 1), -torch.inf)
@@ -103,4 +134,7 @@ def _torch_flash(
     lse = lse[:, 0].to(torch.float64) if q.dtype == torch.float64 else lse[:, 0]
     if hidden is not None and hidden.shape[1] == k.shape[1]:
         lse[:, hidden.all(1)] = -torch.inf  # torch says 0
+    if seen is not None:
+        out[:, 0].masked_fill_(seen.any(-1, keepdim=True), torch.nan)
+        lse = lse.masked_fill(seen.any(-1), torch.nan)
     return out[:, 0], lse

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefill_service.attention.dense import Partial, merge
 from prefill_service.attention.sparse.problem import SparseProblem, SparseResult
-from prefill_service.attention.verification import Verification, measure_rows
+from prefill_service.attention.verification import Verification, measure_rows, weigh_values
 from prefill_service.attention_shape import PromptShape, accumulation_dtype
 from prefill_service.parallel.exchanges.demand.owned_kv import KeyOrder
 from prefill_service.parallel.exchanges.demand.rpc import RequestHeader, RequestKind
@@ -165,7 +165,8 @@ class VerificationServer:
         lse = scores.logsumexp(-1)
         p = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
         self._scores[rank] = _RowScores(q, scores)
-        return torch.cat([(p @ v).flatten(), lse.flatten()])
+        out = [weigh_values(*of_head) for of_head in zip(p, v, strict=True)]
+        return torch.cat([torch.stack(out).flatten(), lse.flatten()])
 
     def measure_kept_mass(
         self,
