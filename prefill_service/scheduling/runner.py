@@ -44,8 +44,15 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 2
 """Starts of a job. As many more do not count that ended with a rank that other jobs had."""
 
-RESTARTABLE = frozenset({Reason.RANK_DIED, Reason.RANK_STALLED, Reason.STALE_GENERATION})
-"""The workers have restarted; the job may be tried again."""
+RESTARTABLE = frozenset(
+    {
+        Reason.RANK_DIED,
+        Reason.RANK_STALLED,
+        Reason.STALE_GENERATION,
+        Reason.VIDEO_DECODER_KILLED,
+    }
+)
+"""Processes were lost and have been replaced; the job may be tried again."""
 
 
 class RetryPolicy:

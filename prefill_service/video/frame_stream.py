@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,10 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.protocol import index_to_message
-from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
+from prefill_service.video.decoder.session import DecoderRequest, DecoderSession, blame_file
 from prefill_service.video.index import VideoIndex
+
+logger = logging.getLogger(__name__)
 
 _ITERATION_POLL_S = 1.0
 
@@ -24,18 +27,28 @@ class FrameStream:
     """Frames of a video in the order asked for, one decoder process behind it.
 
     The process works at most one frame ahead of what has been read: then its pipe is full and
-    it waits.
+    it waits. A process that dies is followed by one that goes on from the frame it died at; the
+    file is blamed for a crash only if the second one gets no further.
     """
 
     def __init__(
-        self, session: DecoderSession, index: VideoIndex, wanted: np.ndarray, limits: VideoConfig
+        self,
+        session: DecoderSession,
+        index: VideoIndex,
+        wanted: np.ndarray,
+        limits: VideoConfig,
+        *,
+        open_session: Callable[[np.ndarray], DecoderSession],
     ) -> None:
         self._session = session
+        self._open_session = open_session
         self._index = index
         self._wanted = wanted
         self._limits = limits
         self._next = 0
         self._unlisted = 0
+        self._unlisted_before = 0  # as counted by processes that died
+        self._died_at: int | None = None
         self._last: tuple[int, np.ndarray] | None = None
 
     @classmethod
@@ -71,15 +84,19 @@ class FrameStream:
         if square_pixels:
             index = replace(index, geometry=index.geometry.with_square_pixels())
         wanted = _check_indices(frame_indices, index.frame_count)
-        targets = np.unique(wanted)
         index_header, index_payload = index_to_message(index)
-        request = DecoderRequest(
-            header={"type": "frames", "index": index_header, "threads": threads},
-            payload=index_payload + targets.tobytes(),
-            cpu_s=limits.stall_timeout_s * (len(targets) + 1) * threads,
-            max_answer_bytes=index.width * index.height * 3,
-        )
-        return cls(DecoderSession.open(path, request, limits, pool), index, wanted, limits)
+
+        def open_session(targets: np.ndarray) -> DecoderSession:
+            request = DecoderRequest(
+                header={"type": "frames", "index": index_header, "threads": threads},
+                payload=index_payload + targets.tobytes(),
+                cpu_s=limits.stall_timeout_s * (len(targets) + 1) * threads,
+                max_answer_bytes=index.width * index.height * 3,
+            )
+            return DecoderSession.open(path, request, limits, pool)
+
+        session = open_session(np.unique(wanted))
+        return cls(session, index, wanted, limits, open_session=open_session)
 
     @property
     def remaining(self) -> int:
@@ -99,8 +116,8 @@ class FrameStream:
 
         Raises:
             ServiceError: DECODE_FAILED (metadata: frame_index, time_s), DECODE_TIMEOUT when no
-                frame came for ``limits.stall_timeout_s``, VIDEO_LIMIT_EXCEEDED. The stream is
-                closed then.
+                frame came for ``limits.stall_timeout_s``, VIDEO_LIMIT_EXCEEDED,
+                VIDEO_DECODER_KILLED. The stream is closed then.
         """
         if not self.remaining:
             return None
@@ -108,14 +125,26 @@ class FrameStream:
         if self._last is None or self._last[0] != wanted:
             try:
                 frame = self._receive(wanted, timeout_s)
-            except ServiceError:
+            except ServiceError as error:
                 self.close()
-                raise
+                if error.reason is not Reason.VIDEO_DECODER_KILLED:
+                    raise
+                self._replace_session(wanted, error)
+                return None
             if frame is None:
                 return None
             self._last = (wanted, frame)
         self._next += 1
         return self._last[1]
+
+    def _replace_session(self, wanted: int, error: ServiceError) -> None:
+        """Go on from frame ``wanted`` with another process; raises if one has died there."""
+        if self._died_at == wanted:
+            raise blame_file(error) from error
+        logger.warning("decoding goes on at frame %d: %s", wanted, error)
+        self._died_at = wanted
+        self._unlisted_before = self._unlisted
+        self._session = self._open_session(np.unique(self._wanted[self._next :]))
 
     def _receive(self, wanted: int, timeout_s: float) -> np.ndarray | None:
         patience_s = self._limits.stall_timeout_s - self._session.silent_s
@@ -135,7 +164,7 @@ class FrameStream:
             raise ServiceError(
                 Reason.INTERNAL, f"decoder process sent {header}, frame {wanted} was expected"
             )
-        self._unlisted = int(header["unlisted"])
+        self._unlisted = self._unlisted_before + int(header["unlisted"])
         return np.frombuffer(payload, np.uint8).reshape(shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:

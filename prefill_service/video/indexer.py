@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.protocol import BYTES_PER_FRAME, index_from_message
-from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
+from prefill_service.video.decoder.session import DecoderRequest, DecoderSession, blame_file
 from prefill_service.video.index import VideoIndex
+
+logger = logging.getLogger(__name__)
 
 
 async def index_video(
@@ -24,12 +27,12 @@ async def index_video(
     """Index a video in a sandboxed decoder process, one of ``pool`` if given.
 
     Cancelling the call kills the process. Of a cut file, what can be read is taken if
-    ``allow_truncated``.
+    ``allow_truncated``. A process that dies is followed by another one, once.
 
     Raises:
         ServiceError: NOT_A_VIDEO, FORMAT_NOT_ALLOWED, NO_VIDEO_STREAM, NO_FRAMES,
             TRUNCATED_VIDEO, DECODE_FAILED, DECODE_TIMEOUT, VIDEO_LIMIT_EXCEEDED (metadata:
-            limit, value, maximum).
+            limit, value, maximum), VIDEO_DECODER_KILLED.
     """
     request = DecoderRequest(
         header={"type": "index", "allow_truncated": allow_truncated},
@@ -37,6 +40,23 @@ async def index_video(
         cpu_s=limits.probe_timeout_s + 1,
         max_answer_bytes=BYTES_PER_FRAME * limits.max_frames,
     )
+    try:
+        return await _index_once(path, request, limits, pool)
+    except ServiceError as error:
+        if error.reason is not Reason.VIDEO_DECODER_KILLED:
+            raise
+        logger.warning("%s is indexed once more: %s", path, error)
+    try:
+        return await _index_once(path, request, limits, pool)
+    except ServiceError as error:
+        if error.reason is not Reason.VIDEO_DECODER_KILLED:
+            raise
+        raise blame_file(error) from error
+
+
+async def _index_once(
+    path: Path, request: DecoderRequest, limits: VideoConfig, pool: DecoderPool | None
+) -> VideoIndex:
     session = DecoderSession.open(path, request, limits, pool)
     answer = asyncio.create_task(asyncio.to_thread(_receive_index, session, limits))
     try:

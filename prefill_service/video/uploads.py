@@ -29,7 +29,7 @@ from prefill_service.video.validation import (
 logger = logging.getLogger(__name__)
 
 # Not the file's fault: its bytes are kept and it can be finished again.
-_RETRIABLE = (Reason.INTERNAL, Reason.STORAGE_FULL)
+_RETRIABLE = (Reason.INTERNAL, Reason.STORAGE_FULL, Reason.VIDEO_DECODER_KILLED)
 
 
 class Uploads:

@@ -121,17 +121,74 @@ def test_frame_that_waited_for_a_busy_reader_is_no_stall(big_video: Path) -> Non
         assert [read_number(frame) for frame in stream] == [1, 2]
 
 
+def kill_decoders(stream: FrameStream, number: int) -> list[np.ndarray]:
+    """Read on while each process is killed before it has sent the frame that is waited for."""
+    frames = []
+    pid = 0
+    while stream.remaining:
+        if stream._session.pid != pid:
+            pid = stream._session.pid
+            os.kill(pid, number)
+        if (frame := stream.poll(30)) is not None:
+            frames.append(frame)
+    return frames
+
+
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGXCPU, Reason.DECODE_TIMEOUT), (signal.SIGSEGV, Reason.DECODE_FAILED)],
+    [
+        (signal.SIGXCPU, Reason.DECODE_TIMEOUT),
+        (signal.SIGSEGV, Reason.DECODE_FAILED),
+        (signal.SIGKILL, Reason.VIDEO_DECODER_KILLED),
+    ],
 )
-def test_death_of_the_child_is_explained(big_video: Path, number: int, reason: Reason) -> None:
-    with stream_of(big_video, list(range(120))) as stream:
-        assert stream.poll(30) is not None
-        os.kill(stream._session.pid, number)
-        with pytest.raises(ServiceError) as caught:
-            list(stream)
-        assert caught.value.reason is reason
+def test_deaths_of_the_child_are_explained(big_video: Path, number: int, reason: Reason) -> None:
+    """The file is blamed for a second crash at one frame, and never for a kill from outside."""
+    with stream_of(big_video, list(range(120))) as stream, pytest.raises(ServiceError) as caught:
+        kill_decoders(stream, number)
+    assert caught.value.reason is reason
+    assert signal.Signals(number).name in str(caught.value) or number == signal.SIGXCPU
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_frames_go_on_after_a_death_of_the_child(big_video: Path, number: int) -> None:
+    with stream_of(big_video, [0, 0, 5, 50, 119]) as stream:
+        assert wait_until(lambda: stream.poll(0.5) is not None)
+        before = stream._session.pid
+        os.kill(before, number)
+        assert [read_number(frame) for frame in stream] == [0, 5, 50, 119]
+        assert stream._session.pid != before
+        assert not alive(before)
+
+
+async def test_indexing_goes_on_after_a_death_of_the_child(big_video: Path) -> None:
+    task = asyncio.create_task(index_video(big_video, VideoConfig()))
+    while not children():
+        await asyncio.sleep(0)
+    [first] = children()
+    os.kill(first, signal.SIGKILL)
+    assert (await task).frame_count == 120
+    assert children() == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGSEGV, Reason.DECODE_FAILED), (signal.SIGKILL, Reason.VIDEO_DECODER_KILLED)],
+)
+async def test_indexing_gives_up_after_two_deaths(
+    big_video: Path, number: int, reason: Reason
+) -> None:
+    task = asyncio.create_task(index_video(big_video, VideoConfig()))
+    killed: set[int] = set()
+    while not task.done():
+        for pid in children() - killed:
+            os.kill(pid, number)
+            killed.add(pid)
+        await asyncio.sleep(0)
+    with pytest.raises(ServiceError) as caught:
+        await task
+    assert caught.value.reason is reason
+    assert len(killed) == 2
 
 
 async def test_indexing_times_out(big_video: Path) -> None:

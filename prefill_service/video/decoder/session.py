@@ -29,6 +29,10 @@ from prefill_service.video.decoder.sandbox import ResourceLimits
 logger = logging.getLogger(__name__)
 
 _EXIT_S = 5.0
+_CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS}
+)
+"""Signals that a process brings on itself."""
 
 
 def open_video(path: Path) -> int:
@@ -96,6 +100,7 @@ class DecoderSession:
         self._readable = select.poll()  # not select(): a server has descriptors above 1024
         self._readable.register(process.stdout, select.POLLIN)
         self._last_read = time.monotonic()
+        self._ended_by_us = False
 
     @classmethod
     def open(
@@ -251,11 +256,18 @@ class DecoderSession:
                 value=maximum,
                 maximum=maximum,
             )
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        return ServiceError(Reason.DECODE_FAILED, f"the decoder process {how}", exit_code=code)
+        if code >= 0 or self._ended_by_us:
+            how = _describe_end(code)
+            return ServiceError(Reason.DECODE_FAILED, f"the decoder process {how}", exit_code=code)
+        return ServiceError(
+            Reason.VIDEO_DECODER_KILLED,
+            f"the decoder process {_describe_end(code)}; memory may be short",
+            exit_code=code,
+        )
 
     def kill(self) -> None:
         """End the process at once; does nothing if it has ended."""
+        self._ended_by_us = True
         self._process.kill()
 
     def close(self) -> None:
@@ -276,3 +288,21 @@ class DecoderSession:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def blame_file(error: ServiceError) -> ServiceError:
+    """What a decoder's second death at the same place says: a crash is the file's doing.
+
+    A process that was killed from outside, as the kernel does when memory is short, says nothing
+    about the file: its error stays as it is, and may be tried again.
+    """
+    code = int(error.metadata["exit_code"])
+    if -code not in _CRASHES:
+        return error
+    return ServiceError(
+        Reason.DECODE_FAILED, f"the decoder process {_describe_end(code)}, twice", exit_code=code
+    )
+
+
+def _describe_end(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"

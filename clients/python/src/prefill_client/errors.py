@@ -152,6 +152,7 @@ class UnavailableError(PrefillError):
     reasons = frozenset(
         {
             "RANK_DIED",
+            "VIDEO_DECODER_KILLED",
             "RANK_STALLED",
             "LEASE_EXPIRED",
             "STALE_GENERATION",
