@@ -60,6 +60,13 @@ class ServerConfig:
     reflection: bool = _opt(True, "Serve gRPC reflection.")
     drain_seconds: float = _opt(30.0, "How long running calls may go on after SIGTERM.", low=0)
     max_concurrent_calls: int = _opt(256, "Calls at once; more get RESOURCE_EXHAUSTED.")
+    max_uploads: int = _opt(64, "Upload streams at once, not counted as calls.")
+    max_peer_share: float = _opt(
+        0.75, "Of calls and of uploads, what one address may have at once.", low=0, high=1
+    )
+    upload_idle_seconds: float = _opt(
+        60.0, "An upload stream that sends nothing for so long ends; it can be resumed."
+    )
     metrics_address: str = _opt("", "HOST:PORT for Prometheus at /metrics, plain HTTP; empty: off.")
 
 

@@ -275,7 +275,14 @@ def _put_together(
         metrics=metrics,
     )
     services = [
-        ServedService(VideoServicer(videos, metrics, admission.review_frames)),
+        ServedService(
+            VideoServicer(
+                videos,
+                metrics,
+                admission.review_frames,
+                upload_idle_s=config.server.upload_idle_seconds,
+            )
+        ),
         ServedService(PrefillServicer(scheduler), lambda: executor.supervisor.ready),
         ServedService(
             AnswerServicer(answers), lambda: executor.supervisor.ready and generation.ready

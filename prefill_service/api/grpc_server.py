@@ -55,7 +55,7 @@ class ApiServer:
         self._config = config
         self._services = services
         self._token = BearerToken(config)
-        self._calls = CallInterceptor(config.max_concurrent_calls, metrics, self._token)
+        self._calls = CallInterceptor(config, metrics, self._token)
         self._server = grpc.aio.server(interceptors=[self._calls], options=OPTIONS)
         for service in services:
             service.servicer.register_handlers(self._server)

@@ -17,10 +17,12 @@ from typing import Any
 
 import grpc
 
+from prefill_service.api.call_limits import UPLOAD, CallLimit, address_of
 from prefill_service.api.malformed import MalformedRequest, tolerant
 from prefill_service.api.security import BearerToken
 from prefill_service.api.servicer import Context
 from prefill_service.api.status import abort
+from prefill_service.config import ServerConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.scheduling.metrics import Metrics
 
@@ -38,16 +40,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     Health checks pass untouched: they carry no token, and must not fail under load.
 
     Args:
-        max_calls: calls of ``prefill.v1`` at once.
+        config: limits of the calls of ``prefill.v1`` at once.
         metrics: counts the calls of ``prefill.v1`` that have ended.
         token: the bearer token that clients must send, if any.
     """
 
-    def __init__(self, max_calls: int, metrics: Metrics, token: BearerToken) -> None:
-        self.max_calls = max_calls
+    def __init__(self, config: ServerConfig, metrics: Metrics, token: BearerToken) -> None:
+        share = config.max_peer_share
+        self._calls = CallLimit("calls", config.max_concurrent_calls, peer_share=share)
+        self._uploads = CallLimit("uploads", config.max_uploads, peer_share=share)
         self.metrics = metrics
         self.token = token
-        self.running = 0
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -61,9 +64,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return False
         return True
 
-    def count_calls(self, change: int) -> None:
-        """Change the number of running calls by 1 or -1."""
-        self.running += change
+    @property
+    def running(self) -> int:
+        """Calls of ``prefill.v1`` at the moment."""
+        return self._calls.running + self._uploads.running
+
+    def limit_of(self, method: str) -> CallLimit:
+        """What the calls of a method of ``prefill.v1`` are counted by."""
+        return self._uploads if method.endswith(f"/{UPLOAD}") else self._calls
+
+    def note_change(self) -> None:
+        """Calls have begun or ended."""
         if self.running:
             self._idle.clear()
         else:
@@ -128,12 +139,15 @@ class _Call:
         self._metadata = details.invocation_metadata
         self._context = context
         self._ours = self._method.startswith(_OURS)
+        self._limit = owner.limit_of(self._method)
+        self._peer = address_of(context.peer())
         self._ids: dict[str, str] = {}
         self._started = time.monotonic()
 
     async def __aenter__(self) -> _Call:
         if self._ours:
-            self._owner.count_calls(1)
+            self._limit.enter(self._peer)
+            self._owner.note_change()
         try:
             self._admit()
         except ServiceError as error:
@@ -147,7 +161,8 @@ class _Call:
         traceback: TracebackType | None,
     ) -> None:
         if self._ours:
-            self._owner.count_calls(-1)
+            self._limit.leave(self._peer)
+            self._owner.note_change()
         if error is None:
             self._log("OK")
         elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
@@ -202,12 +217,7 @@ class _Call:
             return
         if owner.draining:
             raise ServiceError(Reason.SHUTTING_DOWN, "the service is shutting down")
-        if owner.running > owner.max_calls:
-            raise ServiceError(
-                Reason.QUEUE_FULL,
-                f"{owner.max_calls} calls are running, which is the limit",
-                limit=owner.max_calls,
-            )
+        self._limit.check(self._peer)
 
     def _as_service_error(self, error: BaseException) -> ServiceError:
         if isinstance(error, ServiceError):

@@ -17,6 +17,7 @@ _RETRY_S = {
     Reason.STORAGE_FULL: 60,
     Reason.DECODER_UNAVAILABLE: 5,
     Reason.RANK_DIED: 5,
+    Reason.UPLOAD_IDLE: 1,
     Reason.VIDEO_DECODER_KILLED: 1,
     Reason.RANK_STALLED: 5,
     Reason.SHUTTING_DOWN: 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
 
     Args:
         review: warnings of frames that the model being served does not take.
+        upload_idle_s: an upload stream that sends nothing for so long ends.
     """
 
     service_name = pb.DESCRIPTOR.services_by_name["VideoService"].full_name
@@ -38,10 +40,13 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
         videos: VideoStore,
         metrics: Metrics,
         review: Callable[[Geometry], list[VideoWarning]] = lambda geometry: [],
+        *,
+        upload_idle_s: float = 60.0,
     ) -> None:
         self._videos = videos
         self._metrics = metrics
         self._review = review
+        self._upload_idle_s = upload_idle_s
 
     @override
     def register_handlers(self, server: grpc.aio.Server) -> None:
@@ -70,7 +75,7 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
         """Append chunks to an upload. Waiting for the disk holds a fast client back."""
         video_id = ""
         committed = 0
-        async for chunk in request_iterator:
+        async for chunk in self._with_idle_limit(request_iterator):
             if chunk.video_id and video_id and chunk.video_id != video_id:
                 raise _invalid(f"one stream is for one video, not {video_id} and {chunk.video_id}")
             video_id = video_id or chunk.video_id
@@ -85,6 +90,24 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
         if not video_id:
             raise _invalid("the stream has no messages")
         return pb.UploadChunksResponse(committed_bytes=committed)
+
+    async def _with_idle_limit(
+        self, chunks: AsyncIterator[pb.UploadChunksRequest]
+    ) -> AsyncIterator[pb.UploadChunksRequest]:
+        """The chunks; raises UPLOAD_IDLE if the next one does not come."""
+        waiting = aiter(chunks)
+        while True:
+            try:
+                yield await asyncio.wait_for(anext(waiting), self._upload_idle_s)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ServiceError(
+                    Reason.UPLOAD_IDLE,
+                    f"the upload stream sent nothing for {self._upload_idle_s:g} s, which is the "
+                    "limit; go on where GetUploadStatus says",
+                    limit_s=self._upload_idle_s,
+                ) from None
 
     async def GetUploadStatus(
         self, request: pb.GetUploadStatusRequest, context: Context

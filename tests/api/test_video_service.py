@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from prefill.v1 import video_service_pb2 as pb
+from prefill.v1 import video_service_pb2_grpc
 
 from prefill_service.api.video_service import MAX_CHUNK_BYTES
 from tests.support.in_process_service import InProcessService, answer, error_of
@@ -40,6 +43,42 @@ async def send(s: InProcessService, video_id: str, chunks: Sequence[tuple[int, b
             yield pb.UploadChunksRequest(video_id=name, offset=offset, data=data)
 
     return (await s.videos.UploadChunks(requests())).committed_bytes
+
+
+async def status_of(s: InProcessService, video_id: str) -> pb.GetUploadStatusResponse:
+    return await s.videos.GetUploadStatus(pb.GetUploadStatusRequest(video_id=video_id))
+
+
+async def first_done(waits: Sequence[asyncio.Future[Any]]) -> Any:
+    """What comes first; the others are cancelled."""
+    done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in pending:
+        wait.cancel()
+    return done.pop().result()
+
+
+@asynccontextmanager
+async def proxy(target: str, source: str) -> AsyncIterator[str]:
+    """An address whose connections reach the target from another address of this machine."""
+    host, port = target.split(":")
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(host, int(port), local_addr=(source, 0))
+        tasks.add(asyncio.create_task(pump(reader, there[1])))
+        tasks.add(asyncio.create_task(pump(there[0], writer)))
+
+    async with await asyncio.start_server(connect, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_video_says_its_geometry_and_what_the_model_refuses(
@@ -160,6 +199,53 @@ async def test_broken_stream_keeps_what_was_received(serve: Serve, clip: bytes) 
         await send(s, video_id, [(1000, clip[1000:])])
         finish = pb.FinishUploadRequest(video_id=video_id)
         assert (await s.videos.FinishUpload(finish)).video.state == pb.VIDEO_STATE_READY
+
+
+async def test_upload_of_a_deleted_video_ends(serve: Serve, clip: bytes) -> None:
+    async with serve() as s:
+        video_id = (await create(s, clip)).video.video_id
+        call = s.videos.UploadChunks()
+        await call.write(pb.UploadChunksRequest(video_id=video_id, data=clip[:9]))
+        while not (await status_of(s, video_id)).committed_bytes:
+            await asyncio.sleep(0.01)
+        await s.videos.DeleteVideo(pb.DeleteVideoRequest(video_id=video_id))
+        await call.write(pb.UploadChunksRequest(offset=9, data=clip[9:]))
+        code, reason, _, _ = await error_of(call)
+        assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_VIDEO")
+
+
+async def test_silent_upload_ends_and_can_be_resumed(serve: Serve, clip: bytes) -> None:
+    async with serve(server={"upload_idle_seconds": 0.3}) as s:
+        video_id = (await create(s, clip)).video.video_id
+        never = s.videos.UploadChunks()
+        begun = s.videos.UploadChunks()
+        await begun.write(pb.UploadChunksRequest(video_id=video_id, data=clip[:9]))
+        for call in (never, begun):
+            code, reason, metadata, details = await error_of(call)
+            assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "UPLOAD_IDLE")
+            assert metadata == {"limit_s": "0.3"}
+            assert "RetryInfo" in details
+        assert (await status_of(s, video_id)).committed_bytes == 9
+        assert await send(s, video_id, [(9, clip[9:])]) == len(clip)
+
+
+async def test_silent_uploads_lock_nobody_out(serve: Serve, clip: bytes) -> None:
+    """One address has its share of the uploads, and uploads are no calls."""
+    limits = {"max_uploads": 4, "max_concurrent_calls": 2}
+    async with serve(server=limits) as s, proxy(s.address, "127.0.0.2") as address:
+        silent = [s.videos.UploadChunks() for _ in range(4)]
+        refused = await first_done([asyncio.ensure_future(error_of(call)) for call in silent])
+        code, reason, metadata, _ = refused
+        assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert metadata == {"limit": "3"}
+        video_id = (await create(s, clip)).video.video_id
+        async with grpc.aio.insecure_channel(address) as channel:
+            elsewhere = video_service_pb2_grpc.VideoServiceStub(channel)
+            request = pb.UploadChunksRequest(video_id=video_id, data=clip)
+            done = await elsewhere.UploadChunks(iter([request]))
+        assert done.committed_bytes == len(clip)
+        for call in silent:
+            call.cancel()
 
 
 async def test_refused_file_is_failed_with_its_reason(serve: Serve) -> None:

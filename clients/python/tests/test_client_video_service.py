@@ -67,8 +67,13 @@ class VideoServer:
 
         self._store.append_chunk = slow_append  # type: ignore[method-assign]
         metrics = Metrics()
+        config = ServerConfig()
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(64, metrics, BearerToken(ServerConfig()))],
+            interceptors=[
+                CallInterceptor(
+                    ServerConfig(max_concurrent_calls=64), metrics, BearerToken(ServerConfig())
+                )
+            ],
             options=OPTIONS,
         )
         servicer = VideoServicer(self._store, metrics)
