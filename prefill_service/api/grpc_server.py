@@ -77,7 +77,7 @@ class ApiServer:
                 or an address that cannot be bound; PORT_IN_USE.
         """
         credentials = server_credentials(self._config)
-        self._token.read()
+        self._token.load()
         host = self._config.host
         port = self._config.port
         address = f"[{host}]:{port}" if ":" in host and "[" not in host else f"{host}:{port}"

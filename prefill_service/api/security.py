@@ -42,8 +42,8 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     certificates = _Certificates(config)
     # The stubs forget that ``None`` may come, for "as before".
     return grpc.dynamic_ssl_server_credentials(
-        certificates.read(),
-        certificates.read_if_changed,  # type: ignore[arg-type]
+        certificates.load(),
+        certificates.load_if_changed,  # type: ignore[arg-type]
         require_client_authentication=bool(config.tls_client_ca),
     )
 
@@ -56,7 +56,7 @@ class BearerToken:
         self._files = _WatchedFiles(config.auth_token_file)
         self._token = b""
 
-    def read(self) -> None:
+    def load(self) -> None:
         """Read the file.
 
         Raises:
@@ -78,7 +78,7 @@ class BearerToken:
         """Whether a call with this header may pass; takes equally long for all wrong ones."""
         if self._files.changed():
             try:
-                self.read()
+                self.load()
             except ServiceError as error:
                 logger.warning("the token stays as it was: %s", error)
         if not self._token:
@@ -93,7 +93,7 @@ class _Certificates:
         self._config = config
         self._files = _WatchedFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
 
-    def read(self) -> grpc.ServerCertificateConfiguration:
+    def load(self) -> grpc.ServerCertificateConfiguration:
         """Read and check the files.
 
         Raises:
@@ -118,12 +118,12 @@ class _Certificates:
                 raise _invalid("tls_client_ca", config.tls_client_ca, text) from error
         return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=authority)
 
-    def read_if_changed(self) -> grpc.ServerCertificateConfiguration | None:
+    def load_if_changed(self) -> grpc.ServerCertificateConfiguration | None:
         """What gRPC asks before each handshake; ``None`` lets it go on with what it has."""
         if not self._files.changed():
             return None
         try:
-            found = self.read()
+            found = self.load()
         except ServiceError as error:
             logger.warning("the certificate stays as it was: %s", error)
             return None

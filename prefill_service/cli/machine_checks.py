@@ -23,8 +23,8 @@ from prefill_service.config import (
     split_address,
 )
 from prefill_service.errors import ServiceError
-from prefill_service.video.decoder.sandbox import landlock_abi
-from prefill_service.video.decoder.seccomp import seccomp_available
+from prefill_service.video.decoder.sandbox.landlock import landlock_abi
+from prefill_service.video.decoder.sandbox.seccomp import seccomp_available
 
 _GIB = 1 << 30
 _NCCL_SHM_BYTES = 1 << 30

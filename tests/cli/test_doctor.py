@@ -26,8 +26,8 @@ from prefill_service.cli.machine_checks import (
 )
 from prefill_service.cli.main import main
 from prefill_service.config import ServiceConfig
-from prefill_service.video.decoder.sandbox import landlock_abi
-from prefill_service.video.decoder.seccomp import seccomp_available
+from prefill_service.video.decoder.sandbox.landlock import landlock_abi
+from prefill_service.video.decoder.sandbox.seccomp import seccomp_available
 from tools.make_fp8_checkpoint import quantize
 
 HERE = {"server": {"port": 0}, "engine": {"device": "cpu"}}

@@ -69,11 +69,7 @@ class VideoServer:
         metrics = Metrics()
         config = ServerConfig()
         self._server = grpc.aio.server(
-            interceptors=[
-                CallInterceptor(
-                    ServerConfig(max_concurrent_calls=64), metrics, BearerToken(ServerConfig())
-                )
-            ],
+            interceptors=[CallInterceptor(config, metrics, BearerToken(config))],
             options=OPTIONS,
         )
         servicer = VideoServicer(self._store, metrics)

@@ -39,13 +39,13 @@ from prefill_service.video.decoder.protocol import (
 )
 from prefill_service.video.decoder.readers.base import load_reader_class
 from prefill_service.video.decoder.readers.pyav import PyAVReader
-from prefill_service.video.decoder.sandbox import (
+from prefill_service.video.decoder.sandbox.landlock import confine_files
+from prefill_service.video.decoder.sandbox.resource_limits import (
     ResourceLimits,
-    confine_files,
     confine_resources,
     forgo_privileges,
 )
-from prefill_service.video.decoder.seccomp import confine_system_calls
+from prefill_service.video.decoder.sandbox.seccomp import confine_system_calls
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from prefill_service.storage.disk_space import is_full
 from prefill_service.video.decoder.pool import DecoderPool
 from prefill_service.video.decoder.process import DecoderProcess
 from prefill_service.video.decoder.protocol import MAX_HEADER_BYTES, PREFIX, Header, pack
-from prefill_service.video.decoder.sandbox import ResourceLimits
+from prefill_service.video.decoder.sandbox.resource_limits import ResourceLimits
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import sys
 import threading
 from collections.abc import Callable
 
-from prefill_service.video.decoder.sandbox import forgo_privileges
-from prefill_service.video.decoder.seccomp import confine_system_calls
+from prefill_service.video.decoder.sandbox.resource_limits import forgo_privileges
+from prefill_service.video.decoder.sandbox.seccomp import confine_system_calls
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 FORBIDDEN = {

@@ -336,7 +336,8 @@ def test_the_child_can_open_nothing_but_its_video(samples: dict[str, Path]) -> N
     script = """
 import os, socket, sys
 from pathlib import Path
-from prefill_service.video.decoder.sandbox import ResourceLimits, confine_files, confine_resources
+from prefill_service.video.decoder.sandbox.landlock import confine_files
+from prefill_service.video.decoder.sandbox.resource_limits import ResourceLimits, confine_resources
 fd = os.open(sys.argv[1], os.O_RDONLY)
 confine_resources(ResourceLimits(1 << 30, 10))
 if not confine_files(fd, [Path(os.__file__).parent]):

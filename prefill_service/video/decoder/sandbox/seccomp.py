@@ -117,7 +117,7 @@ class _Instruction(ctypes.Structure):
 
 
 class _Program(ctypes.Structure):
-    """``struct sock_fprog``."""
+    """``struct sock_fprog``, a filter and its length."""
 
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.POINTER(_Instruction)))
 
