@@ -90,8 +90,10 @@ def attention_kernel(
     tuned with them is not used without.
     """
     tl.static_assert(ALIGNED or not TMA, "TMA needs tensor descriptors")
-    # The masked loops address every element; a narrower tile keeps them within the registers.
+    # The masked loops address every element; a narrower tile keeps them within the registers, a
+    # still narrower one the local region's, which looks for values that are not finite as well.
     SIDE_N: tl.constexpr = min(BLOCK_N, 64 if BLOCK_D <= 128 else 32)
+    LOCAL_N: tl.constexpr = min(BLOCK_N, 64 if BLOCK_D <= 64 else 32)
 
     m_blocks = tl.cdiv(GROUP * tl.minimum(tile_tokens, queries), BLOCK_M)
     i_m = tl.program_id(0) % m_blocks
@@ -149,7 +151,7 @@ def attention_kernel(
             BLOCK_TOKENS,
             PAGED,
             VALUES,
-            SIDE_N,
+            LOCAL_N,
         )
 
     begin = tl.load(p_row_ptr + i_row)
