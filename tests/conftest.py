@@ -26,7 +26,9 @@ from typing import Any
 import cv2
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadFileScheduling
 
+from tests.support.unit_scheduling import UnitScheduling, dear_first
 from tests.vllm_server import VllmServer
 from tools.make_video import write_video
 
@@ -38,6 +40,17 @@ cv2.setNumThreads(1)
 for proxy in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "grpc_proxy", "no_grpc_proxy"):
     os.environ.pop(proxy, None)
     os.environ.pop(proxy.upper(), None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = dear_first((item.nodeid, item) for item in items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False  # by the number of tests, which says little
+    return UnitScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,14 @@ from typing import Any
 import psutil
 
 FRONT_END = "front end"
+FORK_SERVER = "fork server"
 RANK = "rank"
 DECODER = "decoder"
 VLLM = "vLLM API server"
 ENGINE = "vLLM engine"
 VLLM_WORKER = "vLLM worker"
 OTHER = "other"
-KINDS = (FRONT_END, RANK, VLLM, ENGINE, VLLM_WORKER, DECODER)
+KINDS = (FRONT_END, FORK_SERVER, RANK, VLLM, ENGINE, VLLM_WORKER, DECODER)
 
 _MARKS = (
     ("prefill_service.engine.worker", RANK),
@@ -65,13 +66,17 @@ def processes_by_kind(root: int) -> dict[str, list[int]]:
             process = waiting.pop()
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    found[FRONT_END if process.pid == root else _kind(process)].append(process.pid)
+                    found[_kind(process, root)].append(process.pid)
                 waiting += process.children()
     return {kind: sorted(pids) for kind, pids in found.items()}
 
 
-def _kind(process: psutil.Process) -> str:
+def _kind(process: psutil.Process, root: int) -> str:
+    if process.pid == root:
+        return FRONT_END
     words = process.cmdline()
+    if "--fork-server" in words and process.ppid() == root:
+        return FORK_SERVER  # whose command line all that it has forked have too
     return next((kind for mark, kind in _MARKS if any(mark in word for word in words)), OTHER)
 
 

@@ -244,11 +244,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="by default 2, up to 8,192 tokens")
     parser.add_argument("--budget-s", type=float, default=300.0, help="first token (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the videos (%(default)s)")
-    parser.add_argument("--logs", type=Path, help="folder in which the systems' logs are kept")
+    parser.add_argument(
+        "--logs", type=make_folder, help="folder in which the systems' logs are kept"
+    )
     parser.add_argument("--out", type=Path, default=tables.RESULTS / "service-cpu.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # this process measures; it computes nothing
     return arguments
+
+
+def make_folder(text: str) -> Path:
+    """The folder of this path, made if it is not there, and those above it."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be made: {error}") from error
+    return folder
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from prefill_service.attention.quality import AttentionPolicy
 from prefill_service.config import EngineConfig, VideoConfig, resolve_threads
 from prefill_service.engine import messages as msg
 from prefill_service.engine.preemption import Allocation, RankAllocator
+from prefill_service.engine.processes.fork_server import ForkServer
 from prefill_service.engine.resolve import (
     chunk_tokens,
     exchange_choice,
@@ -51,6 +52,7 @@ class PrefillExecutor:
         engine, video: configuration.
         checkpoint, dtype, device: of the model.
         runtime_dir: for sockets and rendezvous; short, since Unix socket paths are.
+        fork_server: forks the workers; several executors may share one.
 
     Attributes:
         supervisor: starts, watches and restarts the workers.
@@ -72,6 +74,7 @@ class PrefillExecutor:
         *,
         device: str,
         runtime_dir: Path,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.kv_layout = kv_layout(checkpoint, dtype, engine)
         self.chunk_tokens = chunk_tokens(engine, device)
@@ -111,6 +114,7 @@ class PrefillExecutor:
             runtime_dir,
             on_message=self._on_message,
             jobs_of=self._jobs_of,
+            fork_server=fork_server,
         )
         self.supervisor.add_loss_listener(self._fail_tasks)
 

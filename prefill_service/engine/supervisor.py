@@ -16,7 +16,8 @@ from prefill_service.attention.report import NEVER
 from prefill_service.config import EngineConfig, resolve_threads
 from prefill_service.cost_model.fitting import Observation
 from prefill_service.engine import messages as msg
-from prefill_service.engine.worker_process import WorkerProcess
+from prefill_service.engine.processes.fork_server import ForkServer
+from prefill_service.engine.processes.worker_process import WorkerProcess
 from prefill_service.errors import Reason, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class WorkerSupervisor:
         on_message: called with each message of the current epoch except ``WorkerReady``,
             heartbeats and crashes.
         jobs_of: ids of the jobs that run on a rank, for error messages.
+        fork_server: forks the workers of CPUs; without one the supervisor has its own.
 
     Attributes:
         epoch: number of the workers' start: how often they have been lost.
@@ -61,12 +63,15 @@ class WorkerSupervisor:
         *,
         on_message: Callable[[object], None],
         jobs_of: Callable[[int], list[str]],
+        fork_server: ForkServer | None = None,
     ) -> None:
         self._engine = engine
         self._make_spec = make_spec
         self._runtime_dir = runtime_dir
         self._pass_on = on_message
         self._jobs_of = jobs_of
+        self._fork_server = fork_server or ForkServer()
+        self._owns_fork_server = fork_server is None
         self._loss_listeners: list[LossListener] = []
         self.epoch = 0
         self.crossover = engine.sparse_from_tokens
@@ -141,6 +146,8 @@ class WorkerSupervisor:
         for worker in self._workers:
             await worker.wait(deadline - time.monotonic())
         self._kill_all()
+        if self._owns_fork_server:
+            self._fork_server.close()
         self._all_ready.clear()
         await self._remove_folder()
 
@@ -179,6 +186,7 @@ class WorkerSupervisor:
         for rank in range(self._engine.ranks):
             worker = WorkerProcess(
                 self._make_spec(rank, epoch, folder),
+                self._fork_server,
                 on_message=partial(self._on_message, epoch),
                 on_exit=partial(self._on_exit, epoch),
             )
@@ -260,6 +268,8 @@ class WorkerSupervisor:
         """Declare the workers lost when they do not become ready in time."""
         limit = self._engine.start_timeout_s
         if self._spawned is not None and time.monotonic() - self._spawned >= limit:
+            if self._owns_fork_server:
+                self._fork_server.close()  # it may be what hangs; the next fork starts another
             self.declare_lost(self._not_ready())
 
     def declare_lost(self, error: ServiceError) -> None:

@@ -1,9 +1,10 @@
-"""The process of one rank: ``python -m prefill_service.engine.worker FD``.
+"""The process of one rank: forked, or ``python -m prefill_service.engine.worker FD``.
 
-FD is the worker's end of a socket pair; the first message on it is a ``WorkerSpec``. The main
-thread computes, one task after another or one in the pause of another; one thread listens to the
-front end, one sends heartbeats, one (``PageServer``) serves pages. When the front end goes away,
-the worker exits.
+FD is the worker's end of a socket pair; the first message on it is a ``WorkerSpec``. With
+``--fork-server FD`` the module is what workers are forked from, and serves requests for them.
+The main thread of a worker computes, one task after another or one in the pause of another; one
+thread listens to the front end, one sends heartbeats, one (``PageServer``) serves pages. When the
+front end goes away, the worker exits.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -30,6 +32,7 @@ from prefill_service.engine import messages as msg
 from prefill_service.engine.agreement import CollectiveStatus, TaskAborted, TaskControl
 from prefill_service.engine.baseline_prefill import BaselinePrefill
 from prefill_service.engine.chunked_prefill import ChunkedPrefill
+from prefill_service.engine.processes.fork_server import FORK_SERVER, serve_forks
 from prefill_service.engine.resolve import chunk_tokens, kv_layout, sparse_settings
 from prefill_service.engine.startup_probe import probe_ranks
 from prefill_service.engine.task import BuildMethod, WorkerContext, run_task
@@ -287,11 +290,11 @@ def _choose_device(spec: msg.WorkerSpec) -> tuple[torch.device, bool]:
     return device, spec.engine.ranks > count
 
 
-def main() -> None:
-    """Read the spec and run the worker."""
+def run_worker(descriptor: int) -> NoReturn:
+    """Read the spec from this end of a socket pair and run the worker."""
     # Ctrl-C reaches the whole foreground process group; the front end decides when to leave.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = Connection(int(sys.argv[1]))
+    pipe = Connection(descriptor)
     spec: msg.WorkerSpec = pipe.recv()
     logging.basicConfig(
         level=os.environ.get("PREFILL_LOG_LEVEL", "INFO"),
@@ -312,6 +315,17 @@ def main() -> None:
     # process group's tear-down would wait for it.
     logging.shutdown()
     os._exit(code)
+
+
+def main() -> None:
+    """Be one worker, or fork as many as are asked for."""
+    *option, descriptor = sys.argv[1:]
+    if option == [FORK_SERVER]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with socket.socket(fileno=int(descriptor)) as control:
+            serve_forks(control, run_worker)
+    else:
+        run_worker(int(descriptor))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.processes import MemoryLog, memory_watch
 from benchmarks.service import rows, targets
+from benchmarks.service.__main__ import make_folder
 from benchmarks.service.cases import Case, CaseError, CaseMaker
 from benchmarks.service.hf import Transformers
 from benchmarks.service.rows import Cell
@@ -199,3 +201,13 @@ def test_the_larger_checkpoint_is_in_the_8bs_proportion() -> None:
     patches = 512 * 384 // 16**2
     published = [shape.proportion(patches) for shape in PUBLISHED.values()]
     assert min(published) <= LARGER.proportion(patches) <= max(published)
+
+
+def test_the_folder_for_logs_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    for _ in range(2):
+        assert make_folder(str(folder)) == folder
+        assert folder.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match=r"cannot be made.*file"):
+        make_folder(str(tmp_path / "file" / "below"))

@@ -30,14 +30,16 @@ def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrefillExecutor
     )
 
 
-def test_later_epochs_do_not_measure_the_crossover_again(executor: PrefillExecutor) -> None:
+def test_later_epochs_do_not_measure_the_crossover_again(
+    executor: PrefillExecutor, tmp_path: Path
+) -> None:
     """A second measurement may find another length, and the same request another answer."""
     supervisor = executor.supervisor
-    assert supervisor._make_spec(0, 0, "file:///rendezvous").engine.sparse_from_tokens == 0
+    assert supervisor._make_spec(0, 0, tmp_path).engine.sparse_from_tokens == 0
     ready = WorkerReady(rank=0, endpoint="", device="cpu", sparse_from_tokens=2048, observed=())
     supervisor._become_ready(ready)
     assert supervisor.crossover == 2048
-    assert supervisor._make_spec(0, 1, "file:///rendezvous").engine.sparse_from_tokens == 2048
+    assert supervisor._make_spec(0, 1, tmp_path).engine.sparse_from_tokens == 2048
 
 
 async def test_start_says_which_rank(executor: PrefillExecutor) -> None:

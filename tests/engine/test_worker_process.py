@@ -9,9 +9,13 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine import messages as msg
-from prefill_service.engine.worker_process import WorkerProcess
+from prefill_service.engine.processes import fork_server
+from prefill_service.engine.processes.fork_server import ForkServer
+from prefill_service.engine.processes.worker_process import WorkerProcess
 from tests.support.checkpoints import described_checkpoint
 
 BYTES = 8 << 20
@@ -34,10 +38,22 @@ def spec(folder: Path) -> msg.WorkerSpec:
     )
 
 
-async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(tmp_path: Path) -> None:
+async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "MODULE", "tests.support.forked_program")
     ended = asyncio.Event()
-    worker = WorkerProcess(spec(tmp_path), lambda message: None, lambda rank, cause: ended.set())
+    server = ForkServer()
+    worker = WorkerProcess(
+        spec(tmp_path),
+        server,
+        on_message=lambda message: None,
+        on_exit=lambda rank, cause: ended.set(),
+    )
     worker.start()
+    async with asyncio.timeout(120):
+        while not worker.pid:
+            await asyncio.sleep(0.01)
     os.kill(worker.pid, signal.SIGSTOP)
     rescue = threading.Timer(5, worker.kill)  # of a test that would hang
     rescue.start()
@@ -53,3 +69,4 @@ async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(tmp_
     async with asyncio.timeout(10):
         while any(thread.name.startswith("rank7-") for thread in threading.enumerate()):
             await asyncio.sleep(0.01)
+    server.close()

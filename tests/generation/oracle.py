@@ -5,7 +5,6 @@ Positions are the plan's (vLLM's formula), so Qwen2.5-VL is compared by vLLM's r
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from prefill_service.kv.fingerprint import fingerprint_model
 from prefill_service.models.prefix_plan import PrefixPlan
+from tests.support.prepared_processes import prepared_processes
 
 QUESTIONS = ("what is happening in the video?", "describe the end of it, please")
 
@@ -39,7 +39,7 @@ class Case:
 
 def compute(model: Path, frames: int, height: int, width: int, *, new_tokens: int) -> Case:
     """Build a case; the work is done in a fresh process, which then ends."""
-    context = multiprocessing.get_context("spawn")
+    context = prepared_processes()
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         fields = pool.submit(_compute, model, (frames, height, width), new_tokens).result()
         return Case(fields[0], torch.from_numpy(fields[1]), *fields[2:], fingerprint_model(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from prefill_service.kv.page_store import ShardStore
 from prefill_service.kv.page_writer import ShardWriter
 from prefill_service.kv.transport.base import Transport
 from prefill_service.kv.transport.unix import UnixTransport
+from tests.support.prepared_processes import prepared_processes
 
 EPOCH = 7
 LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=8, dtype="float32", page_tokens=4)
@@ -70,7 +70,7 @@ class WorkerProcess:
     """Its methods are those of ``ShardStore`` and, with a prefix id first, ``ShardWriter``."""
 
     def __init__(self, serving: Serving) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = prepared_processes()
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_main, args=(theirs, serving), daemon=True)
         self.process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 
 from prefill_service.parallel.process_group import SPGroup, form_group
+from tests.support.prepared_processes import prepared_processes
 
 TIMEOUT_S = 60.0
 
 
 def run_ranks(work: Callable[..., Any], size: int, folder: Path, *arguments: Any) -> list[Any]:
     """``work(group, *arguments)`` on ``size`` ranks; what each returned (saved with torch)."""
-    context = multiprocessing.get_context("spawn")
+    context = prepared_processes()
     processes = [
         context.Process(target=_run, args=(work, rank, size, folder, arguments), daemon=True)
         for rank in range(size)

@@ -64,7 +64,7 @@ def test_a_killed_rank_costs_time_but_not_the_answer(
     def kill_once(job: object) -> None:
         if not killed.is_set() and getattr(job, "state", None) is JobState.RUNNING:
             killed.set()
-            service.children("prefill_service.engine.worker")[1].kill()
+            service.workers()[1].kill()
 
     stream = client.ask(long_video, "What happens?", on_progress=kill_once, **options)
     text = "".join(stream)

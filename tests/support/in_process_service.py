@@ -95,7 +95,7 @@ class InProcessService:
         )
         return self.answers.Ask(request, timeout=timeout)
 
-    async def until(self, condition: Callable[[], bool], timeout: float = 5) -> None:
+    async def until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         async with asyncio.timeout(timeout):
             while not condition():
                 await asyncio.sleep(0.01)

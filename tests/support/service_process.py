@@ -63,6 +63,11 @@ class ServiceProcess:
                     found.append(child)
         return found
 
+    def workers(self) -> list[psutil.Process]:
+        """The ranks: what the fork server has forked."""
+        (fork_server,) = self.children("prefill_service.engine.worker")
+        return fork_server.children()
+
 
 @contextmanager
 def service_process(

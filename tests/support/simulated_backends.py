@@ -346,6 +346,9 @@ class SimulatedGenerationServer:
         self.ready = False
         self.token_s = 0.0
         self.answer = ["A", " red", " car", "."]
+        self.may_speak = asyncio.Event()
+        """While it is not set, no token comes."""
+        self.may_speak.set()
         self.faults: deque[ServiceError] = deque()
         """Hand-offs that fail, each reported like the connector does."""
         self.requests: list[GenerationRequest] = []
@@ -378,6 +381,7 @@ class SimulatedGenerationServer:
             words = self.answer[: request.sampling.max_tokens]
             for number, word in enumerate(words, start=1):
                 await self._wait(asyncio.sleep(self.token_s))
+                await self._wait(self.may_speak.wait())
                 last = number == len(words)
                 reason = ("stop" if words == self.answer else "length") if last else ""
                 finished = last

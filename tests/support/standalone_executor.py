@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from prefill_service.attention.quality import AttentionPolicy, Quality, resolve_
 from prefill_service.config import EngineConfig, VideoConfig
 from prefill_service.engine.executor import PrefillExecutor
 from prefill_service.engine.messages import BaselineTask, PrefillTask, Progress
+from prefill_service.engine.processes.fork_server import ForkServer
 from prefill_service.engine.supervisor import WorkerSupervisor
 from prefill_service.engine.task_state import PrefillOutcome
 from prefill_service.kv.manifest import Manifest, hash_token_ids
@@ -144,9 +147,22 @@ class StandaloneExecutor:
             return np.stack(list(stream))
 
 
+@cache
+def shared_fork_server() -> ForkServer:
+    """One for all executors of this process: torch is imported once for all their ranks."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
 @asynccontextmanager
 async def standalone_executor(
-    model: Path | Checkpoint, folder: Path, ranks: int, **engine: object
+    model: Path | Checkpoint,
+    folder: Path,
+    ranks: int,
+    *,
+    fork_server: ForkServer | None = None,
+    **engine: object,
 ) -> AsyncIterator[StandaloneExecutor]:
     """A started executor, stopped on the way out. No test but its own waits for the probe."""
     engine.setdefault("sparse_from_tokens", 1 << 20)
@@ -154,7 +170,13 @@ async def standalone_executor(
     config = EngineConfig(model=str(checkpoint.path), ranks=ranks, threads_per_rank=1, **engine)  # type: ignore[arg-type]
     dtype = "float32" if config.dtype == "auto" else config.dtype
     executor = PrefillExecutor(
-        config, VideoConfig(), checkpoint, dtype, device="cpu", runtime_dir=folder
+        config,
+        VideoConfig(),
+        checkpoint,
+        dtype,
+        device="cpu",
+        runtime_dir=folder,
+        fork_server=fork_server or shared_fork_server(),
     )
     await executor.supervisor.start()
     try:

@@ -28,5 +28,7 @@ def spread(run: Callable[[Work], Found], works: Sequence[Work], workers: int) ->
     if workers == 1:
         yield from map(run, works)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Reader.__module__])  # which takes longer than many a work
+    with context.Pool(workers) as pool:
         yield from pool.imap(run, works)

@@ -15,8 +15,22 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 from prefill_service.engine import messages as msg
+from prefill_service.engine.processes.fork_server import MODULE, ForkServer
+
+
+class _Process(Protocol):
+    """What ``subprocess.Popen`` and ``ForkedProcess`` have in common."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def kill(self) -> None: ...
 
 
 class WorkerProcess:
@@ -27,6 +41,7 @@ class WorkerProcess:
 
     Args:
         spec: sent to the worker as its first message.
+        fork_server: forks the process, unless it is to compute on a GPU.
         on_message: called with each message except heartbeats.
         on_exit: called once with (rank, how it ended) when the process is gone.
     """
@@ -34,11 +49,14 @@ class WorkerProcess:
     def __init__(
         self,
         spec: msg.WorkerSpec,
+        fork_server: ForkServer,
+        *,
         on_message: Callable[[object], None],
         on_exit: Callable[[int, str], None],
     ) -> None:
         self.rank = spec.rank
         self._spec = spec
+        self._fork_server = fork_server
         self._on_message = on_message
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
@@ -46,7 +64,7 @@ class WorkerProcess:
         self._last_message_at = self._last_progress_at = time.monotonic()
         self._units_done = -1
         self._busy = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: _Process | None = None
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -57,12 +75,7 @@ class WorkerProcess:
         """
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            process = self._process = subprocess.Popen(
-                [sys.executable, "-m", "prefill_service.engine.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=_environment(self._spec),
-            )
+            process = self._process = self._spawn(theirs.fileno())
             pipe = Connection(ours.detach())
         writer = threading.Thread(
             target=self._write, args=(pipe,), name=f"rank{self.rank}-writer", daemon=True
@@ -78,7 +91,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process's id; 0 before ``start``."""
+        """The process's id; 0 before it is there, which may be later than ``start`` returns."""
         return self._process.pid if self._process else 0
 
     @property
@@ -109,14 +122,23 @@ class WorkerProcess:
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await self._gone.wait()
 
+    def _spawn(self, descriptor: int) -> _Process:
+        environment = _environment(self._spec)
+        if self._spec.device != "cuda":
+            return self._fork_server.fork(descriptor, environment)
+        return subprocess.Popen(
+            [sys.executable, "-m", MODULE, str(descriptor)],
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+
     def _write(self, pipe: Connection) -> None:
         with contextlib.suppress(OSError):
             while (message := self._outbox.get()) is not None:
                 pipe.send_bytes(message)
 
-    def _read(
-        self, process: subprocess.Popen[bytes], pipe: Connection, writer: threading.Thread
-    ) -> None:
+    def _read(self, process: _Process, pipe: Connection, writer: threading.Thread) -> None:
         try:
             while True:
                 message = pipe.recv()
