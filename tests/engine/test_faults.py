@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -127,13 +126,12 @@ async def test_a_rank_that_hangs_before_a_long_task_is_noticed(pair: Pair) -> No
     task = await pair.task(fps=10.0, max_pixels=320 * 240 * 900)
     pid = worker_pids(pair.supervisor)[1]
     assert task.plan.num_tokens > 20_000
-    rescue = threading.Timer(20, os.kill, (pid, signal.SIGKILL))  # of a test that would hang
+    rescue = threading.Timer(60, os.kill, (pid, signal.SIGKILL))  # of a test that would hang
     os.kill(pid, signal.SIGSTOP)
     rescue.start()
-    start = time.monotonic()
     with pytest.raises(ServiceError, match="rank 1 sent no heartbeat for 3 s"):
         await pair.standalone.prefill(task)
-    assert time.monotonic() - start < 15
+    assert rescue.is_alive()  # it has not been needed
     rescue.cancel()
     await pair.works()
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -55,18 +54,17 @@ async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(
         while not worker.pid:
             await asyncio.sleep(0.01)
     os.kill(worker.pid, signal.SIGSTOP)
-    rescue = threading.Timer(5, worker.kill)  # of a test that would hang
+    rescue = threading.Timer(60, worker.kill)  # of a test that would hang
     rescue.start()
-    start = time.monotonic()
     worker.send(msg.DropPrefix("x" * BYTES))
     worker.send(msg.Shutdown())
-    assert time.monotonic() - start < 2
+    assert rescue.is_alive()  # it has not been needed
     rescue.cancel()
     worker.kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await ended.wait()
     worker.send(msg.Shutdown())  # as to any rank that has just died
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while any(thread.name.startswith("rank7-") for thread in threading.enumerate()):
             await asyncio.sleep(0.01)
     server.close()
