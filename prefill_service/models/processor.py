@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from prefill_service.compat import ensure_torchvision
+from prefill_service.errors import ServiceError
 from prefill_service.models.families.base import Family
+from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.weights.refusal import refuse
 
 ensure_torchvision()
@@ -19,6 +21,7 @@ import transformers  # noqa: E402
 from transformers.video_utils import VideoMetadata  # noqa: E402
 
 _FILES = "processor and tokenizer files"
+_TRIED_HW = (240, 320)  # pixels of the frames that are tried
 
 
 def open_processor(folder: Path, family: Family, config: Any) -> Any:
@@ -63,18 +66,19 @@ def try_video(
         size_kwargs: by the frame sampler, for no particular size.
 
     Raises:
-        ServiceError: MODEL_INVALID for a processor that does not take the video, or marks it with
-            other tokens than the model expects.
+        ServiceError: MODEL_INVALID for a processor that does not take the video, enlarges it
+            beyond the model's context, or marks it with other tokens than the model expects.
     """
     model = str(config.name_or_path)
     frames = 2 * family.frames_per_patch(processor.video_processor)
+    _check_enlarged(processor, family, config, frames)
     metadata = VideoMetadata(
         total_num_frames=frames, fps=2.0, duration=frames / 2, frames_indices=list(range(frames))
     )
     try:
         processed = processor(
             text=[text],
-            videos=[torch.empty((frames, 3, 240, 320), dtype=torch.uint8, device="meta")],
+            videos=[torch.empty((frames, 3, *_TRIED_HW), dtype=torch.uint8, device="meta")],
             videos_kwargs={
                 "do_sample_frames": False,
                 "video_metadata": [metadata],
@@ -96,3 +100,26 @@ def try_video(
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         text = f"lay a video out as config.json does not describe: {error}"
         raise refuse(model, _FILES, text) from error
+
+
+def _check_enlarged(processor: Any, family: Family, config: Any, frames: int) -> None:
+    """Refuse sizes (``min_pixels``) that no context holds, before an array of them is made."""
+    limit = int(config.get_text_config().max_position_embeddings)
+    video_processor = processor.video_processor
+    try:
+        tokens = family.estimate_tokens(
+            video_processor,
+            config,
+            frames=frames,
+            frame_hw=_TRIED_HW,
+            sampling=FrameSampling(),
+        )
+    except (ValueError, ServiceError):  # the processor itself says why
+        return
+    if tokens > limit:
+        text = (
+            f"enlarge {frames} frames of {_TRIED_HW[1]} x {_TRIED_HW[0]} pixels to {tokens} tokens "
+            f"by size = {dict(video_processor.size)}; max_position_embeddings of config.json is "
+            f"{limit}"
+        )
+        raise refuse(str(config.name_or_path), _FILES, text)

@@ -74,6 +74,16 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         "processor and tokenizer files: ",
     ),
+    "a least size beyond the context": (
+        lambda f: edit_json(
+            f,
+            "processor_config.json",
+            lambda config: config["video_processor"]["size"].update(
+                shortest_edge=2**62, longest_edge=2**62
+            ),
+        ),
+        "processor and tokenizer files: enlarge 4 frames of 320 x 240 pixels to ",
+    ),
     "another tokenizer": (
         lambda f: edit_json(f, "tokenizer.json", rename_token),
         "processor and tokenizer files: mark a video with other tokens than ",

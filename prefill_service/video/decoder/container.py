@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -35,6 +36,10 @@ _Stream = TypeVar("_Stream", bound=Stream)
 _MAX_FAILURES = 64  # errors in a row after which a demuxer is taken to find no way on
 # FFmpeg's of a damaged packet; older decoders return -1 for it, which is EPERM.
 _DAMAGED = (av.error.InvalidDataError, av.error.PermissionError)
+_EXPLAINED = {
+    "webp_pipe": "WebP is not accepted, FFmpeg reads no animated one: convert it to APNG or MP4",
+}
+_REFUSED_SIZE = re.compile(r"Picture size (\d+)x(\d+) ")
 _PIXELS_LOG = "exceeds specified max pixel count"
 _FRAME_BYTES_PER_PIXEL = 8  # a decoded frame and a decoder's tables, amply
 
@@ -216,9 +221,10 @@ def _refusal(error: av.FFmpegError, logs: FFmpegLog) -> ServiceError:
     for _, name, text in logs:
         if "not on whitelist" in text or "m3u8/hls" in text:
             kind = name if "not on whitelist" in text else "hls"
+            why = _EXPLAINED.get(kind, f"files of format {kind!r} are not accepted")
             return ServiceError(
                 Reason.FORMAT_NOT_ALLOWED,
-                f"files of format {kind!r} are not accepted; accepted: {', '.join(FORMATS)}",
+                f"{why}; accepted: {', '.join(FORMATS)}",
                 format=kind,
                 accepted=",".join(FORMATS),
             )
@@ -228,15 +234,16 @@ def _refusal(error: av.FFmpegError, logs: FFmpegLog) -> ServiceError:
 
 
 def check_logged_pixels(logs: FFmpegLog, limits: VideoConfig) -> None:
-    """Raise VIDEO_LIMIT_EXCEEDED if FFmpeg's ``max_pixels`` stopped it, which only its log says.
+    """Raise VIDEO_LIMIT_EXCEEDED if a frame's size stopped FFmpeg, which only its log says.
 
-    The line is "Picture size 8192x8192 exceeds specified max pixel count 9437184, see ...".
+    The line is "Picture size 8192x8192 exceeds specified max pixel count 9437184, see ..."; or
+    "Picture size 16384x16384 is invalid" beyond what FFmpeg can address.
     """
     for _, _, text in logs:
-        if _PIXELS_LOG in text:
-            size = next((word for word in text.split() if word[0].isdigit() and "x" in word), "0x0")
-            width, height = (int(part) for part in size.split("x"))
-            raise pixels_exceeded(width, height, limits)
+        if found := _REFUSED_SIZE.match(text):
+            width, height = (int(part) for part in found.groups())
+            if width * height > limits.max_frame_pixels or _PIXELS_LOG in text:
+                raise pixels_exceeded(width, height, limits)
 
 
 def pixels_exceeded(width: int, height: int, limits: VideoConfig) -> ServiceError:

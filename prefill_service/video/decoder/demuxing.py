@@ -14,8 +14,8 @@ from prefill_service.errors import ServiceError
 from prefill_service.video.decoder.container import limit_exceeded
 from prefill_service.video.decoder.description import WITHOUT_HEADER
 from prefill_service.video.decoder.integrity.damage import DamageWatch
-from prefill_service.video.decoder.joins import LONG_GAP_S
-from prefill_service.video.decoder.timestamps import as_floats
+from prefill_service.video.decoder.timing.joins import LONG_GAP_S
+from prefill_service.video.decoder.timing.timestamps import as_floats
 
 _GAP_STEPS = 1.5  # frames are missing where a step is that many times the usual one
 

@@ -9,7 +9,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from prefill_service.video.decoder.timestamps import Declared, Stamps
+from prefill_service.video.decoder.timing.timestamps import Declared, Stamps
 
 WITHOUT_HEADER = ("mpegts", "mpeg")
 """Formats of packets only; FFmpeg then estimates a file's duration."""

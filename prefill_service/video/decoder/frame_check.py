@@ -22,7 +22,7 @@ from prefill_service.video.decoder.description import StreamDescription
 from prefill_service.video.decoder.frame_sizes import Shown, SizeRuns, stored_size
 from prefill_service.video.decoder.readers.pyav import decoded_frames
 from prefill_service.video.decoder.seek_schedule import gop_starts
-from prefill_service.video.decoder.timestamps import Stamps, as_floats
+from prefill_service.video.decoder.timing.timestamps import Stamps, as_floats
 
 _HEAD_FRAMES = 64
 _MAX_REORDER = 64  # places a frame is shown away from where it is sent; codecs allow 16
@@ -39,6 +39,7 @@ class Decoded:
         sizes: their sizes.
         shown: how the container wants them shown; there is none without a frame.
         ended: whether the file ended.
+        interlaced: how many are.
         damaged: how many packets behind the first frame could not be decoded.
     """
 
@@ -46,6 +47,7 @@ class Decoded:
     sizes: SizeRuns = field(default_factory=SizeRuns)
     shown: Shown | None = None
     ended: bool = True
+    interlaced: int = 0
     damaged: int = 0
 
     def note_damaged(self) -> None:
@@ -131,6 +133,7 @@ def _decode(path: str, limits: VideoConfig, seek_pts: int | None, count: int | N
         ):
             decoded.shown = decoded.shown or Shown.of_stream(stream, frame)
             decoded.times.append(frame.pts)
+            decoded.interlaced += frame.interlaced_frame
             decoded.sizes.append(stored_size(stream, frame))
             if len(decoded.times) > limits.max_frames:
                 raise too_many_frames(len(decoded.times), limits)

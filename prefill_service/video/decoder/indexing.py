@@ -17,7 +17,6 @@ from av.video.stream import VideoStream
 
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
-from prefill_service.video.decoder.clock import measure_clock
 from prefill_service.video.decoder.container import (
     FFmpegLog,
     decode_packet,
@@ -35,7 +34,7 @@ from prefill_service.video.decoder.demuxing import (
     too_many_frames,
 )
 from prefill_service.video.decoder.description import StreamDescription
-from prefill_service.video.decoder.frame_check import Frames, check_frames
+from prefill_service.video.decoder.frame_check import Decoded, Frames, check_frames
 from prefill_service.video.decoder.frame_sizes import (
     StoredSize,
     choose_geometry,
@@ -48,7 +47,8 @@ from prefill_service.video.decoder.integrity.damage import (
     says_damaged,
 )
 from prefill_service.video.decoder.integrity.examination import examine_file
-from prefill_service.video.decoder.timestamps import OtherStreams
+from prefill_service.video.decoder.timing.clock import measure_clock
+from prefill_service.video.decoder.timing.timestamps import OtherStreams
 from prefill_service.video.geometry import Geometry
 from prefill_service.video.index import VideoIndex, VideoWarning, WarningReason
 
@@ -166,7 +166,20 @@ def _measure_geometry(
     if largest.width * largest.height > limits.max_frame_pixels:
         raise pixels_exceeded(largest.width, largest.height, limits)
     assert frames.decoded.shown is not None
-    return choose_geometry(sizes, frames.decoded.shown, limits.max_frame_pixels)
+    geometry, warnings = choose_geometry(sizes, frames.decoded.shown, limits.max_frame_pixels)
+    return geometry, [*warnings, *_describe_fields(frames.decoded)]
+
+
+def _describe_fields(decoded: Decoded) -> tuple[VideoWarning, ...]:
+    """Say that frames have two fields of different times, if some of those looked at do."""
+    if not decoded.interlaced:
+        return ()
+    message = (
+        f"{decoded.interlaced} of the first {len(decoded.times)} frames are interlaced. They are "
+        "not deinterlaced, as in vLLM: where something moves, both fields show. A file converted "
+        "with ffmpeg's filter bwdif has none"
+    )
+    return (VideoWarning(WarningReason.INTERLACED, message),)
 
 
 def _decode_keyframe(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from prefill_service.video.decoder.clock import Clock, measure_clock
-from prefill_service.video.decoder.timestamps import Declared, OtherStreams, Stamps
+from prefill_service.video.decoder.timing.clock import Clock, measure_clock
+from prefill_service.video.decoder.timing.timestamps import Declared, OtherStreams, Stamps
 from prefill_service.video.index import WarningReason
 
 NAN = float("nan")

@@ -16,6 +16,7 @@ import pytest
 from prefill_service.config import VideoConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.video.decoder import process, session
+from prefill_service.video.decoder.indexing import build_index
 from prefill_service.video.decoder.session import DecoderRequest, DecoderSession
 from prefill_service.video.frame_stream import FrameStream
 from prefill_service.video.index import VideoIndex
@@ -240,6 +241,22 @@ async def test_bomb_is_refused_by_the_readers(
     with pytest.raises(ServiceError) as caught:
         list(FrameStream.open(bomb, sample_index, [0], VideoConfig(reader=reader)))
     assert caught.value.reason is Reason.VIDEO_LIMIT_EXCEEDED
+
+
+@pytest.mark.parametrize("side", [16384, 65535])
+def test_a_size_in_a_header_is_refused_before_a_frame_is_read(tmp_path: Path, side: int) -> None:
+    settings = {"size": (300, 300), "options": {}}
+    path = make_video(tmp_path / "v.mkv", "rawvideo", 2, **settings)
+    data = path.read_bytes()
+    for name in (b"\xb0\x82", b"\xba\x82"):  # PixelWidth, PixelHeight
+        assert data.count(name + (300).to_bytes(2, "big")) == 1
+        data = data.replace(name + (300).to_bytes(2, "big"), name + side.to_bytes(2, "big"))
+    path.write_bytes(data)
+    with pytest.raises(ServiceError) as caught:
+        build_index(str(path), LIMITS)
+    assert caught.value.reason is Reason.VIDEO_LIMIT_EXCEEDED
+    assert f"{side}x{side} = {side * side} pixels" in caught.value.message
+    assert f"max_frame_pixels is {LIMITS.max_frame_pixels}" in caught.value.message
 
 
 async def test_bomb_in_disguise_is_refused(samples: dict[str, Path], tmp_path: Path) -> None:

@@ -20,7 +20,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefill_service.video.decoder.timestamps import Declared, OtherStreams, Stamps, is_regular
+from prefill_service.video.decoder.timing.timestamps import (
+    Declared,
+    OtherStreams,
+    Stamps,
+    is_regular,
+)
 from prefill_service.video.index import VideoWarning, WarningReason
 
 LONG_GAP_S = 10.0

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prefill_service.video.decoder.joins import Joins
-from prefill_service.video.decoder.timestamps import (
+from prefill_service.video.decoder.timing.joins import Joins
+from prefill_service.video.decoder.timing.timestamps import (
     Declared,
     OtherStreams,
     Stamps,
