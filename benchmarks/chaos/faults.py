@@ -178,7 +178,7 @@ _STOP = signal.SIGSTOP
 
 FAULTS = (
     Fault("rank-killed", "a rank, kill -9", _signal(census.RANK), target_s=15.0),
-    Fault("rank-stopped", "a rank, kill -STOP for good", _signal(census.RANK, number=_STOP)),
+    Fault("rank-stopped", "a rank, kill -STOP", _signal(census.RANK, number=_STOP)),
     Fault("rank-paused", f"a rank, stopped for {PAUSE_S:g} s", _pause(census.RANK)),
     Fault("engine-killed", "vLLM's engine, kill -9", _signal(census.ENGINE), target_s=30.0),
     Fault(

@@ -23,6 +23,9 @@ import psutil
 
 DISK_BYTES = 48 << 20
 SHARED_MEMORY_BYTES = 2 << 30
+_CACHES = "torchinductor_"
+"""Folders of this name are caches that torch shares among all programs of a user."""
+
 _SET_CHILD_SUBREAPER = 36
 _MOUNT = """\
 mount -t tmpfs -o size="$1" none "$2" && mount -t tmpfs -o size="$3" none /dev/shm \
@@ -144,6 +147,8 @@ class Sandbox:
         files: list[str] = []
         sockets: list[str] = []
         for path in sorted((self.folder / "tmp").rglob("*")):
+            if any(part.startswith(_CACHES) for part in path.parts):
+                continue
             (sockets if path.is_socket() else files).append(path.name)
         found: dict[str, Any] = {"processes": processes, "temporary files": files}
         found["sockets"] = sockets
