@@ -44,7 +44,7 @@ PATCHES = (16, 24, 32)
 SIDE = 192
 QUESTIONS = 2
 UNDISTURBED_PROBES = 3
-RECOVERY_LIMIT_S = 300.0
+RECOVERY_LIMIT_S = 600.0
 CALM_S = (1.0, 4.0)
 """Between a recovery and the next fault."""
 

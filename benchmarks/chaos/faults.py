@@ -22,7 +22,7 @@ PAUSE_S = 4.0
 """How long what is not final lasts: a stopped process, a full disk, a silent network."""
 
 CLOCK_S = 3600
-FIND_S = 60.0
+FIND_S = 300.0
 
 
 @dataclass(slots=True)

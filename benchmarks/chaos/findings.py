@@ -70,7 +70,8 @@ class Findings:
         """Own memory in MiB and descriptors of each kind of process, before and after."""
         if not self.memory:
             return []
-        before, after = self.memory[0], self.memory[-1]
+        before = self.memory[0]
+        after = self.memory[-1]
         return [
             {
                 "kind": kind,

@@ -57,7 +57,8 @@ def make_cases(films: Sequence[Film], questions: int, *, quality: str = "exact")
             for turn in range(questions):
                 cases.append(Case(index, film.question(turn).text, options, "exact"))
         whole = {"quality": quality}
-        first, second = film.question(0), film.question(1)
+        first = film.question(0)
+        second = film.question(1)
         chat = (
             {"role": "user", "content": first.text},
             {"role": "assistant", "content": first.answer},
