@@ -15,7 +15,6 @@ from prefill_service.api.prefill_service import job_to_proto, spec_from_proto
 from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto
 from prefill_service.api.video_service import warnings_to_proto
-from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.vllm_client import Sampling
 from prefill_service.scheduling.answering.answer_events import (
     AnswerDelta,
@@ -52,18 +51,9 @@ def question_from_proto(message: pb.AskRequest) -> Question:
     """The question of a request.
 
     Raises:
-        ServiceError: INVALID_REQUEST for a message without a role, or without a video id.
+        ServiceError: what ``spec_from_proto`` raises.
     """
-    messages = []
-    for number, turn in enumerate(message.messages):
-        if turn.role not in _ROLES:
-            raise ServiceError(
-                Reason.INVALID_REQUEST,
-                f"messages[{number}].role is {turn.role}; it must be ROLE_USER or ROLE_ASSISTANT",
-                name=f"messages[{number}].role",
-                value=turn.role,
-            )
-        messages.append((_ROLES[turn.role], turn.text))
+    messages = [(_ROLES[turn.role], turn.text) for turn in message.messages]
     params = message.sampling_params
     return Question(
         spec=spec_from_proto(message.spec, messages[0][1] if messages else ""),

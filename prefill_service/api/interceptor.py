@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from prefill_service.api.call_limits import UPLOAD, CallLimit, address_of
+from prefill_service.api.limits import check_request
 from prefill_service.api.malformed import MalformedRequest, tolerant
 from prefill_service.api.security import BearerToken
 from prefill_service.api.servicer import Context
@@ -32,6 +33,7 @@ _OURS = "/prefill.v1."
 _HEALTH = "/grpc.health.v1.Health/"
 _ID_FIELDS = ("request_id", "video_id", "job_id")
 _HOLDERS = ("spec", "job", "video")
+_ID_CHARACTERS = 64
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -93,13 +95,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def unary(request: Any, context: Context) -> Any:
             async with _Call(self, details, context) as call:
-                response = await inner(call.note_request(request, handler), context)
+                response = await inner(call.check_requests(request, handler), context)
                 call.note_ids(response)
                 return response
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with _Call(self, details, context) as call:
-                responses = inner(call.note_request(request, handler), context)
+                responses = inner(call.check_requests(request, handler), context)
                 first = True
                 async with aclosing(responses):
                     async for response in responses:
@@ -175,36 +177,37 @@ class _Call:
             await abort(self._context, service_error, self._ids.get("request_id", ""))
 
     def note_ids(self, message: Any) -> None:
-        """Keep the ids in a message for the log; check the request's own.
-
-        Raises:
-            ServiceError: INVALID_REQUEST if ``request_id`` is not a UUID, or nothing could be
-                parsed.
-        """
-        if isinstance(message, MalformedRequest):
-            raise message.error
+        """Keep the ids in a message for the log; what is too long for one is none."""
         places = [message, getattr(message, "progress", None)]  # an AskResponse has its job there
         places += [getattr(place, name, None) for place in places[:] for name in _HOLDERS]
         for place in places:
             for name in _ID_FIELDS:
                 value = getattr(place, name, "")
-                if value:
+                if value and len(value) <= _ID_CHARACTERS:
                     self._ids.setdefault(name, value)
-        request_id = getattr(message, "request_id", "")
-        if request_id:
-            _check_uuid(request_id)
 
-    def note_request(self, request: Any, handler: Any) -> Any:
-        """The request, or the stream of requests, with its ids noted on the way."""
+    def check_requests(self, request: Any, handler: Any) -> Any:
+        """The request, or the stream of requests, each checked before it is passed on.
+
+        Raises:
+            ServiceError: INVALID_REQUEST, for one that cannot be parsed or exceeds its limits.
+        """
         if not handler.request_streaming:
-            self.note_ids(request)
+            self._check(request)
             return request
-        return self._note_request_stream(request)
+        return self._check_stream(request)
 
-    async def _note_request_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _check_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
-            self.note_ids(request)
+            self._check(request)
             yield request
+
+    def _check(self, request: Any) -> None:
+        if isinstance(request, MalformedRequest):
+            raise request.error
+        self.note_ids(request)
+        if self._ours:
+            check_request(request)
 
     def _admit(self) -> None:
         owner = self._owner
@@ -234,19 +237,7 @@ class _Call:
         if self._ours:
             method = self._method.removeprefix(_OURS)
             self._owner.metrics.record_call(method, code)
-            ids = "".join(f" {name}={ascii(value[:64])[1:-1]}" for name, value in self._ids.items())
+            ids = "".join(f" {name}={ascii(value)[1:-1]}" for name, value in self._ids.items())
             elapsed_s = time.monotonic() - self._started
             text = f": {text}" if text else ""
             logger.info("%s %s %.3f s%s%s", method, code, elapsed_s, ids, text)
-
-
-def _check_uuid(request_id: str) -> None:
-    try:
-        uuid.UUID(request_id)
-    except ValueError:
-        raise ServiceError(
-            Reason.INVALID_REQUEST,
-            f"request_id {request_id!r} is not a UUID",
-            name="request_id",
-            value=request_id,
-        ) from None

@@ -23,7 +23,6 @@ from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.api.video_service import warnings_to_proto
 from prefill_service.engine.messages import Progress
-from prefill_service.errors import Reason, ServiceError
 from prefill_service.models.prefix_plan import FrameSampling, SampleBy
 from prefill_service.scheduling.attention_summary import AttentionDetail
 from prefill_service.scheduling.job import NO_POLICY, JobRecord, PrefillResult, PrefillSpec
@@ -120,11 +119,9 @@ def spec_from_proto(message: pb.PrefillSpec, question: str = "") -> PrefillSpec:
         question: the question that is asked with it, if any.
 
     Raises:
-        ServiceError: INVALID_REQUEST without a video id, or for an attention that cannot be;
-            what ``comparison_from_proto`` raises.
+        ServiceError: INVALID_REQUEST for an attention that cannot be; what
+            ``comparison_from_proto`` raises.
     """
-    if not message.video_id:
-        raise ServiceError(Reason.INVALID_REQUEST, "spec.video_id is empty", name="spec.video_id")
     sampling = message.sampling
     comparison = comparison_from_proto(message, question)
     return PrefillSpec(
@@ -137,23 +134,12 @@ def spec_from_proto(message: pb.PrefillSpec, question: str = "") -> PrefillSpec:
             cap_pixels_per_frame=optional_field(sampling, "cap_pixels_per_frame"),
             max_frames=optional_field(sampling, "max_frames"),
             square_pixels=optional_field(sampling, "square_pixels"),
-            by=_sample_by(sampling.by),
+            by=_SAMPLE_BY[sampling.by],
         ),
         system_prompt=message.system_prompt,
         attention=policy_from_proto(message.attention) if comparison is None else NO_POLICY,
         comparison=comparison,
     )
-
-
-def _sample_by(value: pb.SampleBy) -> SampleBy | None:
-    if value not in _SAMPLE_BY:
-        raise ServiceError(
-            Reason.INVALID_REQUEST,
-            f"sampling.by is {value}; it must be SAMPLE_BY_FRAME or SAMPLE_BY_TIME, or not set",
-            name="sampling.by",
-            value=value,
-        )
-    return _SAMPLE_BY[value]
 
 
 def _sampling_to_proto(sampling: FrameSampling) -> pb.FrameSampling:

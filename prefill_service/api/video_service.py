@@ -11,6 +11,7 @@ from prefill.v1 import video_service_pb2 as pb
 from prefill.v1 import video_service_pb2_grpc
 from typing_extensions import override
 
+from prefill_service.api.limits import MAX_CHUNK_BYTES
 from prefill_service.api.servicer import Context, Servicer
 from prefill_service.api.time_messages import duration_to_proto, timestamp_to_proto
 from prefill_service.errors import Reason, ServiceError
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from prefill_service.video.geometry import Geometry
     from prefill_service.video.records import VideoInfo, VideoRecord
     from prefill_service.video.store import VideoStore
-
-MAX_CHUNK_BYTES = 1 << 20
 
 
 class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
@@ -81,10 +80,6 @@ class VideoServicer(video_service_pb2_grpc.VideoServiceServicer, Servicer):
             video_id = video_id or chunk.video_id
             if not video_id:
                 raise _invalid("the first message of the stream has no video_id")
-            if len(chunk.data) > MAX_CHUNK_BYTES:
-                raise _invalid(
-                    f"the chunk has {len(chunk.data)} bytes, the limit is {MAX_CHUNK_BYTES}"
-                )
             committed = await self._videos.append_chunk(video_id, chunk.offset, chunk.data)
             self._metrics.uploaded_bytes.inc(len(chunk.data))
         if not video_id:

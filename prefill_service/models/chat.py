@@ -11,6 +11,12 @@ from prefill_service.models.families.base import Family
 Messages = Sequence[tuple[str, str]]
 """(role, text) in turn; role is "user" or "assistant", first and last "user"."""
 
+_PIECE = 1 << 14
+"""Characters that are tokenized at once when tokens are counted."""
+
+_PARTED = 8
+"""Tokens that a cut of a text may add."""
+
 
 class Chat:
     """Renders and tokenizes chats about one video.
@@ -79,6 +85,21 @@ class Chat:
         suffix = self._processor.tokenizer(text[len(prefix) :], add_special_tokens=False)
         ids: list[int] = suffix["input_ids"]
         return ids
+
+    def count_tokens(self, texts: Sequence[str], most: int) -> int:
+        """About how many tokens texts make; the counting ends when they are more than ``most``.
+
+        They are tokenized in pieces. Each cut may part a token in a few.
+        """
+        tokens = 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                piece = text[start : start + _PIECE]
+                encoded = self._processor.tokenizer(piece, add_special_tokens=False)
+                tokens += max(0, len(encoded["input_ids"]) - _PARTED)
+                if tokens > most:
+                    return tokens
+        return tokens
 
     def render(self, system_prompt: str, messages: Messages, add_generation_prompt: bool) -> str:
         """The chat as text, the video before the first message's.

@@ -16,7 +16,7 @@ from prefill_service.models.families.base import Family
 from prefill_service.models.prefix_plan import FrameSampling
 from prefill_service.models.timeline import Timeline
 from prefill_service.video.geometry import Geometry
-from prefill_service.video.index import VideoIndex, VideoWarning
+from prefill_service.video.index import VideoIndex, VideoWarning, WarningReason
 
 ensure_torchvision()
 
@@ -39,10 +39,12 @@ class SampledFrames:
     Attributes:
         timeline: what they were sampled from.
         numbers: [frames] int64 of the timeline, ascending.
+        rate_warnings: that the asked rate is not that of the frames, if so.
     """
 
     timeline: Timeline
     numbers: np.ndarray
+    rate_warnings: tuple[VideoWarning, ...] = ()
 
     @property
     def indices(self) -> np.ndarray:
@@ -56,8 +58,12 @@ class SampledFrames:
 
     @property
     def warnings(self) -> tuple[VideoWarning, ...]:
-        """The file's warnings, and one more if stamps are wrong."""
-        return self.timeline.index.warnings + self.timeline.warn(self.numbers)
+        """The file's warnings, and those of stamps that are wrong or a rate that is not met."""
+        return (
+            *self.timeline.index.warnings,
+            *self.timeline.warn(self.numbers),
+            *self.rate_warnings,
+        )
 
     @property
     def metadata(self) -> VideoMetadata:
@@ -91,14 +97,18 @@ class FrameSampler:
         """
         _check(sampling, self.frames_per_patch)
         timeline = Timeline.choose(_as_sampled(index, sampling), sampling.by)
+        self._check_number(timeline, sampling)
+        warnings: tuple[VideoWarning, ...] = ()
         if timeline.frame_count < max(2, self.frames_per_patch):  # nothing to choose from
             numbers = np.arange(timeline.frame_count)
         else:
             numbers = self._by_processor(timeline, sampling)
+            warnings = self._clipped_rate(timeline, len(numbers), sampling)
         # Fewer frames than one temporal patch: the processors refuse, so repeat the last
         # frame, which is what they do to fill a longer video's last patch.
         missing = max(0, self.frames_per_patch - len(numbers))
-        return SampledFrames(timeline, np.concatenate([numbers, np.repeat(numbers[-1:], missing)]))
+        numbers = np.concatenate([numbers, np.repeat(numbers[-1:], missing)])
+        return SampledFrames(timeline, numbers, warnings)
 
     def size_kwargs(self, sampling: FrameSampling) -> dict[str, Any]:
         """The processor's arguments for the size of frames.
@@ -161,6 +171,47 @@ class FrameSampler:
         if fitting:
             options.append(f"max_pixels={limits[fitting - 1]}")
         return f"{' or '.join(options)} would fit" if options else "no sampling of it would fit"
+
+    def _check_number(self, timeline: Timeline, sampling: FrameSampling) -> None:
+        """Refuse more frames than the video has; a processor would make room for any number."""
+        most = max(timeline.frame_count, self.frames_per_patch)
+        number = sampling.num_frames
+        if number is not None and number > most:
+            raise ServiceError(
+                Reason.INVALID_REQUEST,
+                f"num_frames is {number}, but the video has {timeline.frame_count}; max_frames is "
+                "a limit that a video may have fewer frames than",
+                name="num_frames",
+                value=number,
+                maximum=most,
+            )
+
+    def _clipped_rate(
+        self, timeline: Timeline, frames: int, sampling: FrameSampling
+    ) -> tuple[VideoWarning, ...]:
+        """Says that so many frames are not what ``fps`` asks for, if a limit nobody asked for acts.
+
+        Numbers are rounded to whole temporal patches, which is no limit.
+        """
+        if sampling.fps is None:
+            return ()
+        patch = self.frames_per_patch
+        seconds = timeline.frame_count / timeline.fps
+        wanted = sampling.fps * seconds
+        asked = sampling.max_frames is not None and frames > sampling.max_frames - patch
+        if frames <= wanted < frames + patch or (asked and frames < wanted):
+            return ()
+        if frames > wanted:
+            limit = "the model's processor takes no fewer"
+        elif frames > timeline.frame_count - patch:
+            limit = "the video has no more"
+        else:
+            limit = "the model's processor takes no more by a rate; max_frames raises that"
+        message = (
+            f"fps = {sampling.fps:g} would be {wanted:,.0f} frames in {seconds:.1f} s; {frames} "
+            f"are looked at, {frames / seconds:.3g} a second: {limit}"
+        )
+        return (VideoWarning(WarningReason.FPS_CLIPPED, message),)
 
     def _by_processor(self, timeline: Timeline, sampling: FrameSampling) -> np.ndarray:
         metadata = _metadata(timeline)

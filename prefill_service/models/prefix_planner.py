@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,10 @@ class PrefixPlanner:
             ServiceError: as ``Chat.suffix_ids``.
         """
         return [*plan.token_ids.tolist(), *self.chat.suffix_ids(plan.system_prompt, messages)]
+
+    def count_tokens(self, texts: Sequence[str], most: int) -> int:
+        """Tokens of texts, no further than to be sure that they are more than ``most``."""
+        return self.chat.count_tokens(texts, most)
 
     def estimate_tokens(self, index: VideoIndex, sampling: FrameSampling) -> int:
         """About how many tokens a plan would have, without making it.

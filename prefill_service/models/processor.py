@@ -12,6 +12,7 @@ from prefill_service.compat import ensure_torchvision
 from prefill_service.errors import ServiceError
 from prefill_service.models.families.base import Family
 from prefill_service.models.prefix_plan import FrameSampling
+from prefill_service.models.run_tokenizer import RunTokenizer
 from prefill_service.models.weights.refusal import refuse
 
 ensure_torchvision()
@@ -52,6 +53,9 @@ def open_processor(folder: Path, family: Family, config: Any) -> Any:
     if largest >= size:
         text = f"token id {largest} is beyond vocab_size {size} of config.json"
         raise refuse(model, "tokenizer.json", text)
+    video_token = getattr(processor, "video_token", None)
+    if video_token is not None:
+        processor.tokenizer = RunTokenizer.wrap(processor.tokenizer, video_token)
     return processor
 
 

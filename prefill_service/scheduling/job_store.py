@@ -145,7 +145,7 @@ class JobStore:
         Raises:
             ServiceError: INVALID_REQUEST for a bad size or token.
         """
-        size, before = check_page(page_size, page_token, clamp=False)
+        size, before = check_page(page_size, page_token)
         rows = self._database.query(
             "SELECT seq, record FROM jobs WHERE seq < ? ORDER BY seq DESC LIMIT ?",
             (before, size + 1),

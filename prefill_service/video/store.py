@@ -207,7 +207,7 @@ class VideoStore:
         Raises:
             ServiceError: INVALID_REQUEST.
         """
-        count, before = check_page(page_size, page_token, clamp=True)
+        count, before = check_page(page_size, page_token)
         return await asyncio.to_thread(self._repository.list_records, before, count)
 
     @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ import re
 from prefill_service.errors import Reason, ServiceError
 
 MAX_NAME_CHARS = 255
+SHA256 = re.compile("[0-9a-fA-F]{64}")
 
 
 def invalid(name: str, value: object, accepted: str) -> ServiceError:
@@ -41,8 +42,8 @@ def check_size(size_bytes: int, maximum: int) -> None:
 
 
 def check_digest(sha256: str) -> None:
-    """Raise INVALID_REQUEST unless it is a SHA-256 in lower-case hexadecimal."""
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
+    """Raise INVALID_REQUEST unless it is a SHA-256 in hexadecimal."""
+    if not SHA256.fullmatch(sha256):
         raise invalid("sha256", sha256, "64 hexadecimal digits")
 
 

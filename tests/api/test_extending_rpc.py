@@ -11,8 +11,11 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from google.protobuf.descriptor_pool import Default
 from google.protobuf.message_factory import GetMessageClass
 
+from prefill_service.api import limits
+from prefill_service.api.limit_kinds import Text, Uuid
 from prefill_service.api.servicer import Context
 from tests.api.conformance import CHECKS, RpcCase, connected
+from tests.support.in_process_service import error_of
 
 
 def toy_proto() -> FileDescriptorProto:
@@ -98,6 +101,17 @@ class ToyServicer:
             yield ListWordsResponse(word=word)
 
 
+LIMITS = {
+    "CountWordsRequest": {"text": Text(100), "request_id": Uuid()},
+    "ListWordsRequest": {"text": Text(100)},
+}
+
+
+@pytest.fixture(autouse=True)
+def toy_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LIMITS", {**limits.LIMITS, **LIMITS})
+
+
 CASES = [
     RpcCase(ToyServicer, COUNT, CountWordsRequest(text="a red car")),
     RpcCase(ToyServicer, LIST, ListWordsRequest(text="a red car")),
@@ -113,5 +127,7 @@ async def test_toy_conforms(case: RpcCase, check: Callable[[RpcCase], Awaitable[
 async def test_toy_answers() -> None:
     async with connected(CASES[0], Words()) as connection:
         assert (await connection.call()).count == 3
+        code, _, metadata, _ = await error_of(connection.call(CountWordsRequest(text="a" * 101)))
+        assert (code, metadata["name"]) == (grpc.StatusCode.INVALID_ARGUMENT, "text")
     async with connected(CASES[1], Words()) as connection:
         assert [response.word for response in await connection.call()] == ["a", "red", "car"]

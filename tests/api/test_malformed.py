@@ -13,9 +13,8 @@ from prefill.v1 import answer_service_pb2 as answer_pb
 from prefill.v1 import prefill_service_pb2 as prefill_pb
 from prefill.v1 import video_service_pb2 as video_pb
 
+from prefill_service.api.limits import check_request
 from prefill_service.errors import ServiceError
-from prefill_service.generation.vllm_client import Sampling
-from prefill_service.scheduling.admission import fit_sampling
 from tests.support.in_process_service import answer, error_of
 
 Serve = Callable[..., Any]
@@ -88,7 +87,9 @@ async def test_numbers_out_of_range(serve: Serve) -> None:
             top_k=-2,
             repetition_penalty=-math.inf,
         )
-        calls: dict[str, Any] = {name: s.ask(**{name: value}).read() for name, value in ask.items()}
+        calls: dict[str, Any] = {
+            f"sampling_params.{name}": s.ask(**{name: value}).read() for name, value in ask.items()
+        }
         calls["page_size"] = s.videos.ListVideos(video_pb.ListVideosRequest(page_size=-1))
         for name, call in calls.items():
             code, reason, metadata, _ = await error_of(call)
@@ -113,11 +114,12 @@ def test_the_sdk_accepts_what_the_server_accepts() -> None:
     from prefill_client._requests import build_ask
 
     def served(name: str, value: Any) -> bool:
-        params = answer_pb.SamplingParams(**{name: value})
-        fields = {name: getattr(params, name)}  # as float32 has it
-        max_tokens = fields.pop("max_tokens", None)
+        request = answer_pb.AskRequest(spec={"video_id": "vid_1"})
+        parts = (request.sampling_params, request.spec.sampling, request.spec.attention)
+        [part] = [part for part in parts if name in part.DESCRIPTOR.fields_by_name]
+        part.MergeFrom(type(part)(**{name: value}))
         try:
-            fit_sampling(Sampling(**fields), max_tokens, 10, 2**40)
+            check_request(request)
         except ServiceError:
             return False
         return True
@@ -136,6 +138,14 @@ def test_the_sdk_accepts_what_the_server_accepts() -> None:
         "top_p": (-0.1, 0.0, 0.5, 1.0, 1.1, math.nan),
         "top_k": (-2, -1, 0, 2**31 - 1),
         "repetition_penalty": (-1.0, 0.0, 0.5, 100.0, 101.0, math.nan),
+        "stop": ([], ["x"], [""], ["x"] * 16, ["x"] * 17, ["x" * 1024], ["é" * 513]),
+        "fps": (-1.0, 0.0, 5e-324, 10_000.0, 10_001.0, math.nan, math.inf),
+        "num_frames": (-1, 0, 1, 2**31 - 1),
+        "max_frames": (-1, 0, 1, 2**31 - 1),
+        "max_pixels": (0, 1, 2**44, 2**44 + 1, 2**63 - 1),
+        "min_pixels": (0, 1, 2**44, 2**44 + 1, 2**63 - 1),
+        "epsilon": (-0.1, 0.0, 0.999, 1.0, math.nan),
+        "min_kept_mass": (-0.1, 0.0, 1.0, 1.1, math.nan),
     }.items():
         for value in values:
             assert sent(name, value) == served(name, value), (name, value)

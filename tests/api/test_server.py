@@ -207,5 +207,8 @@ async def test_one_log_line_per_call(serve: Serve, caplog: pytest.LogCaptureFixt
 
 async def test_long_input_in_an_error_does_not_break_the_call(serve: Serve) -> None:
     async with serve() as s:
-        code, reason, _, _ = await error_of(s.get("\N{GRINNING FACE}" * 20_000))
+        code, reason, metadata, _ = await error_of(s.get("\N{GRINNING FACE}" * 20_000))
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        assert metadata["value"] == "80000 bytes long"
+        code, reason, _, _ = await error_of(s.get("\N{GRINNING FACE}" * 16))
         assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_JOB")

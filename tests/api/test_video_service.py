@@ -15,7 +15,7 @@ import pytest
 from prefill.v1 import video_service_pb2 as pb
 from prefill.v1 import video_service_pb2_grpc
 
-from prefill_service.api.video_service import MAX_CHUNK_BYTES
+from prefill_service.api.limits import MAX_CHUNK_BYTES
 from tests.support.in_process_service import InProcessService, answer, error_of
 from tests.video.sample_videos import make_video
 

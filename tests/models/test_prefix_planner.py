@@ -93,6 +93,8 @@ def test_prefix_ids_tell_prefixes_apart(planner: PrefixPlanner) -> None:
         (FrameSampling(fps=0.0), "fps is 0.0"),
         (FrameSampling(fps=float("nan")), "fps is nan"),
         (FrameSampling(num_frames=0), "num_frames is 0"),
+        (FrameSampling(num_frames=22), "num_frames is 22, but the video has 20;"),
+        (FrameSampling(num_frames=10**9), "num_frames is 1000000000, but the video has 20;"),
         (FrameSampling(fps=1.0, num_frames=4), "exclude each other"),
         (FrameSampling(num_frames=8, max_frames=4), "num_frames and max_frames exclude"),
         (FrameSampling(fps=1.0, max_frames=1), "max_frames is 1"),
@@ -107,6 +109,26 @@ def test_sampling_that_cannot_be_applied_is_named(
     with pytest.raises(ServiceError, match=named) as caught:
         planner.plan(index_of(20), "sha", sampling, "")
     assert caught.value.reason is Reason.INVALID_REQUEST
+
+
+def test_a_rate_that_is_not_met_is_said(planner: PrefixPlanner) -> None:
+    def said(seconds: int, **sampling: float) -> str:
+        plan = planner.plan(index_of(4 * seconds), "sha", FrameSampling(**sampling), "")  # type: ignore[arg-type]
+        notes = [w.message for w in plan.warnings if w.reason is WarningReason.FPS_CLIPPED]
+        return "".join(notes)
+
+    for met in ({}, {"fps": 2.0}, {"fps": 4.0}, {"fps": 4.0, "max_frames": 8}, {"num_frames": 8}):
+        assert said(10, **met) == ""  # type: ignore[arg-type]
+    assert said(10, fps=10_000.0) == (
+        "fps = 10000 would be 100,000 frames in 10.0 s; 40 are looked at, 4 a second: the video "
+        "has no more"
+    )
+    assert said(10, fps=4.5, max_frames=2000).endswith("the video has no more")
+    assert said(20, fps=1e-9).endswith("the model's processor takes no fewer")
+    assert said(20, fps=1e-9, max_frames=100).endswith("the model's processor takes no fewer")
+    assert "768 are looked at, 3.84 a second: the model's processor takes no more" in said(
+        200, fps=4.0
+    )
 
 
 def test_max_frames_limits_what_the_rate_leads_to(planner: PrefixPlanner) -> None:
@@ -174,7 +196,7 @@ def test_frames_smaller_than_a_patch_are_enlarged(
 ) -> None:
     index = index_of(1, width=size[0], height=size[1])
     planner.check_frames(index.geometry)
-    plan = planner.plan(index, "sha", EVERY, "")
+    plan = planner.plan(index, "sha", FrameSampling(), "")
     assert 0 < plan.num_video_tokens < plan.num_tokens
     assert min(plan.resized_hw) > 0
 

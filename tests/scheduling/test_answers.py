@@ -87,7 +87,7 @@ async def test_a_spacing_that_is_not_known_is_refused(serve: Serve) -> None:
         call = s.prefills.CreatePrefillJob(prefill_pb.CreatePrefillJobRequest(spec=spec))
         code, reason, metadata, _ = await error_of(call)
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
-        assert (metadata["name"], metadata["value"]) == ("sampling.by", "7")
+        assert (metadata["name"], metadata["value"]) == ("spec.sampling.by", "7")
 
 
 async def test_the_question_goes_to_vllm_while_the_ranks_work(serve: Serve) -> None:
@@ -418,11 +418,11 @@ async def test_bad_questions(serve: Serve) -> None:
         assert (await reason(text="  "))[0] == "QUESTION_EMPTY"
         found, metadata = await reason(text="x" * 4000)
         assert found == "QUESTION_TOO_LONG"
-        assert metadata == {"prompt_tokens": "4128", "max_tokens": "1", "limit": "4096"}
+        assert metadata == {"tokens": "4000", "limit": "3968"}
         found, metadata = await reason(max_tokens=4000)
         assert (found, metadata["max_tokens"]) == ("QUESTION_TOO_LONG", "4000")
         found, metadata = await reason(frames=60, max_tokens=0)
-        assert (found, metadata["name"]) == ("INVALID_REQUEST", "max_tokens")
+        assert (found, metadata["name"]) == ("INVALID_REQUEST", "sampling_params.max_tokens")
         assert (await reason(temperature=-1))[0] == "INVALID_REQUEST"
         assert (await reason(temperature=float("nan")))[0] == "INVALID_REQUEST"
         assert (await reason(stop=[""]))[0] == "INVALID_REQUEST"

@@ -253,8 +253,7 @@ async def test_list_is_newest_first_and_paged(serve: Serve) -> None:
         assert listed[0].result.prefix_tokens == 160
         assert listed[0].result.manifest_json == ""
         tokens = ["x", "-1", "1" * 5000, "1" * 19]  # int() refuses more than 4,300 digits
-        sizes = [{"page_size": size} for size in (-1, 1001)]
-        for bad in [*sizes, *({"page_token": token} for token in tokens)]:
+        for bad in [{"page_size": -1}, *({"page_token": token} for token in tokens)]:
             request = pb.ListPrefillJobsRequest(**bad)
             assert (await error_of(s.prefills.ListPrefillJobs(request)))[1] == "INVALID_REQUEST"
 

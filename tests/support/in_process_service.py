@@ -152,7 +152,7 @@ async def serving(
     """Run a service on a copy of the template's data; sections are configuration.
 
     Args:
-        components: further ones by their name in ``Components``.
+        components: further ones, or others, by their name in ``Components``.
     """
     source, video_id = template
     if not data_dir.exists():
@@ -164,12 +164,8 @@ async def serving(
     generation = generation or SimulatedGenerationServer(executor)
 
     def build(config: ServiceConfig, data: Path, runtime: Path) -> Components:
-        return Components(
-            planner=SimulatedPlanner(),  # type: ignore[arg-type]
-            executor=executor,  # type: ignore[arg-type]
-            generation=generation,  # type: ignore[arg-type]
-            **(components or {}),
-        )
+        given = {"planner": SimulatedPlanner(), "executor": executor, "generation": generation}
+        return Components(**{**given, **(components or {})})  # type: ignore[arg-type]
 
     service = Service(resolve_config(None, sections).config, build)
     running = InProcessService(service, executor, generation, video_id)

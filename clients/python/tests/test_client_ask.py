@@ -12,6 +12,7 @@ from prefill_client import (
     CancelledError,
     ContextExceededError,
     DeadlineExceededError,
+    IntakeProgress,
     InvalidRequestError,
     Message,
     SampledFrames,
@@ -20,6 +21,16 @@ from prefill_client import (
 
 QUESTION = "What happens after the red car?"
 ANSWER = "You asked: What happens after the red car? "
+
+
+async def test_the_intake_of_a_long_prompt_is_reported(api: Api, server, clip):
+    server.faults.intake = (250, 1000)
+    seen = []
+    await api.stream(api.client.ask(clip, QUESTION, on_intake=seen.append))
+    assert seen == [IntakeProgress(250, 1000), IntakeProgress(1000, 1000)]
+    server.faults.intake = ()
+    await api.stream(api.client.ask(clip, QUESTION, on_intake=seen.append))
+    assert len(seen) == 2
 
 
 async def test_ask_a_path(api: Api, server, clip):

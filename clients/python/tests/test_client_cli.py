@@ -31,6 +31,13 @@ def test_ask(cli: Cli, server, clip):
     assert "\x1b" not in run.stderr
 
 
+def test_the_intake_of_a_long_prompt_is_shown(cli: Cli, server, clip):
+    server.faults.intake = (250, 1000)
+    run = cli.run("ask", clip, "Who is it?")
+    assert (run.returncode, run.stdout) == (0, "You asked: Who is it? \n")
+    assert "intake: 1000/1000 tokens" in run.stderr
+
+
 def test_ask_several_questions_prefills_once(cli: Cli, server, clip):
     run = cli.run("ask", "-q", clip, "Who?", "Where?", "--fps", "1", "--max-tokens", "3")
     assert run.stdout == "Q: Who?\nA: You asked: Who? \n\nQ: Where?\nA: You asked: Where? \n\n"

@@ -17,6 +17,7 @@ class Qwen3VL(QwenVL):
     """Each temporal patch is a timestamp, a start token, its vision tokens and an end token."""
 
     model_type = "qwen3_vl"
+    text_per_patch = 12
 
     @override
     def positions(

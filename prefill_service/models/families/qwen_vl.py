@@ -24,13 +24,15 @@ from prefill_service.models.families.base import (
 from prefill_service.models.layers.vision_attention import VISION_ATTENTION, PatchProduct
 from prefill_service.models.prefix_plan import FrameSampling
 
-TIMESTAMP_TOKENS = 12
-"""Estimate of the text beside one temporal patch; too much where there is none."""
-
 
 class QwenVL(Family):
-    """A video is a grid of patches, merged 2 x 2 into tokens, with M-RoPE positions."""
+    """A video is a grid of patches, merged 2 x 2 into tokens, with M-RoPE positions.
 
+    Attributes:
+        text_per_patch: about how many tokens of text stand beside one temporal patch.
+    """
+
+    text_per_patch = 0
     grounding_tokens = frozenset(
         f"<|{mark}_{side}|>" for mark in ("object_ref", "box", "quad") for side in ("start", "end")
     )
@@ -70,8 +72,8 @@ class QwenVL(Family):
         patches = video_processor.get_num_of_video_patches(
             frames, *frame_hw, {"size": _size(video_processor, sampling)}
         )
-        timestamps = ceil(frames / video_processor.temporal_patch_size) * TIMESTAMP_TOKENS
-        return int(patches // video_processor.merge_size**2 + timestamps)
+        text = ceil(frames / video_processor.temporal_patch_size) * self.text_per_patch
+        return int(patches // video_processor.merge_size**2 + text)
 
     @override
     def video_token_id(self, config: Any) -> int:

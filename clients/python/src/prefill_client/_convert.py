@@ -245,6 +245,11 @@ def _block_map(message: prefill_pb.BlockMap) -> attention.BlockMap:
     )
 
 
+def intake(message: answer_pb.AskProgress) -> types.IntakeProgress:
+    """Convert what an AskProgress says of vLLM."""
+    return types.IntakeProgress(message.computed_tokens, message.prompt_tokens)
+
+
 def timings(message: answer_pb.AskTimings) -> types.Timings:
     """Durations of an answer, in seconds."""
     return types.Timings(

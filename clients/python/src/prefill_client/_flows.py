@@ -27,6 +27,7 @@ from prefill_client.types import (
     AskOptions,
     FrameOptions,
     Inspection,
+    IntakeProgress,
     Job,
     JobState,
     QuestionLike,
@@ -36,6 +37,7 @@ from prefill_client.types import (
 )
 
 JobCallback = Callable[[Job], object]
+IntakeCallback = Callable[[IntakeProgress], object]
 
 # The service has run such a prefill twice already; a third time is the user's decision.
 RETRIED_BY_SERVER = frozenset({"RANK_DIED", "RANK_STALLED"})
@@ -48,10 +50,19 @@ class Callbacks:
     Args:
         on_progress: called with the ``Job`` while a video is prefilled.
         on_upload: called with ``UploadProgress`` while a path is uploaded.
+        on_intake: called with ``IntakeProgress`` while vLLM takes in a long prompt.
     """
 
     on_progress: JobCallback | None = None
     on_upload: UploadCallback | None = None
+    on_intake: IntakeCallback | None = None
+
+    def report(self, progress: answer_pb.AskProgress) -> None:
+        """Pass on how far an answer is before its first token."""
+        if self.on_progress is not None:
+            self.on_progress(_convert.job(progress.job))
+        if self.on_intake is not None and progress.prompt_tokens:
+            self.on_intake(_convert.intake(progress))
 
 
 @dataclass(frozen=True)
@@ -401,8 +412,8 @@ def ask(
                         yield Emit(text)
                 elif event == "final":
                     state.finish(message.final)
-                elif event == "progress" and callbacks.on_progress is not None:
-                    callbacks.on_progress(_convert.job(message.progress.job))
+                elif event == "progress":
+                    callbacks.report(message.progress)
             if message is not None:
                 assert state.broken is not None
                 raise state.broken

@@ -7,7 +7,6 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from math import inf
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -37,9 +36,9 @@ from prefill_client.types import (
 Check: TypeAlias = Callable[[str, object], object]
 
 _COUNT = Range(1, INT32_MAX, integer=True)
-_PIXELS = Range(1, INT64_MAX, integer=True)
+_PIXELS = Range(1, 2**44, integer=True)
 _SAMPLING: dict[str, Check] = {
-    "fps": Range(0, inf, above_low=True).check,
+    "fps": Range(0, 10_000, above_low=True).check,
     "num_frames": _COUNT.check,
     "max_frames": _COUNT.check,
     "max_pixels": _PIXELS.check,
@@ -52,7 +51,7 @@ _ATTENTION: dict[str, Check] = {
     "min_kept_mass": Range(0, 1).check,
 }
 _COMPARISON: dict[str, Check] = {
-    "anchor_tokens": _COUNT.check,
+    "anchor_tokens": Range(0, INT32_MAX, integer=True).check,
     "passing_tokens": Range(0, INT32_MAX, integer=True).check,
 }
 _DECODING: dict[str, Check] = {
@@ -69,6 +68,8 @@ COMPARISON_NAMES = ("comparison", "comparison_question", *_COMPARISON)
 FRAME_NAMES = (*_SAMPLING, "sample_by", "system_prompt", *ATTENTION_NAMES, *COMPARISON_NAMES)
 ASK_NAMES = (*FRAME_NAMES, *_DECODING, "stop")
 MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 1024
+MAX_MESSAGES = 1024
 
 _VIDEO_ID = re.compile(r"vid_[0-9A-Za-z]+")
 # A Path made of a URL has one slash only. One letter is a drive of Windows.
@@ -254,9 +255,14 @@ def _stops(stop: object) -> list[str]:
         stop = [stop]
     if isinstance(stop, bytes | Mapping) or not isinstance(stop, Iterable):
         refuse("stop", stop, "text or a list of texts")
-    texts = [check_text(f"stop[{number}]", text) for number, text in enumerate(stop)]
-    if len(texts) > MAX_STOP_STRINGS or not all(texts):
-        refuse("stop", texts, f"at most {MAX_STOP_STRINGS} texts, none of them empty")
+    texts = list[str]()
+    for number, text in enumerate(stop):
+        if number == MAX_STOP_STRINGS:
+            refuse("stop", texts, f"at most {MAX_STOP_STRINGS} texts")
+        name = f"stop[{number}]"
+        if not 1 <= len(check_text(name, text).encode()) <= MAX_STOP_BYTES:
+            refuse(name, text, f"1 to {MAX_STOP_BYTES} bytes")
+        texts.append(text)
     return texts
 
 
@@ -269,6 +275,8 @@ def _turns(question: object) -> list[Message]:
     turns = []
     for number, item in enumerate(question):
         name = f"question[{number}]"
+        if number > MAX_MESSAGES:  # one is the system's
+            refuse(name, item, f"at most {MAX_MESSAGES} messages")
         if isinstance(item, Mapping):
             if set(item) != {"role", "content"}:
                 refuse(name, item, "a message with role and content, and nothing else")

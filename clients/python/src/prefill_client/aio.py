@@ -9,7 +9,7 @@ from typing import Self, Unpack
 from prefill_client import _flows
 from prefill_client._async import AsyncCancellation, AsyncDriver
 from prefill_client._channel import TLS, make_endpoint
-from prefill_client._flows import AskState, Callbacks, JobCallback, Settings
+from prefill_client._flows import AskState, Callbacks, IntakeCallback, JobCallback, Settings
 from prefill_client._retry import RetryPolicy
 from prefill_client._upload import UploadCallback
 from prefill_client.errors import CancelledError
@@ -267,6 +267,7 @@ class AsyncClient:
         *,
         on_progress: JobCallback | None = None,
         on_upload: UploadCallback | None = None,
+        on_intake: IntakeCallback | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
         **options: Unpack[AskOptions],
@@ -281,6 +282,7 @@ class AsyncClient:
                 and assistant in turn, first and last of the user.
             on_progress: called with the ``Job`` while the video is prefilled.
             on_upload: called with ``UploadProgress`` while a path is uploaded.
+            on_intake: called with ``IntakeProgress`` while vLLM takes in a long prompt.
             timeout: seconds for the answer, prefill included; no limit by default.
             request_id: UUID4 for the server's logs; a random one by default.
             options: what is prefilled (``FrameOptions``), and how to decode.
@@ -294,6 +296,6 @@ class AsyncClient:
             question,
             options=options,
             timeout=timeout,
-            callbacks=Callbacks(on_progress, on_upload),
+            callbacks=Callbacks(on_progress, on_upload, on_intake),
         )
         return AsyncAnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)

@@ -8,7 +8,7 @@ from typing import Self, Unpack
 
 from prefill_client import _flows
 from prefill_client._channel import TLS, make_endpoint
-from prefill_client._flows import AskState, Callbacks, JobCallback, Settings
+from prefill_client._flows import AskState, Callbacks, IntakeCallback, JobCallback, Settings
 from prefill_client._retry import RetryPolicy
 from prefill_client._sync import Cancellation, SyncDriver
 from prefill_client._upload import UploadCallback
@@ -265,6 +265,7 @@ class Client:
         *,
         on_progress: JobCallback | None = None,
         on_upload: UploadCallback | None = None,
+        on_intake: IntakeCallback | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
         **options: Unpack[AskOptions],
@@ -279,6 +280,7 @@ class Client:
                 and assistant in turn, first and last of the user.
             on_progress: called with the ``Job`` while the video is prefilled.
             on_upload: called with ``UploadProgress`` while a path is uploaded.
+            on_intake: called with ``IntakeProgress`` while vLLM takes in a long prompt.
             timeout: seconds for the answer, prefill included; no limit by default.
             request_id: UUID4 for the server's logs; a random one by default.
             options: what is prefilled (``FrameOptions``), and how to decode.
@@ -292,6 +294,6 @@ class Client:
             question,
             options=options,
             timeout=timeout,
-            callbacks=Callbacks(on_progress, on_upload),
+            callbacks=Callbacks(on_progress, on_upload, on_intake),
         )
         return AnswerStream(self._driver.iterate(flow, cancellation), state, cancellation)

@@ -327,6 +327,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class IntakeProgress:
+    """How much of a prompt vLLM has, in tokens; it says so of prompts that take it long."""
+
+    computed_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
 class UploadProgress:
     """How far an upload is: ``phase`` is "hash", "upload" or "probe"; the rest is bytes."""
 

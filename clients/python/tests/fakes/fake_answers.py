@@ -33,6 +33,9 @@ class FakeAnswers(answer_grpc.AnswerServiceServicer):
             job = self._jobs.job_of(request.spec)
             async for update in self._jobs.run(job):
                 yield apb.AskResponse(progress=apb.AskProgress(job=update))
+            for tokens in faults.intake:
+                taken = apb.AskProgress(job=job, computed_tokens=tokens, prompt_tokens=1000)
+                yield apb.AskResponse(progress=taken)
             if faults.job_error:
                 await fail(context, grpc.StatusCode.UNAVAILABLE, *faults.job_error)
             if faults.ask_break_before:

@@ -35,6 +35,7 @@ class Faults:
     ask_break_before: int = 0  # Asks that die before their first token
     ask_break_after: int = 0  # tokens after which the next Ask dies; 0: never
     ask_sampled: bool = False  # every Ask but the first is answered otherwise
+    intake: tuple[int, ...] = ()  # of 1000 tokens, what vLLM says that it has
     ask_truncate: bool = False  # Ask ends without a final message
     trace_break: int = 0  # traces that die after their first message
     watch_break: int = 0  # watches that die after their first message

@@ -96,6 +96,7 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
             question,
             on_progress=on_progress,
             on_upload=progress.show_upload,
+            on_intake=progress.show_intake,
             **ask_options(args),
         )
         if several and not args.json:
@@ -174,6 +175,7 @@ def _chat(client: Client, args: argparse.Namespace) -> int:
             turns,
             on_progress=progress.show_job,
             on_upload=progress.show_upload,
+            on_intake=progress.show_intake,
             **ask_options(args),
         )
         answer = _print_answer(stream, progress, silent=False)

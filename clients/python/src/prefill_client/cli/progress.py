@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-from prefill_client.types import Job, JobState, Stage, UploadProgress
+from prefill_client.types import IntakeProgress, Job, JobState, Stage, UploadProgress
 
 REDRAW_S = 0.1
 LINE_S = 5.0
@@ -105,11 +105,7 @@ class ProgressPrinter:
         if progress.phase == "probe":
             self._show([], "checking the file")
             return
-        # What was there before (a resumed upload) says nothing about the rate.
-        start, first = self._started.setdefault(progress.phase, (self._clock(), progress.done))
-        elapsed = 0.0
-        if progress.done > first:
-            elapsed = (self._clock() - start) * progress.done / (progress.done - first)
+        elapsed = self._elapsed(progress.phase, progress.done)
         bar = Bar(progress.phase, progress.done, progress.total, "bytes", elapsed)
         self._show([bar], "")
 
@@ -121,6 +117,20 @@ class ProgressPrinter:
         elif job.attempts > 1 and not job.state.ended:
             note = f"attempt {job.attempts}"
         self._show(job_bars(job), note, force=job.state.ended)
+
+    def show_intake(self, progress: IntakeProgress) -> None:
+        """Show how much of a long prompt vLLM has."""
+        elapsed = self._elapsed("intake", progress.computed_tokens)
+        bar = Bar("intake", progress.computed_tokens, progress.prompt_tokens, "tokens", elapsed)
+        self._show([bar], "")
+
+    def _elapsed(self, label: str, done: float) -> float:
+        """Seconds that all of what is done would have taken at the rate seen.
+
+        What was there before (a resumed upload, a prefix) says nothing about the rate.
+        """
+        start, first = self._started.setdefault(label, (self._clock(), done))
+        return (self._clock() - start) * done / (done - first) if done > first else 0.0
 
     def show_counts(
         self, label: str, done: int, total: int, *, elapsed_s: float, note: str
