@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.report import charts, parallel, quality, robustness, service, versions
+from benchmarks.report import charts, field_limits, parallel, quality, robustness, service, versions
 from benchmarks.report.results import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "projection": parallel.projected,
     "projection-assumptions": parallel.assumed,
     "version-runs": versions.runs,
+    "field-limits": field_limits.fields,
 }
 
 CHARTS: dict[str, Callable[[], str]] = {"first-token.svg": charts.first_token}

@@ -39,7 +39,7 @@ _ID_CHARACTERS = 64
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Admits, bounds, reports and logs calls.
 
-    Health checks pass untouched: they carry no token, and must not fail under load.
+    Health checks pass: they carry no token, and must not fail under load.
 
     Args:
         config: limits of the calls of ``prefill.v1`` at once.
@@ -89,9 +89,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         """Wrap the handler of a call."""
         handler = await continuation(details)
-        if handler is None or details.method.startswith(_HEALTH):
+        if handler is None:
             return handler
         inner, make = _inner(handler)
+        if details.method.startswith(_HEALTH):
+            return make(
+                _refuse_malformed(inner),
+                request_deserializer=tolerant(handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
 
         async def unary(request: Any, context: Context) -> Any:
             async with _Call(self, details, context) as call:
@@ -125,6 +131,17 @@ def _inner(handler: Any) -> tuple[Any, Any]:
         (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
     }
     return kinds[handler.request_streaming, handler.response_streaming]
+
+
+def _refuse_malformed(inner: Any) -> Any:
+    """The handler of a health check, a coroutine also where it streams, with parsed requests."""
+
+    async def checked(request: Any, context: Context) -> Any:
+        if isinstance(request, MalformedRequest):
+            await abort(context, request.error)
+        return await inner(request, context)
+
+    return checked
 
 
 class _Call:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import resource
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefill.v1 import answer_service_pb2 as answer_pb
 
 from prefill_service.api.limit_kinds import Choice, Data, Flag, Items, Limit, Nested, Number
@@ -201,9 +204,7 @@ async def test_odd_values_of_every_field_are_refused_or_served(
         def all_of_them() -> Iterator[OddRequest]:
             for method in METHODS:
                 video_id = "vid_x" if method.name == "DeleteVideo" else s.video_id
-                yield from odd_requests(
-                    method, lambda method=method, video_id=video_id: base_of(method, video_id)
-                )
+                yield from odd_requests(method, partial(base_of, method, video_id))
 
         sent = 0
         for odd in all_of_them():
@@ -213,6 +214,25 @@ async def test_odd_values_of_every_field_are_refused_or_served(
         assert sent > 400
         assert peak_memory() - before < 256 * MIB
         assert (await answer(s.answers.Ask(neighbour(s.video_id)))).text
+
+
+async def test_bytes_that_are_no_message_are_invalid_requests(
+    tmp_path: Path, template: Template
+) -> None:
+    none = b"\xff" * 100  # of any type
+    health = health_pb2.DESCRIPTOR.services_by_name["Health"].methods
+    async with serving(tmp_path / "data", template) as s:
+        for method in METHODS:
+            chance = random.Random(method.name)
+            spoilt = [chance.randbytes(chance.randrange(1, 40)) for _ in range(20)]
+            for data in (*spoilt, b"\x0a\x02\xed\xa0", b"\x0a\xff\xff\xff\xff\x0f"):
+                _, _, status = await outcome(s.channel, method, data)
+                assert status not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN), data
+        for method in (*METHODS, *health):
+            assert (await outcome(s.channel, method, none))[0] == "INVALID_REQUEST", method.name
+        watch = health_pb2_grpc.HealthStub(s.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
 
 
 class StuckPlanner:
