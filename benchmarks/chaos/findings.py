@@ -82,6 +82,7 @@ class Findings:
                 "end_descriptors": after[kind]["descriptors"],
             }
             for kind in KINDS
+            if before[kind]["processes"] or after[kind]["processes"]
         ]
 
     def faults_found(self) -> list[str]:

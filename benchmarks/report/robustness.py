@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import tables
-from benchmarks.report.results import content, rows, seconds, settings
+from benchmarks.report.results import Row, content, rows, seconds, settings
 
 _LOST = "none"
 _UNITS = {
@@ -61,17 +61,23 @@ def growth() -> str:
     return tables.markdown(header, lines)
 
 
+def _slope(row: Row, which: str) -> str:
+    """A slope with its 95 % interval in brackets."""
+    interval = f"{row[which + 'low']:+.1f} to {row[which + 'high']:+.1f}"
+    return f"{row[which + 'per_hour']:+.1f} ({interval})"
+
+
 def soak() -> str:
     """Slopes of memory and descriptors by kind of process, and the answers compared."""
-    header = ("processes", "measure", "start", "end", "slope per hour", "95 % interval")
+    header = ("processes", "measure", "start", "end", "slope per hour", "of the second half")
     lines = [
         [
             row["kind"],
             _UNITS[row["measure"]],
             f"{row['start']:.1f}",
             f"{row['end']:.1f}",
-            f"{row['per_hour']:+.2f}",
-            f"{row['low']:+.2f} to {row['high']:+.2f}",
+            _slope(row, ""),
+            _slope(row, "late_"),
         ]
         for row in rows("soak-cpu")
         if row["measure"] in _UNITS
