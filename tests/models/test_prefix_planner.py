@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,19 @@ def test_the_prompt_is_the_prefix_and_then_the_chat(planner: PrefixPlanner) -> N
     assert one[plan.num_tokens :] == tokenizer(whole[len(prefix) :])["input_ids"]
     assert "yes" in tokenizer.decode(two[plan.num_tokens :])
     assert tokenizer.decode(one).endswith("assistant\n")
+
+
+def test_several_threads_may_plan_at_once(planner: PrefixPlanner) -> None:
+    """Processor and tokenizer are shared by the threads of the front end."""
+
+    def prompt(number: int) -> list[int]:
+        index = index_of(40 + number)
+        plan = planner.plan(index, "sha", FrameSampling(num_frames=8 + number), "word " * number)
+        return planner.prompt_token_ids(plan, [("user", "what? " * (1 + 50 * number))])
+
+    alone = [prompt(number) for number in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(prompt, range(12))) == alone
 
 
 def test_prefix_ids_tell_prefixes_apart(planner: PrefixPlanner) -> None:
