@@ -14,6 +14,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.group_memory import remove_listed_memory
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "prefill-run-"
@@ -39,17 +42,24 @@ class RuntimeFolder:
         """Make and lock a folder for this process, and remove those of processes that are dead.
 
         Raises:
-            OSError: the temporary folder cannot be written to.
+            ServiceError: CONFIG_INVALID if the temporary folder cannot be written to.
         """
         parent = tempfile.gettempdir()
         if len(parent) > _LONGEST_PARENT:
             parent = "/tmp"
         _remove_abandoned(Path(parent))
-        while True:
-            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-            lock = _lock_folder(path)
-            if lock is not None:
-                return cls(path, lock)
+        try:
+            while True:
+                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                lock = _lock_folder(path)
+                if lock is not None:
+                    return cls(path, lock)
+        except OSError as error:
+            raise ServiceError(
+                Reason.CONFIG_INVALID,
+                f"the temporary folder {parent} cannot be used: {error.strerror}",
+                path=parent,
+            ) from error
 
     def remove(self) -> None:
         """Remove the folder with all that is in it, then unlock it."""
@@ -65,6 +75,8 @@ def _remove_abandoned(parent: Path) -> None:
                 continue
             lock = _lock_folder(path)
             if lock is not None:
+                for folder in path.iterdir():
+                    remove_listed_memory(folder)
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
                 logger.info("removed %s, which a service that was killed had left", path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.group_memory import list_memory
 from prefill_service.runtime_folder import PREFIX, RuntimeFolder
 from tests.support.leftovers import short_folder
 
@@ -55,6 +59,53 @@ def test_the_next_start_removes_what_no_living_process_owns(parent: Path) -> Non
     assert list(parent.iterdir()) == [again.path]
     again.remove()
     assert list(parent.iterdir()) == []
+
+
+def test_shared_memory_of_a_group_that_was_killed_at_once_is_removed(parent: Path) -> None:
+    """Its resource tracker did not live to do it."""
+    code = (
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "memory = SharedMemory(create=True, size=1 << 20)\n"
+        "print(memory.name, flush=True)\n"
+        "input()"
+    )
+    service = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert service.stdout
+    assert other.stdout
+    folder = Path(service.stdout.readline().strip()) / "vllm-1"
+    folder.mkdir()
+    memory = Path("/dev/shm") / other.stdout.readline().strip()
+    list_memory(other.pid, folder)
+    os.killpg(other.pid, signal.SIGKILL)
+    other.wait()
+    RuntimeFolder.create().remove()
+    assert memory.exists(), "a service that runs removes its vLLM's memory itself"
+    service.kill()
+    service.wait()
+    RuntimeFolder.create().remove()
+    assert not memory.exists()
+    assert list(parent.iterdir()) == []
+
+
+def test_a_temporary_folder_that_cannot_be_written_to_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    with pytest.raises(ServiceError, match="the temporary folder /proc cannot be used") as caught:
+        RuntimeFolder.create()
+    assert caught.value.reason is Reason.CONFIG_INVALID
 
 
 def test_what_is_not_ours_stays(parent: Path) -> None:

@@ -19,6 +19,7 @@ from prefill_service.engine import messages as msg
 from prefill_service.engine.processes.fork_server import ForkServer
 from prefill_service.engine.processes.worker_process import WorkerProcess
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.storage.disk_space import is_full
 
 logger = logging.getLogger(__name__)
 
@@ -173,10 +174,7 @@ class WorkerSupervisor:
         return ServiceError(Reason.RANK_STALLED, text, ranks=missing)
 
     def _spawn(self) -> None:
-        self._runtime_dir.mkdir(parents=True, exist_ok=True)
-        folder = self._folder = Path(
-            tempfile.mkdtemp(prefix=f"e{self.epoch}-", dir=self._runtime_dir)
-        )
+        folder = self._folder = self._make_folder()
         self._ready.clear()
         self._crashed.clear()
         self._all_ready.clear()
@@ -197,6 +195,15 @@ class WorkerSupervisor:
                     Reason.RANK_DIED, f"rank {rank} cannot be started: {error}", rank=rank
                 ) from error
             self._workers.append(worker)  # one by one: those before a failure must be killed
+
+    def _make_folder(self) -> Path:
+        try:
+            self._runtime_dir.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=f"e{self.epoch}-", dir=self._runtime_dir))
+        except OSError as error:
+            reason = Reason.STORAGE_FULL if is_full(error) else Reason.RANK_DIED
+            text = f"the ranks cannot be started: {self._runtime_dir}: {error.strerror}"
+            raise ServiceError(reason, text, path=self._runtime_dir) from error
 
     # ---- events ----------------------------------------------------------------------------
 
@@ -286,7 +293,10 @@ class WorkerSupervisor:
         for notify in self._loss_listeners:
             notify(lost, error)
         self._start_failures = 0 if was_ready else self._start_failures + 1
-        if self._start_failures >= _MAX_START_FAILURES or error.reason is Reason.MODEL_INVALID:
+        tried_enough = self._start_failures >= _MAX_START_FAILURES
+        if error.reason is Reason.STORAGE_FULL:
+            tried_enough = False  # a disk can be emptied
+        if tried_enough or error.reason is Reason.MODEL_INVALID:
             self._failure = error
             self._all_ready.set()  # wakes wait_ready, which raises the failure
             return

@@ -195,6 +195,8 @@ class GenerationServer:
     async def _until_healthy(self, client: VllmClient) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s
         while True:
+            if self._process is not None:
+                self._process.list_memory()
             try:
                 await client.check_health()
                 return

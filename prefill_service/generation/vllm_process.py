@@ -19,6 +19,11 @@ from typing import Any
 from prefill_service.compat import check_vllm, installed_vllm
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
+from prefill_service.generation.group_memory import (
+    list_memory,
+    remove_listed_memory,
+    running_members,
+)
 from prefill_service.generation.load_format import DEQUANTIZE_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -139,6 +144,7 @@ class VllmProcess:
         process = self._process
         if process is None:
             return
+        self.list_memory()
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.terminate()
@@ -146,7 +152,7 @@ class VllmProcess:
                 await asyncio.wait_for(process.wait(), grace_s)
         # EngineCore and workers are in its group and may outlive it.
         if not await _wait_group_ended(process.pid, grace_s):
-            for pid, command in _members_of(process.pid):
+            for pid, command in running_members(process.pid):
                 if _RESOURCE_TRACKER not in command:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -156,8 +162,14 @@ class VllmProcess:
         await process.wait()
         self._remove_folder()
 
+    def list_memory(self) -> None:
+        """Keep the names of its shared memory, for when all of it is killed at once."""
+        if self._process is not None:
+            list_memory(self._process.pid, Path(self._folder))
+
     def _remove_folder(self) -> None:
         if self._folder:
+            remove_listed_memory(Path(self._folder))
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _arguments(self, port: int) -> list[str]:
@@ -194,9 +206,8 @@ class VllmProcess:
         environment = dict(os.environ)
         environment["PREFILL_SERVICE_PARENT_PID"] = str(os.getpid())
         environment["VLLM_NO_USAGE_STATS"] = "1"
-        # What it makes in the temporary folder outlives a kill, but for the cache of its compiler.
-        cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        # What it makes in the temporary folder outlives a kill. Its compiler's cache is to.
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiler_cache()))
         environment["TMPDIR"] = environment["VLLM_RPC_BASE_PATH"] = self._folder
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override our configuration
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # vllm_server's top level
@@ -224,22 +235,22 @@ class VllmProcess:
 async def _wait_group_ended(group: int, timeout_s: float) -> bool:
     """Whether the last process of the group has ended within ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
-    while _members_of(group):
+    while running_members(group):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(_GROUP_POLL_S)
     return True
 
 
-def _members_of(group: int) -> list[tuple[int, bytes]]:
-    """Ids and command lines of the running processes of a process group; no zombies."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            state, _, its_group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(its_group) == group and state not in "ZX":
-                found.append((int(folder.name), (folder / "cmdline").read_bytes()))
-    return found
+def _compiler_cache() -> Path:
+    """Where torch's compiler keeps what it has compiled for vLLM."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = cache / "prefill-service" / "torchinductor"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a user without a folder
+        return Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    return cache
 
 
 def _free_port() -> int:

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "video": {"storage"},
     "kv": {"models.prefix_plan"},
     "models": {"attention", "kv.fingerprint", "kv.manifest", "video.geometry", "video.index"},
-    "engine": {"models", "attention", "parallel", "cost_model", "kv", "video"},
+    "engine": {"models", "attention", "parallel", "cost_model", "kv", "storage", "video"},
     "calibration": {"engine", "models", "attention", "parallel", "video"},
     "generation": {"kv", "models.prefix_plan", "models.weights"},
     "scheduling": {

@@ -56,3 +56,25 @@ async def test_restart_gives_up_and_tells_those_who_wait(executor: PrefillExecut
         await asyncio.wait_for(waiter, 30)
     assert not executor.supervisor.ready
     await executor.supervisor.stop()
+
+
+async def test_a_full_temporary_folder_is_tried_again_until_it_is_emptied(
+    executor: PrefillExecutor, tmp_path: Path
+) -> None:
+    """Other failures are given up after three starts; a full disk can be emptied."""
+    supervisor = executor.supervisor
+    full = ServiceError(Reason.STORAGE_FULL, "the disk is full")
+    for _ in range(4):
+        supervisor.declare_lost(full)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(supervisor.wait_ready(), 0.01)
+    await supervisor.stop()
+
+
+async def test_a_folder_that_cannot_be_made_is_named(
+    executor: PrefillExecutor, tmp_path: Path
+) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ServiceError, match=r"the ranks cannot be started: .*run: ") as error:
+        await executor.supervisor.start()
+    assert error.value.reason is Reason.RANK_DIED

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,14 +28,8 @@ READY = re.compile(r"serving on (\S+:\d+)")
 
 
 def service_environment(temporary: Path) -> dict[str, str]:
-    """An environment with a temporary folder of its own, but for the compiler's cache."""
-    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-    return {
-        **os.environ,
-        **DEAD_PROXIES,
-        "TMPDIR": str(temporary),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-    }
+    """An environment with a temporary folder of its own."""
+    return {**os.environ, **DEAD_PROXIES, "TMPDIR": str(temporary)}
 
 
 @dataclass

@@ -60,7 +60,14 @@ class FileCopyEngine(CopyEngine):
         Raises:
             ServiceError: KV_POOL_FULL if there is no space; PREFILL_FAILED if nothing can be moved.
         """
-        self._file = tempfile.TemporaryFile(dir=self._folder, prefix="offload-")  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="offload-")  # noqa: SIM115
+        except OSError as error:
+            raise ServiceError(
+                Reason.KV_POOL_FULL,
+                f"no file for offloaded KV can be made in {self._folder}: {error.strerror}",
+                folder=self._folder,
+            ) from error
         try:
             self._reserve(self._shape.attending_layers * self._shape.layer_bytes)
         except ServiceError:
