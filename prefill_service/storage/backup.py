@@ -87,7 +87,7 @@ def _copy(data_dir: Path, target: Path) -> BackupReport:
         for name in (JOBS, VIDEOS):
             for path in (data_dir / name, data_dir / f"{name}-wal"):
                 with contextlib.suppress(FileNotFoundError):
-                    _copy_file(path, target / path.name)
+                    _copy_file(path, target / path.name, sync=False)  # the service waits
     jobs = []
     if (target / JOBS).exists():
         jobs = _settle(target / JOBS, "SELECT job_id FROM jobs")
@@ -153,11 +153,12 @@ def _copy_video(source: Path, target: Path) -> int:
     return num_bytes
 
 
-def _copy_file(source: Path, target: Path) -> int:
+def _copy_file(source: Path, target: Path, *, sync: bool = True) -> int:
     with source.open("rb", buffering=0) as file, target.open("xb", buffering=0) as out:
         os.fchmod(out.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode))
         copy_bytes(file.fileno(), out.fileno())
-        os.fsync(out.fileno())
+        if sync:
+            os.fsync(out.fileno())
         return os.fstat(out.fileno()).st_size
 
 
