@@ -106,6 +106,10 @@ class ReportServer:
                 self._waiting.pop(lease_id, None)
         return self._reports.get(lease_id)
 
+    def forget(self, lease_id: str) -> None:
+        """Drop the report under this lease, which nobody will ask for again."""
+        self._reports.pop(lease_id, None)
+
     @contextmanager
     def follow_intake(self, lease_id: str) -> Iterator[Intake]:
         """Follow the reports of the prompt under this lease."""

@@ -62,6 +62,15 @@ async def test_old_reports_are_forgotten(
     assert await server.wait("a", 0.01) is None
 
 
+async def test_a_report_that_was_read_is_dropped_with_its_answer(server: ReportServer) -> None:
+    await send(server, report("a"), report("b"))
+    assert await server.wait("b", 1) == report("b")
+    server.forget("a")
+    server.forget("never seen")
+    assert await server.wait("a", 0.01) is None
+    assert await server.wait("b", 0) == report("b")
+
+
 async def test_a_prompt_that_is_taken_in_is_followed(server: ReportServer) -> None:
     with server.follow_intake("lease") as intake:
         first = IntakeReport("lease", 10, 30)

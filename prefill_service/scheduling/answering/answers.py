@@ -232,6 +232,8 @@ class Answers:
             if (cause := await self._reported_cause(error, lease)) is not None:
                 raise cause from error
             raise
+        finally:
+            self._reports.forget(lease.lease_id)
 
     async def _reported_cause(self, error: ServiceError, lease: Lease) -> ServiceError | None:
         """Why vLLM failed, if that is what ``error`` says and the connector has reported it."""
