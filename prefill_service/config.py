@@ -178,6 +178,7 @@ class VllmConfig:
     """vLLM, which generates the answers."""
 
     url: str = _opt("", "URL of a running vLLM; empty: the service starts its own.")
+    api_key_file: str = _opt("", "File with the API key of the vLLM at url, if it wants one.")
     max_model_len: int = _opt(
         0, "Context in tokens; 0: the model's, or what the KV space holds.", low=0
     )

@@ -23,6 +23,18 @@ class VllmServer:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.decoder = GenerationServer(VllmConfig(), str(model), "float32", folder)
         self.run(self.decoder.start())
+        self._key_file = folder / "vllm-key"
+        self._key_file.write_text(self.decoder.headers["Authorization"].removeprefix("Bearer "))
+
+    @property
+    def config(self) -> VllmConfig:
+        """How a service in this process uses this vLLM."""
+        return VllmConfig(url=self.url, api_key_file=str(self._key_file))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Arguments of ``serve`` that make a service use this vLLM."""
+        return ("--vllm-url", self.url, "--vllm-api-key-file", str(self._key_file))
 
     @property
     def url(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from pathlib import Path
 
@@ -93,6 +93,11 @@ class GenerationServer:
         return self._client.url if self._client is not None else ""
 
     @property
+    def headers(self) -> Mapping[str, str]:
+        """What every request to the server carries."""
+        return self._client.headers if self._client is not None else {}
+
+    @property
     def pid(self) -> int | None:
         """Process id of the embedded API server, while it runs."""
         return self._process.pid if self._process is not None else None
@@ -171,7 +176,8 @@ class GenerationServer:
             )
             await self._process.launch()
             url = self._process.url
-        client = VllmClient(self._session, url, timeout_s)
+        api_key = self._process.api_key if self._process else _read_key(self._config)
+        client = VllmClient(self._session, url, timeout_s, api_key=api_key)
         begin = time.monotonic()
         await self._until_healthy(client)
         await self._check_version(client)
@@ -270,3 +276,18 @@ class GenerationServer:
 
 def _unavailable(message: str) -> ServiceError:
     return ServiceError(Reason.DECODER_UNAVAILABLE, message)
+
+
+def _read_key(config: VllmConfig) -> str:
+    """The key of a vLLM that was started elsewhere; raises CONFIG_INVALID if it cannot be read."""
+    if not config.api_key_file:
+        return ""
+    try:
+        return Path(config.api_key_file).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServiceError(
+            Reason.CONFIG_INVALID,
+            f"vllm.api_key_file {config.api_key_file!r} cannot be read: {error}",
+            name="vllm.api_key_file",
+            value=config.api_key_file,
+        ) from error

@@ -117,17 +117,22 @@ class VllmClient:
         session: where its connections live; the caller closes it.
         url: base URL of the server.
         timeout_s: longest silence within one answer.
+        api_key: what the server was started with (``vllm serve --api-key``), if anything.
 
     Attributes:
+        headers: what every request to the server carries.
         tokenizer: makes the text of answers, for a vLLM that sends token ids only.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, timeout_s: float) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, timeout_s: float, *, api_key: str = ""
+    ) -> None:
         self._session = session
         self.url = url.rstrip("/")
         self.tokenizer: Tokenizer | None = None
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
         self._silence_s = timeout_s
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def check_health(self) -> None:
         """Ask the server's ``/health`` whether it can serve.
@@ -151,7 +156,9 @@ class VllmClient:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             url = f"{self.url}/inference/v1/generate"
-            async with self._session.post(url, json=body, timeout=timeout) as response:
+            async with self._session.post(
+                url, json=body, timeout=timeout, headers=self.headers
+            ) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _unavailable(
@@ -205,7 +212,9 @@ class VllmClient:
         silence_s = self._silence_s
         try:
             async with asyncio.timeout(silence_s):
-                response = await self._session.post(url, json=body, timeout=self._timeout)
+                response = await self._session.post(
+                    url, json=body, timeout=self._timeout, headers=self.headers
+                )
             async with response:
                 if response.status != 200:
                     raise _failed(response.status, await response.text())
@@ -229,7 +238,8 @@ class VllmClient:
     async def _get(self, path: str) -> str:
         timeout = aiohttp.ClientTimeout(total=_CHECK_TIMEOUT_S)
         try:
-            async with self._session.get(self.url + path, timeout=timeout) as response:
+            url = self.url + path
+            async with self._session.get(url, timeout=timeout, headers=self.headers) as response:
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _unavailable(f"vLLM at {self.url}{path}: {_describe(error)}") from error

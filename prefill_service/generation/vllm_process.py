@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -88,6 +89,7 @@ class VllmProcess:
         self._dequantize = fp8 and (device == "cpu" or dtype == "float32")
         self._process: asyncio.subprocess.Process | None = None
         self.url = ""
+        self.api_key = secrets.token_urlsafe(32)
 
     async def launch(self) -> None:
         """Start the process; it serves on ``url`` once it is healthy, in about a minute.
@@ -206,6 +208,7 @@ class VllmProcess:
         environment = dict(os.environ)
         environment["PREFILL_SERVICE_PARENT_PID"] = str(os.getpid())
         environment["VLLM_NO_USAGE_STATS"] = "1"
+        environment["VLLM_API_KEY"] = self.api_key  # not an argument: those anybody can list
         # What it makes in the temporary folder outlives a kill. Its compiler's cache is to.
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_compiler_cache()))
         environment["TMPDIR"] = environment["VLLM_RPC_BASE_PATH"] = self._folder

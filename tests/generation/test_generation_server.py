@@ -19,7 +19,7 @@ import pytest
 from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.server import GenerationServer
-from prefill_service.generation.vllm_client import GenerationRequest, Sampling, VllmClient
+from prefill_service.generation.vllm_client import GenerationRequest, Sampling
 from prefill_service.kv.handoff import HandoffParams
 from prefill_service.kv.manifest import KVLayout, hash_token_ids
 from tests.generation.oracle import Case, compute
@@ -117,7 +117,8 @@ async def _kill_engine_and_see(vllm: GenerationServer, case: Case, handoff: Hand
     old_pid = vllm.pid
     (engine,) = [p for p in children if "EngineCore" in p.name() or "EngineCor" in p.name()]
     # It stands still first: it could be through with its answer before anybody can kill it.
-    client = VllmClient(vllm._session, vllm.url, 60.0)  # type: ignore[arg-type]
+    assert vllm._client is not None
+    client = vllm._client
     await client.check_engine(60.0)
     engine.suspend()
     with pytest.raises(ServiceError, match="has not made a token within 1 s"):

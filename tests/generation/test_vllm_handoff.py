@@ -15,7 +15,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from prefill_service.config import VllmConfig
 from prefill_service.errors import Reason, ServiceError
 from prefill_service.generation.server import GenerationServer
 from prefill_service.generation.vllm_client import GenerationEvent, GenerationRequest, Sampling
@@ -136,9 +135,7 @@ def bench(
     async def open_bench(family: str = "qwen3_vl", size: str = "short") -> AsyncIterator[Bench]:
         loaded = await asyncio.to_thread(case, family, size)
         server = await asyncio.to_thread(vllm, family)
-        generation = GenerationServer(
-            VllmConfig(url=server.url), str(server.model), "float32", tmp_path
-        )
+        generation = GenerationServer(server.config, str(server.model), "float32", tmp_path)
         reports = ReportServer(tmp_path / "reports.sock")
         await reports.start()
         await generation.start()
@@ -379,7 +376,10 @@ async def test_request_that_must_not_be_computed_is_refused(
         elif what == "address":
             entry["manifest"] = replace(manifest, endpoints=("tcp://x:1",) * 3).to_json()
         url = f"{b.generation.url}/inference/v1/generate"
-        async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+        async with (
+            aiohttp.ClientSession(headers=b.generation.headers) as session,
+            session.post(url, json=body) as response,
+        ):
             text = await response.text()
         assert "token_ids" not in text, text
         report = await b.report(lease)
@@ -458,10 +458,23 @@ async def test_requests_of_others_pass_untouched(bench: Callable[..., Any]) -> N
             "kv_transfer_params": {"somebody_else": True},
         }
         url = f"{b.generation.url}/v1/completions"
-        async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+        async with (
+            aiohttp.ClientSession(headers=b.generation.headers) as session,
+            session.post(url, json=body) as response,
+        ):
             answer = await response.json()
         assert response.status == 200, answer
         assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/inference/v1/generate"])
+async def test_who_has_no_key_is_refused(bench: Callable[..., Any], path: str) -> None:
+    """Other users of the machine reach vLLM's port, and could ask it about our prefixes."""
+    async with bench() as b:
+        body = {"model": "prefill-service", "prompt": [1], "token_ids": [1], "max_tokens": 1}
+        url = f"{b.generation.url}{path}"
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
+            assert response.status == 401
 
 
 async def test_vllms_own_refusal_is_quoted(bench: Callable[..., Any]) -> None:

@@ -113,9 +113,10 @@ def test_tokens_equal_vllm_alone(
     exchange: str,
 ) -> None:
     url = vllm(family).url
+    headers = vllm(family).decoder.headers
     # What an earlier service handed over must not answer for this one.
-    assert httpx.post(f"{url}/reset_prefix_cache").is_success
-    arguments = ("--ranks", str(ranks), "--vllm-url", url, "--engine-exchange", exchange)
+    assert httpx.post(f"{url}/reset_prefix_cache", headers=headers).is_success
+    arguments = ("--ranks", str(ranks), *vllm(family).arguments, "--engine-exchange", exchange)
     arguments += ("--engine-text-from-tokens", str(TEXT_FROM))
     with (
         service_process(checkpoint(family), tmp_path, *arguments) as service,

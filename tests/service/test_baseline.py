@@ -17,11 +17,9 @@ def test_an_answer_where_all_passes_is_the_exact_one(
     vllm: Callable[[str], VllmServer],
     tmp_path: Path,
 ) -> None:
-    url = vllm("qwen3_vl").url
+    arguments = ("--ranks", "2", *vllm("qwen3_vl").arguments)
     with (
-        service_process(
-            checkpoint("qwen3_vl"), tmp_path, "--ranks", "2", "--vllm-url", url
-        ) as service,
+        service_process(checkpoint("qwen3_vl"), tmp_path, *arguments) as service,
         service.client() as client,
     ):
         video = client.upload(make_video(seconds=12.0, fps=10, width=160, height=120))

@@ -28,7 +28,7 @@ def service(
     with service_process(
         checkpoint("qwen3_vl"),
         tmp_path_factory.mktemp("service"),
-        *("--ranks", "2", "--vllm-url", vllm("qwen3_vl").url, "--engine-lease-ttl-s", "5"),
+        *("--ranks", "2", *vllm("qwen3_vl").arguments, "--engine-lease-ttl-s", "5"),
     ) as service:
         yield service
 

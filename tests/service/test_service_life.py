@@ -69,8 +69,7 @@ def test_a_service_killed_outright_leaves_one_folder_which_the_next_start_remove
                 "0",
                 "--data-dir",
                 str(tmp_path / "data"),
-                "--vllm-url",
-                vllm("qwen3_vl").url,
+                *vllm("qwen3_vl").arguments,
             ],
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -112,7 +111,7 @@ def test_a_port_in_use_is_named(
         port = taken.getsockname()[1]
         result = serve(
             *("--model", str(checkpoint("qwen3_vl")), "--port", str(port)),
-            *("--data-dir", str(tmp_path), "--vllm-url", vllm("qwen3_vl").url),
+            *("--data-dir", str(tmp_path), *vllm("qwen3_vl").arguments),
         )
     assert result.returncode == 1
     assert str(port) in result.stderr.splitlines()[-1]
