@@ -116,6 +116,8 @@ class ApiServer:
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.wait({self._health_task})
+        self._calls.cut_off_calls()
+        await self._calls.drained(_CANCEL_S)
         await self._server.stop(grace=None)
         await self._calls.drained(_CANCEL_S)
 

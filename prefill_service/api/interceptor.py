@@ -54,6 +54,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self.metrics = metrics
         self.token = token
         self.draining = False
+        self.cut_off = False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -65,6 +67,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except TimeoutError:
             return False
         return True
+
+    def cut_off_calls(self) -> None:
+        """End the calls that still run: their clients are told that the service shuts down."""
+        self.cut_off = True
+        for task in self._tasks:
+            task.cancel()
+
+    def note_task(self, task: asyncio.Task[Any]) -> Callable[[], None]:
+        """Keep the task of a call, until what is returned is called."""
+        self._tasks.add(task)
+        return lambda: self._tasks.discard(task)
 
     @property
     def running(self) -> int:
@@ -162,9 +175,13 @@ class _Call:
         self._peer = address_of(context.peer())
         self._ids: dict[str, str] = {}
         self._started = time.monotonic()
+        self._forget_task: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> _Call:
         if self._ours:
+            task = asyncio.current_task()
+            assert task is not None
+            self._forget_task = self._owner.note_task(task)
             self._limit.enter(self._peer)
             self._owner.note_change()
         try:
@@ -180,10 +197,15 @@ class _Call:
         traceback: TracebackType | None,
     ) -> None:
         if self._ours:
+            self._forget_task()
             self._limit.leave(self._peer)
             self._owner.note_change()
         if error is None:
             self._log("OK")
+        elif isinstance(error, asyncio.CancelledError) and self._owner.cut_off:
+            ended = ServiceError(Reason.SHUTTING_DOWN, "the service has shut down; ask again later")
+            self._log(ended.status, str(ended))
+            await abort(self._context, ended, self._ids.get("request_id", ""))
         elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             remaining = self._context.time_remaining()
             late = remaining is not None and remaining <= 0

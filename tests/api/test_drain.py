@@ -89,8 +89,9 @@ async def test_drain_time_is_bounded(serve: Serve) -> None:
         async with asyncio.timeout(ENOUGH_S):
             await s.task
         assert time.monotonic() - begin > 0.4
-        code, *_ = await reading
-        assert code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+        code, reason, _, details = await reading
+        assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert "RetryInfo" in details
         assert len(s.executor.stopped) == 1
         assert s.executor.open_leases == 0
 
@@ -106,7 +107,7 @@ async def test_second_signal_stops_at_once(serve: Serve) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         async with asyncio.timeout(ENOUGH_S):
             await s.task
-        await reading
+        assert (await reading)[1] == "SHUTTING_DOWN"
         assert len(s.executor.stopped) == 1
 
 
