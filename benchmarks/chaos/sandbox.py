@@ -48,11 +48,13 @@ class Sandbox:
     def __init__(self) -> None:
         self.bounded = False
         self._holder: subprocess.Popen[str] | None = None
+        self._before: list[psutil.Process] = []
         self._mark = uuid.uuid4().hex
 
     def __enter__(self) -> Self:
         # Orphans of killed processes become children of this one: none is overlooked.
         _adopt_orphans(True)
+        self._before = psutil.Process().children(recursive=True)
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
         for name in ("data", "tmp", "films"):
             (self.folder / name).mkdir()
@@ -139,6 +141,9 @@ class Sandbox:
             mine: processes of the caller that are no leftovers.
         """
         known = {*mine} | ({self._holder.pid} if self._holder is not None else set())
+        for process in self._before:  # the caller's own, and what they have started since
+            with suppress(psutil.NoSuchProcess):
+                known |= {process.pid, *(one.pid for one in process.children(recursive=True))}
         processes = [
             " ".join(child.cmdline())[:120] or child.name()
             for child in psutil.Process().children(recursive=True)

@@ -42,7 +42,7 @@ SIZES = ["--sparse-from-tokens", "400", "--chunk-tokens", "200", "--fps", str(FP
 
 @pytest.fixture(scope="module")
 def video(make_video: Callable[..., Path]) -> Path:
-    return make_video(seconds=20.0, fps=10, width=160, height=120)
+    return make_video(seconds=40.0, fps=10, width=160, height=120)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,8 @@ def test_what_cannot_be_calibrated_is_said_in_one_line(
 def test_ctrl_c_leaves_nothing(model: Path, video: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     command = [sys.executable, "-m", "prefill_service.cli.main", "calibrate", "--model", str(model)]
-    arguments = ["--videos", str(video), "--out", str(out), *SIZES]
+    # So many that it is not through before the signal comes.
+    arguments = ["--videos", *[str(video)] * 9, "--out", str(out), *SIZES]
     with subprocess.Popen(
         [*command, *arguments],
         stderr=subprocess.PIPE,

@@ -45,7 +45,7 @@ async def test_any_number_of_ranks_selects_the_same(
     checkpoint: Callable[..., Path], make_video: Callable[..., Path], tmp_path: Path
 ) -> None:
     video = make_video(**VIDEO)
-    policy = resolve_policy(epsilon=0.4)
+    policy = resolve_policy(epsilon=0.6)
     model = checkpoint("qwen3_vl")
     found = {}
     for ranks in (1, 2, 3, 4):
@@ -93,7 +93,7 @@ async def test_kv_follows_epsilon(
         close, _ = await prefill(standalone, video, resolve_policy(epsilon=1e-9))
         assert error(close, exact) < 1e-5
         errors = []
-        for epsilon in (0.3, 0.45):
+        for epsilon in (0.6, 0.75):
             got, outcome = await prefill(standalone, video, resolve_policy(epsilon=epsilon))
             errors.append(error(got, exact))
             report = outcome.attention

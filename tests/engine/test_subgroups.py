@@ -146,7 +146,7 @@ async def test_a_short_one_preempts(four: Four, kind: ExchangeKind, subgroup: Su
 
 
 async def test_a_pause_changes_no_bit_of_sparse_attention(four: Four) -> None:
-    sparse = resolve_policy(epsilon=0.3)
+    sparse = resolve_policy(epsilon=0.6)
     alone, paused = (replace(four.task(LONG, ALL_RANKS), policy=sparse) for _ in range(2))
     outcome = await four.standalone.prefill(alone)
     assert outcome.attention.density < 1

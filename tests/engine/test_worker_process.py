@@ -40,7 +40,7 @@ def spec(folder: Path) -> msg.WorkerSpec:
 async def test_a_rank_that_does_not_read_blocks_nobody_and_leaves_no_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fork_server, "MODULE", "tests.support.forked_program")
+    monkeypatch.setattr(fork_server, "MODULE", "tests.support.deaf_program")
     ended = asyncio.Event()
     server = ForkServer()
     worker = WorkerProcess(

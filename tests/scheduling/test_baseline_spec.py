@@ -108,7 +108,7 @@ async def test_an_answer_consults_its_own_question(serve: Serve) -> None:
             "it must be one of COMPARISON_METHOD_SPAVA",
         ),
         ({"method": 9}, "INVALID_REQUEST", "method is 9"),
-        ({"anchor_tokens": -1}, "INVALID_REQUEST", "an anchor of -1"),
+        ({"anchor_tokens": -1}, "INVALID_REQUEST", "anchor_tokens is -1; it must be 0 to"),
         ({"anchor_tokens": 100}, "INVALID_REQUEST", "6 temporal patches is too short for spava"),
         ({"method": pb.COMPARISON_METHOD_STAR}, "INVALID_REQUEST", "star passes no tokens on, 5"),
     ],

@@ -31,7 +31,7 @@ DEAR = (
     "tests/engine/test_chunked_prefill.py",
     "tests/engine/test_baseline_prefill.py",
     "tests/engine/test_faults.py",
-    "tests/benchmarks/test_gpu_prefill.py",
+    "tests/benchmarks/gpu/test_gpu_prefill.py",
     "tests/benchmarks/test_load.py",
     "tests/tools/test_demo.py",
     "tests/calibration/test_calibrate.py",

@@ -226,7 +226,8 @@ def test_dv_is_cut_within_a_frame_only(tmp_path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
     index = build_index(str(path), LIMITS)
     assert index.frame_count == 2
-    assert {one.reason for one in index.warnings} == {WarningReason.PIXEL_ASPECT}
+    expected = {WarningReason.PIXEL_ASPECT, WarningReason.INTERLACED}
+    assert {one.reason for one in index.warnings} == expected
     path.write_bytes(data[: len(data) // 2 + 1000])
     with pytest.raises(ServiceError, match="last frame ends at byte"):
         build_index(str(path), LIMITS)

@@ -153,6 +153,7 @@ class UnavailableError(PrefillError):
         {
             "RANK_DIED",
             "VIDEO_DECODER_KILLED",
+            "UPLOAD_IDLE",
             "RANK_STALLED",
             "LEASE_EXPIRED",
             "STALE_GENERATION",
