@@ -49,11 +49,23 @@ CALM_S = (1.0, 4.0)
 """Between a recovery and the next fault."""
 
 ARGUMENTS = (
-    "--ranks", "2", "--device", "cpu", "--engine-threads-per-rank", "1",
-    "--engine-kv-pool-bytes", str(24 << 20), "--vllm-kv-cache-gib", "0.25",
-    "--vllm-stall-timeout-s", "20",
-    "--storage-min-free-bytes", str(1 << 20), "--server-drain-seconds", "5",
-)  # fmt: skip
+    "--ranks",
+    "2",
+    "--device",
+    "cpu",
+    "--engine-threads-per-rank",
+    "1",
+    "--engine-kv-pool-bytes",
+    str(24 << 20),
+    "--vllm-kv-cache-gib",
+    "0.25",
+    "--vllm-stall-timeout-s",
+    "20",
+    "--storage-min-free-bytes",
+    str(1 << 20),
+    "--server-drain-seconds",
+    "5",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

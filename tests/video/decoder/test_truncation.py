@@ -122,8 +122,12 @@ def read(path: Path, index: VideoIndex, wanted: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("settings", [VP8, {}], ids=["webm", "mkv"])
 def test_a_live_recording_is_taken_and_said_to_be_one(tmp_path: Path, settings: dict) -> None:
-    path = make_video(tmp_path / "v.webm", frames=100, container_format="matroska",
-                      **{"options": H264, **settings, **LIVE})  # fmt: skip
+    path = make_video(
+        tmp_path / "v.webm",
+        frames=100,
+        container_format="matroska",
+        **{"options": H264, **settings, **LIVE},
+    )
     data = in_browsers_form(path.read_bytes())
     path.write_bytes(data)
     index = build_index(str(path), LIMITS)
